@@ -1,0 +1,203 @@
+"""The fields of an experiment. Files in `configs/` start from `base_config()` and change what differs."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from musicgenre.audio.features import FeatureSpec
+from musicgenre.errors import UserError, did_you_mean
+from musicgenre.files import fingerprint
+from musicgenre.pipeline.store import ClipLayout
+
+
+def base_config() -> ConfigDict:
+    """Returns every field with its default: the report's front end, model and recipe (sections 3 and 4)."""
+    config = ConfigDict()
+    config.seed = 0  # parameters, order of the clips, crops and dropout all derive from it
+
+    config.data = data = ConfigDict()
+    data.dataset = "gtzan"  # gtzan, folder, csv, arrays or synthetic
+    data.root = ""  # folder or file of the data set
+    data.store = ""  # folder of its spectrogram store; "" derives one below stores_root
+    data.stores_root = "stores"
+    data.protocol = "fault_filtered"  # gtzan: fault_filtered, artist_folds, random or stratified_kfold
+    data.fold = 0
+    data.folds = 10
+    data.split_seed = 42
+    data.fractions = (0.7, 0.15, 0.15)  # folder and csv: train, valid and test, where the data have no splits
+    data.allow_missing = False  # skip clips that a list names but that are not on disk, and say so
+    data.task = ""  # csv: single_label or multi_label; "" goes by the columns
+    data.files = ConfigDict({"train": "", "valid": "", "test": ""})  # arrays: a file for each split
+    data.array_layout = "mel_time"  # arrays: order of the axes after the clips, mel_time or time_mel
+    data.clips_per_style = 24  # synthetic
+    data.seconds = 6.0  # synthetic: length of a clip
+    data.min_seconds = 1.0  # shorter sound files are skipped
+    data.frames = 647  # frames per clip in the store
+    data.pad = "repeat"  # what fills a shorter clip: repeat, silence or zero
+    data.excerpt = "start"  # what is kept of a longer one: start or middle
+    data.normalise = "position"  # position, band, global or none
+    data.crop_frames = 0  # random crop in time when training; 0 trains on whole clips
+    data.eval_chunks = 1  # with crops: evenly spaced chunks per clip whose scores are averaged
+    data.workers = 0  # Grain worker processes; none is fastest for a memory map
+
+    config.features = ConfigDict(FeatureSpec().to_dict())
+
+    config.model = ConfigDict()
+    config.model.name = "conv1d"  # its fields go beside the name: --config.model.batch_norm=True
+    config.model.module = ""  # a Python module of your own that registers a model
+
+    config.batch_size = 32  # clips of one step over all devices
+    config.epochs = 100
+    config.dtype = "float32"  # compute type: float32 or bfloat16; parameters stay float32
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.name = "adam"  # sgd, momentum, adam, adamw or lamb
+    optimizer.learning_rate = 1e-3
+    optimizer.momentum = 0.9
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.999
+    optimizer.eps = 1e-8
+    optimizer.weight_decay = 0.0  # adamw and lamb; on kernels only
+    optimizer.schedule = "keras"  # constant, cosine, exponential or keras: rate / (1 + decay_rate * step)
+    optimizer.decay_rate = 0.01  # keras: as above; exponential: factor each decay_steps
+    optimizer.decay_steps = 1000
+    optimizer.warmup_steps = 0
+    optimizer.clip_norm = 0.0  # largest global norm of the gradient; 0 does not clip
+    optimizer.accumulate = 1  # parts that a batch is cut into, one after the other, to save memory
+
+    config.loss = ConfigDict()
+    config.loss.label_smoothing = 0.0
+    config.loss.class_weights = "none"  # none, or balanced by the training split
+
+    config.ema_decay = 0.0  # exponential moving average of the parameters, used to evaluate; 0 is off
+
+    config.eval_every = 1  # epochs from one evaluation and checkpoint to the next
+    config.log_every = 10  # steps
+    config.select_metric = ""  # marks the best checkpoint: accuracy, loss, macro_f1, macro_roc_auc, macro_pr_auc
+    config.patience = 0  # evaluations without a better one until training stops early; 0 never does
+    return config
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (dotted name, value) of every leaf."""
+    for key, value in config.items():
+        if isinstance(value, (Mapping, ConfigDict)):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def check_config(config: ConfigDict) -> None:
+    """Holds a config against `base_config()` and the ranges of its values.
+
+    Fields of `model` are the chosen model's and are checked when it is built.
+
+    Raises:
+      UserError: an unknown field (the message names the nearest one), a missing field, a value of another type or
+        out of its range.
+    """
+    known = dict(flatten(base_config()))
+    there = dict(flatten(config))
+    for name, value in there.items():
+        if name.startswith("model.") and name not in known:
+            continue
+        if name not in known:
+            raise UserError(f"config.{name} is not a field of the configuration." + did_you_mean(name, known))
+        default = known[name]
+        numeric = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
+        if type(value) is not type(default) and not numeric:
+            raise UserError(f"config.{name} must be {type(default).__name__} like {default!r}, not {value!r}.")
+    if missing := [name for name in known if name not in there]:
+        raise UserError(f"config.{missing[0]} is missing: start the config from musicgenre.config.base_config().")
+    positive = ("batch_size", "epochs", "eval_every", "log_every", "data.eval_chunks", "optimizer.accumulate",
+                "optimizer.decay_steps")
+    for name in positive:
+        if there[name] < 1:
+            raise UserError(f"config.{name} must be at least 1, not {there[name]}.")
+    for name in ("optimizer.learning_rate", "optimizer.eps", "data.seconds"):
+        if not there[name] > 0:
+            raise UserError(f"config.{name} must be above 0, not {there[name]}.")
+    for name in ("patience", "optimizer.clip_norm", "optimizer.weight_decay", "optimizer.decay_rate", "data.crop_frames",
+                 "optimizer.warmup_steps", "data.workers", "data.frames", "data.min_seconds", "seed", "data.split_seed"):
+        if there[name] < 0:
+            raise UserError(f"config.{name} must not be negative, but is {there[name]}.")
+    for name in ("ema_decay", "loss.label_smoothing", "optimizer.momentum", "optimizer.b1", "optimizer.b2"):
+        if not 0 <= there[name] < 1:
+            raise UserError(f"config.{name} must be at least 0 and below 1, not {there[name]}.")
+    choices = {
+        "dtype": ("float32", "bfloat16"),
+        "loss.class_weights": ("none", "balanced"),
+        "optimizer.name": ("sgd", "momentum", "adam", "adamw", "lamb"),
+        "optimizer.schedule": ("constant", "cosine", "exponential", "keras"),
+        "select_metric": ("", "accuracy", "loss", "macro_f1", "macro_roc_auc", "macro_pr_auc"),
+        "data.normalise": ("position", "band", "global", "none"),
+        "data.array_layout": ("mel_time", "time_mel"),
+    }
+    for name, allowed in choices.items():
+        if there[name] not in allowed:
+            raise UserError(f"config.{name}={there[name]!r} is not known." + did_you_mean(str(there[name]), allowed))
+    if there["batch_size"] % there["optimizer.accumulate"]:
+        raise UserError(f"config.batch_size={there['batch_size']} does not divide by optimizer.accumulate="
+                        f"{there['optimizer.accumulate']}.")
+    if there["data.crop_frames"] and there["data.normalise"] == "position":
+        raise UserError("config.data.crop_frames needs a normalisation that does not depend on the position in the clip: "
+                        "set --config.data.normalise=band.")
+    if len(there["data.fractions"]) != 3:
+        raise UserError(f"config.data.fractions takes three numbers (train, valid, test), not {there['data.fractions']!r}.")
+    feature_spec(config)
+    clip_layout(config)
+
+
+def feature_spec(config: ConfigDict) -> FeatureSpec:
+    """Returns the front end of a config."""
+    return FeatureSpec.from_dict(config.features.to_dict())
+
+
+def clip_layout(config: ConfigDict) -> ClipLayout:
+    """Returns the shape of clips in the store of a config."""
+    return ClipLayout(config.data.frames, config.data.pad, config.data.excerpt)
+
+
+def dataset_options(config: ConfigDict) -> dict[str, Any]:
+    """Returns the options of `musicgenre.datasets.load_dataset` that a config holds."""
+    data = config.data.to_dict()
+    names = ("dataset", "root", "protocol", "fold", "folds", "fractions", "allow_missing", "task", "files",
+             "clips_per_style", "seconds")
+    return {name: data[name] for name in names} | {"seed": data["split_seed"], "layout": data["array_layout"]}
+
+
+def store_path(config: ConfigDict) -> Path:
+    """Returns the store's folder: the one that is named, or one that differs for each data set and front end."""
+    if config.data.store:
+        return Path(config.data.store)
+    made_from = {**dataset_options(config), "min_seconds": config.data.min_seconds,
+                 "features": config.features.to_dict(), "layout": vars(clip_layout(config))}
+    made_from["root"] = os.path.abspath(config.data.root) if config.data.root else ""
+    return Path(config.data.stores_root) / f"{config.data.dataset}-{fingerprint(made_from)}"
+
+
+def to_plain(config: ConfigDict) -> dict[str, Any]:
+    """Returns a config as JSON values (tuples become lists)."""
+    plain: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
+    return plain
+
+
+def from_plain(values: Mapping[str, Any]) -> ConfigDict:
+    """Returns the config of `to_plain`'s result, lists as tuples again."""
+    def tuples(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: tuples(item) for key, item in value.items()}
+        return tuple(tuples(item) for item in value) if isinstance(value, list) else value
+
+    return ConfigDict(tuples(values))
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Returns "field: value -> value" for each field in which two plain configs differ."""
+    left, right = dict(flatten(one)), dict(flatten(other))
+    return [f"{name}: {left.get(name, '(absent)')} -> {right.get(name, '(absent)')}"
+            for name in sorted(left.keys() | right.keys()) if left.get(name) != right.get(name)]

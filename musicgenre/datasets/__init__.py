@@ -1,0 +1,1 @@
+"""What clips there are, with labels, groups and splits."""

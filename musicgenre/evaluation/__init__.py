@@ -1,0 +1,1 @@
+"""Metrics, intervals, leakage audit and report. Takes arrays, not models or stores."""

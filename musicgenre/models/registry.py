@@ -1,0 +1,197 @@
+"""Models by name. A module registers itself; one of the user's own needs no edit here.
+
+    from musicgenre.models import register
+
+    @register("my_net")
+    class MyNet(nn.Module):
+        num_classes: int
+        width: int = 64
+        @nn.compact
+        def __call__(self, x, train): ...   # x [batch, frames, bands] -> logits [batch, num_classes]
+
+The contract: fields are hyperparameters, `num_classes` is the only one without a default; `x` is float32; logits
+come back as float32; the embedding before the head is sown as `self.sow("intermediates", "embedding", e)`. Two fields
+are filled in where a module has them: `dtype` (the compute type) and `axis_name` (the name of the device axis under
+pmap, for BatchNorm). A static method `input_limits(fields) -> InputLimits` says what input it can take.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from musicgenre.errors import UserError, did_you_mean
+
+_MODELS: dict[str, type[nn.Module]] = {}
+# Fields of every Linen module, and those that are filled in rather than chosen.
+_NOT_HYPERPARAMETERS = ("parent", "name", "num_classes", "dtype", "axis_name")
+
+
+class InputLimits(NamedTuple):
+    """The input a model can take: fewest frames, and fewest and most bands (0: any number)."""
+
+    min_frames: int = 1
+    min_bands: int = 1
+    max_bands: int = 0
+
+
+def register(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """Class decorator that makes a Linen module known by `name`.
+
+    Raises:
+      ValueError: another class has that name already, or the class has no field `num_classes`.
+    """
+
+    def decorate(cls: type[nn.Module]) -> type[nn.Module]:
+        there = _MODELS.get(name)
+        # The same class seen twice is a module that was imported anew, not two models.
+        if there is not None and (there.__module__, there.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"two models are registered as {name!r}: {there.__module__}.{there.__qualname__} and "
+                             f"{cls.__module__}.{cls.__qualname__}")
+        if "num_classes" not in {field.name for field in dataclasses.fields(cls)}:
+            raise ValueError(f"the model {name!r} ({cls.__module__}.{cls.__qualname__}) needs a field num_classes: int")
+        _MODELS[name] = cls
+        return cls
+
+    return decorate
+
+
+def registered() -> dict[str, type[nn.Module]]:
+    """Returns every model of this package, and those that have been imported since, by name."""
+    import musicgenre.models as package
+
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    return dict(sorted(_MODELS.items()))
+
+
+def hyperparameters(cls: type[nn.Module]) -> dict[str, Any]:
+    """Returns the fields that a config can set, with their defaults."""
+    return {field.name: field.default for field in dataclasses.fields(cls)
+            if field.name not in _NOT_HYPERPARAMETERS and field.init}
+
+
+def resolve(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Completes a config's model section: the name, the module, and every hyperparameter with its value.
+
+    Args:
+      model: `name`, optionally `module` (a Python module of the user's own that registers a model when it is
+        imported; if it registers one, that is the model), and fields of that model.
+
+    Returns:
+      A mapping with `name`, `module` and all hyperparameters.
+
+    Raises:
+      UserError: the module cannot be imported or registers nothing, the name is unknown, or a field is; the
+        message names the nearest one.
+    """
+    name, module = str(model.get("name", "")), str(model.get("module", ""))
+    if module:
+        name = _import_model(module, name)
+    models = registered()
+    if name not in models:
+        raise UserError(f"model.name: no model {name!r}." + did_you_mean(name, models))
+    fields = hyperparameters(models[name])
+    chosen = {key: value for key, value in model.items() if key not in ("name", "module")}
+    for key, value in chosen.items():
+        if key not in fields:
+            raise UserError(f"model.{key} is not a field of the model {name!r}." + did_you_mean(key, fields))
+        chosen[key] = _checked(name, key, value, fields[key])
+    return {"name": name, "module": module} | fields | chosen
+
+
+def build(model: Mapping[str, Any], *, num_classes: int, frames: int, bands: int, dtype: str = "float32",
+          axis_name: str | None = None) -> nn.Module:
+    """Makes the Linen module of a config's model section.
+
+    Args:
+      model: see `resolve`.
+      num_classes: outputs.
+      frames: frames of its input.
+      bands: bands of its input.
+      dtype: compute type, "float32" or "bfloat16"; parameters stay float32.
+      axis_name: name of the device axis under pmap.
+
+    Raises:
+      UserError: as `resolve`, or the model cannot take `[frames, bands]`.
+    """
+    resolved = resolve(model)
+    cls = registered()[resolved["name"]]
+    fields = {key: value for key, value in resolved.items() if key not in ("name", "module")}
+    limits = cls.input_limits(fields) if hasattr(cls, "input_limits") else InputLimits()
+    problems = []
+    if frames < limits.min_frames:
+        problems.append(f"at least {limits.min_frames} frames")
+    if bands < limits.min_bands:
+        problems.append(f"at least {limits.min_bands} bands")
+    if limits.max_bands and bands > limits.max_bands:
+        problems.append(f"at most {limits.max_bands} bands")
+    if problems:
+        raise UserError(f"the model {resolved['name']!r} with these fields needs {' and '.join(problems)}, but its input is "
+                        f"{frames} frames x {bands} bands. Change data.frames, data.crop_frames, features or model.")
+    known = {field.name for field in dataclasses.fields(cls)}
+    if "dtype" in known:
+        fields["dtype"] = jnp.dtype(dtype)
+    elif dtype != "float32":
+        raise UserError(f"the model {resolved['name']!r} has no field dtype, so dtype={dtype!r} cannot be used with it.")
+    if "axis_name" in known:
+        fields["axis_name"] = axis_name
+    return cls(num_classes=num_classes, **fields)
+
+
+def apply_model(module: nn.Module, variables: Mapping[str, Any], x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Runs a trained model, a pure function.
+
+    Args:
+      module: the Linen module.
+      variables: its `params` and other collections.
+      x: normalised features, float32 `[batch, frames, bands]`.
+
+    Returns:
+      Logits, float32 `[batch, classes]`, and the embedding, float32 `[batch, d]`.
+    """
+    logits, sown = module.apply(variables, x, train=False, mutable=["intermediates"])
+    return logits, sown["intermediates"]["embedding"][0].astype(jnp.float32)
+
+
+def _import_model(module: str, name: str) -> str:
+    """Imports a user's module and returns the name of the model that it registers."""
+    try:
+        imported = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(f"model.module={module!r}: no module {error.name!r}; run from the folder that holds it, or put "
+                        "that folder on PYTHONPATH.") from error
+    own = [key for key, cls in _MODELS.items() if cls.__module__ == imported.__name__]
+    if not own:
+        raise UserError(f"model.module={module!r} registers no model: decorate its class with @register(\"name\").")
+    if len(own) > 1 and name not in own:
+        raise UserError(f"model.module={module!r} registers {', '.join(own)}: say which with model.name.")
+    return name if name in own else own[0]
+
+
+def _checked(model: str, key: str, value: Any, default: Any) -> Any:
+    """Returns a field's value in the type of its default, or raises UserError."""
+    if isinstance(default, tuple):
+        items = (value,) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+        if isinstance(items, (list, tuple)):
+            kinds = {type(item) for item in default}
+            if not kinds or all(type(item) in kinds for item in items):
+                return tuple(items)
+    elif isinstance(default, bool) or isinstance(default, str):
+        if type(value) is type(default):
+            return value
+    elif isinstance(default, float):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    elif isinstance(default, int):
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    else:
+        return value
+    raise UserError(f"model.{key} of {model!r} must be {type(default).__name__} like {default!r}, not {value!r}.")

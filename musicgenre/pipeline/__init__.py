@@ -1,0 +1,1 @@
+"""Clips to a spectrogram store, and the store to batches."""

@@ -1,0 +1,191 @@
+"""The spectrogram store to batches, with Grain: one whole batch a step, gathered straight from the memory map."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import grain.python as grain
+import numpy as np
+
+from musicgenre.errors import UserError
+from musicgenre.pipeline.store import Store
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class _MakeBatch:
+    """Step number -> training batch. A picklable function of (store, settings, step) alone."""
+
+    store: Store
+    clips: np.ndarray
+    targets: np.ndarray
+    batch_size: int
+    frames: int
+    seed: int
+    process_index: int
+    process_count: int
+
+    def __call__(self, step: int) -> Batch:
+        local = self.batch_size // self.process_count
+        first = step * self.batch_size + self.process_index * local
+        places = [self._place(position) for position in range(first, first + local)]
+        chosen = self.clips[places]
+        # A stream for each (seed, step): the same crops however the run was cut up by restarts.
+        generator = np.random.default_rng((self.seed, step, self.process_index))
+        room = np.maximum(self.store.lengths[chosen] - self.frames, 0)
+        starts = generator.integers(0, room + 1)
+        starts = np.minimum(starts, self.store.layout.frames - self.frames)
+        return {"x": self.store.gather(chosen, starts, self.frames), "y": self.targets[places],
+                "mask": np.ones(local, np.float32)}
+
+    def _place(self, position: int) -> int:
+        """The clip at a position of the endless row of shuffled epochs."""
+        epoch, offset = divmod(position, len(self.clips))
+        return int(_permutation(self.seed, epoch, len(self.clips))[offset])
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    return np.random.default_rng((seed, 0x5EED, epoch)).permutation(size)
+
+
+def train_batches(
+    store: Store,
+    *,
+    batch_size: int,
+    steps: int,
+    seed: int,
+    crop_frames: int = 0,
+    split: str = "train",
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+) -> grain.DatasetIterator:
+    """Returns a Grain iterator over training batches, whose state can be saved and restored.
+
+    Epochs follow each other without a break: a batch may hold the end of one and the start of the next, so that
+    every clip comes once an epoch and every step has the same size on every process.
+
+    Args:
+      store: where the clips are.
+      batch_size: clips of one step over all processes.
+      steps: length of the iteration.
+      seed: of the order and the crops.
+      crop_frames: frames of a random crop in time; 0 for whole clips.
+      split: the split to train on.
+      process_index: which slice of each batch is this process's.
+      process_count: processes that share each batch.
+      workers: Grain worker processes; 0, the fastest here, reads in this one.
+
+    Returns:
+      An iterator over `x` float16 `[batch, frames, bands]`, `y` int32 `[batch]` or float32 `[batch, labels]` and
+      `mask` float32 `[batch]` (all ones).
+
+    Raises:
+      UserError: the split is empty, the crop longer than the clips, or the batch does not divide by the processes.
+    """
+    frames = crop_frames or store.layout.frames
+    if not 1 <= frames <= store.layout.frames:
+        raise UserError(f"data.crop_frames={crop_frames} is not between 1 and the store's {store.layout.frames} frames.")
+    if batch_size % process_count:
+        raise UserError(f"batch_size={batch_size} does not divide by the {process_count} processes.")
+    clips = store.indices(split)
+    make = _MakeBatch(store, clips, store.targets(clips), batch_size, frames, seed, process_index, process_count)
+    dataset = grain.MapDataset.range(steps).map(make).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+    if workers:
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return iter(dataset)
+
+
+def chunk_starts(length: int, frames: int, chunks: int) -> np.ndarray:
+    """Returns first frames, int `[chunks]`, of chunks spread evenly over a clip of `length` frames.
+
+    One chunk lies in the middle; several reach from the first frame to the last. A clip no longer than a chunk
+    has every chunk at 0.
+    """
+    room = max(length - frames, 0)
+    return np.array([room // 2]) if chunks == 1 else np.round(np.linspace(0, room, chunks)).astype(int)
+
+
+def eval_batches(
+    store: Store,
+    indices: np.ndarray,
+    *,
+    batch_size: int,
+    crop_frames: int = 0,
+    chunks: int = 1,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Yields every chunk of every clip exactly once; the last batch is filled up and masked, nothing is dropped.
+
+    Args:
+      store: where the clips are.
+      indices: the clips, `[n]`.
+      batch_size: chunks of one step over all processes.
+      crop_frames: frames of a chunk; 0 for the whole clip as one chunk.
+      chunks: evenly spaced chunks per clip when `crop_frames` is set.
+      process_index: which slice of each batch is this process's.
+      process_count: processes that share each batch.
+
+    Yields:
+      `x` float16 `[batch, frames, bands]`, `mask` float32 `[batch]` (0 where the row only fills up) and `clip`
+      int32 `[batch]`, the position of each row's clip in `indices`.
+    """
+    frames = crop_frames or store.layout.frames
+    count = chunks if crop_frames else 1
+    clip = np.repeat(np.arange(len(indices), dtype=np.int32), count)
+    starts = np.concatenate([chunk_starts(store.lengths[i] if crop_frames else frames, frames, count) for i in indices])
+    local = batch_size // process_count
+    for first in range(process_index * local, -(-len(clip) // batch_size) * batch_size, batch_size):
+        rows = np.minimum(np.arange(first, first + local), len(clip) - 1)
+        mask = (np.arange(first, first + local) < len(clip)).astype(np.float32)
+        yield {"x": store.gather(indices[clip[rows]], starts[rows], frames), "mask": mask, "clip": clip[rows]}
+
+
+def normalisation(store: Store, mode: str, split: str = "train", block: int = 64) -> dict[str, Any]:
+    """Returns the mean and standard deviation of the training split, for `(x - mean) / std`.
+
+    Args:
+      store: where the clips are.
+      mode: "position" (for each frame and band, as in the report), "band" (for each band, over the real frames),
+        "global" (one of each) or "none".
+      split: the split that they are taken from; nothing else is looked at.
+      block: clips read at a time.
+
+    Returns:
+      `mean` and `std`, float32 `[frames, bands]` ("position") or `[1, bands]`. A deviation of zero becomes one.
+
+    Raises:
+      UserError: the mode is unknown.
+    """
+    if mode not in ("position", "band", "global", "none"):
+        raise UserError(f"data.normalise must be 'position', 'band', 'global' or 'none', not {mode!r}.")
+    shape = (1, store.bands)
+    if mode == "none":
+        return {"mean": np.zeros(shape, np.float32), "std": np.ones(shape, np.float32)}
+    indices = store.indices(split)
+    total = np.zeros((store.layout.frames, store.bands))
+    squares = np.zeros_like(total)
+    count = np.zeros((store.layout.frames, 1))
+    # Deviations from a first guess keep the difference of the two sums exact enough.
+    guess = store.gather(indices[:1]).astype(np.float64).mean()
+    for start in range(0, len(indices), block):
+        chosen = indices[start : start + block]
+        x = store.gather(chosen).astype(np.float64) - guess
+        real = np.ones(x.shape[:2]) if mode == "position" else np.arange(x.shape[1]) < store.lengths[chosen, None]
+        total += (x * real[:, :, None]).sum(axis=0)
+        squares += (np.square(x) * real[:, :, None]).sum(axis=0)
+        count += real.sum(axis=0)[:, None]
+    if mode != "position":
+        total, squares = total.sum(axis=0, keepdims=True), squares.sum(axis=0, keepdims=True)
+        count = count.sum(axis=0, keepdims=True)
+    if mode == "global":
+        count = count * store.bands
+        total = np.full(shape, total.sum())
+        squares = np.full(shape, squares.sum())
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - np.square(mean), 0.0))
+    return {"mean": (mean + guess).astype(np.float32), "std": np.where(std > 1e-6, std, 1.0).astype(np.float32)}

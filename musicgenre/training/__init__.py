@@ -1,0 +1,1 @@
+"""State, step, loop, optimisers, parallelism, checkpoints and telemetry."""

@@ -1,0 +1,318 @@
+"""The training loop: from a config and a store to checkpoints, going on wherever the last run stopped."""
+
+import contextlib
+import dataclasses
+import math
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from musicgenre import models
+from musicgenre.config import check_config, differences, feature_spec, store_path, to_plain
+from musicgenre.errors import UserError
+from musicgenre.evaluation.metrics import multi_label_metrics, single_label_metrics
+from musicgenre.files import read_json, write_json
+from musicgenre.pipeline.loader import normalisation, train_batches
+from musicgenre.pipeline.store import Store
+from musicgenre.training.checkpoints import Checkpoints
+from musicgenre.training.losses import balanced_weights
+from musicgenre.training.optimisers import learning_rate_schedule, make_optimizer
+from musicgenre.training.parallel import Parallel
+from musicgenre.training.scoring import score_clips
+from musicgenre.training.state import create_state
+from musicgenre.training.step import make_score_step, make_train_step
+from musicgenre.training.telemetry import Profiler, Telemetry
+
+# jax 0.10 on several CPU devices deadlocks with many steps in flight; waiting this often costs nothing measurable.
+_MOST_STEPS_IN_FLIGHT = 10
+
+
+class Interrupted(Exception):
+    """A signal ended the run after a checkpoint; `signal_number` says which."""
+
+    def __init__(self, signal_number: int, step: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name} after step {step}; the same command goes on from there")
+        self.signal_number = signal_number
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """How a run ended: its last step, and the validation measures of the last and the best checkpoint."""
+
+    workdir: Path
+    step: int
+    stopped_early: bool
+    metric: str
+    last: float | None
+    best: float | None
+    best_step: int | None
+
+    def line(self) -> str:
+        """One line for people."""
+        if self.last is None or self.best is None:
+            return f"{self.workdir}: trained {self.step} steps (no validation split)"
+        early = ", stopped early" if self.stopped_early else ""
+        return (f"{self.workdir}: trained {self.step} steps{early}; validation {self.metric} {self.last:.4f} at the end, best "
+                f"{self.best:.4f} at step {self.best_step}")
+
+
+def train(
+    config: ConfigDict,
+    workdir: str | os.PathLike[str],
+    *,
+    parallel: str = "jit",
+    progress: bool = True,
+    profile_steps: tuple[int, int] | None = None,
+    devices: list[Any] | None = None,
+) -> TrainResult:
+    """Trains a model, or goes on with it: the same call resumes, bit for bit, from the last whole checkpoint.
+
+    Args:
+      config: from `musicgenre.config.base_config`.
+      workdir: the run's folder; gets `config.json`, `train_clips.json`, `metrics.jsonl` and `checkpoints/`.
+      parallel: "jit" (sharding) or "pmap".
+      progress: draw a progress bar.
+      profile_steps: (first step, count) to trace.
+      devices: devices to use; all if None.
+
+    Returns:
+      How the run ended.
+
+    Raises:
+      UserError: the config or the store cannot be used, the workdir holds a run with another config, or the loss
+        became NaN.
+      Interrupted: SIGINT or SIGTERM came; everything up to it is saved.
+    """
+    workdir = Path(workdir)
+    check_config(config)
+    config = config.copy_and_resolve_references()
+    config.model = ConfigDict(models.resolve(config.model.to_dict()))
+    store = Store.open(store_path(config))
+    _check_store(config, store)
+    _claim_workdir(workdir, config, store)
+
+    spread = Parallel.create(parallel, devices)
+    spread.check_batch_size(config.batch_size, config.optimizer.accumulate)
+    train_clips = store.indices("train")
+    valid_clips = store.indices("valid") if "valid" in store.splits else np.array([], int)
+    epoch_steps = math.ceil(len(train_clips) / config.batch_size)
+    total_steps = epoch_steps * config.epochs
+    frames = config.data.crop_frames or store.layout.frames
+    module = models.build(config.model.to_dict(), num_classes=len(store.label_names), frames=frames, bands=store.bands,
+                          dtype=config.dtype, axis_name=spread.axis_name)
+    optimizer = make_optimizer(config.optimizer, total_steps)
+    schedule = learning_rate_schedule(config.optimizer, total_steps)
+    weights = np.ones(len(store.label_names), np.float32)
+    if config.loss.class_weights == "balanced":
+        weights = balanced_weights(store.targets(train_clips), len(store.label_names))
+    step_function = spread.train_step(make_train_step(
+        module, optimizer, seed=config.seed, class_weights=jnp.asarray(weights), label_smoothing=config.loss.label_smoothing,
+        ema_decay=config.ema_decay, accumulate=config.optimizer.accumulate, axis_name=spread.axis_name))
+    score = spread.score_step(make_score_step(module, store.task))
+    state = spread.place_state(create_state(module, optimizer, normalisation(store, config.data.normalise), seed=config.seed,
+                                            frames=frames, bands=store.bands, ema=config.ema_decay > 0))
+    iterator = train_batches(store, batch_size=config.batch_size, steps=total_steps, seed=config.seed,
+                             crop_frames=config.data.crop_frames, process_index=jax.process_index(),
+                             process_count=jax.process_count(), workers=config.data.workers)
+    metric = config.select_metric or ("accuracy" if store.task == "single_label" else "macro_roc_auc")
+    progress_so_far = _Selection(metric, config.patience)
+    checkpoints = Checkpoints(workdir / "checkpoints", lower_is_better=metric == "loss")
+    step = 0
+    if restored := checkpoints.restore_latest(state, iterator):
+        state, step = restored.value, restored.step
+        progress_so_far.load(restored.meta)
+        logging.info("going on from step %d of %d", step, total_steps)
+    telemetry = Telemetry(workdir, step, total_steps, progress and step < total_steps)
+    profiler = Profiler(workdir, profile_steps)
+    notes = {"config": to_plain(config), "label_names": list(store.label_names), "task": store.task,
+             "features": store.features.to_dict(), "layout": dataclasses.asdict(store.layout), "dataset": store.dataset}
+
+    def evaluate() -> dict[str, float]:
+        if len(valid_clips) == 0:
+            return {}
+        scores = score_clips(score, state.model(), store, valid_clips, batch_size=spread.round_up(config.batch_size),
+                             crop_frames=config.data.crop_frames, chunks=config.data.eval_chunks)
+        return validation_measures(scores, store.targets(valid_clips), store.label_names)
+
+    def save(measures: dict[str, float]) -> None:
+        checkpoints.save(state, iterator, notes | progress_so_far.dump() | {"measure": measures.get(metric)}, measures.get(metric))
+
+    pending: list[tuple[int, Any]] = []
+    seen: list[dict[str, float]] = []
+
+    def settle() -> None:
+        """Waits for the steps in flight and stops at a loss that is not a number."""
+        for number, metrics in pending:
+            values = {name: float(value) for name, value in metrics.items()}
+            if not math.isfinite(values["loss"]):
+                raise UserError(f"{workdir}: the training loss became {values['loss']} at step {number}. The checkpoints before it are "
+                                "whole. Try a smaller --config.optimizer.learning_rate, or --config.optimizer.clip_norm=1.")
+            seen.append(values)
+        pending.clear()
+
+    with contextlib.closing(telemetry), contextlib.closing(checkpoints), contextlib.closing(profiler), _signals() as signals:
+        while step < total_steps and not progress_so_far.exhausted:
+            profiler.before(step)
+            state, metrics = step_function(state, spread.place_batch(next(iterator)))
+            profiler.after(step, metrics)
+            step += 1
+            saved = False
+            pending.append((step, metrics))
+            if len(pending) >= _MOST_STEPS_IN_FLIGHT:
+                settle()
+            if step % config.log_every == 0 or step == total_steps:
+                settle()
+                means = {name: float(np.mean([values[name] for values in seen])) for name in seen[0]}
+                seen.clear()
+                telemetry.write(step, **{f"train_{name}": value for name, value in means.items()},
+                                learning_rate=float(schedule(step - 1)))
+                telemetry.progress(step, loss=means["loss"], **progress_so_far.shown())
+            if step % (epoch_steps * config.eval_every) == 0 or step == total_steps:
+                settle()
+                measures = evaluate()
+                if measures:
+                    progress_so_far.update(step, measures[metric])
+                    telemetry.write(step, **{f"valid_{name}": value for name, value in measures.items()})
+                save(measures)
+                saved = True
+            if (number := signals.received(step)) is not None:
+                if not saved:
+                    settle()
+                    save({})
+                checkpoints.wait()
+                raise Interrupted(number, step)
+        checkpoints.wait()
+    return TrainResult(workdir, step, progress_so_far.exhausted and step < total_steps, metric, progress_so_far.last,
+                       progress_so_far.best, progress_so_far.best_step)
+
+
+def validation_measures(scores: np.ndarray, targets: np.ndarray, label_names: tuple[str, ...]) -> dict[str, float]:
+    """Returns the numbers that a run is followed and its best checkpoint chosen by.
+
+    Args:
+      scores: probabilities, `[clips, classes]`.
+      targets: class numbers `[clips]` or 0/1 tags `[clips, classes]`.
+      label_names: `[classes]`.
+    """
+    if targets.ndim == 1:
+        measured = single_label_metrics(scores, targets, label_names)
+        names = ("accuracy", "macro_f1", "macro_roc_auc", "macro_pr_auc")
+        loss = measured["nll"]
+    else:
+        measured = multi_label_metrics(scores, targets, label_names)
+        names = ("macro_f1", "macro_roc_auc", "macro_pr_auc")
+        clipped = np.clip(scores, 1e-7, 1 - 1e-7)
+        loss = float(-(targets * np.log(clipped) + (1 - targets) * np.log1p(-clipped)).mean())
+    return {"loss": loss} | {name: measured[name] for name in names if measured[name] is not None}
+
+
+class _Selection:
+    """Follows the chosen measure: the best so far, and whether patience has run out."""
+
+    def __init__(self, metric: str, patience: int) -> None:
+        self._metric = metric
+        self._patience = patience
+        self._lower = metric == "loss"
+        self._since = 0
+        self.last: float | None = None
+        self.best: float | None = None
+        self.best_step: int | None = None
+
+    @property
+    def exhausted(self) -> bool:
+        """True once `patience` evaluations in a row were no better than the best before them."""
+        return 0 < self._patience <= self._since
+
+    def update(self, step: int, value: float) -> None:
+        self.last = value
+        gain = math.inf if self.best is None else (self.best - value if self._lower else value - self.best)
+        self._since = 0 if gain > 0 else self._since + 1
+        if gain >= 0:  # of equals the later is kept, as the checkpoints' policy does
+            self.best, self.best_step = value, step
+
+    def shown(self) -> dict[str, float]:
+        return {} if self.last is None else {f"valid_{self._metric}": self.last}
+
+    def dump(self) -> dict[str, Any]:
+        return {"metric": self._metric, "lower_is_better": self._lower,
+                "selection": {"since": self._since, "last": self.last, "best": self.best, "best_step": self.best_step}}
+
+    def load(self, meta: dict[str, Any]) -> None:
+        saved = meta["selection"]
+        self._since, self.last, self.best, self.best_step = (saved[k] for k in ("since", "last", "best", "best_step"))
+
+
+def _check_store(config: ConfigDict, store: Store) -> None:
+    """Raises UserError where the store was not made as the config says."""
+    wanted = feature_spec(config)
+    if store.features != wanted:
+        lines = differences(store.features.to_dict(), wanted.to_dict())
+        raise UserError(f"{store.path}: the store's features are not the config's (store -> config): {'; '.join(lines)}. "
+                        "Prepare another store, or change --config.features.")
+    if store.layout.frames != config.data.frames:
+        raise UserError(f"{store.path}: the store has {store.layout.frames} frames per clip, config.data.frames says "
+                        f"{config.data.frames}.")
+
+
+def _claim_workdir(workdir: Path, config: ConfigDict, store: Store) -> None:
+    """Writes down what the run is, or raises UserError where the folder holds another run."""
+    plain = to_plain(config)
+    path = workdir / "config.json"
+    clips = store.indices("train")
+    record = {"store": os.path.abspath(store.path), "clip_id": store.clip_ids[clips].tolist(), "sha256": store.hashes[clips].tolist(),
+              "group": [store.groups[i] for i in clips]}
+    if path.is_file():
+        if changed := differences(read_json(path, "run configuration"), plain):
+            raise UserError(f"{workdir}: holds a run with another config (there -> now): {'; '.join(changed)}. Choose another --workdir, "
+                            "or give the same config to go on.")
+        trained = read_json(workdir / "train_clips.json", "list of training clips")
+        if (trained["clip_id"], trained["sha256"]) != (record["clip_id"], record["sha256"]):
+            raise UserError(f"{workdir}: the store's training clips have changed since this run began. Choose another --workdir.")
+        return
+    if jax.process_index() == 0:
+        write_json(workdir / "train_clips.json", record)
+        write_json(path, plain)
+
+
+class _Signals:
+    """Remembers the first SIGINT or SIGTERM. On several processes all stop at the same step."""
+
+    def __init__(self) -> None:
+        self._number: int | None = None
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if self._number is not None:
+            raise KeyboardInterrupt  # a second signal does not wait for the checkpoint
+        self._number = number
+
+    def received(self, step: int) -> int | None:
+        if jax.process_count() > 1:
+            # Orbax's and JAX's own agreement: every process learns the step at which all of them save.
+            return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
+        return self._number
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[_Signals]:
+    """Catches SIGINT and SIGTERM while the loop runs (in the main thread; elsewhere they are left alone)."""
+    signals = _Signals()
+    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
+        yield signals
+        return
+    before = {number: signal.signal(number, signals.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

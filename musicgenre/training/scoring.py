@@ -1,0 +1,43 @@
+"""A model over a split of a store: one score for each clip, each clip once."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from musicgenre.evaluation.aggregate import average_by_clip
+from musicgenre.pipeline.loader import eval_batches
+from musicgenre.pipeline.store import Store
+
+
+def score_clips(
+    score: Callable[[Any, np.ndarray], np.ndarray],
+    model: Any,
+    store: Store,
+    indices: np.ndarray,
+    *,
+    batch_size: int,
+    crop_frames: int = 0,
+    chunks: int = 1,
+) -> np.ndarray:
+    """Returns each clip's mean probabilities over its chunks, `[n, classes]`, the same on every process.
+
+    Args:
+      score: from `Parallel.score_step`.
+      model: from `TrainState.model`.
+      store: where the clips are.
+      indices: the clips, `[n]`.
+      batch_size: chunks of one step over all processes; divides by the devices.
+      crop_frames: frames of a chunk; 0 for whole clips.
+      chunks: chunks per clip.
+    """
+    batches = eval_batches(store, indices, batch_size=batch_size, crop_frames=crop_frames, chunks=chunks,
+                           process_index=jax.process_index(), process_count=jax.process_count())
+    parts = [(score(model, batch["x"]), batch["clip"], batch["mask"]) for batch in batches]
+    scores, clip, mask = (np.concatenate(column) for column in zip(*parts, strict=True))
+    if jax.process_count() > 1:
+        scores, clip, mask = multihost_utils.process_allgather((scores, clip, mask), tiled=True)
+    real = mask > 0
+    return average_by_clip(scores[real], clip[real], len(indices))

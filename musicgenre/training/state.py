@@ -1,0 +1,66 @@
+"""What training changes, and what a trained model consists of."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@flax.struct.dataclass
+class TrainState:
+    """One step's whole state; a pytree.
+
+    Attributes:
+      step: steps done, int32 scalar.
+      params: trained parameters.
+      collections: the module's other variables, such as `batch_stats`.
+      opt_state: the optimiser's state.
+      ema: moving average of `params`, or None when it is off.
+      norm: `mean` and `std` of the training split, constant.
+    """
+
+    step: jax.Array
+    params: Any
+    collections: Any
+    opt_state: Any
+    ema: Any
+    norm: Any
+
+    def model(self) -> dict[str, Any]:
+        """What is needed to use the model: its variables (averaged, where averaging is on) and normalisation."""
+        params = self.params if self.ema is None else self.ema
+        return {"variables": {"params": params, **self.collections}, "norm": self.norm}
+
+
+def create_state(
+    module: nn.Module,
+    optimizer: optax.GradientTransformation,
+    norm: dict[str, Any],
+    *,
+    seed: int,
+    frames: int,
+    bands: int,
+    ema: bool,
+) -> TrainState:
+    """Initialises a model's state from the seed.
+
+    Args:
+      module: the Linen module.
+      optimizer: its optimiser.
+      norm: `mean` and `std`, broadcastable to `[frames, bands]`.
+      seed: of the parameters.
+      frames: frames of the input.
+      bands: bands of the input.
+      ema: keep a moving average of the parameters.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), 0x1217)
+    variables = dict(jax.jit(lambda: module.init(key, jnp.zeros((1, frames, bands)), train=False))())
+    params = variables.pop("params")
+    variables.pop("intermediates", None)
+    # The copy keeps the average's buffers apart from the parameters', which each step donates.
+    average = jax.tree.map(jnp.copy, params) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, variables, optimizer.init(params), average,
+                      {key: jnp.asarray(value) for key, value in norm.items()})
