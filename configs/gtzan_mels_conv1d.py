@@ -14,4 +14,6 @@ def get_config() -> ConfigDict:
     config.data.files.valid = "valid.npz"
     config.data.frames = 387
     config.features.hop_length = 1710
+    config.epochs = 50
+    config.eval_every = 5
     return config

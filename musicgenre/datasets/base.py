@@ -1,12 +1,17 @@
 """What a data set is: clips with labels, groups and splits. Every reader in this folder returns a `Dataset`."""
 
 import dataclasses
+import os
 from collections import Counter
 from pathlib import Path
 
 from musicgenre.errors import UserError
 
 SPLITS = ("train", "valid", "test")
+# What soundfile's libsndfile decodes, by file ending.
+AUDIO_EXTENSIONS = (".wav", ".au", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif")
+SPLIT_ALIASES = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
+
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,3 +94,12 @@ def make_dataset(dataset: Dataset) -> Dataset:
             raise UserError(f"{clip.clip_id}: {len(clip.labels)} labels where one is needed.")
     clips = tuple(sorted(dataset.clips, key=lambda clip: clip.clip_id))
     return dataclasses.replace(dataset, clips=clips)
+
+
+def find_audio(root: Path) -> list[Path]:
+    """Returns the sound files below a folder, sorted; hidden ones and those behind links to folders are left out."""
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(folder, name) for name in names if name.lower().endswith(AUDIO_EXTENSIONS) and not name.startswith(".")]
+    return sorted(found)

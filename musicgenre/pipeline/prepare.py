@@ -129,14 +129,12 @@ def prepare_store(
                 if clip.clip_id in known and known[clip.clip_id]["source"] == sources[clip.clip_id]}
     todo = [clip for clip in dataset.clips if clip.clip_id not in reusable]
 
-    def work(clips: Sequence[Clip]) -> Iterator[ClipFeatures | str]:
-        return _ordered_map(_Processor(spec, layout, array_layout, min_seconds), clips, workers)
-
     bar = tqdm(total=len(dataset.clips), initial=len(reusable), unit="clip", desc="prepare", disable=not progress or not todo)
-    with bar, contextlib.closing(work(todo)) as results:
+    process = _Processor(spec, layout, array_layout, min_seconds)
+    with bar, contextlib.closing(_ordered_map(process, todo, workers)) as mapped:
         number = max((int(Path(record["file"]).stem) for record in records), default=-1) + 1
-        for batch in _batched(zip(todo, results, strict=True), CLIPS_PER_SHARD):
-            record = _write_shard(shards, number, batch, sources, made_with, bar)
+        for batch in _batched(zip(todo, _counted(mapped, bar), strict=True), CLIPS_PER_SHARD):
+            record = _write_shard(shards, number, batch, sources, made_with)
             records.append(record)
             known.update(_entries(record))
             number += 1
@@ -209,7 +207,6 @@ def _write_shard(
     batch: list[tuple[Clip, ClipFeatures | str]],
     sources: dict[str, list[Any]],
     made_with: dict[str, Any],
-    bar: Any,
 ) -> dict[str, Any]:
     """Writes one shard and then its record; without the record the shard does not count."""
     file = folder / f"{number:05d}.npy"
@@ -223,7 +220,6 @@ def _write_shard(
             entry |= {"row": len(rows), "length": result.length, "sha256": result.sha256}
             rows.append(result.features)
         entries.append(entry)
-        bar.update()
     record: dict[str, Any] = made_with | {"file": file.name, "rows": len(rows), "bytes": 0, "sha256": "", "clips": entries}
     if rows:
         with replacing(file) as temporary, open(temporary, "wb") as handle:
@@ -285,6 +281,13 @@ class _Processor:
 
     def __call__(self, clip: Clip) -> ClipFeatures | str:
         return process_clip(clip, self.spec, self.layout, self.array_layout, self.min_seconds)
+
+
+def _counted(items: Iterable[Item], bar: Any) -> Iterator[Item]:
+    """Yields the items and moves the bar by one for each."""
+    for item in items:
+        bar.update()
+        yield item
 
 
 def _batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -95,7 +95,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Returns the steps that are on disk, in order."""
-        return sorted(self._manager.all_steps(read=True))
+        return sorted(self._manager.all_steps())
 
     def restore_latest(self, state: TrainState, iterator: Any) -> Restored | None:
         """Restores the latest checkpoint that can be read.

@@ -43,7 +43,7 @@ def make_train_step(
       accumulate: parts of the batch whose gradients are averaged before the one update.
       axis_name: the device axis when the step runs under pmap.
 
-    The step takes `x` `[batch, frames, bands]`, `y` and `mask` `[batch]`. Its metrics are scalars: `loss`, `correct`
+    The step takes `x` `[batch, frames, bands]`, `y` and `mask` `[batch]`. Its metrics are scalars: `loss`, `accuracy`
     (share of clips whose best class is right; single-label only) and `grad_norm`.
     """
 
@@ -56,7 +56,7 @@ def make_train_step(
         metrics = {"loss": loss}
         if batch["y"].ndim == 1:
             right = (logits.argmax(axis=-1) == batch["y"]) * batch["mask"]
-            metrics["correct"] = right.sum() / batch["mask"].sum()
+            metrics["accuracy"] = right.sum() / batch["mask"].sum()
         return loss, (updated, metrics)
 
     def part_step(state: TrainState, key: jax.Array, collections: Any, batch: Any) -> tuple[Any, Any, Metrics]:

@@ -1,0 +1,49 @@
+r"""Trains the variants that a config's sweep() names, with several seeds, and writes one table. Run again to go on.
+
+python experiments/ablate.py --config=configs/ablations/report_knobs.py --workdir=runs/report_knobs --seeds=3
+"""
+
+import importlib.util
+
+from absl import flags
+from ml_collections import config_flags
+
+from musicgenre import app
+from musicgenre.errors import UserError
+from musicgenre.inference.ablation import run_ablation
+from musicgenre.training.loop import Interrupted
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all runs and of the table.", required=True)
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of each variant: 0, 1, ...", lower_bound=1)
+_ONLY = flags.DEFINE_list("only", [], "Names of variants to run; all if empty.")
+_PROGRESS = flags.DEFINE_bool("progress", True, "Draw progress bars.")
+
+
+def main() -> int:
+    """Runs the ablation and prints the table."""
+    config = app.get_config()
+    path = config_flags.get_config_filename(flags.FLAGS["config"])
+    spec = importlib.util.spec_from_file_location("ablation_config", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path}: not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "sweep"):
+        raise UserError(f"{path}: has no sweep(). It should yield (name, {{field: value}}) pairs; see configs/ablations/.")
+    variants = list(module.sweep())
+    if unknown := set(_ONLY.value) - {name for name, _ in variants}:
+        raise UserError(f"--only: {path} has no variant {sorted(unknown)[0]!r}, but {', '.join(name for name, _ in variants)}.")
+    variants = [variant for variant in variants if not _ONLY.value or variant[0] in _ONLY.value]
+    try:
+        run_ablation(config, variants, _WORKDIR.value, range(_SEEDS.value), progress=_PROGRESS.value)
+    except Interrupted as stop:
+        print(stop)
+        return 128 + stop.signal_number
+    with open(f"{_WORKDIR.value}/ablation.md", encoding="utf-8") as table:
+        print(table.read())
+    return 0
+
+
+if __name__ == "__main__":
+    app.define_config_flag()
+    app.run(main)

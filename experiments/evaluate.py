@@ -1,0 +1,77 @@
+r"""Measures trained models on a split and writes a report; several --workdir are seeds of one experiment.
+
+python experiments/evaluate.py --workdir=runs/conv1d --split=valid
+python experiments/evaluate.py --workdir=runs/a/seed0 --workdir=runs/a/seed1 --arrays=test.npz --split=test --out=runs/a/test
+"""
+
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from musicgenre import app
+from musicgenre.config import store_path
+from musicgenre.errors import UserError
+from musicgenre.evaluation.report import headline, measure, summarise_seeds, write_report
+from musicgenre.inference.evaluate import evaluate_model, store_of_arrays
+from musicgenre.inference.model import load_model
+from musicgenre.pipeline.store import Store
+
+_WORKDIRS = flags.DEFINE_multi_string("workdir", None, "Folder of a trained run; may be given several times.", required=True)
+_SPLIT = flags.DEFINE_enum("split", "test", ["train", "valid", "test"], "Split to evaluate.")
+_STORE = flags.DEFINE_string("store", "", "Store to evaluate on; the one that the model was trained on if empty.")
+_ARRAYS = flags.DEFINE_string("arrays", "", "File of spectrograms (.npz or .npy) to evaluate on instead, all of it as --split.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "last, best (by the validation measure) or a step.")
+_OUT = flags.DEFINE_string("out", "", "Folder of the report; <workdir>/evaluation-<split> if empty.")
+_FATAL = flags.DEFINE_bool("fatal_leakage", False, "Exit with 4 when the audit finds leaks from the training clips.")
+
+LEAKAGE = 4
+
+
+def main() -> int:
+    """Evaluates every run, prints a line for each and where the report is."""
+    workdirs = [Path(workdir) for workdir in _WORKDIRS.value]
+    if len(workdirs) > 1 and not _OUT.value:
+        raise UserError("several --workdir need a place for their common report: --out=...")
+    command = shlex.join(["python", *sys.argv])
+    runs, evaluations = [], []
+    leaks = False
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, workdir in enumerate(workdirs):
+            model = load_model(workdir, _CHECKPOINT.value)
+            if _ARRAYS.value:
+                store = store_of_arrays(model, _ARRAYS.value, _SPLIT.value, Path(scratch) / str(number))
+            else:
+                store = Store.open(_STORE.value or store_path(model.config))
+            evaluation = evaluate_model(model, store, _SPLIT.value, command=command)
+            out = Path(_OUT.value) if _OUT.value else workdir / f"evaluation-{_SPLIT.value}"
+            report = write_report(out / f"run{number}" if len(workdirs) > 1 else out, evaluation)
+            metrics = measure(evaluation)
+            runs.append((str(workdir), metrics))
+            evaluations.append(evaluation)
+            print(f"{'SYNTHETIC audio, ' if evaluation.synthetic else ''}{workdir}, {_SPLIT.value}: {headline(metrics)}")
+            if evaluation.audit is not None:
+                print("\n".join(evaluation.audit.summary()))
+                leaks |= not evaluation.audit.clean
+    first = evaluations[0]
+    if len(workdirs) > 1:
+        if any(other.clip_ids != first.clip_ids for other in evaluations):
+            raise UserError("the runs were not evaluated on the same clips, so they are no seeds of one experiment.")
+        correct = None
+        if first.task == "single_label":
+            correct = np.stack([evaluation.scores.argmax(axis=1) == evaluation.targets for evaluation in evaluations])
+        report = summarise_seeds(Path(_OUT.value), runs, title=f"{len(runs)} runs on {first.dataset}, {first.protocol}, {first.split}",
+                                 correct=correct, groups=first.groups, synthetic=first.synthetic, command=command)
+        print((Path(_OUT.value) / "summary.json").read_text(encoding="utf-8"))
+    print(f"report: {report}")
+    if leaks and _FATAL.value:
+        print("error: the evaluated clips are not independent of the training clips (--fatal_leakage).", file=sys.stderr)
+        return LEAKAGE
+    return 0
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,234 @@
+"""Measures of genre (single-label) and tag (multi-label) recognition, as plain values ready for JSON."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from sklearn import metrics as sk
+
+from musicgenre.errors import UserError
+
+CALIBRATION_BINS = 15
+# Averages over chunks and bfloat16 round a little past 1.
+_ROUNDING = 2e-3
+_ROUNDING_OF_SUM = 2e-2
+
+
+def single_label_metrics(
+    scores: np.ndarray, labels: np.ndarray, label_names: Sequence[str]
+) -> dict[str, Any]:
+    """Returns the measures of a classifier that gives each clip one of several labels.
+
+    Args:
+      scores: probabilities, each row summing to 1, `[clips, classes]`.
+      labels: true class numbers, integers `[clips]`.
+      label_names: `[classes]`.
+
+    Returns:
+      `n`, `accuracy`, `balanced_accuracy`, `top3_accuracy` (None for three classes or fewer),
+      `macro_precision`, `macro_recall`, `macro_f1`, `macro_roc_auc` and `macro_pr_auc` (each class against
+      the rest; PR-AUC is average precision), `nll` (mean negative log likelihood in nats, probabilities
+      clipped at 1e-12), `ece` (expected calibration error of the highest probability, Guo 2017,
+      arXiv:1706.04599), `reliability` (its bins), `confusion` (counts, rows are the truth), `per_class` (one
+      dict a class) and `undefined`, the names of the classes without a clip, or with all of them, with their
+      count in `undefined_count`. Those are left out of the means they have no value for. What is not defined
+      is None, never NaN. A class that is never predicted has the precision 0 in `macro_precision`, as in
+      scikit-learn, and None in `per_class`.
+
+    Raises:
+      UserError: shapes that do not fit, no clips, NaN, scores outside [0, 1] or rows that do not sum to 1,
+        labels out of range.
+    """
+    scores, labels = _check_scores(scores, label_names), np.asarray(labels)
+    clips, classes = scores.shape
+    if labels.shape != (clips,):
+        raise UserError(f"labels must have the shape [clips] = [{clips}] of the scores, not "
+                        f"{list(labels.shape)}.")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(f"labels must be integers, not {labels.dtype}.")
+    if not 0 <= labels.min() <= labels.max() < classes:
+        wrong = int(np.argmax((labels < 0) | (labels >= classes)))
+        raise UserError(f"labels: clip {wrong} has the label {labels[wrong]}, but there are "
+                        f"{classes} classes.")
+    sums = scores.sum(axis=1)
+    if (np.abs(sums - 1) > _ROUNDING_OF_SUM).any():
+        wrong = int(np.argmax(np.abs(sums - 1)))
+        raise UserError(f"scores: those of clip {wrong} sum to {sums[wrong]:.4f}, but probabilities of one "
+                        "label sum to 1.")
+
+    predicted = scores.argmax(axis=1)
+    confusion = sk.confusion_matrix(labels, predicted, labels=np.arange(classes))
+    targets = np.equal.outer(labels, np.arange(classes)).astype(int)
+    per_class = _per_label(scores, targets, np.equal.outer(predicted, np.arange(classes)), label_names)
+    present = [row for row in per_class if row["support"]]
+    top3 = np.argsort(-scores, axis=1, kind="stable")[:, :3]
+    ece, reliability = _calibration(scores.max(axis=1), predicted == labels)
+    recall = _mean(row["recall"] for row in present)
+    return {
+        "n": clips,
+        "accuracy": float(np.mean(predicted == labels)),
+        "balanced_accuracy": recall,
+        "top3_accuracy": float(np.mean((top3 == labels[:, None]).any(axis=1))) if classes > 3 else None,
+        "macro_precision": _mean(row["precision"] or 0.0 for row in present),
+        "macro_recall": recall,
+        "macro_f1": _mean(row["f1"] for row in present),
+        "macro_roc_auc": _mean(row["roc_auc"] for row in per_class),
+        "macro_pr_auc": _mean(row["pr_auc"] for row in per_class),
+        "nll": float(-np.mean(np.log(np.clip(scores[np.arange(clips), labels], 1e-12, 1)))),
+        "ece": ece,
+        **_undefined(per_class),
+        "per_class": per_class,
+        "confusion": confusion.tolist(),
+        "reliability": reliability,
+    }
+
+
+def multi_label_metrics(
+    scores: np.ndarray, targets: np.ndarray, label_names: Sequence[str]
+) -> dict[str, Any]:
+    """Returns the measures of a tagger, which gives each clip any number of tags.
+
+    Args:
+      scores: probabilities, `[clips, tags]`.
+      targets: 0 or 1, `[clips, tags]`.
+      label_names: `[tags]`.
+
+    Returns:
+      `n`, `tags`, `macro_roc_auc`, `macro_pr_auc` (PR-AUC is average precision), `macro_f1` and `micro_f1` at
+      the threshold 0.5, `ece` and `reliability` (over all entries: mean probability against how often the tag
+      is there), `per_class` (one dict a tag) and `undefined`, the names of the tags with no positive or no
+      negative clip, with their count in `undefined_count`. Those are left out of the three macro means. What
+      is not defined is None, never NaN.
+
+    Raises:
+      UserError: shapes that do not fit, no clips, NaN, scores outside [0, 1], targets other than 0 and 1.
+    """
+    scores, targets = _check_scores(scores, label_names), np.asarray(targets)
+    if targets.shape != scores.shape:
+        raise UserError(f"targets must have the shape [clips, tags] = {list(scores.shape)} of the scores, "
+                        f"not {list(targets.shape)}.")
+    if not np.isin(targets, (0, 1)).all():
+        clip, tag = np.argwhere(~np.isin(targets, (0, 1)))[0]
+        raise UserError(f"targets: clip {clip} has {targets[clip, tag]} for the tag {label_names[tag]!r}, "
+                        "not 0 or 1.")
+
+    targets = targets.astype(int)
+    predicted = scores >= 0.5
+    per_tag = _per_label(scores, targets, predicted, label_names)
+    defined = [row for row in per_tag if row["roc_auc"] is not None]
+    hits, both = int((predicted & (targets == 1)).sum()), int(predicted.sum() + targets.sum())
+    ece, reliability = _calibration(scores.ravel(), targets.ravel() == 1)
+    return {
+        "n": len(scores),
+        "tags": len(per_tag),
+        "macro_roc_auc": _mean(row["roc_auc"] for row in defined),
+        "macro_pr_auc": _mean(row["pr_auc"] for row in defined),
+        "macro_f1": _mean(row["f1"] for row in defined),
+        "micro_f1": 2 * hits / both if both else None,
+        "ece": ece,
+        **_undefined(per_tag),
+        "per_class": per_tag,
+        "reliability": reliability,
+    }
+
+
+def weighted_macro_aucs(
+    scores: np.ndarray, targets: np.ndarray
+) -> Callable[[np.ndarray], tuple[float, float]]:
+    """Returns a function from weights of the clips to macro ROC-AUC and macro PR-AUC.
+
+    It is fast enough for a bootstrap: the clips are sorted once; each call costs a few passes over them. A
+    label that has no positive or no negative weight is left out of the means of that call; without any label
+    they are NaN.
+
+    Args:
+      scores: `[clips, labels]`.
+      targets: 0 or 1, `[clips, labels]`.
+    """
+    scores, targets = np.asarray(scores), np.asarray(targets)
+    usable = (targets == 1).any(axis=0) & (targets == 0).any(axis=0)
+    labels = []
+    for column in np.flatnonzero(usable):
+        order = np.argsort(-scores[:, column], kind="stable")
+        # Clips of equal score make one step of the curve, which ends at the last of them.
+        ends = np.append(np.flatnonzero(np.diff(scores[order, column])), len(order) - 1)
+        labels.append((order, ends, targets[order, column] == 1))
+
+    def aucs(weights: np.ndarray) -> tuple[float, float]:
+        roc, pr = [], []
+        for order, ends, positive in labels:
+            ordered = weights[order]
+            hits = np.cumsum(ordered * positive, dtype=float)[ends]
+            drawn = np.cumsum(ordered, dtype=float)[ends]
+            positives, negatives = hits[-1], drawn[-1] - hits[-1]
+            if positives == 0 or negatives == 0:
+                continue
+            recall = np.concatenate([[0], hits]) / positives
+            false_alarm = np.concatenate([[0], drawn - hits]) / negatives
+            roc.append(float(np.sum(np.diff(false_alarm) * (recall[1:] + recall[:-1]) / 2)))
+            pr.append(float(np.sum(np.diff(recall) * hits / np.maximum(drawn, 1e-300))))
+        return (float(np.mean(roc)), float(np.mean(pr))) if roc else (float("nan"), float("nan"))
+
+    return aucs
+
+
+def _check_scores(scores: np.ndarray, label_names: Sequence[str]) -> np.ndarray:
+    """Returns the scores as float64 within [0, 1], or raises UserError."""
+    scores = np.asarray(scores, np.float64)
+    if scores.ndim != 2 or scores.shape[1] != len(label_names):
+        raise UserError(f"scores must have the shape [clips, {len(label_names)}] for {len(label_names)} "
+                        f"label names, not {list(scores.shape)}.")
+    if 0 in scores.shape:
+        raise UserError(f"scores have the shape {list(scores.shape)}: there is nothing to measure.")
+    for what, wrong in (("is not a number", np.isnan(scores)),
+                        ("lies outside [0, 1]", (scores < -_ROUNDING) | (scores > 1 + _ROUNDING))):
+        if wrong.any():
+            clip, label = np.argwhere(wrong)[0]
+            raise UserError(f"scores: clip {clip} has {scores[clip, label]:.6g} for {label_names[label]!r}, "
+                            f"which {what} ({wrong.sum()} such entries).")
+    return np.clip(scores, 0, 1)
+
+
+def _per_label(
+    scores: np.ndarray, targets: np.ndarray, predicted: np.ndarray, label_names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Returns the measures of each label against the rest; all inputs `[clips, labels]`."""
+    rows = []
+    for column, name in enumerate(label_names):
+        truth, chosen = targets[:, column], predicted[:, column]
+        support, selected, hits = int(truth.sum()), int(chosen.sum()), int((chosen & (truth == 1)).sum())
+        curves = 0 < support < len(truth)
+        rows.append({
+            "label": str(name),
+            "support": support,
+            "predicted": selected,
+            "precision": hits / selected if selected else None,
+            "recall": hits / support if support else None,
+            "f1": 2 * hits / (support + selected) if support + selected else None,
+            "roc_auc": float(sk.roc_auc_score(truth, scores[:, column])) if curves else None,
+            "pr_auc": float(sk.average_precision_score(truth, scores[:, column])) if curves else None,
+        })
+    return rows
+
+
+def _undefined(per_label: list[dict[str, Any]]) -> dict[str, Any]:
+    names = [row["label"] for row in per_label if row["roc_auc"] is None]
+    return {"undefined": names, "undefined_count": len(names)}
+
+
+def _calibration(confidence: np.ndarray, correct: np.ndarray) -> tuple[float, list[dict[str, Any]]]:
+    """Returns the expected calibration error and its bins (low, high]; 0 is in the first."""
+    bins = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
+    count = np.bincount(bins, minlength=CALIBRATION_BINS)
+    summed = np.bincount(bins, confidence, CALIBRATION_BINS)
+    hits = np.bincount(bins, correct, CALIBRATION_BINS)
+    rows = [{"low": i / CALIBRATION_BINS, "high": (i + 1) / CALIBRATION_BINS, "n": int(n),
+             "confidence": float(summed[i] / n) if n else None, "accuracy": float(hits[i] / n) if n else None}
+            for i, n in enumerate(count)]
+    return float(np.abs(hits - summed).sum() / len(confidence)), rows
+
+
+def _mean(values: Any) -> float | None:
+    """Returns the mean of the values that are not None, or None without any."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None

@@ -1,0 +1,469 @@
+"""Writes an evaluation down: metrics.json, predictions.csv, figures and one self-contained report.html."""
+
+import base64
+import csv
+import dataclasses
+import io
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from musicgenre.errors import UserError
+from musicgenre.evaluation import plots
+from musicgenre.evaluation.audit import AuditResult
+from musicgenre.evaluation.intervals import bootstrap, bootstrap_mean, seeds_summary, wilson
+from musicgenre.evaluation.metrics import multi_label_metrics, single_label_metrics, weighted_macro_aucs
+from musicgenre.files import write_json, write_text
+
+LEVEL = 0.95
+_MISTAKES_SHOWN = 20
+_MOST_ROC_CURVES = 10
+# In the order in which they are shown; those of the second line are shares, shown in percent.
+_MEASURES = ("accuracy", "balanced_accuracy", "top3_accuracy", "macro_roc_auc", "macro_pr_auc",
+             "macro_precision", "macro_recall", "macro_f1", "micro_f1", "nll", "ece")
+_IN_PERCENT = ("accuracy", "balanced_accuracy", "top3_accuracy", "ece")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Everything a report says. Arrays and lists over clips share one order.
+
+    Attributes:
+      title: heading of the report.
+      dataset: name of the data set.
+      protocol: how its split was made.
+      split: which split was evaluated.
+      task: "single_label" or "multi_label".
+      label_names: `[classes]`, in the order of the scores.
+      clip_ids: unique, `[clips]`.
+      paths: the sound file or array of each clip, `[clips]`.
+      groups: the artist or track of each clip, `[clips]`; None where it is not known.
+      scores: probabilities, `[clips, classes]`.
+      targets: class numbers `[clips]` or 0/1 tags `[clips, classes]`.
+      curves: rows of the run's metrics.jsonl.
+      config: the run's configuration.
+      audit: from `musicgenre.evaluation.audit.audit`, or None where it was not made.
+      skipped: clips that could not be used, dicts with `clip_id`, `path` and `reason`.
+      synthetic: the sound is made up; the report says so at the top.
+      command: what was typed.
+      checkpoint: `step`, `which` ("last" or "best") and `selected_on` (such as "valid accuracy").
+      versions: version by package.
+      notes: sentences shown under the headline.
+      group_name: what a group is.
+    """
+
+    title: str
+    dataset: str
+    protocol: str
+    split: str
+    task: str
+    label_names: Sequence[str]
+    clip_ids: Sequence[str]
+    paths: Sequence[str]
+    groups: Sequence[str | None]
+    scores: np.ndarray
+    targets: np.ndarray
+    curves: Sequence[Mapping[str, Any]] = ()
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    audit: AuditResult | None = None
+    skipped: Sequence[Mapping[str, Any]] = ()
+    synthetic: bool = False
+    command: str = ""
+    checkpoint: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    notes: Sequence[str] = ()
+    group_name: str = "artist"
+
+
+def measure(evaluation: Evaluation, *, resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
+    """Returns the metrics of an evaluation, with intervals.
+
+    Args:
+      evaluation: what was scored.
+      resamples: draws of the bootstrap.
+      seed: of the bootstrap.
+
+    Returns:
+      What `single_label_metrics` or `multi_label_metrics` returns, with `task` and `intervals`: `level`,
+      `bootstrap_unit` (what was resampled, such as "artist"; "clip" where no group is known),
+      `bootstrap_units` (how many there are) and for each headline measure a dict with `bootstrap` and, for
+      accuracy, `wilson`, each [low, high] or None.
+
+    Raises:
+      UserError: fields that do not fit together, a clip id twice, or what the metrics raise.
+    """
+    _check(evaluation)
+    n = len(evaluation.clip_ids)
+    grouped = any(group is not None for group in evaluation.groups)
+    groups = evaluation.groups if grouped else None
+    known = [group for group in evaluation.groups if group is not None]
+    intervals: dict[str, Any] = {
+        "level": LEVEL, "bootstrap_unit": evaluation.group_name if grouped else "clip",
+        "bootstrap_units": len(set(known)) + n - len(known)}
+    scores, targets = np.asarray(evaluation.scores), np.asarray(evaluation.targets)
+    if evaluation.task == "single_label":
+        metrics = single_label_metrics(scores, targets, evaluation.label_names)
+        correct = scores.argmax(axis=1) == targets
+        over_clips = bootstrap_mean(correct, groups, resamples=resamples, seed=seed, level=LEVEL)
+        intervals["accuracy"] = {"wilson": list(wilson(int(correct.sum()), n, LEVEL)),
+                                 "bootstrap": over_clips and list(over_clips)}
+    else:
+        metrics = multi_label_metrics(scores, targets, evaluation.label_names)
+    aucs = weighted_macro_aucs(scores, _one_hot(evaluation))
+    both = bootstrap(aucs, n, groups, resamples=resamples, seed=seed, level=LEVEL)
+    for name, interval in zip(("macro_roc_auc", "macro_pr_auc"), both, strict=True):
+        intervals[name] = {"bootstrap": interval and list(interval)}
+    return {"task": evaluation.task, **metrics, "intervals": intervals}
+
+
+def headline(metrics: Mapping[str, Any]) -> str:
+    """Returns metrics in one line, such as "accuracy 48.7 % (95 % Wilson 41.8-55.7, ...), 197 clips".
+
+    Args:
+      metrics: from `measure` or a `metrics.json`; without `intervals` the line has none.
+    """
+    single = "accuracy" in metrics
+    parts = []
+    for name in ("accuracy",) if single else ("macro_roc_auc", "macro_pr_auc"):
+        shown = "; ".join(_intervals(metrics, name))
+        value = f"{plots.measure_name(name)} {_value(name, metrics[name])}"
+        parts.append(f"{value} ({shown})" if shown else value)
+    parts.append(f"{metrics['n']} clips")
+    if not single:
+        parts.append(f"{metrics['tags']} tags")
+    if metrics.get("undefined_count"):
+        what = "classes" if single else "tags"
+        parts.append(f"{metrics['undefined_count']} {what} without a value left out of the means")
+    return ", ".join(parts)
+
+
+def write_report(
+    out_dir: str | os.PathLike[str], evaluation: Evaluation, *, resamples: int = 2000, seed: int = 0
+) -> Path:
+    """Writes `metrics.json`, `predictions.csv`, the figures (PNG) and `report.html`.
+
+    Args:
+      out_dir: folder; made where it is missing, files in it are replaced one by one.
+      evaluation: what to report.
+      resamples: draws of the bootstrap.
+      seed: of the bootstrap.
+
+    Returns:
+      The path of `report.html`, which needs no other file.
+
+    Raises:
+      UserError: what `measure` raises, or the folder cannot be written.
+    """
+    out_dir = Path(out_dir)
+    metrics = measure(evaluation, resamples=resamples, seed=seed)
+    notes = [*evaluation.notes, *_own_notes(evaluation, metrics)]
+    audit = evaluation.audit
+    reasons = Counter(str(row["reason"]) for row in evaluation.skipped)
+    write_json(out_dir / "metrics.json", {
+        "title": evaluation.title, "dataset": evaluation.dataset, "protocol": evaluation.protocol,
+        "split": evaluation.split, "synthetic": evaluation.synthetic, "checkpoint": dict(evaluation.checkpoint),
+        "headline": headline(metrics), **metrics, "audit": audit.to_dict() if audit else None,
+        "skipped": [dict(row) for row in evaluation.skipped], "notes": notes, "command": evaluation.command,
+        "versions": dict(evaluation.versions), "config": dict(evaluation.config)})
+    write_text(out_dir / "predictions.csv", _predictions(evaluation))
+    figures = _figures(out_dir, evaluation, metrics)
+    page = _page(
+        "report.html.j2", evaluation=evaluation, metrics=metrics, notes=notes, headline=headline(metrics),
+        figures={name: _data_uri(path) for name, path in figures.items()}, mistakes=_mistakes(evaluation),
+        cards=_cards(metrics), skipped_reasons=reasons.most_common(),
+        config=list(_flat(evaluation.config)))
+    write_text(out_dir / "report.html", page)
+    return out_dir / "report.html"
+
+
+def summarise_seeds(
+    out_dir: str | os.PathLike[str],
+    runs: Sequence[tuple[str, Mapping[str, Any]]],
+    *,
+    title: str,
+    correct: np.ndarray | None = None,
+    groups: Sequence[str | None] | None = None,
+    group_name: str = "artist",
+    synthetic: bool = False,
+    command: str = "",
+    notes: Sequence[str] = (),
+) -> Path:
+    """Writes what several seeds of one experiment give: `summary.json`, `seeds.png` and `report.html`.
+
+    Args:
+      out_dir: folder.
+      runs: the name (such as "seed 0") and the metrics of each, from `measure` or a `metrics.json`.
+      title: what was run.
+      correct: whether each seed was right on each clip, 0/1 `[seeds, clips]`; gives the mean accuracy an
+        interval over clips, which the spread of the seeds says nothing about.
+      groups: the group of each clip for that interval, `[clips]`.
+      group_name: what a group is.
+      synthetic: the sound is made up.
+      command: what was typed.
+      notes: sentences shown under the headline.
+
+    Returns:
+      The path of `report.html`.
+
+    Raises:
+      UserError: no runs, runs without a measure in common, or `correct` of a wrong shape.
+    """
+    measures, left_out = _summarise(runs)
+    main = next(iter(measures))
+    summary: dict[str, Any] = {"title": title, "synthetic": synthetic, "runs": [name for name, _ in runs],
+                               "measures": measures, "left_out": left_out}
+    rows: list[dict[str, Any]] = [
+        {"name": name, "mean": metrics[main], "values": [], "interval": _best_interval(metrics, main)}
+        for name, metrics in runs]
+    over_seeds = measures[main]
+    rows.append({"name": f"mean of {len(runs)} seeds (t interval)", **over_seeds})
+    if correct is not None:
+        correct = np.asarray(correct)
+        if correct.ndim != 2 or len(correct) != len(runs):
+            raise UserError(f"correct must have the shape [seeds, clips] for {len(runs)} seeds, not "
+                            f"{list(correct.shape)}.")
+        interval = bootstrap_mean(correct.mean(axis=0), groups, level=LEVEL)
+        unit = group_name if groups is not None and any(group is not None for group in groups) else "clip"
+        summary["over_clips"] = {"accuracy": float(correct.mean()), "bootstrap": interval and list(interval),
+                                 "bootstrap_unit": unit, "clips": correct.shape[1]}
+        rows.append({"name": f"mean of {len(runs)} seeds ({unit} bootstrap)", "mean": float(correct.mean()),
+                     "interval": interval, "values": []})
+    tables = [("", runs, measures)]
+    return _write_summary(Path(out_dir), "seeds.png", summary, rows, main, tables, command, notes)
+
+
+def summarise_variants(
+    out_dir: str | os.PathLike[str],
+    variants: Mapping[str, Sequence[tuple[str, Mapping[str, Any]]]],
+    *,
+    title: str,
+    synthetic: bool = False,
+    command: str = "",
+    notes: Sequence[str] = (),
+) -> Path:
+    """Writes how variants compare, each over its seeds: `summary.json`, `variants.png` and `report.html`.
+
+    Args:
+      out_dir: folder.
+      variants: for each name the (name, metrics) of its runs, as for `summarise_seeds`.
+      title: what was compared.
+      synthetic: the sound is made up.
+      command: what was typed.
+      notes: sentences shown under the headline.
+
+    Returns:
+      The path of `report.html`.
+
+    Raises:
+      UserError: no variants, or runs without a measure in common.
+    """
+    _, left_out = _summarise([run for runs in variants.values() for run in runs])
+    tables = []
+    for name, runs in variants.items():
+        measures, _ = _summarise(runs)
+        tables.append((name, runs, {key: value for key, value in measures.items() if key not in left_out}))
+    main = next(iter(tables[0][2]))
+    summary = {"title": title, "synthetic": synthetic, "left_out": left_out, "variants": {
+        name: {"runs": [run for run, _ in runs], "measures": measures} for name, runs, measures in tables}}
+    rows = [{"name": name, **measures[main]} for name, _, measures in tables]
+    return _write_summary(Path(out_dir), "variants.png", summary, rows, main, tables, command, notes)
+
+
+def _write_summary(
+    out_dir: Path,
+    figure: str,
+    summary: dict[str, Any],
+    rows: list[dict[str, Any]],
+    main: str,
+    tables: list[tuple[str, Sequence[tuple[str, Mapping[str, Any]]], dict[str, Any]]],
+    command: str,
+    notes: Sequence[str],
+) -> Path:
+    write_json(out_dir / "summary.json", {**summary, "notes": list(notes), "command": command})
+    title = ("SYNTHETIC · " if summary["synthetic"] else "") + summary["title"]
+    plots.comparison_plot(out_dir / figure, rows, title, measure=plots.measure_name(main),
+                          percent=main in _IN_PERCENT)
+    page = _page("summary.html.j2", summary=summary, tables=tables, main=main,
+                 figure=_data_uri(out_dir / figure), command=command, notes=notes)
+    write_text(out_dir / "report.html", page)
+    return out_dir / "report.html"
+
+
+def _summarise(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[dict[str, Any], list[str]]:
+    """Returns the summary of each measure that every run has, and the names of those that only some have."""
+    if not runs:
+        raise UserError("a summary needs at least one run.")
+    defined = {name: [metrics.get(name) is not None for _, metrics in runs] for name in _MEASURES}
+    measures = {name: seeds_summary([metrics[name] for _, metrics in runs], LEVEL)
+                for name in _MEASURES if all(defined[name])}
+    if not measures:
+        raise UserError(f"the runs {', '.join(name for name, _ in runs)} have no measure in common.")
+    return measures, [name for name in _MEASURES if any(defined[name]) and not all(defined[name])]
+
+
+def _best_interval(metrics: Mapping[str, Any], name: str) -> Sequence[float] | None:
+    """Returns the bootstrap interval of a measure where there is one, or Wilson's."""
+    intervals = metrics.get("intervals", {}).get(name, {})
+    return intervals.get("bootstrap") or intervals.get("wilson")
+
+
+def _check(evaluation: Evaluation) -> None:
+    if evaluation.task not in ("single_label", "multi_label"):
+        raise UserError(f"task must be 'single_label' or 'multi_label', not {evaluation.task!r}.")
+    clips = len(evaluation.clip_ids)
+    for name in ("paths", "groups", "scores", "targets"):
+        if len(getattr(evaluation, name)) != clips:
+            raise UserError(f"{clips} clip ids but {len(getattr(evaluation, name))} {name}.")
+    if twice := [clip for clip, count in Counter(evaluation.clip_ids).items() if count > 1]:
+        raise UserError(f"the clip id {twice[0]!r} occurs more than once; ids must be unique.")
+
+
+def _one_hot(evaluation: Evaluation) -> np.ndarray:
+    """Returns the truth as 0/1, `[clips, classes]`."""
+    targets = np.asarray(evaluation.targets)
+    return np.eye(len(evaluation.label_names), dtype=int)[targets] if targets.ndim == 1 else targets
+
+
+def _chosen(evaluation: Evaluation) -> np.ndarray:
+    """Returns what is predicted as True/False, `[clips, classes]`."""
+    scores = np.asarray(evaluation.scores)
+    if evaluation.task == "single_label":
+        return np.eye(scores.shape[1], dtype=bool)[scores.argmax(axis=1)]
+    return scores >= 0.5
+
+
+def _predictions(evaluation: Evaluation) -> str:
+    """Returns the text of predictions.csv, sorted by clip id."""
+    truth, chosen = _one_hot(evaluation) == 1, _chosen(evaluation)
+    names = np.array(evaluation.label_names, dtype=object)
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["clip_id", "split", "truth", "predicted", "correct", *(f"p_{name}" for name in names)])
+    for i in sorted(range(len(evaluation.clip_ids)), key=lambda i: evaluation.clip_ids[i]):
+        writer.writerow([
+            evaluation.clip_ids[i], evaluation.split, "|".join(names[truth[i]]), "|".join(names[chosen[i]]),
+            int((truth[i] == chosen[i]).all()), *(f"{score:.6f}" for score in evaluation.scores[i])])
+    return buffer.getvalue()
+
+
+def _mistakes(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Returns the surest mistakes: wrong labels by their probability, or tags by how far they are off."""
+    scores, truth = np.asarray(evaluation.scores, float), _one_hot(evaluation)
+    names = evaluation.label_names
+    if evaluation.task == "single_label":
+        predicted, labels = scores.argmax(axis=1), truth.argmax(axis=1)
+        sure = np.where(predicted != labels, scores.max(axis=1), -1)
+        worst = [i for i in np.argsort(-sure, kind="stable")[:_MISTAKES_SHOWN] if sure[i] >= 0]
+        return [{"clip_id": evaluation.clip_ids[i], "truth": names[labels[i]],
+                 "predicted": names[predicted[i]], "probability": float(sure[i]),
+                 "of_truth": float(scores[i, labels[i]]), "path": evaluation.paths[i]} for i in worst]
+    off = np.abs(scores - truth)
+    order = np.argsort(-off, axis=None, kind="stable")[:_MISTAKES_SHOWN]
+    return [{"clip_id": evaluation.clip_ids[i], "tag": names[j], "truth": "yes" if truth[i, j] else "no",
+             "probability": float(scores[i, j]), "path": evaluation.paths[i]}
+            for i, j in zip(*np.unravel_index(order, off.shape), strict=True) if off[i, j] > 0.5]
+
+
+def _own_notes(evaluation: Evaluation, metrics: Mapping[str, Any]) -> list[str]:
+    """Returns what a reader has to know about these numbers."""
+    notes = []
+    checkpoint = evaluation.checkpoint
+    if checkpoint.get("which") == "best" and evaluation.split in str(checkpoint.get("selected_on", "")).split():
+        notes.append(f"The checkpoint was chosen by its score on this split ({evaluation.split}), so these "
+                     "numbers flatter it.")
+    if metrics["undefined"]:
+        what = "classes" if evaluation.task == "single_label" else "tags"
+        notes.append(f"{metrics['undefined_count']} {what} have no clip, or no clip without them, in this split "
+                     f"and are left out of the means: {', '.join(metrics['undefined'])}.")
+    unknown = sum(group is None for group in evaluation.groups)
+    if unknown:
+        notes.append(f"The {evaluation.group_name} is unknown for {unknown} of {metrics['n']} clips; the "
+                     "bootstrap takes each of them for itself.")
+    return notes
+
+
+def _figures(out_dir: Path, evaluation: Evaluation, metrics: Mapping[str, Any]) -> dict[str, Path]:
+    """Draws the figures and returns their paths by name."""
+    single = evaluation.task == "single_label"
+    title = f"{evaluation.dataset} · {evaluation.protocol} · {evaluation.split} · {metrics['n']} clips"
+    if evaluation.synthetic:
+        title = f"SYNTHETIC · {title}"
+    names, rows = evaluation.label_names, metrics["per_class"]
+    paths = {}
+    if evaluation.curves:
+        paths["curves"] = out_dir / "curves.png"
+        plots.learning_curves(paths["curves"], evaluation.curves, f"Learning curves · {title}",
+                              metric="accuracy" if single else "macro_roc_auc",
+                              evaluated_step=evaluation.checkpoint.get("step"))
+    if single:
+        paths["confusion"] = out_dir / "confusion.png"
+        plots.confusion_matrix(paths["confusion"], metrics["confusion"], names, f"Confusion · {title}")
+    paths["per_class"] = out_dir / "per_class.png"
+    measures = {"F1": "f1", "ROC-AUC": "roc_auc"} if single else {"ROC-AUC": "roc_auc", "PR-AUC": "pr_auc"}
+    plots.per_class_bars(
+        paths["per_class"], names, {name: [row[key] for row in rows] for name, key in measures.items()},
+        [row["support"] for row in rows], f"Per {'class' if single else 'tag'} · {title}")
+    if len(names) <= _MOST_ROC_CURVES:
+        paths["roc"] = out_dir / "roc.png"
+        plots.roc_curves(paths["roc"], np.asarray(evaluation.scores), _one_hot(evaluation), names,
+                         f"ROC · {title}")
+    paths["reliability"] = out_dir / "reliability.png"
+    plots.reliability_diagram(
+        paths["reliability"], metrics["reliability"], metrics["ece"], f"Calibration · {title}",
+        observed="accuracy" if single else "share with the tag", counted="clips" if single else "entries")
+    return paths
+
+
+def _value(name: str, value: float | None) -> str:
+    if value is None:
+        return "undefined"
+    return f"{100 * value:.1f} %" if name in _IN_PERCENT else f"{value:.3f}"
+
+
+def _range(name: str, interval: Sequence[float]) -> str:
+    if name in _IN_PERCENT:
+        return f"{100 * interval[0]:.1f}-{100 * interval[1]:.1f}"
+    return f"{interval[0]:.3f}-{interval[1]:.3f}"
+
+
+def _intervals(metrics: Mapping[str, Any], name: str) -> list[str]:
+    """Returns the intervals of a measure in words, the level with the first."""
+    intervals = metrics.get("intervals", {})
+    kinds = {"wilson": "Wilson", "bootstrap": f"{intervals.get('bootstrap_unit')} bootstrap"}
+    found = [f"{kinds[kind]} {_range(name, interval)}" for kind, interval in intervals.get(name, {}).items()
+             if interval]
+    return [f"{100 * intervals['level']:.0f} % {found[0]}", *found[1:]] if found else []
+
+
+def _cards(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the numbers at the top of the report; the first ones are the headline."""
+    main = ("accuracy",) if "accuracy" in metrics else ("macro_roc_auc", "macro_pr_auc")
+    shown = [*main, *(name for name in _MEASURES if name in metrics and name not in main)]
+    return [{"name": plots.measure_name(name), "value": _value(name, metrics[name]), "main": name in main,
+             "intervals": _intervals(metrics, name)} for name in shown]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        found += _flat(value, f"{name}.") if isinstance(value, Mapping) else [(name, value)]
+    return found
+
+
+def _data_uri(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def _page(template: str, **values: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, trim_blocks=True,
+        lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters["number"] = lambda value: "n/a" if value is None else f"{value:.3f}"
+    environment.globals.update(show_value=_value, show_range=_range, measure_name=plots.measure_name)
+    return environment.get_template(template).render(**values)

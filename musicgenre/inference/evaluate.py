@@ -1,0 +1,136 @@
+"""A trained model on a split of any compatible store: scores, audit, report."""
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from musicgenre.config import differences, to_plain
+from musicgenre.datasets.arrays import load_arrays
+from musicgenre.errors import UserError
+from musicgenre.evaluation.audit import AuditResult, AuditSide, audit, fingerprint_spectrogram
+from musicgenre.evaluation.report import Evaluation
+from musicgenre.files import read_json
+from musicgenre.inference.model import TrainedModel
+from musicgenre.pipeline.prepare import prepare_store
+from musicgenre.pipeline.store import Store
+from musicgenre.training.parallel import Parallel
+from musicgenre.training.scoring import score_clips
+from musicgenre.training.step import make_score_step
+from musicgenre.training.telemetry import read_rows
+
+
+def evaluate_model(model: TrainedModel, store: Store, split: str, *, command: str = "", compare_spectrograms: bool = True) -> Evaluation:
+    """Scores every clip of a split once and gathers what the report needs.
+
+    Args:
+      model: a trained model.
+      store: a store made with the model's front end and clip length.
+      split: "train", "valid" or "test".
+      command: what was typed, for the report.
+      compare_spectrograms: look for near-identical spectrograms between the split and the training clips.
+
+    Raises:
+      UserError: the store does not fit the model (features, length, task or labels), or the split is empty.
+    """
+    _check_fits(model, store)
+    indices = store.indices(split)
+    spread = Parallel.create()
+    score = spread.score_step(make_score_step(model.module, model.task))
+    config = model.config
+    scores = score_clips(score, spread.place_state(model.model), store, indices, batch_size=spread.round_up(int(config.batch_size)),
+                         crop_frames=int(config.data.crop_frames), chunks=int(config.data.eval_chunks))
+    targets = _targets(model, store, indices)
+    metric, value = model.measure
+    rows = [row for row in read_rows(model.workdir) if row["step"] <= model.step or model.which != "last"]
+    selected = f"validation {metric} ({value:.4f})" if model.which == "best" and value is not None else "nothing"
+    notes = []
+    if split == "train":
+        notes.append("These clips were trained on: this says how well they were learnt, not how well others will be recognised.")
+    if split == "valid" and model.which == "best":
+        notes.append("The checkpoint was chosen on this very split, so its measures are a little too good.")
+    return Evaluation(
+        title=f"{model.workdir.name}: {config.model.name} on {store.dataset['name']}", dataset=store.dataset["name"],
+        protocol=store.dataset["protocol"], split=split, task=model.task, label_names=model.label_names,
+        clip_ids=store.clip_ids[indices].tolist(), paths=store.paths[indices].tolist(), groups=[store.groups[i] for i in indices],
+        scores=scores, targets=targets, curves=rows, config=to_plain(config),
+        audit=_audit(model, store, indices, compare_spectrograms) if split != "train" else None, skipped=store.skipped,
+        synthetic=bool(store.dataset["synthetic"] or model.dataset["synthetic"]), command=command,
+        checkpoint={"step": model.step, "which": model.which, "selected_on": selected}, versions=versions(), notes=notes)
+
+
+def store_of_arrays(model: TrainedModel, file: str | os.PathLike[str], split: str, folder: Path) -> Store:
+    """Makes a store of one file of spectrograms, as a split of its own.
+
+    Args:
+      model: the model that is to be evaluated on it; gives the front end and the clip length.
+      file: `.npz` or `.npy`, see `musicgenre.datasets.arrays.load_arrays`.
+      split: what the file is, such as "test".
+      folder: where the store is written.
+
+    Raises:
+      UserError: the file cannot be used.
+    """
+    path = Path(file)
+    layout = str(model.config.data.array_layout)
+    dataset = load_arrays(path.parent, {split: path.name}, layout)
+    prepare_store(dataset, model.features, model.layout, folder, workers=1, array_layout=layout, progress=False)
+    return Store.open(folder)
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that a result depends on."""
+    packages = ("musicgenre", "jax", "jaxlib", "flax", "optax", "numpy", "librosa")
+    return {"python": platform.python_version(), "device": jax.devices()[0].device_kind,
+            **{name: importlib.metadata.version(name) for name in packages}}
+
+
+def _check_fits(model: TrainedModel, store: Store) -> None:
+    if store.features != model.features:
+        lines = differences(store.features.to_dict(), model.features.to_dict())
+        raise UserError(f"{store.path}: its features are not those that the model was trained on (store -> model): {'; '.join(lines)}. "
+                        "Prepare the clips with the model's front end.")
+    if store.layout.frames != model.layout.frames:
+        raise UserError(f"{store.path}: {store.layout.frames} frames per clip where the model was trained on {model.layout.frames}.")
+    if store.task != model.task:
+        raise UserError(f"{store.path}: its task is {store.task}, the model's {model.task}.")
+    if unknown := [name for name in store.label_names if name not in model.label_names]:
+        raise UserError(f"{store.path}: the model does not know the label {unknown[0]!r}; it knows {', '.join(model.label_names)}.")
+
+
+def _targets(model: TrainedModel, store: Store, indices: np.ndarray) -> np.ndarray:
+    """Returns the truth in the order of the model's labels, which may be more than the store's."""
+    columns = np.array([model.label_names.index(name) for name in store.label_names])
+    targets = store.targets(indices)
+    if targets.ndim == 1:
+        return columns[targets]
+    arranged = np.zeros((len(targets), len(model.label_names)), targets.dtype)
+    arranged[:, columns] = targets
+    return arranged
+
+
+def _audit(model: TrainedModel, store: Store, indices: np.ndarray, compare_spectrograms: bool) -> AuditResult:
+    """Compares the clips with those that this very model was trained on, wherever they are now."""
+    record = read_json(model.workdir / "train_clips.json", "list of training clips")
+    trained = AuditSide(record["clip_id"], record["sha256"], record["group"])
+    evaluated = AuditSide(store.clip_ids[indices].tolist(), store.hashes[indices].tolist(), [store.groups[i] for i in indices])
+    if compare_spectrograms:
+        try:
+            training_store = Store.open(record["store"], verify=False)
+            place = {clip_id: i for i, clip_id in enumerate(training_store.clip_ids)}
+            there = np.array([place[clip_id] for clip_id in record["clip_id"]])
+        except (UserError, KeyError):
+            pass  # the training store is gone; the report says that spectrograms were not compared
+        else:
+            trained = dataclasses.replace(trained, fingerprints=_fingerprints(training_store, there))
+            evaluated = dataclasses.replace(evaluated, fingerprints=_fingerprints(store, indices))
+    return audit(evaluated, trained)
+
+
+def _fingerprints(store: Store, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    return np.stack([fingerprint_spectrogram(store.gather(np.array([i]))[0].astype(np.float32)) for i in indices])
