@@ -1,13 +1,25 @@
 """Shared settings and fixtures; data are made on the fly."""
 
 import os
+import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
-from absl import flags
+from absl import flags, logging
+from ml_collections import ConfigDict
+
+from musicgenre.config import base_config, clip_layout, dataset_options, feature_spec, store_path
+from musicgenre.datasets import load_dataset
+from musicgenre.pipeline.prepare import prepare_store
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Many tests train the same small network: compile it once a session.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="musicgenre-xla-"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
 flags.FLAGS.mark_as_parsed()
+logging.set_verbosity(logging.WARNING)
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -18,3 +30,38 @@ def real_data() -> Path:
     if not REAL_DATA.is_dir():
         pytest.skip("the real data are not beside this checkout (../shared/data)")
     return REAL_DATA
+
+
+@pytest.fixture
+def small_arrays(tmp_path: Path) -> Path:
+    """A folder with train, valid and test arrays of three easily told classes: 24 + 9 + 9 clips, 64 frames x 16 mels."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 24), ("valid", 9), ("test", 9)):
+        label = np.arange(count) % 3
+        spectrogram = -40 + 8 * generator.standard_normal((count, 16, 64))
+        for row, number in enumerate(label):
+            spectrogram[row, 5 * number : 5 * number + 5] += 12
+        np.savez(tmp_path / f"{split}.npz", spectrogram=np.clip(spectrogram, -80, 0).astype(np.float32), label=label,
+                 genres=np.array(["low", "middle", "high"]), clip_id=np.array([f"{split}.{row}" for row in range(count)]))
+    return tmp_path
+
+
+@pytest.fixture
+def small_config(small_arrays: Path, tmp_path: Path) -> ConfigDict:
+    """A config of a small network on `small_arrays`, whose store is prepared."""
+    config = base_config()
+    config.data.dataset = "arrays"
+    config.data.root = str(small_arrays)
+    config.data.files = ConfigDict({"train": "train.npz", "valid": "valid.npz", "test": "test.npz"})
+    config.data.stores_root = str(tmp_path / "stores")
+    config.data.frames = 64
+    config.data.normalise = "band"
+    config.features.n_mels = 16
+    config.features.hop_length = 512
+    config.model = ConfigDict({"name": "conv1d", "module": "", "filters": (8, 16), "dense": (16,)})
+    config.batch_size = 8
+    config.epochs = 4
+    config.log_every = 2
+    prepare_store(load_dataset(dataset_options(config)), feature_spec(config), clip_layout(config), store_path(config),
+                  workers=1, progress=False)
+    return config

@@ -1,6 +1,6 @@
 """The embedded data set: ten made-up styles of rendered music, so that everything runs without a download.
 
-A style is a table of tempo, patterns, harmony and timbres. Its clips are by five made-up artists who each have their
+A style is a table of tempo, patterns, harmony and timbres. Its clips are by ten made-up artists who each have their
 own instruments, mix, room and recording, and no artist is in two splits: as with real music, what is to be learned is
 the style and what must be ignored is the artist. Styles share instruments and tempos, and some differ in little but
 their rhythm. The audio says nothing about real genres, and every report on it says that it is synthetic.
@@ -10,7 +10,6 @@ import dataclasses
 import math
 import os
 import zlib
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,10 +26,12 @@ from musicgenre.files import read_json, replacing, write_json
 # Raised when the same parameters give other sound, so that one folder never holds clips of two renderers.
 RENDERER_VERSION = 1
 RECORD_NAME = "synthetic.json"
-# The artist of clip i is number i % 5. All three splits come first, so that three clips a style are enough.
-ARTIST_SPLITS = ("train", "valid", "test", "train", "train")
+# The artist of clip i is number i % 10. All three splits come first, so that three clips a style are enough.
+ARTIST_SPLITS = ("train", "valid", "test", "train", "train", "train", "valid", "test", "train", "train")
 MIN_CLIPS, MAX_CLIPS = len(set(ARTIST_SPLITS)), 100_000
 MIN_SECONDS, MAX_SECONDS = 1.0, 600.0
+# Lower rates have no room for the cymbal.
+MIN_SAMPLE_RATE = 16000
 
 
 class FileKind(NamedTuple):
@@ -44,8 +45,8 @@ class FileKind(NamedTuple):
 
 
 _WAV = FileKind("wav", "WAV", "PCM_16", 22050, 1)
-# Clip i is of kind i % 8: the same for every style, or the format would betray the style; and 8 has no factor in common
-# with the number of artists, or it would betray the split.
+# Clip i is of kind i % 9: the same for every style, or the format would betray the style; and 9 has no factor in common
+# with the number of artists, or it would betray the artist.
 FILE_KINDS = (
     _WAV,
     FileKind("flac", "FLAC", "PCM_16", 44100, 2),
@@ -53,7 +54,8 @@ FILE_KINDS = (
     FileKind("ogg", "OGG", "VORBIS", 22050, 1),
     _WAV,
     FileKind("wav", "WAV", "PCM_16", 44100, 2),
-    FileKind("mp3", "MP3", "MPEG_LAYER_III", 44100, 2),
+    _WAV,
+    FileKind("mp3", "MP3", "MPEG_LAYER_III", 16000, 1),
     _WAV,
 )
 
@@ -333,20 +335,22 @@ def render_clip(style: str, seed: int, seconds: float = 6.0, sample_rate: int = 
       style: a key of `STYLES`.
       seed: seed of the data set.
       seconds: length of the clip.
-      sample_rate: in Hz.
+      sample_rate: in Hz, at least 16,000.
       index: number of the clip in its style.
 
     Returns:
       Mono samples, float32 `[round(seconds * sample_rate)]`, with a peak between 0.19 and 0.85.
 
     Raises:
-      UserError: no such style, or a negative seed or index.
+      UserError: no such style, a negative seed or index, or too low a sample rate.
     """
+    if sample_rate < MIN_SAMPLE_RATE:
+        raise UserError(f"sample_rate must be at least {MIN_SAMPLE_RATE} Hz, not {sample_rate}.")
     table, parameters = _style(style), clip_parameters(style, seed, index)
     composing, noise = _generator(style, seed, "score", index), _generator(style, seed, "noise", index)
     samples = round(seconds * sample_rate)
     notes, hits = _compose(table, parameters, seconds, composing)
-    mix = np.zeros(samples)
+    mix = np.zeros(samples, np.float32)
     sounds: dict[tuple[str, float, float], np.ndarray] = {}
     for note in notes:
         key = (note.timbre, note.pitch, note.seconds)
@@ -365,7 +369,7 @@ def load_synthetic(root: str | os.PathLike[str], seed: int = 0, clips_per_style:
     """Renders the clips that are missing below `root` and returns all of them.
 
     Files are `<root>/<style>/<style>.NNNNN.<suffix>`: most of them 16-bit mono WAV at 22,050 Hz, and for every style
-    alike some FLAC, OGG, MP3, stereo and 44,100 Hz. More clips can be asked for later: those that are there stay as
+    alike some FLAC, OGG, MP3, stereo, 16,000 and 44,100 Hz. More clips can be asked for later: those that are there stay as
     they are, in the splits in which they are. A clip's group is its artist, and the splits are by artist, about
     60/20/20.
 
@@ -535,7 +539,7 @@ def _strokes(pattern: str, generator: np.random.Generator) -> list[tuple[int, fl
 
 def _note(timbre: Timbre, pitch: float, seconds: float, softness: float, sample_rate: int,
           generator: np.random.Generator) -> np.ndarray:
-    """Returns the sound of one note, float64 `[samples]`.
+    """Returns the sound of one note, float32 `[samples]`.
 
     Harmonic h is the h-th power of one damped rotation, so that a single exponential and a polynomial make them all.
     """
@@ -554,11 +558,11 @@ def _note(timbre: Timbre, pitch: float, seconds: float, softness: float, sample_
     for weight in reversed([0.0, *weights[:-1]]):
         wave *= rotation
         wave += np.float32(weight)
-    sound = wave.imag / np.sqrt(np.square(weights).sum())
+    sound = wave.imag / np.float32(np.sqrt(np.square(weights).sum()))
     if timbre.breath:
-        sound = sound + timbre.breath * generator.standard_normal(len(time))
+        sound = sound + np.float32(timbre.breath) * generator.standard_normal(len(time), np.float32)
     envelope = np.minimum(time / timbre.attack, 1.0) * np.clip((time[-1] - time) / timbre.release, 0.0, 1.0)
-    return sound * envelope
+    return sound * envelope.astype(np.float32)
 
 
 def _drum(name: str, parameters: Parameters, sample_rate: int, generator: np.random.Generator) -> np.ndarray:
@@ -569,7 +573,7 @@ def _drum(name: str, parameters: Parameters, sample_rate: int, generator: np.ran
         # The pitch falls from 170 to 50 Hz.
         return 0.9 * np.sin(2 * np.pi * pitch * (50 * time - 120 * 0.03 * np.exp(-time / 0.03))) * np.exp(-time / 0.09)
     low, high, decay, level = (900.0, 6000.0, 0.06, 0.8) if name == "snare" else (5500.0, 10000.0, 0.03, 0.5)
-    band = scipy.signal.butter(2, (low, high), "bandpass", fs=sample_rate, output="sos")
+    band = scipy.signal.butter(2, (low, min(high, 0.45 * sample_rate)), "bandpass", fs=sample_rate, output="sos")
     sound = level * scipy.signal.sosfilt(band, generator.standard_normal(len(time))) * np.exp(-time / decay)
     if name == "snare":
         sound += 0.4 * np.sin(2 * np.pi * 190 * pitch * time) * np.exp(-time / 0.05)
@@ -581,23 +585,19 @@ def _add(mix: np.ndarray, sound: np.ndarray, time: float, gain: float, sample_ra
     begin = round(time * sample_rate)
     first, last = max(begin, 0), min(begin + len(sound), len(mix))
     if first < last:
-        mix[first:last] += gain * sound[first - begin:last - begin]
-
-
-@cache
-def _fft_length(samples: int) -> int:
-    return int(scipy.fft.next_fast_len(samples, real=True))
+        mix[first:last] += np.float32(gain) * sound[first - begin:last - begin]
 
 
 def _record(mix: np.ndarray, parameters: Parameters, sample_rate: int, generator: np.random.Generator) -> np.ndarray:
     """Puts the mix into the artist's room and onto the artist's tape: echo, spectral tilt, cutoff and noise."""
-    echo_time = np.arange(1, round(parameters.reverb * sample_rate)) / sample_rate
-    echo = generator.standard_normal(len(echo_time)) * 10 ** (-3 * echo_time / parameters.reverb)
-    room = np.concatenate([[1 - parameters.wet], parameters.wet * echo / np.linalg.norm(echo)])
-    length = _fft_length(len(mix) + len(room))
+    echo_time = np.arange(1, round(parameters.reverb * sample_rate), dtype=np.float32) / np.float32(sample_rate)
+    echo = generator.standard_normal(len(echo_time), np.float32) * np.exp(echo_time * (math.log(1e-3) / parameters.reverb))
+    room = np.concatenate([[1 - parameters.wet], parameters.wet * echo / np.linalg.norm(echo)]).astype(np.float32)
+    length = int(scipy.fft.next_fast_len(len(mix) + len(room), real=True))
     frequency = np.maximum(scipy.fft.rfftfreq(length, 1 / sample_rate), 30.0)
     # Tilts turn about 1 kHz.
     tape = (frequency / 1000) ** (parameters.tilt / (20 * math.log10(2))) / (1 + (frequency / parameters.cutoff) ** 4)
-    wet = scipy.fft.irfft(scipy.fft.rfft(mix, length) * scipy.fft.rfft(room, length) * tape, length)[:len(mix)]
-    level = np.sqrt(np.mean(wet**2)) * 10 ** (parameters.noise / 20)
-    return wet + level * generator.standard_normal(len(mix))
+    spectrum = scipy.fft.rfft(mix, length) * scipy.fft.rfft(room, length) * tape.astype(np.float32)
+    wet = scipy.fft.irfft(spectrum, length)[:len(mix)]
+    level = np.sqrt(np.mean(wet**2)) * np.float32(10 ** (parameters.noise / 20))
+    return wet + level * generator.standard_normal(len(mix), np.float32)

@@ -27,7 +27,8 @@ class AuditSide:
     """The clips of one side of the comparison; everything is in the same order.
 
     Attributes:
-      clip_ids: unique ids, `[clips]`.
+      clip_ids: unique ids, `[clips]`; the same id on both sides is taken for the same clip, so prefix them
+        with the data set where the sides come from different ones.
       content_hashes: a hash of each sound file or array, `[clips]`; None or "" where there is none.
       groups: the artist or track of each clip, `[clips]`; None where it is not known.
       fingerprints: from `fingerprint_spectrogram`, float32 `[clips, d]`; None leaves that check out.
@@ -107,7 +108,7 @@ class AuditResult:
         lines = [f"no leak found: {sides}" if self.clean else f"LEAK: {sides}"]
         for found in self.findings:
             lines.append(f"{found.kind}: {found.clips} of {self.evaluated} evaluated clips "
-                         f"({found.pairs} pairs)")
+                         f"({found.pairs} pair{'s' if found.pairs != 1 else ''})")
         if self.closest is not None:
             lines.append(f"closest spectrograms: cosine {self.closest:.2f} "
                          f"(near-identical from {self.threshold:.2f})")
@@ -292,8 +293,8 @@ def _near(
         cosines = compare(left[start : start + rows])
         closest = max(closest, float(cosines.max()))
         near = np.argwhere(cosines >= threshold)
-        found += [(start + int(i), int(j), float(cosines[i, j])) for i, j in near]
-    return sorted(found, key=lambda pair: -pair[2]), closest
+        found += [(start + int(i), int(j), round(float(cosines[i, j]), 4)) for i, j in near]
+    return sorted(found, key=lambda pair: (-pair[2], pair)), closest
 
 
 def _comparison(right: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:

@@ -105,7 +105,7 @@ def per_class_bars(
         axes.set_ylim(classes - 0.4, -0.6)
         _tidy(axes, "x")
     panels[0].set_yticks(positions, _with_counts(label_names, support), fontsize=9)
-    panels[0].set_ylabel("class (clips)")
+    panels[0].set_ylabel("label (clips)")
     _save(figure, path, title)
 
 
@@ -213,7 +213,7 @@ def roc_curves(
       label_names: `[labels]`.
       title: what was evaluated.
     """
-    figure = _figure(6.8, 4.9)
+    figure = _figure(5.8, 5.8)
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
     for column, (name, colour) in enumerate(zip(label_names, _CURVES, strict=False)):
@@ -226,8 +226,8 @@ def roc_curves(
     axes.set(xlim=(-0.01, 1), ylim=(0, 1.01), xlabel="false positive rate", ylabel="true positive rate",
              aspect="equal")
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.02, 0.5),
-                    title="area, class", alignment="left")
+        axes.legend(edgecolor="none", framealpha=0.9, fontsize=8.5, loc="lower right", title="area, label",
+                    alignment="left")
     _tidy(axes, "both")
     _save(figure, path, title)
 
@@ -257,7 +257,7 @@ def comparison_plot(
     for position, row in enumerate(rows):
         values = factor * np.asarray(row["values"], float)
         # Below the line; dots of equal value would hide each other, so they are spread a little.
-        offsets = 0.26 + (np.linspace(-0.07, 0.07, len(values)) if len(values) > 1 else np.zeros(1))
+        offsets = 0.26 + (np.linspace(-0.07, 0.07, len(values)) if len(values) > 1 else np.zeros(len(values)))
         axes.plot(values, position + offsets, "o", color=BLUE, alpha=0.75, markersize=4.5, markeredgewidth=0,
                   label=None if dots_drawn or not len(values) else "a seed")
         dots_drawn = dots_drawn or len(values) > 0

@@ -24,8 +24,8 @@ LEVEL = 0.95
 _MISTAKES_SHOWN = 20
 _MOST_ROC_CURVES = 10
 # In the order in which they are shown; those of the second line are shares, shown in percent.
-_MEASURES = ("accuracy", "balanced_accuracy", "top3_accuracy", "macro_roc_auc", "macro_pr_auc",
-             "macro_precision", "macro_recall", "macro_f1", "micro_f1", "nll", "ece")
+_MEASURES = ("accuracy", "balanced_accuracy", "top3_accuracy", "macro_roc_auc", "macro_pr_auc", "macro_f1",
+             "micro_f1", "nll", "ece")
 _IN_PERCENT = ("accuracy", "balanced_accuracy", "top3_accuracy", "ece")
 
 
@@ -130,7 +130,7 @@ def headline(metrics: Mapping[str, Any]) -> str:
     single = "accuracy" in metrics
     parts = []
     for name in ("accuracy",) if single else ("macro_roc_auc", "macro_pr_auc"):
-        shown = "; ".join(_intervals(metrics, name))
+        shown = ", ".join(_intervals(metrics, name))
         value = f"{plots.measure_name(name)} {_value(name, metrics[name])}"
         parts.append(f"{value} ({shown})" if shown else value)
     parts.append(f"{metrics['n']} clips")
@@ -138,7 +138,7 @@ def headline(metrics: Mapping[str, Any]) -> str:
         parts.append(f"{metrics['tags']} tags")
     if metrics.get("undefined_count"):
         what = "classes" if single else "tags"
-        parts.append(f"{metrics['undefined_count']} {what} without a value left out of the means")
+        parts.append(f"{what} left out of the means: {metrics['undefined_count']}")
     return ", ".join(parts)
 
 
@@ -166,8 +166,9 @@ def write_report(
     reasons = Counter(str(row["reason"]) for row in evaluation.skipped)
     write_json(out_dir / "metrics.json", {
         "title": evaluation.title, "dataset": evaluation.dataset, "protocol": evaluation.protocol,
-        "split": evaluation.split, "synthetic": evaluation.synthetic, "checkpoint": dict(evaluation.checkpoint),
-        "headline": headline(metrics), **metrics, "audit": audit.to_dict() if audit else None,
+        "split": evaluation.split, "synthetic": evaluation.synthetic,
+        "checkpoint": dict(evaluation.checkpoint), "headline": headline(metrics), **metrics,
+        "audit": audit.to_dict() if audit else None,
         "skipped": [dict(row) for row in evaluation.skipped], "notes": notes, "command": evaluation.command,
         "versions": dict(evaluation.versions), "config": dict(evaluation.config)})
     write_text(out_dir / "predictions.csv", _predictions(evaluation))
@@ -341,13 +342,14 @@ def _predictions(evaluation: Evaluation) -> str:
     """Returns the text of predictions.csv, sorted by clip id."""
     truth, chosen = _one_hot(evaluation) == 1, _chosen(evaluation)
     names = np.array(evaluation.label_names, dtype=object)
+    scores = np.asarray(evaluation.scores, float)
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["clip_id", "split", "truth", "predicted", "correct", *(f"p_{name}" for name in names)])
     for i in sorted(range(len(evaluation.clip_ids)), key=lambda i: evaluation.clip_ids[i]):
         writer.writerow([
             evaluation.clip_ids[i], evaluation.split, "|".join(names[truth[i]]), "|".join(names[chosen[i]]),
-            int((truth[i] == chosen[i]).all()), *(f"{score:.6f}" for score in evaluation.scores[i])])
+            int((truth[i] == chosen[i]).all()), *(f"{score:.6f}" for score in scores[i])])
     return buffer.getvalue()
 
 
@@ -373,13 +375,15 @@ def _own_notes(evaluation: Evaluation, metrics: Mapping[str, Any]) -> list[str]:
     """Returns what a reader has to know about these numbers."""
     notes = []
     checkpoint = evaluation.checkpoint
-    if checkpoint.get("which") == "best" and evaluation.split in str(checkpoint.get("selected_on", "")).split():
+    selected_on = str(checkpoint.get("selected_on", "")).split()
+    if checkpoint.get("which") == "best" and evaluation.split in selected_on:
         notes.append(f"The checkpoint was chosen by its score on this split ({evaluation.split}), so these "
                      "numbers flatter it.")
     if metrics["undefined"]:
         what = "classes" if evaluation.task == "single_label" else "tags"
-        notes.append(f"{metrics['undefined_count']} {what} have no clip, or no clip without them, in this split "
-                     f"and are left out of the means: {', '.join(metrics['undefined'])}.")
+        notes.append(f"Left out of the means, for want of a clip with or without them: "
+                     f"{metrics['undefined_count']} of {len(metrics['per_class'])} {what} "
+                     f"({', '.join(metrics['undefined'])}).")
     unknown = sum(group is None for group in evaluation.groups)
     if unknown:
         notes.append(f"The {evaluation.group_name} is unknown for {unknown} of {metrics['n']} clips; the "
@@ -462,8 +466,8 @@ def _data_uri(path: Path) -> str:
 
 def _page(template: str, **values: Any) -> str:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, trim_blocks=True,
-        lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
+        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters["number"] = lambda value: "n/a" if value is None else f"{value:.3f}"
     environment.globals.update(show_value=_value, show_range=_range, measure_name=plots.measure_name)
     return environment.get_template(template).render(**values)

@@ -170,7 +170,7 @@ def read_model(folder: Path, which: str, abstract_model: Callable[[dict[str, Any
     if not steps:
         raise UserError(f"{folder.parent}: no checkpoint found there. Train first: "
                         f"experiments/train.py --config=... --workdir={folder.parent}")
-    options = ocp.CheckpointManagerOptions(read_only=True)
+    options = ocp.CheckpointManagerOptions(create=False)
     manager = ocp.CheckpointManager(folder.absolute(), options=options, item_names=ITEMS)
     try:
         metas: dict[int, dict[str, Any]] = {}

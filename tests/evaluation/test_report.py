@@ -1,0 +1,195 @@
+import csv
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pytest
+
+from musicgenre.errors import UserError
+from musicgenre.evaluation.audit import AuditSide, audit
+from musicgenre.evaluation.report import (
+    Evaluation,
+    headline,
+    measure,
+    summarise_seeds,
+    summarise_variants,
+    write_report,
+)
+
+NASTY = "<script>alert(1)</script>"
+
+
+def single(**changes):
+    """Ten clips of two classes, eight of them right; the surest mistake is the clip with the nasty name."""
+    labels = np.array([0, 1] * 5)
+    right = np.where(np.arange(10) < 8, 0.8, 0.3)
+    right[9] = 0.05
+    scores = np.where(np.eye(2, dtype=bool)[labels], right[:, None], 1 - right[:, None])
+    values = dict(
+        title="a & b", dataset="gtzan", protocol="fault_filtered", split="valid", task="single_label",
+        label_names=("blues", "ro,ck"), clip_ids=[*(f"clip{9 - i}" for i in range(9)), NASTY],
+        paths=[f"/data/{i}.wav" for i in range(10)], scores=scores, targets=labels,
+        groups=["x", "x", "y", "y", "z", "z", "w", "w", None, None],
+        config={"model": {"name": "conv1d"}, "note": NASTY},
+        curves=[{"step": 1, "train_loss": 1.0}, {"step": 2, "valid_loss": 1.1, "valid_accuracy": 0.5}],
+        checkpoint={"step": 2, "which": "last", "selected_on": None}, command="evaluate --workdir=x")
+    return Evaluation(**{**values, **changes})
+
+
+def tagging(**changes):
+    scores = np.array([[0.9, 0.6, 0.1], [0.8, 0.2, 0.3], [0.3, 0.7, 0.2], [0.6, 0.1, 0.4]])
+    targets = np.array([[1, 1, 0], [0, 0, 0], [1, 1, 0], [0, 0, 0]])
+    values = dict(title="tags", dataset="mtat", protocol="clean", split="test", task="multi_label",
+                  label_names=("rock", "vocal", "never"), clip_ids=list("dcba"), paths=list("dcba"),
+                  groups=[None] * 4, scores=scores, targets=targets)
+    return Evaluation(**{**values, **changes})
+
+
+def test_files_and_numbers(tmp_path):
+    path = write_report(tmp_path / "out", single(), resamples=200)
+    assert path == tmp_path / "out" / "report.html"
+    assert {file.name for file in path.parent.iterdir()} == {
+        "metrics.json", "predictions.csv", "report.html", "curves.png", "confusion.png", "per_class.png",
+        "roc.png", "reliability.png"}
+    text = (path.parent / "metrics.json").read_text(encoding="utf-8")
+    assert "NaN" not in text and "Infinity" not in text
+    saved = json.loads(text)
+    assert saved["accuracy"] == 0.8
+    assert saved["intervals"]["accuracy"]["wilson"] == pytest.approx([0.4901625, 0.9433178], abs=1e-6)
+    assert saved["intervals"]["bootstrap_unit"] == "artist"
+    assert saved["intervals"]["bootstrap_units"] == 6
+    measured = measure(single(), resamples=200)
+    assert {key: saved[key] for key in measured} == json.loads(json.dumps(measured))
+    assert headline(saved) == saved["headline"]
+
+
+def test_html_stands_alone_and_escapes(tmp_path):
+    page = write_report(tmp_path, single(), resamples=50).read_text(encoding="utf-8")
+    for target in re.findall(r"""(?:src|href)\s*=\s*["']?([^"'\s>]+)""", page):
+        assert target.startswith(("data:image/png;base64,", "#"))
+    assert not re.search(r"url\(|@import|<link|<script", page)
+    assert NASTY not in page
+    assert page.count("&lt;script&gt;") == 2
+    assert "a &amp; b" in page
+    assert "prefers-color-scheme: dark" in page
+    assert "80.0 %" in page and "49.0-94.3" in page.replace("\u2011", "-")
+    assert "SYNTHETIC" not in page
+
+
+def test_predictions_are_sorted_and_readable(tmp_path):
+    write_report(tmp_path, single(), resamples=20)
+    with open(tmp_path / "predictions.csv", encoding="utf-8", newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    assert list(rows[0]) == ["clip_id", "split", "truth", "predicted", "correct", "p_blues", "p_ro,ck"]
+    assert [row["clip_id"] for row in rows] == sorted(single().clip_ids)
+    assert sum(int(row["correct"]) for row in rows) == 8
+    assert list(rows[0].values()) == [NASTY, "valid", "ro,ck", "blues", "0", "0.950000", "0.050000"]
+
+
+def test_surest_mistakes_come_first(tmp_path):
+    page = write_report(tmp_path, single(), resamples=20).read_text(encoding="utf-8")
+    section = page[page.index("Surest mistakes") : page.index("Leakage audit")]
+    assert re.findall(r'class="path">([^<]+)<', section) == ["/data/9.wav", "/data/8.wav"]
+    assert "0.950" in section and "0.700" in section
+
+
+def test_multi_label(tmp_path):
+    page = write_report(tmp_path, tagging(), resamples=100).read_text(encoding="utf-8")
+    assert "1 of 3 tags (never)" in page
+    assert "Confusion" not in page
+    saved = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
+    assert saved["macro_roc_auc"] == pytest.approx(0.75)
+    assert saved["intervals"]["bootstrap_unit"] == "clip"
+    with open(tmp_path / "predictions.csv", encoding="utf-8", newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    assert [(row["clip_id"], row["truth"], row["predicted"], row["correct"]) for row in rows] == [
+        ("a", "", "rock", "0"), ("b", "rock|vocal", "vocal", "0"), ("c", "", "rock", "0"),
+        ("d", "rock|vocal", "rock|vocal", "1")]
+
+
+def test_headline():
+    line = headline(measure(single(), resamples=200))
+    expected = r"accuracy 80\.0 % \(95 % Wilson 49\.0-94\.3, artist bootstrap [\d.]+-[\d.]+\), 10 clips"
+    assert re.fullmatch(expected, line)
+    assert headline({"accuracy": 0.5, "n": 4}) == "accuracy 50.0 %, 4 clips"
+    line = headline(measure(tagging(), resamples=100))
+    assert line.startswith("macro ROC-AUC 0.750 (95 % clip bootstrap ")
+    assert line.endswith("4 clips, 3 tags, tags left out of the means: 1")
+
+
+def test_one_clip_alone_can_be_reported(tmp_path):
+    one = single(clip_ids=["a"], paths=["a"], groups=[None], scores=np.array([[0.6, 0.4]]),
+                 targets=np.array([0]), curves=())
+    write_report(tmp_path, one, resamples=20)
+    saved = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
+    assert saved["macro_roc_auc"] is None
+    assert saved["intervals"]["accuracy"]["bootstrap"] is None
+    assert saved["undefined"] == ["blues", "ro,ck"]
+
+
+def test_page_says_what_a_reader_must_know(tmp_path):
+    evaluation = single()
+    ids, groups = evaluation.clip_ids, evaluation.groups
+    leak = audit(AuditSide(ids, ids, groups), AuditSide(["clip9", "q"], ["h", "i"], [None, "y"]))
+    skipped = [{"clip_id": "jazz.00054", "path": "/data/jazz.00054.wav", "reason": "cannot be decoded"}]
+    checkpoint = {"step": 7, "which": "best", "selected_on": "valid accuracy"}
+    told = dataclasses.replace(evaluation, synthetic=True, audit=leak, skipped=skipped, checkpoint=checkpoint)
+    page = write_report(tmp_path, told, resamples=20).read_text(encoding="utf-8")
+    for words in ("SYNTHETIC", "trained on some of what it is evaluated on", "same clip: 1 of 10",
+                  "same artist: 2 of 10", "1 × cannot be decoded", "jazz.00054", "best, step 7", "model.name",
+                  "chosen by its score on this split (valid)", "The artist is unknown for 2 of 10 clips"):
+        assert words in page, words
+    assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))["audit"]["clean"] is False
+
+
+def test_the_test_split_is_not_said_to_flatter(tmp_path):
+    told = single(split="test", checkpoint={"step": 7, "which": "best", "selected_on": "valid accuracy"})
+    page = write_report(tmp_path, told, resamples=20).read_text(encoding="utf-8")
+    assert "flatter" not in page
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(UserError, match="10 clip ids but 9 paths"):
+        measure(single(paths=["x"] * 9))
+    with pytest.raises(UserError, match="'a' occurs more than once"):
+        measure(single(clip_ids=["a"] * 10))
+    with pytest.raises(UserError, match="task must be"):
+        measure(single(task="regression"))
+    with pytest.raises(UserError, match="at least one run"):
+        summarise_seeds(tmp_path, [], title="x")
+    with pytest.raises(UserError, match="measure in common"):
+        summarise_seeds(tmp_path, [("a", {"accuracy": 0.5}), ("b", {"macro_roc_auc": 0.5})], title="x")
+    with pytest.raises(UserError, match="for 1 seeds"):
+        summarise_seeds(tmp_path, [("a", {"accuracy": 0.5})], title="x", correct=np.ones((2, 4)))
+
+
+def test_summary_over_seeds(tmp_path):
+    runs = [(f"seed {i}", {"accuracy": value, "macro_f1": 0.3, "macro_roc_auc": None if i else 0.7})
+            for i, value in enumerate([0.4, 0.5, 0.6])]
+    correct = np.zeros((3, 10))
+    correct[0, :4] = correct[1, :5] = correct[2, :6] = 1
+    page = summarise_seeds(tmp_path, runs, title="<b>seeds", correct=correct, groups=["x"] * 5 + ["y"] * 5,
+                           synthetic=True).read_text(encoding="utf-8")
+    saved = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert saved["measures"]["accuracy"]["mean"] == pytest.approx(0.5)
+    assert saved["measures"]["accuracy"]["interval"] == pytest.approx([0.2515862, 0.7484138], abs=1e-6)
+    assert saved["left_out"] == ["macro_roc_auc"]
+    # The two artists' means are (4 + 5 + 5) / 15 and 1 / 15, and a bootstrap of two draws either twice.
+    assert saved["over_clips"]["bootstrap"] == pytest.approx([1 / 15, 14 / 15])
+    assert saved["over_clips"]["bootstrap_unit"] == "artist"
+    assert "50.0 %" in page and "25.2-74.8" in page and "SYNTHETIC" in page and "&lt;b&gt;seeds" in page
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+
+
+def test_summary_of_variants(tmp_path):
+    page = summarise_variants(tmp_path, {
+        "base": [("s0", {"accuracy": 0.4, "ece": 0.1}), ("s1", {"accuracy": 0.6, "ece": 0.1})],
+        "wide": [("s0", {"accuracy": 0.7})]}, title="ablation").read_text(encoding="utf-8")
+    saved = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert saved["variants"]["base"]["measures"]["accuracy"]["std"] == pytest.approx(np.sqrt(0.02))
+    assert saved["variants"]["wide"]["measures"] == {
+        "accuracy": {"n": 1, "mean": 0.7, "std": None, "interval": None, "values": [0.7]}}
+    assert saved["left_out"] == ["ece"]
+    assert (tmp_path / "variants.png").is_file()
+    assert "50.0 % ± 14.1 %" in page

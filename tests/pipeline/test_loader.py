@@ -1,0 +1,117 @@
+import numpy as np
+import pytest
+
+from musicgenre.config import store_path
+from musicgenre.errors import UserError
+from musicgenre.pipeline.loader import chunk_starts, eval_batches, normalisation, train_batches
+from musicgenre.pipeline.store import Store
+
+
+@pytest.fixture
+def store(small_config):
+    return Store.open(store_path(small_config))
+
+
+def rows_of(store, batch):
+    """The clip of each whole-clip row, found by its content."""
+    every = store.gather(np.arange(len(store)))
+    return [int(np.flatnonzero((every == row).all(axis=(1, 2)))[0]) for row in batch["x"]]
+
+
+def test_each_epoch_has_every_clip_once_in_another_order(store):
+    batches = list(train_batches(store, batch_size=5, steps=24, seed=3))
+    seen = [clip for batch in batches for clip in rows_of(store, batch)]
+    epochs = [seen[i : i + 24] for i in range(0, 120, 24)]
+    train = store.indices("train").tolist()
+    assert all(sorted(epoch) == train for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    for batch in batches:
+        np.testing.assert_array_equal(batch["y"], store.targets(np.array(rows_of(store, batch))))
+
+
+def test_the_seed_decides_and_the_state_resumes(store):
+    def batches(seed):
+        return train_batches(store, batch_size=4, steps=12, seed=seed, crop_frames=20)
+
+    one, two, other = list(batches(1)), list(batches(1)), list(batches(2))
+    assert all((a["x"] == b["x"]).all() for a, b in zip(one, two, strict=True))
+    assert any((a["x"] != b["x"]).any() for a, b in zip(one, other, strict=True))
+    iterator = batches(1)
+    for _ in range(5):
+        next(iterator)
+    state = iterator.get_state()
+    resumed = batches(1)
+    resumed.set_state(state)
+    for expected in one[5:]:
+        np.testing.assert_array_equal(next(resumed)["x"], expected["x"])
+
+
+def test_crops_stay_inside_the_real_frames(store):
+    store.lengths[:] = 30
+    whole = store.gather(np.arange(len(store)))
+    starts = set()
+    for batch in train_batches(store, batch_size=8, steps=30, seed=0, crop_frames=20):
+        assert batch["x"].shape == (8, 20, 16)
+        for row in batch["x"]:
+            hits = [s for s in range(45) for clip in whole if (clip[s : s + 20] == row).all()]
+            assert len(hits) == 1
+            starts.add(hits[0])
+    assert starts == set(range(11))
+
+
+def test_processes_share_each_batch(store):
+    whole = list(train_batches(store, batch_size=6, steps=8, seed=5))
+    halves = [list(train_batches(store, batch_size=6, steps=8, seed=5, process_index=i, process_count=2)) for i in range(2)]
+    for batch, left, right in zip(whole, *halves, strict=True):
+        np.testing.assert_array_equal(batch["x"], np.concatenate([left["x"], right["x"]]))
+    with pytest.raises(UserError, match="batch_size=5 does not divide by the 2 processes"):
+        train_batches(store, batch_size=5, steps=8, seed=5, process_count=2)
+
+
+def test_worker_processes_give_the_same_batches(store):
+    here = list(train_batches(store, batch_size=8, steps=4, seed=1))
+    workers = train_batches(store, batch_size=8, steps=4, seed=1, workers=2)
+    for batch, other in zip(here, workers, strict=True):
+        np.testing.assert_array_equal(batch["x"], other["x"])
+    workers.close()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_evaluation_sees_every_chunk_once_and_masks_the_rest(store, processes):
+    indices = store.indices("valid")
+    parts = [list(eval_batches(store, indices, batch_size=8, crop_frames=20, chunks=3, process_index=i, process_count=processes))
+             for i in range(processes)]
+    assert len({len(part) for part in parts}) == 1
+    counts = np.zeros(len(indices))
+    for batch in (batch for part in parts for batch in part):
+        assert batch["x"].shape == (8 // processes, 20, 16)
+        np.add.at(counts, batch["clip"], batch["mask"])
+    assert (counts == 3).all()
+
+
+def test_chunks_reach_from_the_first_frame_to_the_last():
+    assert chunk_starts(100, 20, 3).tolist() == [0, 40, 80]
+    assert chunk_starts(100, 20, 1).tolist() == [40]
+    assert chunk_starts(15, 20, 3).tolist() == [0, 0, 0]
+
+
+def test_statistics_are_those_of_the_training_split(store):
+    x = store.gather(store.indices("train")).astype(np.float64)
+    position = normalisation(store, "position", block=5)
+    np.testing.assert_allclose(position["mean"], x.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(position["std"], x.std(axis=0), rtol=1e-4)
+    band = normalisation(store, "band", block=5)
+    np.testing.assert_allclose(band["mean"][0], x.mean(axis=(0, 1)), rtol=1e-5)
+    np.testing.assert_allclose(band["std"][0], x.std(axis=(0, 1)), rtol=1e-4)
+    everything = normalisation(store, "global")
+    np.testing.assert_allclose(everything["std"], np.full((1, 16), x.std()), rtol=1e-4)
+    assert (normalisation(store, "none")["std"] == 1).all()
+    store.lengths[:] = 10
+    np.testing.assert_allclose(normalisation(store, "band")["mean"][0], x[:, :10].mean(axis=(0, 1)), rtol=1e-5)
+
+
+def test_bad_requests_are_named(store):
+    with pytest.raises(UserError, match="crop_frames=65 is not between 1 and the store's 64"):
+        train_batches(store, batch_size=4, steps=1, seed=0, crop_frames=65)
+    with pytest.raises(UserError, match="data.normalise must be"):
+        normalisation(store, "clip")

@@ -1,0 +1,205 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from musicgenre.config import to_plain
+from musicgenre.errors import UserError
+from musicgenre.inference.model import load_model
+from musicgenre.training import loop
+from musicgenre.training.telemetry import read_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def changed(config: ConfigDict, **fields) -> ConfigDict:
+    config = ConfigDict(config.to_dict())
+    for name, value in fields.items():
+        node = config
+        *parents, leaf = name.split("__")
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+    return config
+
+
+def parameters(workdir):
+    return jax.tree.map(np.asarray, load_model(workdir).model)
+
+
+def assert_same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_it_learns_and_writes_what_a_run_needs(small_config, tmp_path):
+    config = changed(small_config, epochs=15, optimizer__learning_rate=5e-3, optimizer__schedule="constant", model__dropout=0.0)
+    result = loop.train(config, tmp_path / "run", progress=False)
+    assert result.step == 45 and result.metric == "accuracy"
+    assert result.last == 1.0
+    rows = read_rows(tmp_path / "run")
+    losses = [row["train_loss"] for row in rows if "train_loss" in row]
+    assert losses[-1] < 0.3 * losses[0]
+    assert [row["step"] for row in rows if "valid_accuracy" in row] == list(range(3, 46, 3))
+    model = load_model(tmp_path / "run")
+    assert (model.step, model.label_names, model.task) == (45, ("low", "middle", "high"), "single_label")
+    assert model.features.n_mels == 16 and model.config.model.filters == (8, 16)
+    # The normalisation is the training split's alone: about -40 dB plus the share of raised bands.
+    assert model.model["norm"]["mean"].shape == (1, 16)
+    np.testing.assert_allclose(np.asarray(model.model["norm"]["mean"])[0, :15].mean(), -36.0, atol=0.5)
+
+
+def test_the_same_call_twice_does_nothing_the_second_time(small_config, tmp_path):
+    first = loop.train(small_config, tmp_path / "run", progress=False)
+    before = parameters(tmp_path / "run")
+    second = loop.train(small_config, tmp_path / "run", progress=False)
+    assert (first.step, first.last) == (second.step, second.last)
+    assert_same(before, parameters(tmp_path / "run"))
+
+
+MAIN = """
+import os, sys
+import jax
+from absl import flags, logging
+flags.FLAGS.mark_as_parsed(); logging.set_verbosity(logging.ERROR)
+import json
+from musicgenre.config import from_plain
+from musicgenre.training import loop
+config = from_plain(json.load(open(sys.argv[1])))
+die = int(sys.argv[3])
+if die:
+    place = loop.Parallel.place_batch
+    seen = []
+    def placed(self, batch):
+        seen.append(0)
+        if len(seen) == die:
+            os.kill(os.getpid(), int(sys.argv[4]))
+        return place(self, batch)
+    loop.Parallel.place_batch = placed
+try:
+    loop.train(config, sys.argv[2], progress=False)
+except loop.Interrupted as stop:
+    print(stop); sys.exit(128 + stop.signal_number)
+"""
+
+
+def run_main(config, workdir, die=0, number=0):
+    path = workdir.parent / "main.json"
+    path.write_text(json.dumps(to_plain(config)))
+    return subprocess.run([sys.executable, "-c", MAIN, str(path), str(workdir), str(die), str(int(number))], cwd=ROOT,
+                          capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_killed_run_ends_up_bit_identical(small_config, tmp_path, number, code):
+    config = changed(small_config, model__batch_norm=True, ema_decay=0.9, optimizer__schedule="cosine", data__crop_frames=60)
+    loop.train(config, tmp_path / "whole", progress=False)
+    killed = run_main(config, tmp_path / "cut", die=8, number=number)
+    assert killed.returncode == code, killed.stderr
+    # The eighth step was being fed: the checkpoint after step 3 or 6 is whole; a signal that can be caught saves step 8.
+    steps = [int(path.name) for path in (tmp_path / "cut" / "checkpoints").iterdir() if path.name.isdigit()]
+    assert max(steps) == (8 if code > 0 else 6) or (code < 0 and max(steps) == 3)
+    assert run_main(config, tmp_path / "cut").returncode == 0
+    assert_same(parameters(tmp_path / "whole"), parameters(tmp_path / "cut"))
+    whole, cut = (
+        [{k: v for k, v in row.items() if k.startswith(("step", "valid"))} for row in read_rows(tmp_path / name) if "valid_loss" in row]
+        for name in ("whole", "cut"))
+    assert whole == cut
+
+
+@pytest.mark.parametrize("item", ["model", "train", "data", "meta", "_CHECKPOINT_METADATA"])
+def test_a_checkpoint_cut_short_falls_back_to_the_one_before(small_config, tmp_path, item, caplog):
+    loop.train(small_config, tmp_path / "run", progress=False)
+    whole = parameters(tmp_path / "run")
+    last = tmp_path / "run" / "checkpoints" / "12"
+    files = [last / item] if (last / item).is_file() else [path for path in (last / item).rglob("*") if path.is_file()]
+    for path in files:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    loop.train(small_config, tmp_path / "run", progress=False)
+    assert_same(whole, parameters(tmp_path / "run"))
+    if item != "_CHECKPOINT_METADATA":  # Orbax can do without that one
+        assert "checkpoint of step 12 cannot be read" in caplog.text
+        assert (tmp_path / "run" / "damaged" / "12").is_dir()
+
+
+def test_no_readable_checkpoint_is_an_error_that_loses_nothing(small_config, tmp_path):
+    loop.train(small_config, tmp_path / "run", progress=False)
+    for path in (tmp_path / "run" / "checkpoints").rglob("*"):
+        if path.is_file() and "model" in path.parts:
+            path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"none of the checkpoints \(.*12\) can be read"):
+        loop.train(small_config, tmp_path / "run", progress=False)
+    assert (tmp_path / "run" / "damaged" / "12").is_dir()
+
+
+def test_another_config_in_the_same_workdir_is_refused(small_config, tmp_path):
+    loop.train(small_config, tmp_path / "run", progress=False)
+    with pytest.raises(UserError, match=r"optimizer.learning_rate: 0.001 -> 0.01"):
+        loop.train(changed(small_config, optimizer__learning_rate=0.01), tmp_path / "run", progress=False)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(small_config, tmp_path):
+    config = changed(small_config, optimizer__name="sgd", optimizer__learning_rate=1e30, optimizer__schedule="constant")
+    with pytest.raises(UserError, match=r"training loss became (nan|inf) at step \d+.*learning_rate"):
+        loop.train(config, tmp_path / "run", progress=False)
+
+
+def test_patience_stops_early_and_stays_stopped(small_config, tmp_path):
+    config = changed(small_config, epochs=60, patience=3, select_metric="accuracy", optimizer__learning_rate=3e-3)
+    result = loop.train(config, tmp_path / "run", progress=False)
+    assert result.stopped_early and result.step < 180
+    again = loop.train(config, tmp_path / "run", progress=False)
+    assert again.step == result.step
+
+
+def test_the_best_checkpoint_is_kept_beside_the_latest(small_config, tmp_path, monkeypatch):
+    measured = iter([0.2, 0.9, 0.3, 0.4, 0.5, 0.1])
+
+    def measures(scores, targets, label_names):
+        return {"loss": 1.0, "accuracy": next(measured)}
+
+    monkeypatch.setattr(loop, "validation_measures", measures)
+    result = loop.train(changed(small_config, epochs=6), tmp_path / "run", progress=False)
+    assert (result.best, result.best_step, result.last) == (0.9, 6, 0.1)
+    assert sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()) == [6, 15, 18]
+    assert load_model(tmp_path / "run", "best").step == 6
+    assert load_model(tmp_path / "run", "last").step == 18
+    with pytest.raises(UserError, match=r"no readable checkpoint '7'. There are the steps 6, 15, 18"):
+        load_model(tmp_path / "run", "7")
+
+
+@pytest.mark.parametrize("fields", [
+    {"optimizer__name": "momentum", "optimizer__schedule": "exponential", "optimizer__decay_rate": 0.9},
+    {"optimizer__name": "adamw", "optimizer__weight_decay": 0.01, "optimizer__schedule": "cosine", "optimizer__warmup_steps": 2},
+    {"optimizer__name": "lamb", "optimizer__clip_norm": 1.0, "loss__label_smoothing": 0.1},
+    {"dtype": "bfloat16", "loss__class_weights": "balanced", "optimizer__accumulate": 2},
+], ids=["momentum", "adamw", "lamb", "bfloat16"])
+def test_every_option_trains(small_config, tmp_path, fields):
+    result = loop.train(changed(small_config, epochs=2, **fields), tmp_path / "run", progress=False)
+    assert result.step == 6 and result.last is not None and 0 <= result.last <= 1
+
+
+def test_a_full_disk_is_named_and_what_was_there_stays(small_config, tmp_path):
+    """A tiny tmpfs stands for the full disk."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        config = changed(small_config, model__dense=(4096, 256))
+        with pytest.raises(UserError, match=r"(could not|cannot) be written"):
+            loop.train(config, disk / "run", progress=False)
+        assert json.loads((disk / "run" / "config.json").read_text())["batch_size"] == 8
+    finally:
+        time.sleep(0.5)
+        subprocess.run(["umount", "-l", str(disk)], check=False)
+    shutil.rmtree(disk, ignore_errors=True)
