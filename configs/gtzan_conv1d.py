@@ -1,7 +1,7 @@
 """The report's Conv1D on GTZAN's audio with the report's front end (section 3, figure 3): 647 frames x 128 mels.
 
-    python experiments/prepare.py --config=configs/gtzan_conv1d.py --config.data.root=<folder with genres>
-    python experiments/train.py --config=configs/gtzan_conv1d.py --config.data.root=<the same> --workdir=runs/gtzan_conv1d
+python experiments/prepare.py --config=configs/gtzan_conv1d.py --config.data.root=<folder with genres>
+python experiments/train.py --config=configs/gtzan_conv1d.py --config.data.root=<the same> --workdir=runs/gtzan_conv1d
 """
 
 from ml_collections import ConfigDict

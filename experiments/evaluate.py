@@ -63,8 +63,15 @@ def main() -> int:
         correct = None
         if first.task == "single_label":
             correct = np.stack([evaluation.scores.argmax(axis=1) == evaluation.targets for evaluation in evaluations])
-        report = summarise_seeds(Path(_OUT.value), runs, title=f"{len(runs)} runs on {first.dataset}, {first.protocol}, {first.split}",
-                                 correct=correct, groups=first.groups, synthetic=first.synthetic, command=command)
+        report = summarise_seeds(
+            Path(_OUT.value),
+            runs,
+            title=f"{len(runs)} runs on {first.dataset}, {first.protocol}, {first.split}",
+            correct=correct,
+            groups=first.groups,
+            synthetic=first.synthetic,
+            command=command,
+        )
         print((Path(_OUT.value) / "summary.json").read_text(encoding="utf-8"))
     print(f"report: {report}")
     if leaks and _FATAL.value:

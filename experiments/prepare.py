@@ -17,9 +17,16 @@ def main() -> None:
     """Prepares the store and prints what is in it and what was skipped."""
     settings = app.get_config()
     dataset = load_dataset(config.dataset_options(settings))
-    summary = prepare_store(dataset, config.feature_spec(settings), config.clip_layout(settings), config.store_path(settings),
-                            workers=_WORKERS.value, min_seconds=settings.data.min_seconds,
-                            array_layout=settings.data.array_layout, progress=_PROGRESS.value)
+    summary = prepare_store(
+        dataset,
+        config.feature_spec(settings),
+        config.clip_layout(settings),
+        config.store_path(settings),
+        workers=_WORKERS.value,
+        min_seconds=settings.data.min_seconds,
+        array_layout=settings.data.array_layout,
+        progress=_PROGRESS.value,
+    )
     if dataset.synthetic:
         print("SYNTHETIC: this data set is made-up audio; numbers on it say nothing about real music.")
     print("\n".join(summary.lines()))

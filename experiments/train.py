@@ -14,7 +14,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, metr
 _PARALLEL = flags.DEFINE_enum("parallel", "jit", ["jit", "pmap"], "How a step is spread over the devices.")
 _PROGRESS = flags.DEFINE_bool("progress", True, "Draw a progress bar.")
 _PROFILE = flags.DEFINE_list("profile_steps", None, "First step and number of steps to trace into <workdir>/profile: 20,5.")
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "Several hosts: address:port of process 0, or 'auto' on a TPU pod or SLURM.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "Several hosts: address:port of process 0, or 'auto' on a TPU pod or SLURM."
+)
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "Several hosts: how many processes.")
 _PROCESS = flags.DEFINE_integer("process_id", None, "Several hosts: this one's number, from 0.")
 

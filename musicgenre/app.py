@@ -18,8 +18,13 @@ USER_ERROR, PARTIAL, INTERRUPTED = 2, 3, 130
 def define_config_flag(default: str | None = None) -> None:
     """Defines `--config`, a file with `get_config()`, and `--config.a.b=value` for each of its fields."""
     config_flags.DEFINE_config_file(
-        "config", default, "A config file such as configs/synthetic.py. Any field follows as --config.a.b=value: see "
-        "musicgenre/config.py for all of them.", lock_config=False, accept_new_attributes=True)
+        "config",
+        default,
+        "A config file such as configs/synthetic.py. Any field follows as --config.a.b=value: see "
+        "musicgenre/config.py for all of them.",
+        lock_config=False,
+        accept_new_attributes=True,
+    )
 
 
 def get_config() -> ConfigDict:
@@ -45,6 +50,7 @@ def run(main: Callable[..., int | None], *, takes_files: bool = False) -> None:
     The exit code is what `main` returns (None is 0), 2 after a UserError or a bad flag, 130 after Ctrl-C. Errors that a
     user can mend print one line and no traceback.
     """
+
     def parse(argv: Sequence[str]) -> list[str]:
         # A user's own module (--config.model.module) is found from the current folder, as with `python -m`.
         if os.getcwd() not in sys.path:
@@ -53,7 +59,9 @@ def run(main: Callable[..., int | None], *, takes_files: bool = False) -> None:
         try:
             rest = app.parse_flags_with_usage(list(argv))
         except (UserError, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-            _die(f"the flags cannot be used: {str(error).strip() or type(error).__name__}", USER_ERROR)
+            # A KeyError shows its message in quotes; the config library's messages have several lines.
+            message = " ".join(str(error.args[0] if error.args else type(error).__name__).split())
+            _die(f"the flags cannot be used: {message}", USER_ERROR)
         if len(rest) > 1 and not takes_files:
             _die(f"unexpected argument {rest[1]!r}: flags are written --name=value.", USER_ERROR)
         return rest

@@ -113,16 +113,34 @@ def check_config(config: ConfigDict) -> None:
             raise UserError(f"config.{name} must be {type(default).__name__} like {default!r}, not {value!r}.")
     if missing := [name for name in known if name not in there]:
         raise UserError(f"config.{missing[0]} is missing: start the config from musicgenre.config.base_config().")
-    positive = ("batch_size", "epochs", "eval_every", "log_every", "data.eval_chunks", "optimizer.accumulate",
-                "optimizer.decay_steps")
+    positive = (
+        "batch_size",
+        "epochs",
+        "eval_every",
+        "log_every",
+        "data.eval_chunks",
+        "optimizer.accumulate",
+        "optimizer.decay_steps",
+    )
     for name in positive:
         if there[name] < 1:
             raise UserError(f"config.{name} must be at least 1, not {there[name]}.")
     for name in ("optimizer.learning_rate", "optimizer.eps", "data.seconds"):
         if not there[name] > 0:
             raise UserError(f"config.{name} must be above 0, not {there[name]}.")
-    for name in ("patience", "optimizer.clip_norm", "optimizer.weight_decay", "optimizer.decay_rate", "data.crop_frames",
-                 "optimizer.warmup_steps", "data.workers", "data.frames", "data.min_seconds", "seed", "data.split_seed"):
+    for name in (
+        "patience",
+        "optimizer.clip_norm",
+        "optimizer.weight_decay",
+        "optimizer.decay_rate",
+        "data.crop_frames",
+        "optimizer.warmup_steps",
+        "data.workers",
+        "data.frames",
+        "data.min_seconds",
+        "seed",
+        "data.split_seed",
+    ):
         if there[name] < 0:
             raise UserError(f"config.{name} must not be negative, but is {there[name]}.")
     for name in ("ema_decay", "loss.label_smoothing", "optimizer.momentum", "optimizer.b1", "optimizer.b2"):
@@ -141,11 +159,14 @@ def check_config(config: ConfigDict) -> None:
         if there[name] not in allowed:
             raise UserError(f"config.{name}={there[name]!r} is not known." + did_you_mean(str(there[name]), allowed))
     if there["batch_size"] % there["optimizer.accumulate"]:
-        raise UserError(f"config.batch_size={there['batch_size']} does not divide by optimizer.accumulate="
-                        f"{there['optimizer.accumulate']}.")
+        raise UserError(
+            f"config.batch_size={there['batch_size']} does not divide by optimizer.accumulate={there['optimizer.accumulate']}."
+        )
     if there["data.crop_frames"] and there["data.normalise"] == "position":
-        raise UserError("config.data.crop_frames needs a normalisation that does not depend on the position in the clip: "
-                        "set --config.data.normalise=band.")
+        raise UserError(
+            "config.data.crop_frames needs a normalisation that does not depend on the position in the clip: "
+            "set --config.data.normalise=band."
+        )
     if len(there["data.fractions"]) != 3:
         raise UserError(f"config.data.fractions takes three numbers (train, valid, test), not {there['data.fractions']!r}.")
     feature_spec(config)
@@ -165,8 +186,19 @@ def clip_layout(config: ConfigDict) -> ClipLayout:
 def dataset_options(config: ConfigDict) -> dict[str, Any]:
     """Returns the options of `musicgenre.datasets.load_dataset` that a config holds."""
     data = config.data.to_dict()
-    names = ("dataset", "root", "protocol", "fold", "folds", "fractions", "allow_missing", "task", "files",
-             "clips_per_style", "seconds")
+    names = (
+        "dataset",
+        "root",
+        "protocol",
+        "fold",
+        "folds",
+        "fractions",
+        "allow_missing",
+        "task",
+        "files",
+        "clips_per_style",
+        "seconds",
+    )
     return {name: data[name] for name in names} | {"seed": data["split_seed"], "layout": data["array_layout"]}
 
 
@@ -174,8 +206,12 @@ def store_path(config: ConfigDict) -> Path:
     """Returns the store's folder: the one that is named, or one that differs for each data set and front end."""
     if config.data.store:
         return Path(config.data.store)
-    made_from = {**dataset_options(config), "min_seconds": config.data.min_seconds,
-                 "features": config.features.to_dict(), "layout": vars(clip_layout(config))}
+    made_from = {
+        **dataset_options(config),
+        "min_seconds": config.data.min_seconds,
+        "features": config.features.to_dict(),
+        "layout": vars(clip_layout(config)),
+    }
     made_from["root"] = os.path.abspath(config.data.root) if config.data.root else ""
     return Path(config.data.stores_root) / f"{config.data.dataset}-{fingerprint(made_from)}"
 
@@ -188,6 +224,7 @@ def to_plain(config: ConfigDict) -> dict[str, Any]:
 
 def from_plain(values: Mapping[str, Any]) -> ConfigDict:
     """Returns the config of `to_plain`'s result, lists as tuples again."""
+
     def tuples(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {key: tuples(item) for key, item in value.items()}
@@ -199,5 +236,8 @@ def from_plain(values: Mapping[str, Any]) -> ConfigDict:
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Returns "field: value -> value" for each field in which two plain configs differ."""
     left, right = dict(flatten(one)), dict(flatten(other))
-    return [f"{name}: {left.get(name, '(absent)')} -> {right.get(name, '(absent)')}"
-            for name in sorted(left.keys() | right.keys()) if left.get(name) != right.get(name)]
+    return [
+        f"{name}: {left.get(name, '(absent)')} -> {right.get(name, '(absent)')}"
+        for name in sorted(left.keys() | right.keys())
+        if left.get(name) != right.get(name)
+    ]

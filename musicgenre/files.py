@@ -28,8 +28,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}). "
-                        "Free some space or choose another place; what was there is unchanged.") from error
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}). "
+            "Free some space or choose another place; what was there is unchanged."
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

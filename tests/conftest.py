@@ -41,8 +41,13 @@ def small_arrays(tmp_path: Path) -> Path:
         spectrogram = -40 + 8 * generator.standard_normal((count, 16, 64))
         for row, number in enumerate(label):
             spectrogram[row, 5 * number : 5 * number + 5] += 12
-        np.savez(tmp_path / f"{split}.npz", spectrogram=np.clip(spectrogram, -80, 0).astype(np.float32), label=label,
-                 genres=np.array(["low", "middle", "high"]), clip_id=np.array([f"{split}.{row}" for row in range(count)]))
+        np.savez(
+            tmp_path / f"{split}.npz",
+            spectrogram=np.clip(spectrogram, -80, 0).astype(np.float32),
+            label=label,
+            genres=np.array(["low", "middle", "high"]),
+            clip_id=np.array([f"{split}.{row}" for row in range(count)]),
+        )
     return tmp_path
 
 
@@ -62,6 +67,12 @@ def small_config(small_arrays: Path, tmp_path: Path) -> ConfigDict:
     config.batch_size = 8
     config.epochs = 4
     config.log_every = 2
-    prepare_store(load_dataset(dataset_options(config)), feature_spec(config), clip_layout(config), store_path(config),
-                  workers=1, progress=False)
+    prepare_store(
+        load_dataset(dataset_options(config)),
+        feature_spec(config),
+        clip_layout(config),
+        store_path(config),
+        workers=1,
+        progress=False,
+    )
     return config

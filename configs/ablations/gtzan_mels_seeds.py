@@ -1,6 +1,6 @@
 """The report's Conv1D on the real GTZAN arrays without and with batch normalisation, for several seeds.
 
-    python experiments/ablate.py --config=configs/ablations/gtzan_mels_seeds.py --workdir=runs/gtzan_mels_conv1d --seeds=5
+python experiments/ablate.py --config=configs/ablations/gtzan_mels_seeds.py --workdir=runs/gtzan_mels_conv1d --seeds=5
 """
 
 from collections.abc import Iterator

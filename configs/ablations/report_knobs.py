@@ -1,6 +1,6 @@
 """The knobs that the report turned (section 4), one at a time, on the real GTZAN arrays: 442 clips to train on, 197 to validate.
 
-    python experiments/ablate.py --config=configs/ablations/report_knobs.py --workdir=runs/report_knobs --seeds=3
+python experiments/ablate.py --config=configs/ablations/report_knobs.py --workdir=runs/report_knobs --seeds=3
 """
 
 from collections.abc import Iterator

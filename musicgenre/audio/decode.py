@@ -78,8 +78,7 @@ def _read(path: Path) -> tuple[np.ndarray, int]:
         raise UserError(f"{path}: not a sound file that can be decoded ({reason}).") from error
     match = _DECLARED_AND_PRESENT.search(log)
     if match and int(match[1]) not in _STREAMED_LENGTHS and int(match[2]) < int(match[1]):
-        raise UserError(f"{path}: truncated (its header promises {int(match[1])} bytes of sound, "
-                        f"{int(match[2])} are there).")
+        raise UserError(f"{path}: truncated (its header promises {int(match[1])} bytes of sound, {int(match[2])} are there).")
     if declared < 2**62 and declared - len(samples) > _SLACK_SECONDS * native_rate:
         raise UserError(f"{path}: truncated ({declared} frames promised, {len(samples)} could be decoded).")
     if len(samples) == 0:

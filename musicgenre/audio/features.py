@@ -4,10 +4,10 @@ import dataclasses
 import functools
 from typing import Any
 
-import librosa
 import numpy as np
 import scipy.fft
 import scipy.signal
+from librosa.filters import mel as mel_filter_bank
 
 from musicgenre.errors import UserError, did_you_mean
 from musicgenre.files import fingerprint
@@ -56,8 +56,10 @@ class FeatureSpec:
             if getattr(self, name) < 1:
                 raise UserError(f"features.{name} must be at least 1, not {getattr(self, name)}.")
         if not 0 <= self.fmin < self.top_frequency <= self.sample_rate / 2:
-            raise UserError(f"features.fmin={self.fmin:g} and fmax={self.top_frequency:g} must lie between 0 and "
-                            f"half the sample rate ({self.sample_rate / 2:g} Hz), in that order.")
+            raise UserError(
+                f"features.fmin={self.fmin:g} and fmax={self.top_frequency:g} must lie between 0 and "
+                f"half the sample rate ({self.sample_rate / 2:g} Hz), in that order."
+            )
         if self.top_db <= 0:
             raise UserError(f"features.top_db must be positive, not {self.top_db:g}.")
         if self.db_ref != "max":
@@ -108,15 +110,18 @@ class FeatureSpec:
 
     def describe(self) -> str:
         """One line for people."""
-        return (f"{self.kind} {self.bands} bands, {self.sample_rate} Hz, n_fft {self.n_fft}, hop {self.hop_length}, "
-                f"{self.fmin:g}-{self.top_frequency:g} Hz, dB re {self.db_ref}, top {self.top_db:g} dB")
+        return (
+            f"{self.kind} {self.bands} bands, {self.sample_rate} Hz, n_fft {self.n_fft}, hop {self.hop_length}, "
+            f"{self.fmin:g}-{self.top_frequency:g} Hz, dB re {self.db_ref}, top {self.top_db:g} dB"
+        )
 
 
 @functools.lru_cache(maxsize=8)
 def _mel_filters(spec: FeatureSpec) -> np.ndarray:
     """Returns the transposed filter bank, float32 `[1 + n_fft // 2, n_mels]`."""
-    filters = librosa.filters.mel(sr=spec.sample_rate, n_fft=spec.n_fft, n_mels=spec.n_mels, fmin=spec.fmin,
-                                  fmax=spec.top_frequency)
+    filters = mel_filter_bank(
+        sr=spec.sample_rate, n_fft=spec.n_fft, n_mels=spec.n_mels, fmin=spec.fmin, fmax=spec.top_frequency
+    )
     return np.ascontiguousarray(filters.T)
 
 

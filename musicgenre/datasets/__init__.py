@@ -29,8 +29,14 @@ def load_dataset(options: Mapping[str, Any]) -> Dataset:
         raise UserError(f"the data set {name!r} needs its place: set --config.data.root=...")
     seed, fractions = options["seed"], options["fractions"]
     if name == "gtzan":
-        return load_gtzan(root, options["protocol"], fold=options["fold"], folds=options["folds"], seed=seed,
-                          allow_missing=options["allow_missing"])
+        return load_gtzan(
+            root,
+            options["protocol"],
+            fold=options["fold"],
+            folds=options["folds"],
+            seed=seed,
+            allow_missing=options["allow_missing"],
+        )
     if name == "folder":
         return load_folder(root, seed=seed, fractions=fractions)
     if name == "csv":

@@ -57,7 +57,7 @@ class ArrayFile:
         Raises:
           UserError: a value is NaN or infinite.
         """
-        values = np.asarray(self.values[row], np.float32)
+        values: np.ndarray = np.asarray(self.values[row], np.float32)
         if self.db_min is not None:
             values = np.float32(self.db_min[row]) * (1 - (values + np.float32(0.5)) / 256)
         if not np.isfinite(values).all():
@@ -89,9 +89,13 @@ def load_arrays(root: str | Path, files: Mapping[str, str], layout: str = "mel_t
     clips = []
     for split, file in opened.items():
         if file.frames_and_bands != first.frames_and_bands:
-            raise UserError(f"{file.path}: clips of {file.frames_and_bands} (frames, bands) where {first.path} has {first.frames_and_bands}.")
+            raise UserError(
+                f"{file.path}: clips of {file.frames_and_bands} (frames, bands) where {first.path} has {first.frames_and_bands}."
+            )
         if file.label_names and file.label_names != names:
-            raise UserError(f"{file.path}: its label names {', '.join(file.label_names)} are not those of {first.path} ({', '.join(names)}).")
+            raise UserError(
+                f"{file.path}: its label names {', '.join(file.label_names)} are not those of {first.path} ({', '.join(names)})."
+            )
         for row, (clip_id, label, group) in enumerate(zip(file.clip_ids, file.labels, file.groups, strict=True)):
             clips.append(Clip(clip_id, file.path, (label,), split, group, row))
     return make_dataset(Dataset("arrays", Path(root), "files given", "single_label", names, tuple(clips)))
@@ -136,7 +140,9 @@ def open_array_file(path: Path, layout: str = "mel_time") -> ArrayFile:
         labels = [str(item) for item in label]
     ids = [str(item) for item in fields["clip_id"]]
     artists = artist_groups()
-    groups = [str(group) or None for group in fields["group"]] if "group" in fields else [artists.get(i, (None, 0))[0] for i in ids]
+    groups = (
+        [str(group) or None for group in fields["group"]] if "group" in fields else [artists.get(i, (None, 0))[0] for i in ids]
+    )
     return ArrayFile(path, values, db_min if values.dtype == np.uint8 else None, layout, ids, labels, groups, names)
 
 
@@ -154,12 +160,15 @@ def _read_npz(path: Path) -> dict[str, Any]:
                     if dtype.hasobject:
                         raise UserError(f"{path}: {member.filename} holds Python objects; these are never loaded.")
                     size = math.prod(shape) * dtype.itemsize
-                    if stream.tell() + size != member.file_size:
-                        raise UserError(f"{path}: {member.filename} is damaged ({member.file_size} bytes, its header needs {stream.tell() + size}).")
+                    needed = stream.tell() + size
+                    if needed != member.file_size:
+                        raise UserError(f"{path}: {member.filename} is damaged ({member.file_size} bytes where {needed} are needed).")
                 total += size
             if total > MAX_BYTES:
-                raise UserError(f"{path}: unpacks to {total / 2**30:.1f} GiB, more than the {MAX_BYTES / 2**30:.0f} GiB that are allowed. Split it, "
-                                "or use .npy files, which need not fit into memory.")
+                raise UserError(
+                    f"{path}: unpacks to {total / 2**30:.1f} GiB, more than the {MAX_BYTES / 2**30:.0f} GiB that are allowed. "
+                    "Split it, or use .npy files, which need not fit into memory."
+                )
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except (zipfile.BadZipFile, ValueError, EOFError, OSError, RuntimeError) as error:

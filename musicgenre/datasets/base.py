@@ -13,7 +13,6 @@ AUDIO_EXTENSIONS = (".wav", ".au", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".
 SPLIT_ALIASES = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Clip:
     """One piece of music.
@@ -88,8 +87,9 @@ def make_dataset(dataset: Dataset) -> Dataset:
         if clip.split not in SPLITS:
             raise UserError(f"{clip.clip_id}: split {clip.split!r} is not one of {', '.join(SPLITS)}.")
         if unknown := [label for label in clip.labels if label not in known]:
-            raise UserError(f"{clip.clip_id}: label {unknown[0]!r} is not one of the data set's labels "
-                            f"({', '.join(dataset.label_names)}).")
+            raise UserError(
+                f"{clip.clip_id}: label {unknown[0]!r} is not one of the data set's labels ({', '.join(dataset.label_names)})."
+            )
         if dataset.task == "single_label" and len(clip.labels) != 1:
             raise UserError(f"{clip.clip_id}: {len(clip.labels)} labels where one is needed.")
     clips = tuple(sorted(dataset.clips, key=lambda clip: clip.clip_id))

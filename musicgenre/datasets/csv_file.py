@@ -59,14 +59,18 @@ def load_csv(
         clip_id = row.get("clip_id") or row["path"]
         if not file.is_file():
             if not allow_missing:
-                raise UserError(f"{path}, line {line}: {file} is not on disk. Add it, or go on without such files with "
-                                "--config.data.allow_missing=True.")
+                raise UserError(
+                    f"{path}, line {line}: {file} is not on disk. Add it, or go on without such files with "
+                    "--config.data.allow_missing=True."
+                )
             skipped.append(Skipped(clip_id, str(file), "not on disk"))
             continue
         clips.append(Clip(clip_id, file, labels, SPLIT_ALIASES.get(split.lower(), ""), row.get("group") or None))
     protocol = "splits of the file"
     if "split" not in header and clips:
-        parts = group_split([clip.labels[0] if clip.labels else "" for clip in clips], [clip.group for clip in clips], seed, fractions)
+        parts = group_split(
+            [clip.labels[0] if clip.labels else "" for clip in clips], [clip.group for clip in clips], seed, fractions
+        )
         clips = [Clip(c.clip_id, c.path, c.labels, part, c.group) for c, part in zip(clips, parts, strict=True)]
         protocol = f"grouped, {fractions_text(fractions)}, seed {seed}"
     names = tuple(sorted({label for clip in clips for label in clip.labels}))
@@ -89,7 +93,9 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
         if name not in COLUMNS and (hint := did_you_mean(name, COLUMNS)).startswith(" Did"):
             raise UserError(f"{path}, line 1: unknown column {name!r}.{hint}")
     if "path" not in header or ("label" in header) == ("labels" in header):
-        raise UserError(f"{path}, line 1: the header must name the columns path and label (or labels), not {', '.join(header)!r}.")
+        raise UserError(
+            f"{path}, line 1: the header must name the columns path and label (or labels), not {', '.join(header)!r}."
+        )
     rows = []
     for fields in reader:
         if not fields:

@@ -53,10 +53,15 @@ def load_gtzan(
         check_fold(fold, 3)
         known = [clip_id for clip_id in artists if clip_id.split(".")[0] in GENRES]
         rest = [clip_id for clip_id in known if artists[clip_id][1] != fold + 1]
-        parts = group_split([clip_id.split(".")[0] for clip_id in rest], [artists[clip_id][0] for clip_id in rest], seed, (0.8, 0.2, 0))
+        parts = group_split(
+            [clip_id.split(".")[0] for clip_id in rest], [artists[clip_id][0] for clip_id in rest], seed, (0.8, 0.2, 0)
+        )
         splits = dict.fromkeys(known, "test") | dict(zip(rest, parts, strict=True))
-        skipped += [Skipped(clip_id, str(path), "its artist is not known, so it is in no artist fold")
-                    for clip_id, path in files.items() if clip_id not in artists]
+        skipped += [
+            Skipped(clip_id, str(path), "its artist is not known, so it is in no artist fold")
+            for clip_id, path in files.items()
+            if clip_id not in artists
+        ]
         described = f"artist_folds fold {fold} of 3, seed {seed}"
     elif protocol == "random":
         splits = dict(zip(files, random_split(len(files), seed), strict=True))
@@ -68,11 +73,16 @@ def load_gtzan(
         raise UserError(f"data.protocol: GTZAN has no protocol {protocol!r}." + did_you_mean(protocol, PROTOCOLS))
     missing = [clip_id for clip_id in splits if clip_id not in files]
     if missing and not allow_missing:
-        raise UserError(f"{root}: {missing[0]} is not on disk ({len(missing)} of the {len(splits)} clips of {protocol!r} are "
-                        "missing). Add them, or go on without them with --config.data.allow_missing=True.")
+        raise UserError(
+            f"{root}: {missing[0]} is not on disk ({len(missing)} of the {len(splits)} clips of {protocol!r} are "
+            "missing). Add them, or go on without them with --config.data.allow_missing=True."
+        )
     skipped += [Skipped(clip_id, str(root / clip_id.split(".")[0] / clip_id), "not on disk") for clip_id in missing]
-    clips = [Clip(clip_id, files[clip_id], (clip_id.split(".")[0],), split, artists.get(clip_id, (None, 0))[0])
-             for clip_id, split in splits.items() if clip_id in files]
+    clips = [
+        Clip(clip_id, files[clip_id], (clip_id.split(".")[0],), split, artists.get(clip_id, (None, 0))[0])
+        for clip_id, split in splits.items()
+        if clip_id in files
+    ]
     return make_dataset(Dataset("gtzan", root, described, "single_label", GENRES, tuple(clips), tuple(skipped)))
 
 
@@ -87,8 +97,10 @@ def _find(root: Path) -> dict[str, Path]:
                 raise UserError(f"{path} and {files[path.stem].name} are the same clip; keep one of them.")
             files[path.stem] = path
     if not files:
-        raise UserError(f"{root}: not GTZAN's layout. Expected folders {', '.join(GENRES)} with files such as "
-                        "blues/blues.00000.wav; set --config.data.root to the folder that holds them.")
+        raise UserError(
+            f"{root}: not GTZAN's layout. Expected folders {', '.join(GENRES)} with files such as "
+            "blues/blues.00000.wav; set --config.data.root to the folder that holds them."
+        )
     return files
 
 
@@ -97,8 +109,10 @@ def _packaged(name: str) -> str:
     try:
         return importlib.resources.files("musicgenre.datasets").joinpath("data", name).read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"musicgenre/datasets/data/{name}: this list should come with the package but cannot be read "
-                        f"({error.strerror}). Install musicgenre again.") from error
+        raise UserError(
+            f"musicgenre/datasets/data/{name}: this list should come with the package but cannot be read "
+            f"({error.strerror}). Install musicgenre again."
+        ) from error
 
 
 @functools.lru_cache(maxsize=1)

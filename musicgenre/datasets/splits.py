@@ -72,8 +72,9 @@ def group_split(
       UserError: the fractions are negative or do not sum to 1, or nothing is for training.
     """
     if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6 or fractions[0] <= 0:
-        raise UserError(f"data.fractions={tuple(fractions)} must be three shares (train, valid, test) that sum to 1, the first "
-                        "above 0.")
+        raise UserError(
+            f"data.fractions={tuple(fractions)} must be three shares (train, valid, test) that sum to 1, the first above 0."
+        )
     names = [name for name, share in zip(("train", "valid", "test"), fractions, strict=True) if share > 0]
     shares = np.array([share for share in fractions if share > 0])
     members: dict[tuple[bool, str], list[int]] = {}
@@ -93,7 +94,7 @@ def group_split(
         for number, clips in enumerate(parts):
             empty = np.flatnonzero(placed == 0)
             # With no more groups left than empty splits, each of those gets one.
-            open_splits = empty if 0 < len(empty) and len(parts) - number <= len(empty) else np.arange(len(names))
+            open_splits = empty if len(empty) > 0 and len(parts) - number <= len(empty) else np.arange(len(names))
             chosen = open_splits[((wanted - placed) / shares)[open_splits].argmax()]
             placed[chosen] += len(clips)
             for i in clips:

@@ -166,74 +166,138 @@ _PENTATONIC = (0, 2, 4, 7, 9)
 STYLES = {
     "pulsar": Style(
         "even kicks on every beat, bass and cymbal between them, minor",
-        tempo=(112, 136), scale=_MINOR, progressions=((0, 5, 2, 6), (0, 0, 3, 4)),
-        kick="X...X...X...X...", snare="....x.......x...", hat="..X...X...X.o.X.",
+        tempo=(112, 136),
+        scale=_MINOR,
+        progressions=((0, 5, 2, 6), (0, 0, 3, 4)),
+        kick="X...X...X...X...",
+        snare="....x.......x...",
+        hat="..X...X...X.o.X.",
         bass=Voice("..X...X...X...X.", ("sub", "saw", "rubber"), 33, 1.5),
         chords=Voice("X..x..x...o...o.", ("saw", "organ", "string"), 55, 1.5),
-        lead=Voice("x..o..x..o..x.o.", ("saw", "bell", "hollow"), 67, 1.2)),
+        lead=Voice("x..o..x..o..x.o.", ("saw", "bell", "hollow"), 67, 1.2),
+    ),
     "quartz": Style(
         "pulsar's instruments at its tempo with broken kicks and hurried cymbals",
-        tempo=(112, 136), scale=_MINOR, progressions=((0, 5, 2, 6), (0, 0, 3, 4)),
-        kick="X.....X...X..o..", snare="....X..o.o..X...", hat="x.xxx.x.x.xxx.xo",
+        tempo=(112, 136),
+        scale=_MINOR,
+        progressions=((0, 5, 2, 6), (0, 0, 3, 4)),
+        kick="X.....X...X..o..",
+        snare="....X..o.o..X...",
+        hat="x.xxx.x.x.xxx.xo",
         bass=Voice("X..x......X..x..", ("sub", "saw", "rubber"), 33, 2.0),
         chords=Voice("X.......o.....x.", ("saw", "organ", "string"), 55, 3.0),
-        lead=Voice("x..o..x..o..x.o.", ("saw", "bell", "hollow"), 67, 1.2)),
+        lead=Voice("x..o..x..o..x.o.", ("saw", "bell", "hollow"), 67, 1.2),
+    ),
     "lantern": Style(
         "slow plucked strings over a soft hand drum, pentatonic",
-        tempo=(66, 92), scale=_PENTATONIC, progressions=((0, 3, 0, 1), (0, 1, 3, 3)),
-        kick="X.........x.....", snare="......o.....o...", hat="....o.......o...",
+        tempo=(66, 92),
+        scale=_PENTATONIC,
+        progressions=((0, 3, 0, 1), (0, 1, 3, 3)),
+        kick="X.........x.....",
+        snare="......o.....o...",
+        hat="....o.......o...",
         bass=Voice("X.......x.......", ("nylon", "rubber", "string"), 40, 6.0),
         chords=Voice("x.x.x.x.x.x.x.x.", ("string", "nylon", "tine"), 52, 3.0),
-        lead=Voice("X...o.x.....x.o.", ("flute", "hollow", "string"), 67, 3.0), levels=(-7, 0, 0, 0)),
+        lead=Voice("X...o.x.....x.o.", ("flute", "hollow", "string"), 67, 3.0),
+        levels=(-7, 0, 0, 0),
+    ),
     "thicket": Style(
         "lantern's strings in a quick roll of triplets",
-        tempo=(84, 112), steps_per_beat=3, scale=_MAJOR, progressions=((0, 3, 4, 0), (0, 4, 3, 4)),
-        kick="X.....X.....", snare="...x.o...x.x", hat="x.xx.xx.xx.x",
+        tempo=(84, 112),
+        steps_per_beat=3,
+        scale=_MAJOR,
+        progressions=((0, 3, 4, 0), (0, 4, 3, 4)),
+        kick="X.....X.....",
+        snare="...x.o...x.x",
+        hat="x.xx.xx.xx.x",
         bass=Voice("X.....x.....", ("nylon", "rubber", "string"), 40, 3.0),
         chords=Voice("XxxXxxXxxXxx", ("string", "nylon", "tine"), 52, 1.5),
-        lead=Voice("X.xo..x.xo..", ("flute", "hollow", "string"), 67, 1.5), levels=(-6, 0, 0, 0)),
+        lead=Voice("X.xo..x.xo..", ("flute", "hollow", "string"), 67, 1.5),
+        levels=(-6, 0, 0, 0),
+    ),
     "harbour": Style(
         "short chords off the beat, a heavy bass and the kick on the third beat",
-        tempo=(68, 92), scale=_MINOR, progressions=((0, 3, 0, 4), (0, 6, 0, 6)),
-        kick="........X.......", snare="........x.....o.", hat="x.x.x.x.x.x.x.xx",
+        tempo=(68, 92),
+        scale=_MINOR,
+        progressions=((0, 3, 0, 4), (0, 6, 0, 6)),
+        kick="........X.......",
+        snare="........x.....o.",
+        hat="x.x.x.x.x.x.x.xx",
         bass=Voice("X..x..x...x.o...", ("sub", "rubber"), 31, 2.5),
         chords=Voice("....X.......X..o", ("organ", "string", "nylon"), 57, 1.0),
-        lead=Voice("o.....x...o.....", ("horn", "flute", "hollow"), 65, 3.0), levels=(-2, 2, 0, -2)),
+        lead=Voice("o.....x...o.....", ("horn", "flute", "hollow"), 65, 3.0),
+        levels=(-2, 2, 0, -2),
+    ),
     "ferrous": Style(
         "fast driving eighths of sawtooth chords, kick and snare by turns",
-        tempo=(136, 176), scale=_MINOR, progressions=((0, 0, 5, 6), (0, 2, 6, 3)), chord_tones=(0, 4, 7),
-        kick="X...o.X.X..oX...", snare="....X.......X...", hat="X.x.X.x.X.x.X.x.",
+        tempo=(136, 176),
+        scale=_MINOR,
+        progressions=((0, 0, 5, 6), (0, 2, 6, 3)),
+        chord_tones=(0, 4, 7),
+        kick="X...o.X.X..oX...",
+        snare="....X.......X...",
+        hat="X.x.X.x.X.x.X.x.",
         bass=Voice("X.x.x.x.X.x.x.x.", ("saw", "string"), 31, 1.8),
         chords=Voice("X.x.x.x.X.x.x.x.", ("saw", "horn"), 45, 1.8),
-        lead=Voice("o...x...o.o.x...", ("saw", "hollow"), 64, 2.0), levels=(0, 0, 2, -3)),
+        lead=Voice("o...x...o.o.x...", ("saw", "hollow"), 64, 2.0),
+        levels=(0, 0, 2, -3),
+    ),
     "velvet": Style(
         "swung cymbal, walking bass and four-note chords",
-        tempo=(104, 152), scale=_DORIAN, progressions=((1, 4, 0, 0), (0, 5, 1, 4)), chord_tones=(0, 2, 4, 6),
-        swing=1 / 6, walking=0.6, kick="o.......o.......", snare="......o.......o.", hat="X...X.x.X...X.x.",
+        tempo=(104, 152),
+        scale=_DORIAN,
+        progressions=((1, 4, 0, 0), (0, 5, 1, 4)),
+        chord_tones=(0, 2, 4, 6),
+        swing=1 / 6,
+        walking=0.6,
+        kick="o.......o.......",
+        snare="......o.......o.",
+        hat="X...X.x.X...X.x.",
         bass=Voice("X...X...X...X...", ("nylon", "rubber", "sub"), 36, 3.5),
         chords=Voice("....x.o....ox...", ("tine", "organ", "nylon"), 55, 2.0),
-        lead=Voice("x.o.x.x.o.x.x.o.", ("horn", "hollow", "tine"), 62, 1.8), levels=(-5, 0, 0, 0)),
+        lead=Voice("x.o.x.x.o.x.x.o.", ("horn", "hollow", "tine"), 62, 1.8),
+        levels=(-5, 0, 0, 0),
+    ),
     "tundra": Style(
         "long chords of haze and single bells, hardly a drum",
-        tempo=(56, 84), scale=_PENTATONIC, progressions=((0, 3, 1, 3), (0, 0, 3, 3)), chord_tones=(0, 1, 3),
-        kick="o...............", snare="................", hat="....o.......o...",
+        tempo=(56, 84),
+        scale=_PENTATONIC,
+        progressions=((0, 3, 1, 3), (0, 0, 3, 3)),
+        chord_tones=(0, 1, 3),
+        kick="o...............",
+        snare="................",
+        hat="....o.......o...",
         bass=Voice("X...............", ("sub", "haze", "organ"), 36, 14.0),
         chords=Voice("X...............", ("haze", "organ", "hollow"), 52, 15.0),
-        lead=Voice("o...x.....o...o.", ("bell", "tine", "flute"), 67, 5.0), levels=(-9, -2, 0, 0)),
+        lead=Voice("o...x.....o...o.", ("bell", "tine", "flute"), 67, 5.0),
+        levels=(-9, -2, 0, 0),
+    ),
     "carousel": Style(
         "three beats to the bar, bass on the first and chords on the others",
-        tempo=(136, 184), scale=_MAJOR, progressions=((0, 0, 4, 4, 4, 4, 0, 0), (0, 3, 4, 0)),
-        kick="X...........", snare="....x...x...", hat="....o...o.o.",
+        tempo=(136, 184),
+        scale=_MAJOR,
+        progressions=((0, 0, 4, 4, 4, 4, 0, 0), (0, 3, 4, 0)),
+        kick="X...........",
+        snare="....x...x...",
+        hat="....o...o.o.",
         bass=Voice("X...........", ("horn", "rubber", "organ"), 38, 3.0),
         chords=Voice("....X...X...", ("organ", "hollow", "string"), 55, 1.6),
-        lead=Voice("X...x.o.x...", ("hollow", "flute", "mallet"), 67, 2.8), levels=(-7, 0, 0, 0)),
+        lead=Voice("X...x.o.x...", ("hollow", "flute", "mallet"), 67, 2.8),
+        levels=(-7, 0, 0, 0),
+    ),
     "cascade": Style(
         "mallets in groups of three across four even beats, with a shaker",
-        tempo=(100, 132), scale=_PENTATONIC, progressions=((0, 0, 3, 3), (0, 1, 0, 4)),
-        kick="X.......X..o....", snare="......o.....x...", hat="xxXxxxXxxxXxxxXx",
+        tempo=(100, 132),
+        scale=_PENTATONIC,
+        progressions=((0, 0, 3, 3), (0, 1, 0, 4)),
+        kick="X.......X..o....",
+        snare="......o.....x...",
+        hat="xxXxxxXxxxXxxxXx",
         bass=Voice("X.....x.....x...", ("nylon", "rubber", "sub"), 38, 2.5),
         chords=Voice("X..X..X..X..X.x.", ("mallet", "tine", "nylon"), 60, 1.6),
-        lead=Voice("x.x..x.x.x..x.x.", ("mallet", "bell", "string"), 69, 1.4), levels=(-4, 0, 0, 0)),
+        lead=Voice("x.x..x.x.x..x.x.", ("mallet", "bell", "string"), 69, 1.4),
+        levels=(-4, 0, 0, 0),
+    ),
 }
 
 
@@ -364,8 +428,7 @@ def render_clip(style: str, seed: int, seconds: float = 6.0, sample_rate: int = 
     return (mix * (parameters.peak / np.abs(mix).max())).astype(np.float32)
 
 
-def load_synthetic(root: str | os.PathLike[str], seed: int = 0, clips_per_style: int = 24,
-                   seconds: float = 6.0) -> Dataset:
+def load_synthetic(root: str | os.PathLike[str], seed: int = 0, clips_per_style: int = 24, seconds: float = 6.0) -> Dataset:
     """Renders the clips that are missing below `root` and returns all of them.
 
     Files are `<root>/<style>/<style>.NNNNN.<suffix>`: most of them 16-bit mono WAV at 22,050 Hz, and for every style
@@ -408,8 +471,17 @@ def load_synthetic(root: str | os.PathLike[str], seed: int = 0, clips_per_style:
     for clip in tqdm(missing, desc="render synthetic music", unit="clip", disable=hidden):
         style, number = clip.clip_id.split(".")
         _write_clip(clip.path, style, seed, int(number), seconds)
-    return make_dataset(Dataset(name="synthetic", root=root, protocol=f"synthetic seed {seed}", task="single_label",
-                                label_names=tuple(sorted(STYLES)), clips=tuple(clips), synthetic=True))
+    return make_dataset(
+        Dataset(
+            name="synthetic",
+            root=root,
+            protocol=f"synthetic seed {seed}",
+            task="single_label",
+            label_names=tuple(sorted(STYLES)),
+            clips=tuple(clips),
+            synthetic=True,
+        )
+    )
 
 
 def _claim(root: Path, seed: int, clips_per_style: int, seconds: float) -> None:
@@ -423,12 +495,16 @@ def _claim(root: Path, seed: int, clips_per_style: int, seconds: float) -> None:
             raise UserError(f"{record}: not a record of the synthetic data set. Choose another root.")
         for name, value in wanted.items():
             if found.get(name) != value:
-                raise UserError(f"{root}: was rendered with {name} {found.get(name)}, not {value}. Choose another "
-                                "root for the new clips, or delete this one.")
+                raise UserError(
+                    f"{root}: was rendered with {name} {found.get(name)}, not {value}. Choose another "
+                    "root for the new clips, or delete this one."
+                )
         clips_there = found["clips_per_style"]
     elif root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise UserError(f"{root}: is not an empty folder and holds no {RECORD_NAME}. Choose another root for the "
-                        "synthetic data set; nothing was changed.")
+        raise UserError(
+            f"{root}: is not an empty folder and holds no {RECORD_NAME}. Choose another root for the "
+            "synthetic data set; nothing was changed."
+        )
     if clips_per_style > clips_there:
         write_json(record, {**wanted, "clips_per_style": clips_per_style})
 
@@ -441,11 +517,13 @@ def _write_clip(path: Path, style: str, seed: int, index: int, seconds: float) -
         # Off centre by up to a third. The mean of the channels is the mono signal, somewhat softer.
         pan = float(_generator(style, seed, "pan", index).uniform(-1 / 3, 1 / 3))
         samples = np.stack([samples * (1 + pan), samples * (1 - pan)], axis=1) / (1 + abs(pan))
-    with (replacing(path) as temporary,
-          soundfile.SoundFile(temporary, "w", kind.sample_rate, kind.channels, kind.subtype, format=kind.format) as out):
+    with (
+        replacing(path) as temporary,
+        soundfile.SoundFile(temporary, "w", kind.sample_rate, kind.channels, kind.subtype, format=kind.format) as out,
+    ):
         # libsndfile's Vorbis encoder keeps a whole write on the stack, which a long clip overflows.
         for begin in range(0, len(samples), kind.sample_rate):
-            out.write(samples[begin:begin + kind.sample_rate])
+            out.write(samples[begin : begin + kind.sample_rate])
 
 
 def _style(name: str) -> Style:
@@ -479,8 +557,9 @@ class _Hit(NamedTuple):
     gain: float
 
 
-def _compose(style: Style, parameters: Parameters, seconds: float,
-             generator: np.random.Generator) -> tuple[list[_Note], list[_Hit]]:
+def _compose(
+    style: Style, parameters: Parameters, seconds: float, generator: np.random.Generator
+) -> tuple[list[_Note], list[_Hit]]:
     """Writes the score: bars of patterns from before the clip's beginning to its end."""
     beat = 60 / parameters.tempo
     step = beat / style.steps_per_beat
@@ -507,23 +586,44 @@ def _compose(style: Style, parameters: Parameters, seconds: float,
         begin = bar * bar_seconds - parameters.start * beat
         root = progression[bar % len(progression)]
         for drum, pattern in (("kick", style.kick), ("snare", style.snare), ("hat", style.hat)):
-            hits += [_Hit(begin + onsets[place], drum, drum_gain * velocity)
-                     for place, velocity in _strokes(pattern, generator)]
+            hits += [_Hit(begin + onsets[place], drum, drum_gain * velocity) for place, velocity in _strokes(pattern, generator)]
         for place, velocity in _strokes(style.bass.pattern, generator):
             if generator.uniform() < style.walking:
                 degree = root + int(generator.integers(-2, 3))
             else:
                 degree = root + int(generator.choice((0, 0, 0, style.chord_tones[-1])))
-            notes.append(_Note(begin + onsets[place], bass, fold(pitch(degree), style.bass.low),
-                               style.bass.gate * step, 0.5 * bass_gain * velocity))
+            notes.append(
+                _Note(
+                    begin + onsets[place],
+                    bass,
+                    fold(pitch(degree), style.bass.low),
+                    style.bass.gate * step,
+                    0.5 * bass_gain * velocity,
+                )
+            )
         for place, velocity in _strokes(style.chords.pattern, generator):
-            notes += [_Note(begin + onsets[place], chords, fold(pitch(root + tone), style.chords.low),
-                            style.chords.gate * step, 0.2 * chord_gain * velocity) for tone in style.chord_tones]
+            notes += [
+                _Note(
+                    begin + onsets[place],
+                    chords,
+                    fold(pitch(root + tone), style.chords.low),
+                    style.chords.gate * step,
+                    0.2 * chord_gain * velocity,
+                )
+                for tone in style.chord_tones
+            ]
         for place, velocity in _strokes(style.lead.pattern, generator):
             melody = min(max(melody + int(generator.integers(-2, 3)), 0), 8)
             octave, degree = divmod(melody, len(style.scale))
-            notes.append(_Note(begin + onsets[place], lead, fold(pitch(degree), style.lead.low) + 12 * octave,
-                               style.lead.gate * step, 0.3 * lead_gain * velocity))
+            notes.append(
+                _Note(
+                    begin + onsets[place],
+                    lead,
+                    fold(pitch(degree), style.lead.low) + 12 * octave,
+                    style.lead.gate * step,
+                    0.3 * lead_gain * velocity,
+                )
+            )
     return ([note for note in notes if note.time < seconds], [hit for hit in hits if hit.time < seconds])
 
 
@@ -537,8 +637,9 @@ def _strokes(pattern: str, generator: np.random.Generator) -> list[tuple[int, fl
     return strokes
 
 
-def _note(timbre: Timbre, pitch: float, seconds: float, softness: float, sample_rate: int,
-          generator: np.random.Generator) -> np.ndarray:
+def _note(
+    timbre: Timbre, pitch: float, seconds: float, softness: float, sample_rate: int, generator: np.random.Generator
+) -> np.ndarray:
     """Returns the sound of one note, float32 `[samples]`.
 
     Harmonic h is the h-th power of one damped rotation, so that a single exponential and a polynomial make them all.
@@ -585,7 +686,7 @@ def _add(mix: np.ndarray, sound: np.ndarray, time: float, gain: float, sample_ra
     begin = round(time * sample_rate)
     first, last = max(begin, 0), min(begin + len(sound), len(mix))
     if first < last:
-        mix[first:last] += np.float32(gain) * sound[first - begin:last - begin]
+        mix[first:last] += np.float32(gain) * sound[first - begin : last - begin]
 
 
 def _record(mix: np.ndarray, parameters: Parameters, sample_rate: int, generator: np.random.Generator) -> np.ndarray:
@@ -598,6 +699,6 @@ def _record(mix: np.ndarray, parameters: Parameters, sample_rate: int, generator
     # Tilts turn about 1 kHz.
     tape = (frequency / 1000) ** (parameters.tilt / (20 * math.log10(2))) / (1 + (frequency / parameters.cutoff) ** 4)
     spectrum = scipy.fft.rfft(mix, length) * scipy.fft.rfft(room, length) * tape.astype(np.float32)
-    wet = scipy.fft.irfft(spectrum, length)[:len(mix)]
+    wet = scipy.fft.irfft(spectrum, length)[: len(mix)]
     level = np.sqrt(np.mean(wet**2)) * np.float32(10 ** (parameters.noise / 20))
     return wet + level * generator.standard_normal(len(mix), np.float32)

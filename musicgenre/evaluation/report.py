@@ -143,13 +143,19 @@ def headline(metrics: Mapping[str, Any]) -> str:
 
 
 def write_report(
-    out_dir: str | os.PathLike[str], evaluation: Evaluation, *, resamples: int = 2000, seed: int = 0
+    out_dir: str | os.PathLike[str],
+    evaluation: Evaluation,
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> Path:
     """Writes `metrics.json`, `predictions.csv`, the figures (PNG) and `report.html`.
 
     Args:
       out_dir: folder; made where it is missing, files in it are replaced one by one.
       evaluation: what to report.
+      metrics: what `measure` returned for it; measured here if None.
       resamples: draws of the bootstrap.
       seed: of the bootstrap.
 
@@ -160,7 +166,7 @@ def write_report(
       UserError: what `measure` raises, or the folder cannot be written.
     """
     out_dir = Path(out_dir)
-    metrics = measure(evaluation, resamples=resamples, seed=seed)
+    metrics = measure(evaluation, resamples=resamples, seed=seed) if metrics is None else metrics
     notes = [*evaluation.notes, *_own_notes(evaluation, metrics)]
     audit = evaluation.audit
     reasons = Counter(str(row["reason"]) for row in evaluation.skipped)

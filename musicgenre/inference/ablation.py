@@ -32,7 +32,9 @@ class Row:
     values: list[float]
 
 
-def expand(config: ConfigDict, variants: Iterable[Variant], seeds: Sequence[int]) -> list[tuple[str, dict[str, Any], list[ConfigDict]]]:
+def expand(
+    config: ConfigDict, variants: Iterable[Variant], seeds: Sequence[int]
+) -> list[tuple[str, dict[str, Any], list[ConfigDict]]]:
     """Returns (name, overrides, one checked config a seed) for each variant, before anything is trained.
 
     Raises:
@@ -98,16 +100,34 @@ def write_table(workdir: Path, rows: Sequence[Row], metric: str) -> None:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["variant", "overrides", "seeds", f"valid_{metric}_mean", "std", "ci95_low", "ci95_high", "values"])
-    lines = [f"| variant | overrides | seeds | validation {measure_name(metric)} | 95 % interval of the mean |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        f"| variant | overrides | seeds | validation {measure_name(metric)} | 95 % interval of the mean |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for row in rows:
         changes = ", ".join(f"{field}={value}" for field, value in row.overrides.items()) or "none"
         low, high = row.interval or ("", "")
-        writer.writerow([row.name, changes, row.n, row.mean, "" if row.std is None else row.std, low, high,
-                         " ".join(f"{value:.6f}" for value in row.values)])
+        writer.writerow(
+            [
+                row.name,
+                changes,
+                row.n,
+                row.mean,
+                "" if row.std is None else row.std,
+                low,
+                high,
+                " ".join(f"{value:.6f}" for value in row.values),
+            ]
+        )
         spread = "" if row.std is None else f" ± {row.std:.3f}"
         interval = f"{row.interval[0]:.3f} to {row.interval[1]:.3f}" if row.interval else "one seed"
         lines.append(f"| {row.name} | {changes.replace('|', ' ')} | {row.n} | {row.mean:.3f}{spread} | {interval} |")
     write_text(workdir / "ablation.csv", buffer.getvalue())
     write_text(workdir / "ablation.md", "\n".join(lines) + "\n")
-    comparison_plot(workdir / "ablation.png", [dataclasses.asdict(row) for row in rows],
-                    f"{workdir.name}: validation at the end of training", measure=metric, percent=metric == "accuracy")
+    comparison_plot(
+        workdir / "ablation.png",
+        [dataclasses.asdict(row) for row in rows],
+        f"{workdir.name}: validation at the end of training",
+        measure=metric,
+        percent=metric == "accuracy",
+    )

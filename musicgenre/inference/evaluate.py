@@ -25,7 +25,9 @@ from musicgenre.training.step import make_score_step
 from musicgenre.training.telemetry import read_rows
 
 
-def evaluate_model(model: TrainedModel, store: Store, split: str, *, command: str = "", compare_spectrograms: bool = True) -> Evaluation:
+def evaluate_model(
+    model: TrainedModel, store: Store, split: str, *, command: str = "", compare_spectrograms: bool = True
+) -> Evaluation:
     """Scores every clip of a split once and gathers what the report needs.
 
     Args:
@@ -43,8 +45,15 @@ def evaluate_model(model: TrainedModel, store: Store, split: str, *, command: st
     spread = Parallel.create()
     score = spread.score_step(make_score_step(model.module, model.task))
     config = model.config
-    scores = score_clips(score, spread.place_state(model.model), store, indices, batch_size=spread.round_up(int(config.batch_size)),
-                         crop_frames=int(config.data.crop_frames), chunks=int(config.data.eval_chunks))
+    scores = score_clips(
+        score,
+        spread.place_state(model.model),
+        store,
+        indices,
+        batch_size=spread.round_up(int(config.batch_size)),
+        crop_frames=int(config.data.crop_frames),
+        chunks=int(config.data.eval_chunks),
+    )
     targets = _targets(model, store, indices)
     metric, value = model.measure
     rows = [row for row in read_rows(model.workdir) if row["step"] <= model.step or model.which != "last"]
@@ -55,13 +64,27 @@ def evaluate_model(model: TrainedModel, store: Store, split: str, *, command: st
     if split == "valid" and model.which == "best":
         notes.append("The checkpoint was chosen on this very split, so its measures are a little too good.")
     return Evaluation(
-        title=f"{model.workdir.name}: {config.model.name} on {store.dataset['name']}", dataset=store.dataset["name"],
-        protocol=store.dataset["protocol"], split=split, task=model.task, label_names=model.label_names,
-        clip_ids=store.clip_ids[indices].tolist(), paths=store.paths[indices].tolist(), groups=[store.groups[i] for i in indices],
-        scores=scores, targets=targets, curves=rows, config=to_plain(config),
-        audit=_audit(model, store, indices, compare_spectrograms) if split != "train" else None, skipped=store.skipped,
-        synthetic=bool(store.dataset["synthetic"] or model.dataset["synthetic"]), command=command,
-        checkpoint={"step": model.step, "which": model.which, "selected_on": selected}, versions=versions(), notes=notes)
+        title=f"{model.workdir.name}: {config.model.name} on {store.dataset['name']}",
+        dataset=store.dataset["name"],
+        protocol=store.dataset["protocol"],
+        split=split,
+        task=model.task,
+        label_names=model.label_names,
+        clip_ids=store.clip_ids[indices].tolist(),
+        paths=store.paths[indices].tolist(),
+        groups=[store.groups[i] for i in indices],
+        scores=scores,
+        targets=targets,
+        curves=rows,
+        config=to_plain(config),
+        audit=_audit(model, store, indices, compare_spectrograms) if split != "train" else None,
+        skipped=store.skipped,
+        synthetic=bool(store.dataset["synthetic"] or model.dataset["synthetic"]),
+        command=command,
+        checkpoint={"step": model.step, "which": model.which, "selected_on": selected},
+        versions=versions(),
+        notes=notes,
+    )
 
 
 def store_of_arrays(model: TrainedModel, file: str | os.PathLike[str], split: str, folder: Path) -> Store:
@@ -86,21 +109,30 @@ def store_of_arrays(model: TrainedModel, file: str | os.PathLike[str], split: st
 def versions() -> dict[str, str]:
     """Returns the versions that a result depends on."""
     packages = ("musicgenre", "jax", "jaxlib", "flax", "optax", "numpy", "librosa")
-    return {"python": platform.python_version(), "device": jax.devices()[0].device_kind,
-            **{name: importlib.metadata.version(name) for name in packages}}
+    return {
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
 
 
 def _check_fits(model: TrainedModel, store: Store) -> None:
     if store.features != model.features:
         lines = differences(store.features.to_dict(), model.features.to_dict())
-        raise UserError(f"{store.path}: its features are not those that the model was trained on (store -> model): {'; '.join(lines)}. "
-                        "Prepare the clips with the model's front end.")
+        raise UserError(
+            f"{store.path}: its features are not those that the model was trained on (store -> model): {'; '.join(lines)}. "
+            "Prepare the clips with the model's front end."
+        )
     if store.layout.frames != model.layout.frames:
-        raise UserError(f"{store.path}: {store.layout.frames} frames per clip where the model was trained on {model.layout.frames}.")
+        raise UserError(
+            f"{store.path}: {store.layout.frames} frames per clip where the model was trained on {model.layout.frames}."
+        )
     if store.task != model.task:
         raise UserError(f"{store.path}: its task is {store.task}, the model's {model.task}.")
     if unknown := [name for name in store.label_names if name not in model.label_names]:
-        raise UserError(f"{store.path}: the model does not know the label {unknown[0]!r}; it knows {', '.join(model.label_names)}.")
+        raise UserError(
+            f"{store.path}: the model does not know the label {unknown[0]!r}; it knows {', '.join(model.label_names)}."
+        )
 
 
 def _targets(model: TrainedModel, store: Store, indices: np.ndarray) -> np.ndarray:

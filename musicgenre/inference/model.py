@@ -71,18 +71,32 @@ def load_model(workdir: str | os.PathLike[str], which: str = "last") -> TrainedM
         raise UserError(f"{workdir}: no such workdir. Train first: experiments/train.py --config=... --workdir={workdir}")
     restored = read_model(workdir / "checkpoints", which, _abstract_model)
     meta = restored.meta
-    return TrainedModel(workdir=workdir, step=restored.step, which=which, measure=(meta["metric"], meta["measure"]),
-                        config=from_plain(meta["config"]), module=_module(meta), model=restored.value,
-                        label_names=tuple(meta["label_names"]), task=meta["task"],
-                        features=FeatureSpec.from_dict(meta["features"]), layout=ClipLayout(**meta["layout"]),
-                        dataset=meta["dataset"])
+    return TrainedModel(
+        workdir=workdir,
+        step=restored.step,
+        which=which,
+        measure=(meta["metric"], meta["measure"]),
+        config=from_plain(meta["config"]),
+        module=_module(meta),
+        model=restored.value,
+        label_names=tuple(meta["label_names"]),
+        task=meta["task"],
+        features=FeatureSpec.from_dict(meta["features"]),
+        layout=ClipLayout(**meta["layout"]),
+        dataset=meta["dataset"],
+    )
 
 
 def _module(meta: dict[str, Any]) -> nn.Module:
     """Builds the module that a checkpoint's notes describe."""
     frames, bands = _input_shape(meta)
-    return models.build(from_plain(meta["config"]["model"]).to_dict(), num_classes=len(meta["label_names"]), frames=frames,
-                        bands=bands, dtype=meta["config"]["dtype"])
+    return models.build(
+        from_plain(meta["config"]["model"]).to_dict(),
+        num_classes=len(meta["label_names"]),
+        frames=frames,
+        bands=bands,
+        dtype=meta["config"]["dtype"],
+    )
 
 
 def _input_shape(meta: dict[str, Any]) -> tuple[int, int]:
@@ -100,5 +114,6 @@ def _abstract_model(meta: dict[str, Any]) -> dict[str, Any]:
     norm_shape = (frames if meta["config"]["data"]["normalise"] == "position" else 1, bands)
     norm = {name: jax.ShapeDtypeStruct(norm_shape, jnp.float32) for name in ("mean", "std")}
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-                        {"variables": variables, "norm": norm})
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), {"variables": variables, "norm": norm}
+    )

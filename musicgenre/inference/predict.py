@@ -90,7 +90,8 @@ def _ahead(
     """Yields (path, result) in order, working on the next few paths meanwhile."""
     queue = iter(paths)
     waiting: collections.deque[tuple[str | Path, Future[np.ndarray | str]]] = collections.deque(
-        (path, pool.submit(function, path)) for path in itertools.islice(queue, _FILES_AHEAD))
+        (path, pool.submit(function, path)) for path in itertools.islice(queue, _FILES_AHEAD)
+    )
     while waiting:
         path, future = waiting.popleft()
         waiting.extend((path, pool.submit(function, path)) for path in itertools.islice(queue, 1))
@@ -114,13 +115,16 @@ def render(predictions: Iterable[Prediction], label_names: tuple[str, ...], form
     separator = ""
     for prediction in predictions:
         scores = prediction.probabilities
-        order = [] if scores is None else np.argsort(-scores, kind="stable")[:top]
+        order: list[int] = [] if scores is None else np.argsort(-scores, kind="stable")[:top].tolist()
         if form == "table" and scores is not None:
             yield f"{prediction.path}  " + "  ".join(f"{label_names[i]} {100 * scores[i]:.1f} %" for i in order)
         elif form == "json":
             entry: dict[str, object] = {"path": prediction.path}
-            entry |= {"error": prediction.error} if scores is None else {
-                "labels": [{"label": label_names[i], "probability": round(float(scores[i]), 6)} for i in order]}
+            entry |= (
+                {"error": prediction.error}
+                if scores is None
+                else {"labels": [{"label": label_names[i], "probability": round(float(scores[i]), 6)} for i in order]}
+            )
             yield separator + json.dumps(entry, ensure_ascii=False)
             separator = ","
         elif form == "csv":

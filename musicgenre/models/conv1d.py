@@ -61,8 +61,16 @@ class Conv1D(nn.Module):
         x = x.astype(self.dtype)
         for i, filters in enumerate(self.filters):
             # A bias before batch normalisation has no effect but to collect Adam's rounding noise.
-            x = nn.Conv(filters, (self.width,), (self.stride,), padding="SAME", use_bias=not self.batch_norm,
-                        kernel_init=init, dtype=self.dtype, name=f"conv{i + 1}")(x)
+            x = nn.Conv(
+                filters,
+                (self.width,),
+                (self.stride,),
+                padding="SAME",
+                use_bias=not self.batch_norm,
+                kernel_init=init,
+                dtype=self.dtype,
+                name=f"conv{i + 1}",
+            )(x)
             if self.batch_norm:
                 x = batch_norm(train, self.axis_name, self.dtype, name=f"norm{i + 1}")(x)
             x = max_pool_time(nn.relu(x), self.pool)

@@ -40,5 +40,4 @@ def avg_pool_time(x: jax.Array, window: int) -> jax.Array:
 
 def batch_norm(train: bool, axis_name: str | None, dtype: Any, name: str | None = None) -> nn.BatchNorm:
     """Batch normalisation with statistics of the global batch: by sharding under jit, by `axis_name` under pmap."""
-    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, axis_name=axis_name, dtype=dtype,
-                        name=name)
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, axis_name=axis_name, dtype=dtype, name=name)

@@ -52,8 +52,10 @@ def register(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
         there = _MODELS.get(name)
         # The same class seen twice is a module that was imported anew, not two models.
         if there is not None and (there.__module__, there.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"two models are registered as {name!r}: {there.__module__}.{there.__qualname__} and "
-                             f"{cls.__module__}.{cls.__qualname__}")
+            raise ValueError(
+                f"two models are registered as {name!r}: {there.__module__}.{there.__qualname__} and "
+                f"{cls.__module__}.{cls.__qualname__}"
+            )
         if "num_classes" not in {field.name for field in dataclasses.fields(cls)}:
             raise ValueError(f"the model {name!r} ({cls.__module__}.{cls.__qualname__}) needs a field num_classes: int")
         _MODELS[name] = cls
@@ -73,8 +75,9 @@ def registered() -> dict[str, type[nn.Module]]:
 
 def hyperparameters(cls: type[nn.Module]) -> dict[str, Any]:
     """Returns the fields that a config can set, with their defaults."""
-    return {field.name: field.default for field in dataclasses.fields(cls)
-            if field.name not in _NOT_HYPERPARAMETERS and field.init}
+    return {
+        field.name: field.default for field in dataclasses.fields(cls) if field.name not in _NOT_HYPERPARAMETERS and field.init
+    }
 
 
 def resolve(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,8 +109,9 @@ def resolve(model: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": name, "module": module} | fields | chosen
 
 
-def build(model: Mapping[str, Any], *, num_classes: int, frames: int, bands: int, dtype: str = "float32",
-          axis_name: str | None = None) -> nn.Module:
+def build(
+    model: Mapping[str, Any], *, num_classes: int, frames: int, bands: int, dtype: str = "float32", axis_name: str | None = None
+) -> nn.Module:
     """Makes the Linen module of a config's model section.
 
     Args:
@@ -133,8 +137,10 @@ def build(model: Mapping[str, Any], *, num_classes: int, frames: int, bands: int
     if limits.max_bands and bands > limits.max_bands:
         problems.append(f"at most {limits.max_bands} bands")
     if problems:
-        raise UserError(f"the model {resolved['name']!r} with these fields needs {' and '.join(problems)}, but its input is "
-                        f"{frames} frames x {bands} bands. Change data.frames, data.crop_frames, features or model.")
+        raise UserError(
+            f"the model {resolved['name']!r} with these fields needs {' and '.join(problems)}, but its input is "
+            f"{frames} frames x {bands} bands. Change data.frames, data.crop_frames, features or model."
+        )
     known = {field.name for field in dataclasses.fields(cls)}
     if "dtype" in known:
         fields["dtype"] = jnp.dtype(dtype)
@@ -165,11 +171,13 @@ def _import_model(module: str, name: str) -> str:
     try:
         imported = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise UserError(f"model.module={module!r}: no module {error.name!r}; run from the folder that holds it, or put "
-                        "that folder on PYTHONPATH.") from error
+        raise UserError(
+            f"model.module={module!r}: no module {error.name!r}; run from the folder that holds it, or put "
+            "that folder on PYTHONPATH."
+        ) from error
     own = [key for key, cls in _MODELS.items() if cls.__module__ == imported.__name__]
     if not own:
-        raise UserError(f"model.module={module!r} registers no model: decorate its class with @register(\"name\").")
+        raise UserError(f'model.module={module!r} registers no model: decorate its class with @register("name").')
     if len(own) > 1 and name not in own:
         raise UserError(f"model.module={module!r} registers {', '.join(own)}: say which with model.name.")
     return name if name in own else own[0]
@@ -183,7 +191,7 @@ def _checked(model: str, key: str, value: Any, default: Any) -> Any:
             kinds = {type(item) for item in default}
             if not kinds or all(type(item) in kinds for item in items):
                 return tuple(items)
-    elif isinstance(default, bool) or isinstance(default, str):
+    elif isinstance(default, (bool, str)):
         if type(value) is type(default):
             return value
     elif isinstance(default, float):

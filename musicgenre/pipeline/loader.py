@@ -37,8 +37,11 @@ class _MakeBatch:
         room = np.maximum(self.store.lengths[chosen] - self.frames, 0)
         starts = generator.integers(0, room + 1)
         starts = np.minimum(starts, self.store.layout.frames - self.frames)
-        return {"x": self.store.gather(chosen, starts, self.frames), "y": self.targets[places],
-                "mask": np.ones(local, np.float32)}
+        return {
+            "x": self.store.gather(chosen, starts, self.frames),
+            "y": self.targets[places],
+            "mask": np.ones(local, np.float32),
+        }
 
     def _place(self, position: int) -> int:
         """The clip at a position of the endless row of shuffled epochs."""

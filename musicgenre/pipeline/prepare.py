@@ -8,7 +8,7 @@ import json
 import multiprocessing
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -54,8 +54,10 @@ class PrepareSummary:
     def lines(self) -> list[str]:
         """The summary for people, one line an item."""
         splits = ", ".join(f"{name} {count}" for name, count in self.splits.items())
-        lines = [f"{self.store}: {self.clips} clips ({splits}); {self.computed} computed, {self.reused} already there, "
-                 f"{len(self.skipped)} skipped."]
+        lines = [
+            f"{self.store}: {self.clips} clips ({splits}); {self.computed} computed, {self.reused} already there, "
+            f"{len(self.skipped)} skipped."
+        ]
         lines += [f"  skipped {entry['clip_id']}: {entry['reason']}" for entry in self.skipped[:20]]
         if len(self.skipped) > 20:
             lines.append(f"  ... and {len(self.skipped) - 20} more: see {self.store / 'manifest.json'}")
@@ -125,8 +127,9 @@ def prepare_store(
     known, records = _read_shards(shards, made_with)
 
     sources = {clip.clip_id: _source(clip) for clip in dataset.clips}
-    reusable = {clip.clip_id for clip in dataset.clips
-                if clip.clip_id in known and known[clip.clip_id]["source"] == sources[clip.clip_id]}
+    reusable = {
+        clip.clip_id for clip in dataset.clips if clip.clip_id in known and known[clip.clip_id]["source"] == sources[clip.clip_id]
+    }
     todo = [clip for clip in dataset.clips if clip.clip_id not in reusable]
 
     bar = tqdm(total=len(dataset.clips), initial=len(reusable), unit="clip", desc="prepare", disable=not progress or not todo)
@@ -141,8 +144,14 @@ def prepare_store(
     skipped = [dataclasses.asdict(entry) for entry in dataset.skipped]
     manifest = _manifest(dataset, known, records, made_with, skipped)
     _write_if_changed(path / "manifest.json", manifest)
-    return PrepareSummary(path, len(manifest["clips"]["clip_id"]), len(todo), len(reusable), manifest["skipped"],
-                          dict(sorted(Counter(manifest["clips"]["split"]).items(), key=lambda item: item[0])))
+    return PrepareSummary(
+        path,
+        len(manifest["clips"]["clip_id"]),
+        len(todo),
+        len(reusable),
+        manifest["skipped"],
+        dict(sorted(Counter(manifest["clips"]["split"]).items(), key=lambda item: item[0])),
+    )
 
 
 def _check_folder(path: Path, dataset: Dataset) -> None:
@@ -157,14 +166,21 @@ def _check_folder(path: Path, dataset: Dataset) -> None:
         there = read_json(path / "manifest.json", "store manifest").get("dataset", {})
         for field, value in _describe(dataset).items():
             if there.get(field) != value:
-                raise UserError(f"{path}: this store is of {field} {there.get(field)!r}, not {value!r}. "
-                                "Choose another folder with --config.data.store=...")
+                raise UserError(
+                    f"{path}: this store is of {field} {there.get(field)!r}, not {value!r}. "
+                    "Choose another folder with --config.data.store=..."
+                )
 
 
 def _describe(dataset: Dataset) -> dict[str, Any]:
     """What a manifest says of its data set."""
-    return {"name": dataset.name, "root": os.path.abspath(dataset.root), "protocol": dataset.protocol,
-            "task": dataset.task, "synthetic": dataset.synthetic}
+    return {
+        "name": dataset.name,
+        "root": os.path.abspath(dataset.root),
+        "protocol": dataset.protocol,
+        "task": dataset.task,
+        "synthetic": dataset.synthetic,
+    }
 
 
 def _read_shards(folder: Path, made_with: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
@@ -175,8 +191,10 @@ def _read_shards(folder: Path, made_with: dict[str, Any]) -> tuple[dict[str, dic
         record = read_json(sidecar, "shard record")
         for field, value in made_with.items():
             if record.get(field) != value:
-                raise UserError(f"{folder.parent}: this store was made with other {field} ({record.get(field)}), not "
-                                f"{value}. A store never mixes them: choose another with --config.data.store=...")
+                raise UserError(
+                    f"{folder.parent}: this store was made with other {field} ({record.get(field)}), not "
+                    f"{value}. A store never mixes them: choose another with --config.data.store=..."
+                )
         if record["rows"] and shard_problem(folder, record, full=True):
             # Its clips count as missing, so they are computed again into a new shard.
             sidecar.unlink()
@@ -242,25 +260,39 @@ def _manifest(
       UserError: a split that the data set has is left without a single usable clip.
     """
     numbers = {record["file"]: i for i, record in enumerate(r for r in records if r["rows"])}
-    columns: dict[str, list[Any]] = {name: [] for name in
-                                     ("clip_id", "path", "labels", "split", "group", "shard", "row", "length", "sha256")}
+    columns: dict[str, list[Any]] = {
+        name: [] for name in ("clip_id", "path", "labels", "split", "group", "shard", "row", "length", "sha256")
+    }
     for clip in dataset.clips:
         entry = known[clip.clip_id]
         if "skipped" in entry:
             skipped.append({"clip_id": clip.clip_id, "path": str(clip.path), "reason": entry["skipped"]})
             continue
-        values = {"clip_id": clip.clip_id, "path": str(clip.path), "labels": list(clip.labels), "split": clip.split,
-                  "group": clip.group, "shard": numbers[entry["file"]]} | {k: entry[k] for k in ("row", "length", "sha256")}
+        values = {
+            "clip_id": clip.clip_id,
+            "path": str(clip.path),
+            "labels": list(clip.labels),
+            "split": clip.split,
+            "group": clip.group,
+            "shard": numbers[entry["file"]],
+        } | {k: entry[k] for k in ("row", "length", "sha256")}
         for name, column in columns.items():
             column.append(values[name])
     for split in sorted({clip.split for clip in dataset.clips}):
         if split not in columns["split"]:
             first = next(s for s in skipped if s["clip_id"] in {c.clip_id for c in dataset.clips if c.split == split})
-            raise UserError(f"{dataset.root}: no clip of the split {split!r} could be used; the first was skipped because "
-                            f"of: {first['reason']}")
+            raise UserError(
+                f"{dataset.root}: no clip of the split {split!r} could be used; the first was skipped because "
+                f"of: {first['reason']}"
+            )
     shards = [{k: record[k] for k in ("file", "rows", "bytes", "sha256")} for record in records if record["rows"]]
-    return made_with | {"dataset": _describe(dataset), "label_names": list(dataset.label_names), "shards": shards,
-                        "clips": columns, "skipped": skipped}
+    return made_with | {
+        "dataset": _describe(dataset),
+        "label_names": list(dataset.label_names),
+        "shards": shards,
+        "clips": columns,
+        "skipped": skipped,
+    }
 
 
 def _write_if_changed(path: Path, manifest: dict[str, Any]) -> None:
@@ -297,7 +329,7 @@ def _batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
-def _ordered_map(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
+def _ordered_map(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Generator[Result, None, None]:
     """Yields `function(item)` in order, from worker processes, with a bounded number of results waiting.
 
     Raises:
@@ -320,8 +352,10 @@ def _ordered_map(function: Callable[[Item], Result], items: Sequence[Item], work
                     waiting.append((following, pool.submit(function, following)))
                 yield result
         except BrokenProcessPool as error:
-            raise UserError(f"a worker process died at or soon after {item}; what was finished is kept. Run again with "
-                            "--workers=1 to see where.") from error
+            raise UserError(
+                f"a worker process died at or soon after {item}; what was finished is kept. Run again with "
+                "--workers=1 to see where."
+            ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

@@ -122,13 +122,17 @@ class Store:
         path = Path(path)
         manifest_path = path / "manifest.json"
         if not manifest_path.is_file():
-            raise UserError(f"{path}: no finished spectrogram store (manifest.json is missing). "
-                            "Run experiments/prepare.py with the same --config first.")
+            raise UserError(
+                f"{path}: no finished spectrogram store (manifest.json is missing). "
+                "Run experiments/prepare.py with the same --config first."
+            )
         manifest = read_json(manifest_path, "store manifest")
         if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
             found = manifest.get("schema") if isinstance(manifest, dict) else None
-            raise UserError(f"{manifest_path}: schema {found!r} is not the one that this version reads ({SCHEMA}). "
-                            "Prepare the store again in another folder.")
+            raise UserError(
+                f"{manifest_path}: schema {found!r} is not the one that this version reads ({SCHEMA}). "
+                "Prepare the store again in another folder."
+            )
         try:
             store = cls(path, manifest)
         except (KeyError, TypeError) as error:
@@ -161,7 +165,9 @@ class Store:
         """
         found = np.flatnonzero(self.splits == split)
         if len(found) == 0:
-            there = ", ".join(f"{name} ({count})" for name, count in zip(*np.unique(self.splits, return_counts=True), strict=True))
+            there = ", ".join(
+                f"{name} ({count})" for name, count in zip(*np.unique(self.splits, return_counts=True), strict=True)
+            )
             raise UserError(f"{self.path}: no clips in the split {split!r}. There are: {there}.")
         return found
 
@@ -187,8 +193,9 @@ class Store:
           float16 `[n, frames, bands]`.
         """
         if self._maps is None:
-            self._maps = [np.load(self.path / "shards" / shard["file"], mmap_mode="r", allow_pickle=False)
-                          for shard in self._shards]
+            self._maps = [
+                np.load(self.path / "shards" / shard["file"], mmap_mode="r", allow_pickle=False) for shard in self._shards
+            ]
         frames = frames or self.layout.frames
         result = np.empty((len(indices), frames, self.bands), np.float16)
         for position, i in enumerate(indices):

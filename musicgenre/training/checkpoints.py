@@ -48,13 +48,17 @@ class Checkpoints:
 
         mode = "min" if self._lower_is_better else "max"
         # Two of the latest: should one be cut short, the one before is there.
-        policy = checkpoint_managers.AnyPreservationPolicy([
-            checkpoint_managers.LatestN(n=2),
-            checkpoint_managers.BestN(n=1, get_metric_fn=measure, reverse=self._lower_is_better,
-                                      keep_checkpoints_without_metrics=False),
-        ])
-        options = ocp.CheckpointManagerOptions(best_fn=measure, best_mode=mode, preservation_policy=policy, create=True,
-                                               cleanup_tmp_directories=True)
+        policy = checkpoint_managers.AnyPreservationPolicy(
+            [
+                checkpoint_managers.LatestN(n=2),
+                checkpoint_managers.BestN(
+                    n=1, get_metric_fn=measure, reverse=self._lower_is_better, keep_checkpoints_without_metrics=False
+                ),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(
+            best_fn=measure, best_mode=mode, preservation_policy=policy, create=True, cleanup_tmp_directories=True
+        )
         return ocp.CheckpointManager(self._folder, options=options, item_names=ITEMS)
 
     def save(self, state: TrainState, iterator: Any, meta: dict[str, Any], measure: float | None) -> None:
@@ -76,8 +80,7 @@ class Checkpoints:
             meta=ocp.args.JsonSave(meta),
         )
         try:
-            self._manager.save(int(state.step), args=items, metrics=None if measure is None else {"measure": measure},
-                               force=True)
+            self._manager.save(int(state.step), args=items, metrics=None if measure is None else {"measure": measure}, force=True)
         except (OSError, ValueError) as error:
             raise self._save_failed(error) from error
 
@@ -116,19 +119,24 @@ class Checkpoints:
         steps = self.steps()
         for step in reversed(steps):
             try:
-                items = self._manager.restore(step, args=ocp.args.Composite(
-                    model=ocp.args.StandardRestore(abstract[0]),
-                    train=ocp.args.StandardRestore(abstract[1]),
-                    data=grain.checkpoint.CheckpointRestore(iterator),
-                    meta=ocp.args.JsonRestore(),
-                ))
+                items = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        model=ocp.args.StandardRestore(abstract[0]),
+                        train=ocp.args.StandardRestore(abstract[1]),
+                        data=grain.checkpoint.CheckpointRestore(iterator),
+                        meta=ocp.args.JsonRestore(),
+                    ),
+                )
             except Exception as error:  # Orbax and TensorStore raise many kinds for a file that is cut short.
                 self._set_aside(step, error)
                 continue
             return Restored(step, _joined(items.model, items.train), items.meta)
         if steps:
-            raise UserError(f"{self._folder}: none of the checkpoints ({', '.join(map(str, steps))}) can be read; they were "
-                            f"moved to {self._folder.parent / 'damaged'}. Train again in another --workdir.")
+            raise UserError(
+                f"{self._folder}: none of the checkpoints ({', '.join(map(str, steps))}) can be read; they were "
+                f"moved to {self._folder.parent / 'damaged'}. Train again in another --workdir."
+            )
         return None
 
     def _set_aside(self, step: int, error: Exception) -> None:
@@ -139,16 +147,22 @@ class Checkpoints:
         while target.exists():
             number += 1
             target = damaged / f"{step}-{number}"
-        logging.warning("the checkpoint of step %d cannot be read (%s); it is moved to %s and the one before is tried", step,
-                        _first_line(error), target)
+        logging.warning(
+            "the checkpoint of step %d cannot be read (%s); it is moved to %s and the one before is tried",
+            step,
+            _first_line(error),
+            target,
+        )
         self._manager.close()
         if jax.process_index() == 0:
             shutil.move(self._folder / str(step), target)
         self._manager = self._open()
 
     def _save_failed(self, error: Exception) -> UserError:
-        return UserError(f"{self._folder}: the checkpoint could not be written ({_first_line(error)}). Free some space and run "
-                         "the same command again: it goes on from the last whole checkpoint.")
+        return UserError(
+            f"{self._folder}: the checkpoint could not be written ({_first_line(error)}). Free some space and run "
+            "the same command again: it goes on from the last whole checkpoint."
+        )
 
 
 def read_model(folder: Path, which: str, abstract_model: Callable[[dict[str, Any]], Any]) -> Restored:
@@ -168,8 +182,10 @@ def read_model(folder: Path, which: str, abstract_model: Callable[[dict[str, Any
     """
     steps = sorted((int(path.name) for path in folder.glob("*") if path.name.isdigit()), reverse=True) if folder.is_dir() else []
     if not steps:
-        raise UserError(f"{folder.parent}: no checkpoint found there. Train first: "
-                        f"experiments/train.py --config=... --workdir={folder.parent}")
+        raise UserError(
+            f"{folder.parent}: no checkpoint found there. Train first: "
+            f"experiments/train.py --config=... --workdir={folder.parent}"
+        )
     options = ocp.CheckpointManagerOptions(create=False)
     manager = ocp.CheckpointManager(folder.absolute(), options=options, item_names=ITEMS)
     try:
@@ -190,8 +206,10 @@ def read_model(folder: Path, which: str, abstract_model: Callable[[dict[str, Any
                 logging.warning("the checkpoint of step %d cannot be read (%s)", step, _first_line(error))
     finally:
         manager.close()
-    raise UserError(f"{folder}: no readable checkpoint {which!r}. There are the steps {', '.join(map(str, sorted(steps)))}; use 'last', "
-                    "'best' (where a validation split was measured) or one of them.")
+    raise UserError(
+        f"{folder}: no readable checkpoint {which!r}. There are the steps {', '.join(map(str, sorted(steps)))}; use 'last', "
+        "'best' (where a validation split was measured) or one of them."
+    )
 
 
 def _candidates(which: str, metas: dict[int, dict[str, Any]]) -> list[int]:
@@ -199,8 +217,11 @@ def _candidates(which: str, metas: dict[int, dict[str, Any]]) -> list[int]:
     if which == "last":
         return sorted(metas, reverse=True)
     if which == "best":
-        measured = [(meta["measure"] * (-1 if meta["lower_is_better"] else 1), step)
-                    for step, meta in metas.items() if meta["measure"] is not None]
+        measured = [
+            (meta["measure"] * (-1 if meta["lower_is_better"] else 1), step)
+            for step, meta in metas.items()
+            if meta["measure"] is not None
+        ]
         return [max(measured)[1]] if measured else []
     return [step for step in metas if str(step) == which]
 
@@ -216,8 +237,14 @@ def _joined(model: dict[str, Any], rest: dict[str, Any]) -> TrainState:
     collections = dict(model["variables"])
     params = collections.pop("params")
     averaged = "params" in rest
-    return TrainState(step=rest["step"], params=rest["params"] if averaged else params, collections=collections,
-                      opt_state=rest["opt_state"], ema=params if averaged else None, norm=model["norm"])
+    return TrainState(
+        step=rest["step"],
+        params=rest["params"] if averaged else params,
+        collections=collections,
+        opt_state=rest["opt_state"],
+        ema=params if averaged else None,
+        norm=model["norm"],
+    )
 
 
 def _first_line(error: Exception) -> str:

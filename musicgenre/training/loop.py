@@ -42,7 +42,9 @@ class Interrupted(Exception):
     """A signal ended the run after a checkpoint; `signal_number` says which."""
 
     def __init__(self, signal_number: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signal_number).name} after step {step}; the same command goes on from there")
+        super().__init__(
+            f"stopped by {signal.Signals(signal_number).name} after step {step}; the same command goes on from there"
+        )
         self.signal_number = signal_number
 
 
@@ -63,8 +65,10 @@ class TrainResult:
         if self.last is None or self.best is None:
             return f"{self.workdir}: trained {self.step} steps (no validation split)"
         early = ", stopped early" if self.stopped_early else ""
-        return (f"{self.workdir}: trained {self.step} steps{early}; validation {self.metric} {self.last:.4f} at the end, best "
-                f"{self.best:.4f} at step {self.best_step}")
+        return (
+            f"{self.workdir}: trained {self.step} steps{early}; validation {self.metric} {self.last:.4f} at the end, best "
+            f"{self.best:.4f} at step {self.best_step}"
+        )
 
 
 def train(
@@ -109,22 +113,53 @@ def train(
     epoch_steps = math.ceil(len(train_clips) / config.batch_size)
     total_steps = epoch_steps * config.epochs
     frames = config.data.crop_frames or store.layout.frames
-    module = models.build(config.model.to_dict(), num_classes=len(store.label_names), frames=frames, bands=store.bands,
-                          dtype=config.dtype, axis_name=spread.axis_name)
+    module = models.build(
+        config.model.to_dict(),
+        num_classes=len(store.label_names),
+        frames=frames,
+        bands=store.bands,
+        dtype=config.dtype,
+        axis_name=spread.axis_name,
+    )
     optimizer = make_optimizer(config.optimizer, total_steps)
     schedule = learning_rate_schedule(config.optimizer, total_steps)
     weights = np.ones(len(store.label_names), np.float32)
     if config.loss.class_weights == "balanced":
         weights = balanced_weights(store.targets(train_clips), len(store.label_names))
-    step_function = spread.train_step(make_train_step(
-        module, optimizer, seed=config.seed, class_weights=jnp.asarray(weights), label_smoothing=config.loss.label_smoothing,
-        ema_decay=config.ema_decay, accumulate=config.optimizer.accumulate, axis_name=spread.axis_name))
+    step_function = spread.train_step(
+        make_train_step(
+            module,
+            optimizer,
+            seed=config.seed,
+            class_weights=jnp.asarray(weights),
+            label_smoothing=config.loss.label_smoothing,
+            ema_decay=config.ema_decay,
+            accumulate=config.optimizer.accumulate,
+            axis_name=spread.axis_name,
+        )
+    )
     score = spread.score_step(make_score_step(module, store.task))
-    state = spread.place_state(create_state(module, optimizer, normalisation(store, config.data.normalise), seed=config.seed,
-                                            frames=frames, bands=store.bands, ema=config.ema_decay > 0))
-    iterator = train_batches(store, batch_size=config.batch_size, steps=total_steps, seed=config.seed,
-                             crop_frames=config.data.crop_frames, process_index=jax.process_index(),
-                             process_count=jax.process_count(), workers=config.data.workers)
+    state = spread.place_state(
+        create_state(
+            module,
+            optimizer,
+            normalisation(store, config.data.normalise),
+            seed=config.seed,
+            frames=frames,
+            bands=store.bands,
+            ema=config.ema_decay > 0,
+        )
+    )
+    iterator = train_batches(
+        store,
+        batch_size=config.batch_size,
+        steps=total_steps,
+        seed=config.seed,
+        crop_frames=config.data.crop_frames,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        workers=config.data.workers,
+    )
     metric = config.select_metric or ("accuracy" if store.task == "single_label" else "macro_roc_auc")
     progress_so_far = _Selection(metric, config.patience)
     checkpoints = Checkpoints(workdir / "checkpoints", lower_is_better=metric == "loss")
@@ -135,18 +170,33 @@ def train(
         logging.info("going on from step %d of %d", step, total_steps)
     telemetry = Telemetry(workdir, step, total_steps, progress and step < total_steps)
     profiler = Profiler(workdir, profile_steps)
-    notes = {"config": to_plain(config), "label_names": list(store.label_names), "task": store.task,
-             "features": store.features.to_dict(), "layout": dataclasses.asdict(store.layout), "dataset": store.dataset}
+    notes = {
+        "config": to_plain(config),
+        "label_names": list(store.label_names),
+        "task": store.task,
+        "features": store.features.to_dict(),
+        "layout": dataclasses.asdict(store.layout),
+        "dataset": store.dataset,
+    }
 
     def evaluate() -> dict[str, float]:
         if len(valid_clips) == 0:
             return {}
-        scores = score_clips(score, state.model(), store, valid_clips, batch_size=spread.round_up(config.batch_size),
-                             crop_frames=config.data.crop_frames, chunks=config.data.eval_chunks)
+        scores = score_clips(
+            score,
+            state.model(),
+            store,
+            valid_clips,
+            batch_size=spread.round_up(config.batch_size),
+            crop_frames=config.data.crop_frames,
+            chunks=config.data.eval_chunks,
+        )
         return validation_measures(scores, store.targets(valid_clips), store.label_names)
 
     def save(measures: dict[str, float]) -> None:
-        checkpoints.save(state, iterator, notes | progress_so_far.dump() | {"measure": measures.get(metric)}, measures.get(metric))
+        checkpoints.save(
+            state, iterator, notes | progress_so_far.dump() | {"measure": measures.get(metric)}, measures.get(metric)
+        )
 
     pending: list[tuple[int, Any]] = []
     seen: list[dict[str, float]] = []
@@ -156,8 +206,10 @@ def train(
         for number, metrics in pending:
             values = {name: float(value) for name, value in metrics.items()}
             if not math.isfinite(values["loss"]):
-                raise UserError(f"{workdir}: the training loss became {values['loss']} at step {number}. The checkpoints before it are "
-                                "whole. Try a smaller --config.optimizer.learning_rate, or --config.optimizer.clip_norm=1.")
+                raise UserError(
+                    f"{workdir}: the training loss became {values['loss']} at step {number}. The checkpoints before it are "
+                    "whole. Try a smaller --config.optimizer.learning_rate, or --config.optimizer.clip_norm=1."
+                )
             seen.append(values)
         pending.clear()
 
@@ -175,8 +227,9 @@ def train(
                 settle()
                 means = {name: float(np.mean([values[name] for values in seen])) for name in seen[0]}
                 seen.clear()
-                telemetry.write(step, **{f"train_{name}": value for name, value in means.items()},
-                                learning_rate=float(schedule(step - 1)))
+                telemetry.write(
+                    step, **{f"train_{name}": value for name, value in means.items()}, learning_rate=float(schedule(step - 1))
+                )
                 telemetry.progress(step, loss=means["loss"], **progress_so_far.shown())
             if step % (epoch_steps * config.eval_every) == 0 or step == total_steps:
                 settle()
@@ -193,8 +246,15 @@ def train(
                 checkpoints.wait()
                 raise Interrupted(number, step)
         checkpoints.wait()
-    return TrainResult(workdir, step, progress_so_far.exhausted and step < total_steps, metric, progress_so_far.last,
-                       progress_so_far.best, progress_so_far.best_step)
+    return TrainResult(
+        workdir,
+        step,
+        progress_so_far.exhausted and step < total_steps,
+        metric,
+        progress_so_far.last,
+        progress_so_far.best,
+        progress_so_far.best_step,
+    )
 
 
 def validation_measures(scores: np.ndarray, targets: np.ndarray, label_names: tuple[str, ...]) -> dict[str, float]:
@@ -207,7 +267,7 @@ def validation_measures(scores: np.ndarray, targets: np.ndarray, label_names: tu
     """
     if targets.ndim == 1:
         measured = single_label_metrics(scores, targets, label_names)
-        names = ("accuracy", "macro_f1", "macro_roc_auc", "macro_pr_auc")
+        names: tuple[str, ...] = ("accuracy", "macro_f1", "macro_roc_auc", "macro_pr_auc")
         loss = measured["nll"]
     else:
         measured = multi_label_metrics(scores, targets, label_names)
@@ -245,8 +305,11 @@ class _Selection:
         return {} if self.last is None else {f"valid_{self._metric}": self.last}
 
     def dump(self) -> dict[str, Any]:
-        return {"metric": self._metric, "lower_is_better": self._lower,
-                "selection": {"since": self._since, "last": self.last, "best": self.best, "best_step": self.best_step}}
+        return {
+            "metric": self._metric,
+            "lower_is_better": self._lower,
+            "selection": {"since": self._since, "last": self.last, "best": self.best, "best_step": self.best_step},
+        }
 
     def load(self, meta: dict[str, Any]) -> None:
         saved = meta["selection"]
@@ -258,11 +321,14 @@ def _check_store(config: ConfigDict, store: Store) -> None:
     wanted = feature_spec(config)
     if store.features != wanted:
         lines = differences(store.features.to_dict(), wanted.to_dict())
-        raise UserError(f"{store.path}: the store's features are not the config's (store -> config): {'; '.join(lines)}. "
-                        "Prepare another store, or change --config.features.")
+        raise UserError(
+            f"{store.path}: the store's features are not the config's (store -> config): {'; '.join(lines)}. "
+            "Prepare another store, or change --config.features."
+        )
     if store.layout.frames != config.data.frames:
-        raise UserError(f"{store.path}: the store has {store.layout.frames} frames per clip, config.data.frames says "
-                        f"{config.data.frames}.")
+        raise UserError(
+            f"{store.path}: the store has {store.layout.frames} frames per clip, config.data.frames says {config.data.frames}."
+        )
 
 
 def _claim_workdir(workdir: Path, config: ConfigDict, store: Store) -> None:
@@ -270,12 +336,18 @@ def _claim_workdir(workdir: Path, config: ConfigDict, store: Store) -> None:
     plain = to_plain(config)
     path = workdir / "config.json"
     clips = store.indices("train")
-    record = {"store": os.path.abspath(store.path), "clip_id": store.clip_ids[clips].tolist(), "sha256": store.hashes[clips].tolist(),
-              "group": [store.groups[i] for i in clips]}
+    record = {
+        "store": os.path.abspath(store.path),
+        "clip_id": store.clip_ids[clips].tolist(),
+        "sha256": store.hashes[clips].tolist(),
+        "group": [store.groups[i] for i in clips],
+    }
     if path.is_file():
         if changed := differences(read_json(path, "run configuration"), plain):
-            raise UserError(f"{workdir}: holds a run with another config (there -> now): {'; '.join(changed)}. Choose another --workdir, "
-                            "or give the same config to go on.")
+            raise UserError(
+                f"{workdir}: holds a run with another config (there -> now): {'; '.join(changed)}. Choose another --workdir, "
+                "or give the same config to go on."
+            )
         trained = read_json(workdir / "train_clips.json", "list of training clips")
         if (trained["clip_id"], trained["sha256"]) != (record["clip_id"], record["sha256"]):
             raise UserError(f"{workdir}: the store's training clips have changed since this run began. Choose another --workdir.")

@@ -59,8 +59,10 @@ class Parallel:
         """Raises UserError where a batch cannot be cut into equal parts."""
         parts = self.mesh.size * accumulate
         if batch_size % parts:
-            raise UserError(f"config.batch_size={batch_size} does not divide by {self.mesh.size} devices x "
-                            f"optimizer.accumulate={accumulate}; use a multiple of {parts}.")
+            raise UserError(
+                f"config.batch_size={batch_size} does not divide by {self.mesh.size} devices x "
+                f"optimizer.accumulate={accumulate}; use a multiple of {parts}."
+            )
 
     def round_up(self, batch_size: int) -> int:
         """Returns the next batch size that divides by the devices."""
@@ -80,10 +82,20 @@ class Parallel:
     def train_step(self, step: StepFunction) -> Callable[..., Any]:
         """Compiles a train step; the state's buffers are given up to the new state."""
         if self.kind == "pmap":
-            return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None), donate_argnums=(0,),
-                            devices=list(self.mesh.devices.flat))
-        return jax.jit(step, in_shardings=(self.replicated, self.sharded),
-                       out_shardings=(self.replicated, self.replicated), donate_argnums=(0,))
+            return jax.pmap(
+                step,
+                axis_name=AXIS,
+                in_axes=(None, 0),
+                out_axes=(None, None),
+                donate_argnums=(0,),
+                devices=list(self.mesh.devices.flat),
+            )
+        return jax.jit(
+            step,
+            in_shardings=(self.replicated, self.sharded),
+            out_shardings=(self.replicated, self.replicated),
+            donate_argnums=(0,),
+        )
 
     def score_step(self, step: Callable[..., Any]) -> Callable[[Any, np.ndarray], np.ndarray]:
         """Compiles a scoring step that takes this process's rows `[b, ...]` and returns theirs, on the host."""

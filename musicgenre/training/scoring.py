@@ -33,8 +33,15 @@ def score_clips(
       crop_frames: frames of a chunk; 0 for whole clips.
       chunks: chunks per clip.
     """
-    batches = eval_batches(store, indices, batch_size=batch_size, crop_frames=crop_frames, chunks=chunks,
-                           process_index=jax.process_index(), process_count=jax.process_count())
+    batches = eval_batches(
+        store,
+        indices,
+        batch_size=batch_size,
+        crop_frames=crop_frames,
+        chunks=chunks,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
     parts = [(score(model, batch["x"]), batch["clip"], batch["mask"]) for batch in batches]
     scores, clip, mask = (np.concatenate(column) for column in zip(*parts, strict=True))
     if jax.process_count() > 1:

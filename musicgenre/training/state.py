@@ -1,15 +1,16 @@
 """What training changes, and what a trained model consists of."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainState:
     """One step's whole state; a pytree.
 
@@ -62,5 +63,11 @@ def create_state(
     variables.pop("intermediates", None)
     # The copy keeps the average's buffers apart from the parameters', which each step donates.
     average = jax.tree.map(jnp.copy, params) if ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, variables, optimizer.init(params), average,
-                      {key: jnp.asarray(value) for key, value in norm.items()})
+    return TrainState(
+        jnp.zeros((), jnp.int32),
+        params,
+        variables,
+        optimizer.init(params),
+        average,
+        {key: jnp.asarray(value) for key, value in norm.items()},
+    )

@@ -1,5 +1,6 @@
 """One training step and one scoring step, as pure functions of state and batch."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -48,8 +49,13 @@ def make_train_step(
     """
 
     def loss_function(params: Any, collections: Any, norm: Any, key: jax.Array, batch: Any) -> tuple[jax.Array, Any]:
-        logits, updated = module.apply({"params": params, **collections}, normalise(batch["x"], norm), train=True,
-                                       rngs={"dropout": key}, mutable=[*collections, "intermediates"])
+        logits, updated = module.apply(
+            {"params": params, **collections},
+            normalise(batch["x"], norm),
+            train=True,
+            rngs={"dropout": key},
+            mutable=[*collections, "intermediates"],
+        )
         updated = {name: updated[name] for name in collections}
         losses = clip_losses(logits, batch["y"], class_weights, label_smoothing)
         loss = (losses * batch["mask"]).sum() / batch["mask"].sum()
@@ -92,8 +98,10 @@ def make_train_step(
         ema = state.ema
         if ema is not None:
             ema = jax.tree.map(lambda old, new: ema_decay * old + (1.0 - ema_decay) * new, ema, params)
-        return state.replace(step=state.step + 1, params=params, collections=collections, opt_state=opt_state,
-                             ema=ema), metrics
+        new = dataclasses.replace(
+            state, step=state.step + 1, params=params, collections=collections, opt_state=opt_state, ema=ema
+        )
+        return new, metrics
 
     return train_step
 

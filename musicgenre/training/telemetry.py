@@ -62,8 +62,10 @@ class Telemetry:
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
-            raise UserError(f"{self._path}: cannot be written ({error.strerror}). Free some space and run the same command "
-                            "again: it goes on from the last whole checkpoint.") from error
+            raise UserError(
+                f"{self._path}: cannot be written ({error.strerror}). Free some space and run the same command "
+                "again: it goes on from the last whole checkpoint."
+            ) from error
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)

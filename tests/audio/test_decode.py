@@ -42,15 +42,18 @@ def damaged(path, kind):
     path.write_bytes(content[: len(content) // 2] if kind == "cut" else kind)
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("empty.wav", b"", "empty file"),
-    ("text.mp3", b"this is no music\n" * 50, "not a sound file"),
-    ("cut.wav", "cut", "truncated .*88200 bytes of sound, 44078 are there"),
-    ("cut.au", "cut", "truncated"),
-    ("cut.aiff", "cut", "truncated"),
-    ("cut.flac", "cut", "not a sound file|truncated"),
-    ("cut.mp3", "cut", "truncated"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.wav", b"", "empty file"),
+        ("text.mp3", b"this is no music\n" * 50, "not a sound file"),
+        ("cut.wav", "cut", "truncated .*88200 bytes of sound, 44078 are there"),
+        ("cut.au", "cut", "truncated"),
+        ("cut.aiff", "cut", "truncated"),
+        ("cut.flac", "cut", "not a sound file|truncated"),
+        ("cut.mp3", "cut", "truncated"),
+    ],
+)
 def test_damaged_files_are_refused_by_name(tmp_path, name, content, message):
     path = tmp_path / name
     damaged(path, content)
@@ -68,11 +71,14 @@ def test_a_length_left_open_by_a_pipe_is_no_damage(tmp_path):
     assert len(load_audio(path, 22050).samples) == 44100
 
 
-@pytest.mark.parametrize(("samples", "message"), [
-    (tone(22050, 0.1), r"too short \(0.10 s; at least 1 s"),
-    (np.zeros(44100, np.float32), "silent"),
-    (np.where(np.arange(44100) == 77, np.nan, tone(22050)), "1 of its samples are not finite"),
-])
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (tone(22050, 0.1), r"too short \(0.10 s; at least 1 s"),
+        (np.zeros(44100, np.float32), "silent"),
+        (np.where(np.arange(44100) == 77, np.nan, tone(22050)), "1 of its samples are not finite"),
+    ],
+)
 def test_unusable_sound_is_refused(tmp_path, samples, message):
     path = tmp_path / "odd.wav"
     soundfile.write(path, samples, 22050, subtype="FLOAT")

@@ -10,8 +10,15 @@ from musicgenre.errors import UserError
 
 
 def librosa_log_mel(samples, spec):
-    power = librosa.feature.melspectrogram(y=samples, sr=spec.sample_rate, n_fft=spec.n_fft, hop_length=spec.hop_length,
-                                           n_mels=spec.n_mels, fmin=spec.fmin, fmax=spec.top_frequency)
+    power = librosa.feature.melspectrogram(
+        y=samples,
+        sr=spec.sample_rate,
+        n_fft=spec.n_fft,
+        hop_length=spec.hop_length,
+        n_mels=spec.n_mels,
+        fmin=spec.fmin,
+        fmax=spec.top_frequency,
+    )
     return librosa.power_to_db(power, ref=np.max if spec.db_ref == "max" else float(spec.db_ref), top_db=spec.top_db).T
 
 
@@ -80,14 +87,17 @@ def test_frames_and_samples_are_inverse():
     assert spec.frames(spec.samples(647) / 22050) == 647
 
 
-@pytest.mark.parametrize(("fields", "message"), [
-    ({"hop_lenght": 512}, "features.hop_lenght.*Did you mean 'hop_length'"),
-    ({"kind": "logmell"}, "features.kind: 'logmell'.*Did you mean 'logmel'"),
-    ({"n_mels": 0}, "features.n_mels must be at least 1, not 0"),
-    ({"fmin": 12000.0}, "features.fmin=12000"),
-    ({"db_ref": "loud"}, "features.db_ref must be 'max' or a positive number, not 'loud'"),
-    ({"kind": "mfcc", "n_mfcc": 200}, "n_mfcc=200 exceeds features.n_mels=128"),
-])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hop_lenght": 512}, "features.hop_lenght.*Did you mean 'hop_length'"),
+        ({"kind": "logmell"}, "features.kind: 'logmell'.*Did you mean 'logmel'"),
+        ({"n_mels": 0}, "features.n_mels must be at least 1, not 0"),
+        ({"fmin": 12000.0}, "features.fmin=12000"),
+        ({"db_ref": "loud"}, "features.db_ref must be 'max' or a positive number, not 'loud'"),
+        ({"kind": "mfcc", "n_mfcc": 200}, "n_mfcc=200 exceeds features.n_mels=128"),
+    ],
+)
 def test_bad_fields_are_named(fields, message):
     with pytest.raises(UserError, match=message):
         FeatureSpec.from_dict(fields)

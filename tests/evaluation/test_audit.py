@@ -73,8 +73,14 @@ def test_fingerprint_forgets_gain_and_equalisation():
 def test_fingerprints_of_any_size(shape):
     spectrogram = np.random.default_rng(0).normal(-40, 10, shape)
     fingerprint = fingerprint_spectrogram(spectrogram)
-    assert fingerprint.shape == (1024,)
+    assert fingerprint.shape == (2048,)
     assert np.isfinite(fingerprint).all()
+
+
+def test_padding_is_left_out():
+    spectrogram = music(0, frames=80)
+    padded = np.concatenate([spectrogram, np.full((300, BANDS), -80.0)])
+    np.testing.assert_array_equal(fingerprint_spectrogram(padded), fingerprint_spectrogram(spectrogram[:80]))
 
 
 def test_silence_is_like_nothing():

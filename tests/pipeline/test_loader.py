@@ -79,8 +79,10 @@ def test_worker_processes_give_the_same_batches(store):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_evaluation_sees_every_chunk_once_and_masks_the_rest(store, processes):
     indices = store.indices("valid")
-    parts = [list(eval_batches(store, indices, batch_size=8, crop_frames=20, chunks=3, process_index=i, process_count=processes))
-             for i in range(processes)]
+    parts = [
+        list(eval_batches(store, indices, batch_size=8, crop_frames=20, chunks=3, process_index=i, process_count=processes))
+        for i in range(processes)
+    ]
     assert len({len(part) for part in parts}) == 1
     counts = np.zeros(len(indices))
     for batch in (batch for part in parts for batch in part):
@@ -113,5 +115,5 @@ def test_statistics_are_those_of_the_training_split(store):
 def test_bad_requests_are_named(store):
     with pytest.raises(UserError, match="crop_frames=65 is not between 1 and the store's 64"):
         train_batches(store, batch_size=4, steps=1, seed=0, crop_frames=65)
-    with pytest.raises(UserError, match="data.normalise must be"):
+    with pytest.raises(UserError, match=r"data\.normalise must be"):
         normalisation(store, "clip")

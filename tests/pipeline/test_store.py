@@ -29,13 +29,17 @@ def sound(path, seconds, seed):
 def dataset(tmp_path):
     lengths = [2.0, 1.2, 3.0, 2.0, 2.0, 2.0]
     splits = ["train", "train", "train", "valid", "valid", "test"]
-    clips = [Clip(f"c{i}", sound(tmp_path / f"c{i}.wav", seconds, i), ("ab"[i % 2],), split, "same" if i < 2 else None)
-             for i, (seconds, split) in enumerate(zip(lengths, splits, strict=True))]
+    clips = [
+        Clip(f"c{i}", sound(tmp_path / f"c{i}.wav", seconds, i), ("ab"[i % 2],), split, "same" if i < 2 else None)
+        for i, (seconds, split) in enumerate(zip(lengths, splits, strict=True))
+    ]
     return make_dataset(Dataset("test", tmp_path, "given", "single_label", ("a", "b"), tuple(clips)))
 
 
 def make(dataset, path, **options):
-    return prepare_store(dataset, options.pop("spec", SPEC), options.pop("layout", LAYOUT), path, workers=1, progress=False, **options)
+    return prepare_store(
+        dataset, options.pop("spec", SPEC), options.pop("layout", LAYOUT), path, workers=1, progress=False, **options
+    )
 
 
 def snapshot(folder):
@@ -183,8 +187,11 @@ def test_broken_manifests_are_named(dataset, tmp_path):
     make(dataset, tmp_path / "store")
     path = tmp_path / "store" / "manifest.json"
     manifest = json.loads(path.read_text())
-    for content, message in (("{", "not a readable store manifest"), (json.dumps(manifest | {"schema": 99}), "schema 99"),
-                             (json.dumps({"schema": 1}), "incomplete manifest")):
+    for content, message in (
+        ("{", "not a readable store manifest"),
+        (json.dumps(manifest | {"schema": 99}), "schema 99"),
+        (json.dumps({"schema": 1}), "incomplete manifest"),
+    ):
         path.write_text(content)
         with pytest.raises(UserError, match=message):
             Store.open(tmp_path / "store")
@@ -206,8 +213,10 @@ def test_an_absent_split_lists_those_that_are_there(dataset, tmp_path):
 
 
 def test_tags_become_rows_of_zeros_and_ones(dataset, tmp_path):
-    clips = tuple(dataclasses.replace(clip, labels=labels) for clip, labels in
-                  zip(dataset.clips, [("a",), ("b", "a"), (), ("b",), ("a",), ("a", "b")], strict=True))
+    clips = tuple(
+        dataclasses.replace(clip, labels=labels)
+        for clip, labels in zip(dataset.clips, [("a",), ("b", "a"), (), ("b",), ("a",), ("a", "b")], strict=True)
+    )
     make(make_dataset(dataclasses.replace(dataset, clips=clips, task="multi_label")), tmp_path / "store")
     store = Store.open(tmp_path / "store")
     assert store.targets(np.arange(4)).tolist() == [[1, 0], [1, 1], [0, 0], [0, 1]]

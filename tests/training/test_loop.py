@@ -94,8 +94,13 @@ except loop.Interrupted as stop:
 def run_main(config, workdir, die=0, number=0):
     path = workdir.parent / "main.json"
     path.write_text(json.dumps(to_plain(config)))
-    return subprocess.run([sys.executable, "-c", MAIN, str(path), str(workdir), str(die), str(int(number))], cwd=ROOT,
-                          capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", MAIN, str(path), str(workdir), str(die), str(int(number))],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -110,8 +115,13 @@ def test_a_killed_run_ends_up_bit_identical(small_config, tmp_path, number, code
     assert run_main(config, tmp_path / "cut").returncode == 0
     assert_same(parameters(tmp_path / "whole"), parameters(tmp_path / "cut"))
     whole, cut = (
-        [{k: v for k, v in row.items() if k.startswith(("step", "valid"))} for row in read_rows(tmp_path / name) if "valid_loss" in row]
-        for name in ("whole", "cut"))
+        [
+            {k: v for k, v in row.items() if k.startswith(("step", "valid"))}
+            for row in read_rows(tmp_path / name)
+            if "valid_loss" in row
+        ]
+        for name in ("whole", "cut")
+    )
     assert whole == cut
 
 
@@ -176,12 +186,21 @@ def test_the_best_checkpoint_is_kept_beside_the_latest(small_config, tmp_path, m
         load_model(tmp_path / "run", "7")
 
 
-@pytest.mark.parametrize("fields", [
-    {"optimizer__name": "momentum", "optimizer__schedule": "exponential", "optimizer__decay_rate": 0.9},
-    {"optimizer__name": "adamw", "optimizer__weight_decay": 0.01, "optimizer__schedule": "cosine", "optimizer__warmup_steps": 2},
-    {"optimizer__name": "lamb", "optimizer__clip_norm": 1.0, "loss__label_smoothing": 0.1},
-    {"dtype": "bfloat16", "loss__class_weights": "balanced", "optimizer__accumulate": 2},
-], ids=["momentum", "adamw", "lamb", "bfloat16"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"optimizer__name": "momentum", "optimizer__schedule": "exponential", "optimizer__decay_rate": 0.9},
+        {
+            "optimizer__name": "adamw",
+            "optimizer__weight_decay": 0.01,
+            "optimizer__schedule": "cosine",
+            "optimizer__warmup_steps": 2,
+        },
+        {"optimizer__name": "lamb", "optimizer__clip_norm": 1.0, "loss__label_smoothing": 0.1},
+        {"dtype": "bfloat16", "loss__class_weights": "balanced", "optimizer__accumulate": 2},
+    ],
+    ids=["momentum", "adamw", "lamb", "bfloat16"],
+)
 def test_every_option_trains(small_config, tmp_path, fields):
     result = loop.train(changed(small_config, epochs=2, **fields), tmp_path / "run", progress=False)
     assert result.step == 6 and result.last is not None and 0 <= result.last <= 1

@@ -1,0 +1,149 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+import soundfile
+from ml_collections import ConfigDict
+
+from musicgenre.audio.features import compute_features
+from musicgenre.config import store_path
+from musicgenre.errors import UserError
+from musicgenre.inference.evaluate import evaluate_model, store_of_arrays
+from musicgenre.inference.model import load_model
+from musicgenre.inference.predict import Prediction, file_inputs, predict_files, render
+from musicgenre.pipeline.store import Store
+from musicgenre.training.loop import train
+
+
+@pytest.fixture
+def model(small_config, tmp_path):
+    small_config.optimizer.schedule = "constant"
+    small_config.optimizer.learning_rate = 5e-3
+    small_config.model.dropout = 0.0
+    small_config.epochs = 12
+    train(small_config, tmp_path / "run", progress=False)
+    return load_model(tmp_path / "run")
+
+
+def noise(path, seconds, seed=0):
+    samples = 0.1 * np.random.default_rng(seed).standard_normal(int(22050 * seconds))
+    soundfile.write(path, samples, 22050)
+    return path
+
+
+def test_a_long_file_is_the_mean_of_its_windows(model, tmp_path):
+    size = 64 * 512
+    samples = np.random.default_rng(0).standard_normal(int(2.5 * size)).astype(np.float32)
+    inputs = file_inputs(samples, model)
+    assert inputs.shape == (3, 64, 16) and inputs.dtype == np.float16
+    middle = round((len(samples) - size) / 2)
+    for row, start in zip(inputs, (0, middle, len(samples) - size), strict=True):
+        np.testing.assert_array_equal(row, compute_features(samples[start : start + size], model.features)[:64].astype(np.float16))
+
+
+def test_files_alone_or_together_give_the_same_and_bad_ones_say_why(model, tmp_path):
+    good = [noise(tmp_path / f"{i}.wav", seconds, i) for i, seconds in enumerate((1.5, 20.0, 3.0))]
+    bad = tmp_path / "bad.mp3"
+    bad.write_text("no music")
+    alone = [next(predict_files(model, [path])).probabilities for path in good]
+    together = list(predict_files(model, [good[0], bad, *good[1:], tmp_path / "gone.wav"]))
+    assert [bool(p.error) for p in together] == [False, True, False, False, True]
+    assert "bad.mp3: not a sound file" in together[1].error and "gone.wav: no such file" in together[4].error
+    for one, other in zip(alone, (together[0], together[2], together[3]), strict=True):
+        np.testing.assert_array_equal(one, other.probabilities)
+        assert abs(one.sum() - 1) < 1e-5
+
+
+def test_forms_of_output():
+    names = ("a", "b", "c")
+    predictions = [Prediction("x, y.mp3", np.array([0.2, 0.5, 0.3])), Prediction("bad.mp3", None, "broken")]
+    assert list(render(predictions, names, "table", 2)) == ["x, y.mp3  b 50.0 %  c 30.0 %"]
+    parsed = json.loads("\n".join(render(predictions, names, "json", 1)))
+    assert parsed == [{"path": "x, y.mp3", "labels": [{"label": "b", "probability": 0.5}]}, {"path": "bad.mp3", "error": "broken"}]
+    rows = list(csv.reader(render(predictions, names, "csv", 1)))
+    assert rows[0] == ["path", "label", "a", "b", "c", "error"]
+    assert rows[1:] == [["x, y.mp3", "b", "0.200000", "0.500000", "0.300000", ""], ["bad.mp3", "", "", "", "", "broken"]]
+
+
+def test_evaluation_gives_the_scores_of_training(model, small_config):
+    evaluation = evaluate_model(model, Store.open(store_path(small_config)), "valid")
+    accuracy = (evaluation.scores.argmax(axis=1) == evaluation.targets).mean()
+    assert accuracy == model.measure[1] == 1.0
+    assert evaluation.audit.clean and evaluation.audit.trained == 24
+    assert evaluation.checkpoint == {"step": 36, "which": "last", "selected_on": "nothing"}
+
+
+def test_an_unseen_file_of_the_same_form_is_scored_as_test(model, small_arrays, tmp_path):
+    with np.load(small_arrays / "test.npz") as file:
+        arrays = dict(file)
+    order = np.array([4, 2, 7])
+    # Another order of the labels and fewer of them: the truth is told by name.
+    renamed = {k: v[order] for k, v in arrays.items() if k != "genres"} | {"genres": np.array(["low", "middle", "high"])}
+    np.savez(tmp_path / "unseen.npz", **renamed)
+    store = store_of_arrays(model, tmp_path / "unseen.npz", "test", tmp_path / "scratch")
+    evaluation = evaluate_model(model, store, "test")
+    assert evaluation.clip_ids == ["test.2", "test.4", "test.7"]
+    assert evaluation.targets.tolist() == [2, 1, 1]
+    assert (evaluation.scores.argmax(axis=1) == evaluation.targets).all()
+
+
+def test_leaks_from_the_training_clips_are_found(model, small_arrays, tmp_path):
+    with np.load(small_arrays / "train.npz") as file:
+        arrays = dict(file)
+    rows = slice(0, 3)
+    copies = {k: v[rows] for k, v in arrays.items() if k != "genres"} | {"genres": arrays["genres"]}
+    copies["clip_id"] = np.array(["train.0", "renamed", "quieter"])
+    copies["spectrogram"] = copies["spectrogram"].copy()
+    copies["spectrogram"][2] -= 3.0
+    np.savez(tmp_path / "leaky.npz", **copies)
+    evaluation = evaluate_model(model, store_of_arrays(model, tmp_path / "leaky.npz", "test", tmp_path / "scratch"), "test")
+    assert not evaluation.audit.clean
+    assert {finding.kind for finding in evaluation.audit.findings} >= {"same clip", "same content", "near-identical"}
+
+
+def test_stores_that_do_not_fit_are_refused(model, small_config):
+    store = Store.open(store_path(small_config))
+    with pytest.raises(UserError, match="the model does not know the label 'polka'"):
+        store.label_names = ("low", "polka", "high")
+        evaluate_model(model, store, "valid")
+    with pytest.raises(UserError, match=r"hop_length: 256 -> 512"):
+        store.features = type(store.features)(n_mels=16, hop_length=256)
+        evaluate_model(model, store, "valid")
+
+
+def test_no_run_is_a_clear_error(tmp_path):
+    with pytest.raises(UserError, match=r"none: no such workdir.*train\.py"):
+        load_model(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no checkpoint found"):
+        load_model(tmp_path / "empty")
+
+
+def test_the_real_clips_go_through_a_checkpoint_of_the_arrays(real_data, small_config, tmp_path):
+    """A short training on the real arrays, then the real `.au` and FLAC files at the same front end (hop 1710)."""
+    from musicgenre.config import clip_layout, dataset_options, feature_spec
+    from musicgenre.datasets import load_dataset
+    from musicgenre.datasets.base import find_audio
+    from musicgenre.pipeline.prepare import prepare_store
+
+    config = ConfigDict(small_config.to_dict())
+    config.data.root = str(real_data / "gtzan_mels")
+    config.data.files = ConfigDict({"train": "train.npz", "valid": "valid.npz", "test": ""})
+    config.data.frames = 387
+    config.features.n_mels = 128
+    config.features.hop_length = 1710
+    config.model = ConfigDict({"name": "conv1d", "module": "", "filters": (64, 64, 64), "dense": (128,), "batch_norm": True})
+    config.batch_size = 32
+    config.epochs = 4
+    config.optimizer.schedule = "constant"
+    summary = prepare_store(load_dataset(dataset_options(config)), feature_spec(config), clip_layout(config), store_path(config),
+                            workers=1, progress=False)
+    assert summary.splits == {"train": 442, "valid": 197} and not summary.skipped
+    result = train(config, tmp_path / "real", progress=False)
+    assert result.last > 0.3  # ten classes: chance is 0.1
+    files = find_audio(real_data / "gtzan_audio")
+    predictions = list(predict_files(load_model(tmp_path / "real"), files))
+    assert len(predictions) == 28 and not any(p.error for p in predictions)
+    right = [np.argmax(p.probabilities) == 1 for p in predictions if "classical" in p.path]
+    assert np.mean(right) > 0.5
