@@ -48,8 +48,8 @@ def main() -> int:
                 store = Store.open(_STORE.value or store_path(model.config))
             evaluation = evaluate_model(model, store, _SPLIT.value, command=command)
             out = Path(_OUT.value) if _OUT.value else workdir / f"evaluation-{_SPLIT.value}"
-            report = write_report(out / f"run{number}" if len(workdirs) > 1 else out, evaluation)
             metrics = measure(evaluation)
+            report = write_report(out / f"run{number}" if len(workdirs) > 1 else out, evaluation, metrics=metrics)
             runs.append((str(workdir), metrics))
             evaluations.append(evaluation)
             print(f"{'SYNTHETIC audio, ' if evaluation.synthetic else ''}{workdir}, {_SPLIT.value}: {headline(metrics)}")

@@ -4,7 +4,6 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -164,5 +163,7 @@ def _audit(model: TrainedModel, store: Store, indices: np.ndarray, compare_spect
     return audit(evaluated, trained)
 
 
-def _fingerprints(store: Store, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-    return np.stack([fingerprint_spectrogram(store.gather(np.array([i]))[0].astype(np.float32)) for i in indices])
+def _fingerprints(store: Store, indices: np.ndarray) -> np.ndarray:
+    """Returns the fingerprints of clips, `[n, d]`, over their real frames."""
+    clips = (store.gather(np.array([i]))[0, : store.lengths[i]] for i in indices)
+    return np.stack([fingerprint_spectrogram(clip.astype(np.float32)) for clip in clips])
