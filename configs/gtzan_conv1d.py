@@ -2,6 +2,8 @@
 
 python experiments/prepare.py --config=configs/gtzan_conv1d.py --config.data.root=<folder with genres>
 python experiments/train.py --config=configs/gtzan_conv1d.py --config.data.root=<the same> --workdir=runs/gtzan_conv1d
+
+No result yet: GTZAN's audio was not at hand when this was written, so only the code path has been run, on a few clips.
 """
 
 from ml_collections import ConfigDict

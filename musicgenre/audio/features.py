@@ -119,9 +119,7 @@ class FeatureSpec:
 @functools.lru_cache(maxsize=8)
 def _mel_filters(spec: FeatureSpec) -> np.ndarray:
     """Returns the transposed filter bank, float32 `[1 + n_fft // 2, n_mels]`."""
-    filters = mel_filter_bank(
-        sr=spec.sample_rate, n_fft=spec.n_fft, n_mels=spec.n_mels, fmin=spec.fmin, fmax=spec.top_frequency
-    )
+    filters = mel_filter_bank(sr=spec.sample_rate, n_fft=spec.n_fft, n_mels=spec.n_mels, fmin=spec.fmin, fmax=spec.top_frequency)
     return np.ascontiguousarray(filters.T)
 
 

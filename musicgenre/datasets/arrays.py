@@ -162,7 +162,9 @@ def _read_npz(path: Path) -> dict[str, Any]:
                     size = math.prod(shape) * dtype.itemsize
                     needed = stream.tell() + size
                     if needed != member.file_size:
-                        raise UserError(f"{path}: {member.filename} is damaged ({member.file_size} bytes where {needed} are needed).")
+                        raise UserError(
+                            f"{path}: {member.filename} is damaged ({member.file_size} bytes where {needed} are needed)."
+                        )
                 total += size
             if total > MAX_BYTES:
                 raise UserError(

@@ -37,7 +37,7 @@ def stratified_kfold(labels: Sequence[str], folds: int, fold: int, seed: int) ->
         raise UserError(f"data.folds must be at least 3 (test, valid and train), not {folds}.")
     names, counts = np.unique(np.array(labels), return_counts=True)
     if counts.min() < folds:
-        raise UserError(f"the label {names[counts.argmin()]!r} has {counts.min()} clips, fewer than the {folds} folds.")
+        raise UserError(f"the label {str(names[counts.argmin()])!r} has {counts.min()} clips, fewer than the {folds} folds.")
     parts = [part for _, part in StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels)]
     splits = np.full(len(labels), "train", object)
     splits[parts[(fold + 1) % folds]] = "valid"

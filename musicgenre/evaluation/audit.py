@@ -108,17 +108,20 @@ class AuditResult:
         sides = f"{self.evaluated} evaluated clips against {self.trained} trained on"
         lines = [f"no leak found: {sides}" if self.clean else f"LEAK: {sides}"]
         for found in self.findings:
-            lines.append(f"{found.kind}: {found.clips} of {self.evaluated} evaluated clips "
-                         f"({found.pairs} pair{'s' if found.pairs != 1 else ''})")
+            lines.append(
+                f"{found.kind}: {found.clips} of {self.evaluated} evaluated clips "
+                f"({found.pairs} pair{'s' if found.pairs != 1 else ''})"
+            )
         if self.closest is not None:
-            lines.append(f"closest spectrograms: cosine {self.closest:.2f} "
-                         f"(near-identical from {self.threshold:.2f})")
+            lines.append(f"closest spectrograms: cosine {self.closest:.2f} (near-identical from {self.threshold:.2f})")
         if not self.fingerprints_compared:
             lines.append("spectrograms not compared: no fingerprints")
         if self.without_hash:
             lines.append(f"content not compared for {self.without_hash} clips without a hash")
-        for unknown, total, side in ((self.unknown_groups, self.evaluated, "evaluated"),
-                                     (self.unknown_groups_trained, self.trained, "training")):
+        for unknown, total, side in (
+            (self.unknown_groups, self.evaluated, "evaluated"),
+            (self.unknown_groups_trained, self.trained, "training"),
+        ):
             if unknown:
                 lines.append(f"{self.group_name} unknown for {unknown} of {total} {side} clips")
         return lines
@@ -198,8 +201,7 @@ def audit(
         _check_side(name, side)
     ours, theirs = evaluated.fingerprints, trained.fingerprints
     if ours is not None and theirs is not None and ours.shape[1] != theirs.shape[1]:
-        raise UserError(f"the fingerprints of the two sides differ in size: {ours.shape[1]} and "
-                        f"{theirs.shape[1]}.")
+        raise UserError(f"the fingerprints of the two sides differ in size: {ours.shape[1]} and {theirs.shape[1]}.")
 
     known: set[tuple[int, int]] = set()
     findings = []
@@ -208,8 +210,7 @@ def audit(
         if not pairs:
             return
         known.update((i, j) for i, j, _ in pairs)
-        examples = [Pair(str(evaluated.clip_ids[i]), str(trained.clip_ids[j]), detail)
-                    for i, j, detail in pairs[:max_examples]]
+        examples = [Pair(str(evaluated.clip_ids[i]), str(trained.clip_ids[j]), detail) for i, j, detail in pairs[:max_examples]]
         findings.append(Finding(kind, severity, len(pairs), len({i for i, _, _ in pairs}), tuple(examples)))
 
     recording = "same recording"
@@ -219,8 +220,7 @@ def audit(
     closest = None
     if ours is not None and theirs is not None:
         close, closest = _near(ours, theirs, threshold)
-        add("near-identical", recording,
-            [(i, j, f"cosine {cosine:.2f}") for i, j, cosine in close if (i, j) not in known])
+        add("near-identical", recording, [(i, j, f"cosine {cosine:.2f}") for i, j, cosine in close if (i, j) not in known])
     if finding := _same_group(evaluated, trained, known, group_name, max_examples):
         findings.append(finding)
 
@@ -228,11 +228,17 @@ def audit(
         return sum(not _given(value) for value in values)
 
     return AuditResult(
-        findings=tuple(findings), evaluated=len(evaluated.clip_ids), trained=len(trained.clip_ids),
-        unknown_groups=missing(evaluated.groups), unknown_groups_trained=missing(trained.groups),
+        findings=tuple(findings),
+        evaluated=len(evaluated.clip_ids),
+        trained=len(trained.clip_ids),
+        unknown_groups=missing(evaluated.groups),
+        unknown_groups_trained=missing(trained.groups),
         without_hash=missing(evaluated.content_hashes) + missing(trained.content_hashes),
-        fingerprints_compared=ours is not None and theirs is not None, threshold=float(threshold),
-        closest=closest, group_name=group_name)
+        fingerprints_compared=ours is not None and theirs is not None,
+        threshold=float(threshold),
+        closest=closest,
+        group_name=group_name,
+    )
 
 
 def _given(value: str | None) -> bool:
@@ -244,8 +250,7 @@ def _check_side(name: str, side: AuditSide) -> None:
     lengths = {"content_hashes": len(side.content_hashes), "groups": len(side.groups)}
     if side.fingerprints is not None:
         if np.ndim(side.fingerprints) != 2:
-            raise UserError(f"{name}: fingerprints must have the shape [clips, d], not "
-                            f"{list(np.shape(side.fingerprints))}.")
+            raise UserError(f"{name}: fingerprints must have the shape [clips, d], not {list(np.shape(side.fingerprints))}.")
         lengths["fingerprints"] = len(side.fingerprints)
     for field, length in lengths.items():
         if length != count:
@@ -276,17 +281,20 @@ def _same_group(
         others = [j for j in where.get(group, ()) if (i, j) not in known]
         if others:
             pairs += len(others)
-            examples.append(Pair(str(evaluated.clip_ids[i]), str(trained.clip_ids[others[0]]),
-                                 f"{group_name} {group}, {len(others)} training clips"))
+            examples.append(
+                Pair(
+                    str(evaluated.clip_ids[i]),
+                    str(trained.clip_ids[others[0]]),
+                    f"{group_name} {group}, {len(others)} training clips",
+                )
+            )
     if not examples:
         return None
     kind = f"same {group_name}"
     return Finding(kind, kind, pairs, len(examples), tuple(examples[:max_examples]))
 
 
-def _near(
-    left: np.ndarray, right: np.ndarray, threshold: float
-) -> tuple[list[tuple[int, int, float]], float | None]:
+def _near(left: np.ndarray, right: np.ndarray, threshold: float) -> tuple[list[tuple[int, int, float]], float | None]:
     """Returns (i, j, cosine) of the pairs from the threshold on, closest first, and the highest of all."""
     if len(left) == 0 or len(right) == 0:
         return [], None

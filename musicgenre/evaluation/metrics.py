@@ -14,9 +14,7 @@ _ROUNDING = 2e-3
 _ROUNDING_OF_SUM = 2e-2
 
 
-def single_label_metrics(
-    scores: np.ndarray, labels: np.ndarray, label_names: Sequence[str]
-) -> dict[str, Any]:
+def single_label_metrics(scores: np.ndarray, labels: np.ndarray, label_names: Sequence[str]) -> dict[str, Any]:
     """Returns the measures of a classifier that gives each clip one of several labels.
 
     Args:
@@ -42,19 +40,16 @@ def single_label_metrics(
     scores, labels = _check_scores(scores, label_names), np.asarray(labels)
     clips, classes = scores.shape
     if labels.shape != (clips,):
-        raise UserError(f"labels must have the shape [clips] = [{clips}] of the scores, not "
-                        f"{list(labels.shape)}.")
+        raise UserError(f"labels must have the shape [clips] = [{clips}] of the scores, not {list(labels.shape)}.")
     if not np.issubdtype(labels.dtype, np.integer):
         raise UserError(f"labels must be integers, not {labels.dtype}.")
     if not 0 <= labels.min() <= labels.max() < classes:
         wrong = int(np.argmax((labels < 0) | (labels >= classes)))
-        raise UserError(f"labels: clip {wrong} has the label {labels[wrong]}, but there are "
-                        f"{classes} classes.")
+        raise UserError(f"labels: clip {wrong} has the label {labels[wrong]}, but there are {classes} classes.")
     sums = scores.sum(axis=1)
     if (np.abs(sums - 1) > _ROUNDING_OF_SUM).any():
         wrong = int(np.argmax(np.abs(sums - 1)))
-        raise UserError(f"scores: those of clip {wrong} sum to {sums[wrong]:.4f}, but probabilities of one "
-                        "label sum to 1.")
+        raise UserError(f"scores: those of clip {wrong} sum to {sums[wrong]:.4f}, but probabilities of one label sum to 1.")
 
     predicted = scores.argmax(axis=1)
     confusion = sk.confusion_matrix(labels, predicted, labels=np.arange(classes))
@@ -83,9 +78,7 @@ def single_label_metrics(
     }
 
 
-def multi_label_metrics(
-    scores: np.ndarray, targets: np.ndarray, label_names: Sequence[str]
-) -> dict[str, Any]:
+def multi_label_metrics(scores: np.ndarray, targets: np.ndarray, label_names: Sequence[str]) -> dict[str, Any]:
     """Returns the measures of a tagger, which gives each clip any number of tags.
 
     Args:
@@ -105,12 +98,12 @@ def multi_label_metrics(
     """
     scores, targets = _check_scores(scores, label_names), np.asarray(targets)
     if targets.shape != scores.shape:
-        raise UserError(f"targets must have the shape [clips, tags] = {list(scores.shape)} of the scores, "
-                        f"not {list(targets.shape)}.")
+        raise UserError(
+            f"targets must have the shape [clips, tags] = {list(scores.shape)} of the scores, not {list(targets.shape)}."
+        )
     if not np.isin(targets, (0, 1)).all():
         clip, tag = np.argwhere(~np.isin(targets, (0, 1)))[0]
-        raise UserError(f"targets: clip {clip} has {targets[clip, tag]} for the tag {label_names[tag]!r}, "
-                        "not 0 or 1.")
+        raise UserError(f"targets: clip {clip} has {targets[clip, tag]} for the tag {label_names[tag]!r}, not 0 or 1.")
 
     targets = targets.astype(int)
     predicted = scores >= 0.5
@@ -132,9 +125,7 @@ def multi_label_metrics(
     }
 
 
-def weighted_macro_aucs(
-    scores: np.ndarray, targets: np.ndarray
-) -> Callable[[np.ndarray], tuple[float, float]]:
+def weighted_macro_aucs(scores: np.ndarray, targets: np.ndarray) -> Callable[[np.ndarray], tuple[float, float]]:
     """Returns a function from weights of the clips to macro ROC-AUC and macro PR-AUC.
 
     It is fast enough for a bootstrap: the clips are sorted once; each call costs a few passes over them. A
@@ -176,16 +167,22 @@ def _check_scores(scores: np.ndarray, label_names: Sequence[str]) -> np.ndarray:
     """Returns the scores as float64 within [0, 1], or raises UserError."""
     scores = np.asarray(scores, np.float64)
     if scores.ndim != 2 or scores.shape[1] != len(label_names):
-        raise UserError(f"scores must have the shape [clips, {len(label_names)}] for {len(label_names)} "
-                        f"label names, not {list(scores.shape)}.")
+        raise UserError(
+            f"scores must have the shape [clips, {len(label_names)}] for {len(label_names)} "
+            f"label names, not {list(scores.shape)}."
+        )
     if 0 in scores.shape:
         raise UserError(f"scores have the shape {list(scores.shape)}: there is nothing to measure.")
-    for what, wrong in (("is not a number", np.isnan(scores)),
-                        ("lies outside [0, 1]", (scores < -_ROUNDING) | (scores > 1 + _ROUNDING))):
+    for what, wrong in (
+        ("is not a number", np.isnan(scores)),
+        ("lies outside [0, 1]", (scores < -_ROUNDING) | (scores > 1 + _ROUNDING)),
+    ):
         if wrong.any():
             clip, label = np.argwhere(wrong)[0]
-            raise UserError(f"scores: clip {clip} has {scores[clip, label]:.6g} for {label_names[label]!r}, "
-                            f"which {what} ({wrong.sum()} such entries).")
+            raise UserError(
+                f"scores: clip {clip} has {scores[clip, label]:.6g} for {label_names[label]!r}, "
+                f"which {what} ({wrong.sum()} such entries)."
+            )
     return np.clip(scores, 0, 1)
 
 
@@ -198,16 +195,18 @@ def _per_label(
         truth, chosen = targets[:, column], predicted[:, column]
         support, selected, hits = int(truth.sum()), int(chosen.sum()), int((chosen & (truth == 1)).sum())
         curves = 0 < support < len(truth)
-        rows.append({
-            "label": str(name),
-            "support": support,
-            "predicted": selected,
-            "precision": hits / selected if selected else None,
-            "recall": hits / support if support else None,
-            "f1": 2 * hits / (support + selected) if support + selected else None,
-            "roc_auc": float(sk.roc_auc_score(truth, scores[:, column])) if curves else None,
-            "pr_auc": float(sk.average_precision_score(truth, scores[:, column])) if curves else None,
-        })
+        rows.append(
+            {
+                "label": str(name),
+                "support": support,
+                "predicted": selected,
+                "precision": hits / selected if selected else None,
+                "recall": hits / support if support else None,
+                "f1": 2 * hits / (support + selected) if support + selected else None,
+                "roc_auc": float(sk.roc_auc_score(truth, scores[:, column])) if curves else None,
+                "pr_auc": float(sk.average_precision_score(truth, scores[:, column])) if curves else None,
+            }
+        )
     return rows
 
 
@@ -222,9 +221,16 @@ def _calibration(confidence: np.ndarray, correct: np.ndarray) -> tuple[float, li
     count = np.bincount(bins, minlength=CALIBRATION_BINS)
     summed = np.bincount(bins, confidence, CALIBRATION_BINS)
     hits = np.bincount(bins, correct, CALIBRATION_BINS)
-    rows = [{"low": i / CALIBRATION_BINS, "high": (i + 1) / CALIBRATION_BINS, "n": int(n),
-             "confidence": float(summed[i] / n) if n else None, "accuracy": float(hits[i] / n) if n else None}
-            for i, n in enumerate(count)]
+    rows = [
+        {
+            "low": i / CALIBRATION_BINS,
+            "high": (i + 1) / CALIBRATION_BINS,
+            "n": int(n),
+            "confidence": float(summed[i] / n) if n else None,
+            "accuracy": float(hits[i] / n) if n else None,
+        }
+        for i, n in enumerate(count)
+    ]
     return float(np.abs(hits - summed).sum() / len(confidence)), rows
 
 

@@ -46,9 +46,14 @@ def confusion_matrix(
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="equal")
     few = classes <= _MOST_CLASSES_WITH_NUMBERS
     size = 9 if few else 6.5
-    axes.set_xticks(range(classes), [_short(name) for name in label_names], fontsize=size,
-                    rotation=45 if few else 90, ha="right" if few else "center",
-                    rotation_mode="anchor" if few else None)
+    axes.set_xticks(
+        range(classes),
+        [_short(name) for name in label_names],
+        fontsize=size,
+        rotation=45 if few else 90,
+        ha="right" if few else "center",
+        rotation_mode="anchor" if few else None,
+    )
     axes.set_yticks(range(classes), _with_counts(label_names, rows[:, 0]), fontsize=size)
     axes.set_xticks(np.arange(classes + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(classes + 1) - 0.5, minor=True)
@@ -60,8 +65,15 @@ def confusion_matrix(
     if few:
         number = 9 if classes <= 14 else 6.5
         for i, j in np.argwhere(counts > 0):
-            axes.text(j, i, f"{100 * share[i, j]:.0f} %\n{counts[i, j]}", ha="center", va="center",
-                      fontsize=number, color="white" if share[i, j] > 0.55 else _INK)
+            axes.text(
+                j,
+                i,
+                f"{100 * share[i, j]:.0f} %\n{counts[i, j]}",
+                ha="center",
+                va="center",
+                fontsize=number,
+                color="white" if share[i, j] > 0.55 else _INK,
+            )
     bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
     bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=["0 %", "25 %", "50 %", "75 %", "100 %"])
     bar.outline.set_visible(False)
@@ -94,8 +106,9 @@ def per_class_bars(
         known = [value for value in values if value is not None]
         axes.barh(positions, [value or 0 for value in values], color=colour, height=0.68)
         for position, value in zip(positions, values, strict=True):
-            axes.text(1.13, position, "n/a" if value is None else f"{value:.2f}", ha="right", va="center",
-                      fontsize=8.5, color=_MUTED)
+            axes.text(
+                1.13, position, "n/a" if value is None else f"{value:.2f}", ha="right", va="center", fontsize=8.5, color=_MUTED
+            )
         if known:
             mean = float(np.mean(known))
             axes.axvline(mean, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
@@ -134,15 +147,29 @@ def reliability_diagram(
     width = bins[0]["high"] - bins[0]["low"]
     full = [row for row in bins if row["n"]]
     top.plot([0, 1], [0, 1], color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), label="perfect calibration")
-    top.bar([row["low"] for row in full], [row["accuracy"] for row in full], width=width * 0.92, align="edge",
-            color=BLUE, alpha=0.85, label=observed)
+    top.bar(
+        [row["low"] for row in full],
+        [row["accuracy"] for row in full],
+        width=width * 0.92,
+        align="edge",
+        color=BLUE,
+        alpha=0.85,
+        label=observed,
+    )
     for row in full:
         top.plot([row["confidence"]] * 2, [row["accuracy"], row["confidence"]], color=RED, linewidth=1.6)
     means = [row["confidence"] for row in full]
     top.plot(means, means, "o", color=RED, markersize=3.5, label="gap to the mean probability")
     top.set(xlim=(0, 1), ylim=(0, 1.02), ylabel=observed)
-    top.legend(edgecolor="none", framealpha=0.9, fontsize=8.5, loc="upper left", title_fontsize=9.5,
-               alignment="left", title=f"expected calibration error {100 * ece:.1f} %")
+    top.legend(
+        edgecolor="none",
+        framealpha=0.9,
+        fontsize=8.5,
+        loc="upper left",
+        title_fontsize=9.5,
+        alignment="left",
+        title=f"expected calibration error {100 * ece:.1f} %",
+    )
     below.bar(edges, [row["n"] for row in bins], width=width * 0.92, align="edge", color=_MUTED)
     below.set(xlabel="probability", ylabel=counted)
     if max(row["n"] for row in bins) > 100 * max(1, min(row["n"] for row in full)):
@@ -174,16 +201,15 @@ def learning_curves(
     panels = figure.subplots(1, 2)
     for axes, name in zip(panels, ("loss", metric), strict=True):
         drawn = False
-        for key, label, colour, marker in ((f"train_{name}", "training", ORANGE, ""),
-                                           (f"valid_{name}", "validation", BLUE, "o")):
+        for key, label, colour, marker in ((f"train_{name}", "training", ORANGE, ""), (f"valid_{name}", "validation", BLUE, "o")):
             points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
             if points:
-                axes.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1.4, marker=marker,
-                          markersize=3)
+                axes.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1.4, marker=marker, markersize=3)
                 drawn = True
         if evaluated_step is not None:
-            axes.axvline(evaluated_step, color=RED, linewidth=1.2, linestyle=(0, (4, 3)),
-                         label=f"evaluated: step {evaluated_step}")
+            axes.axvline(
+                evaluated_step, color=RED, linewidth=1.2, linestyle=(0, (4, 3)), label=f"evaluated: step {evaluated_step}"
+            )
         if not drawn:
             axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=_MUTED)
         axes.set_title(measure_name(name), fontsize=10, color=_INK)
@@ -221,13 +247,17 @@ def roc_curves(
         if 0 < truth.sum() < len(truth):
             false_alarms, hits, _ = sk.roc_curve(truth, scores[:, column])
             area = sk.auc(false_alarms, hits)
-            axes.plot(false_alarms, hits, color=colour, linewidth=1.5, label=f"{area:.2f}  {_short(name)}",
-                      linestyle="-" if column % 2 == 0 else (0, (5, 1)))
-    axes.set(xlim=(-0.01, 1), ylim=(0, 1.01), xlabel="false positive rate", ylabel="true positive rate",
-             aspect="equal")
+            axes.plot(
+                false_alarms,
+                hits,
+                color=colour,
+                linewidth=1.5,
+                label=f"{area:.2f}  {_short(name)}",
+                linestyle="-" if column % 2 == 0 else (0, (5, 1)),
+            )
+    axes.set(xlim=(-0.01, 1), ylim=(0, 1.01), xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(edgecolor="none", framealpha=0.9, fontsize=8.5, loc="lower right", title="area, label",
-                    alignment="left")
+        axes.legend(edgecolor="none", framealpha=0.9, fontsize=8.5, loc="lower right", title="area, label", alignment="left")
     _tidy(axes, "both")
     _save(figure, path, title)
 
@@ -258,18 +288,45 @@ def comparison_plot(
         values = factor * np.asarray(row["values"], float)
         # Below the line; dots of equal value would hide each other, so they are spread a little.
         offsets = 0.26 + (np.linspace(-0.07, 0.07, len(values)) if len(values) > 1 else np.zeros(len(values)))
-        axes.plot(values, position + offsets, "o", color=BLUE, alpha=0.75, markersize=4.5, markeredgewidth=0,
-                  label=None if dots_drawn or not len(values) else "a seed")
+        axes.plot(
+            values,
+            position + offsets,
+            "o",
+            color=BLUE,
+            alpha=0.75,
+            markersize=4.5,
+            markeredgewidth=0,
+            label=None if dots_drawn or not len(values) else "a seed",
+        )
         dots_drawn = dots_drawn or len(values) > 0
         if row["interval"] is not None:
             low, high = (factor * value for value in row["interval"])
-            axes.plot([low, high], [position] * 2, color=RED, linewidth=2, solid_capstyle="butt",
-                      label=None if interval_drawn else "95 % interval")
+            axes.plot(
+                [low, high],
+                [position] * 2,
+                color=RED,
+                linewidth=2,
+                solid_capstyle="butt",
+                label=None if interval_drawn else "95 % interval",
+            )
             interval_drawn = True
-        axes.plot(factor * row["mean"], position, "D", color=RED, markersize=6, markeredgecolor="white",
-                  label="value or mean" if position == 0 else None)
-        axes.annotate(f"{factor * row['mean']:.{digits}f}", (1.01, position), va="center", fontsize=9,
-                      xycoords=("axes fraction", "data"), color=_INK)
+        axes.plot(
+            factor * row["mean"],
+            position,
+            "D",
+            color=RED,
+            markersize=6,
+            markeredgecolor="white",
+            label="value or mean" if position == 0 else None,
+        )
+        axes.annotate(
+            f"{factor * row['mean']:.{digits}f}",
+            (1.01, position),
+            va="center",
+            fontsize=9,
+            xycoords=("axes fraction", "data"),
+            color=_INK,
+        )
     axes.set_yticks(range(len(rows)), [_short(row["name"], 44) for row in rows], fontsize=9)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel(f"{measure} (%)" if percent else measure)
@@ -281,9 +338,15 @@ def comparison_plot(
 
 def measure_name(key: str) -> str:
     """Returns the name of a measure for people, such as "macro ROC-AUC" for `macro_roc_auc`."""
-    names = {"macro_roc_auc": "macro ROC-AUC", "macro_pr_auc": "macro PR-AUC", "macro_f1": "macro F1",
-             "micro_f1": "micro F1", "top3_accuracy": "top-3 accuracy", "nll": "negative log likelihood",
-             "ece": "calibration error"}
+    names = {
+        "macro_roc_auc": "macro ROC-AUC",
+        "macro_pr_auc": "macro PR-AUC",
+        "macro_f1": "macro F1",
+        "micro_f1": "micro F1",
+        "top3_accuracy": "top-3 accuracy",
+        "nll": "negative log likelihood",
+        "ece": "calibration error",
+    }
     return names.get(key, key.replace("_", " "))
 
 
@@ -295,9 +358,7 @@ def _with_counts(label_names: Sequence[str], counts: Sequence[int] | np.ndarray)
     return [f"{_short(name)}  ({count})" for name, count in zip(label_names, counts, strict=True)]
 
 
-def _figure(
-    width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained"
-) -> Figure:
+def _figure(width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained") -> Figure:
     figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
     FigureCanvasAgg(figure)
     return figure

@@ -24,8 +24,17 @@ LEVEL = 0.95
 _MISTAKES_SHOWN = 20
 _MOST_ROC_CURVES = 10
 # In the order in which they are shown; those of the second line are shares, shown in percent.
-_MEASURES = ("accuracy", "balanced_accuracy", "top3_accuracy", "macro_roc_auc", "macro_pr_auc", "macro_f1",
-             "micro_f1", "nll", "ece")
+_MEASURES = (
+    "accuracy",
+    "balanced_accuracy",
+    "top3_accuracy",
+    "macro_roc_auc",
+    "macro_pr_auc",
+    "macro_f1",
+    "micro_f1",
+    "nll",
+    "ece",
+)
 _IN_PERCENT = ("accuracy", "balanced_accuracy", "top3_accuracy", "ece")
 
 
@@ -103,15 +112,19 @@ def measure(evaluation: Evaluation, *, resamples: int = 2000, seed: int = 0) -> 
     groups = evaluation.groups if grouped else None
     known = [group for group in evaluation.groups if group is not None]
     intervals: dict[str, Any] = {
-        "level": LEVEL, "bootstrap_unit": evaluation.group_name if grouped else "clip",
-        "bootstrap_units": len(set(known)) + n - len(known)}
+        "level": LEVEL,
+        "bootstrap_unit": evaluation.group_name if grouped else "clip",
+        "bootstrap_units": len(set(known)) + n - len(known),
+    }
     scores, targets = np.asarray(evaluation.scores), np.asarray(evaluation.targets)
     if evaluation.task == "single_label":
         metrics = single_label_metrics(scores, targets, evaluation.label_names)
         correct = scores.argmax(axis=1) == targets
         over_clips = bootstrap_mean(correct, groups, resamples=resamples, seed=seed, level=LEVEL)
-        intervals["accuracy"] = {"wilson": list(wilson(int(correct.sum()), n, LEVEL)),
-                                 "bootstrap": over_clips and list(over_clips)}
+        intervals["accuracy"] = {
+            "wilson": list(wilson(int(correct.sum()), n, LEVEL)),
+            "bootstrap": over_clips and list(over_clips),
+        }
     else:
         metrics = multi_label_metrics(scores, targets, evaluation.label_names)
     aucs = weighted_macro_aucs(scores, _one_hot(evaluation))
@@ -170,20 +183,39 @@ def write_report(
     notes = [*evaluation.notes, *_own_notes(evaluation, metrics)]
     audit = evaluation.audit
     reasons = Counter(str(row["reason"]) for row in evaluation.skipped)
-    write_json(out_dir / "metrics.json", {
-        "title": evaluation.title, "dataset": evaluation.dataset, "protocol": evaluation.protocol,
-        "split": evaluation.split, "synthetic": evaluation.synthetic,
-        "checkpoint": dict(evaluation.checkpoint), "headline": headline(metrics), **metrics,
-        "audit": audit.to_dict() if audit else None,
-        "skipped": [dict(row) for row in evaluation.skipped], "notes": notes, "command": evaluation.command,
-        "versions": dict(evaluation.versions), "config": dict(evaluation.config)})
+    write_json(
+        out_dir / "metrics.json",
+        {
+            "title": evaluation.title,
+            "dataset": evaluation.dataset,
+            "protocol": evaluation.protocol,
+            "split": evaluation.split,
+            "synthetic": evaluation.synthetic,
+            "checkpoint": dict(evaluation.checkpoint),
+            "headline": headline(metrics),
+            **metrics,
+            "audit": audit.to_dict() if audit else None,
+            "skipped": [dict(row) for row in evaluation.skipped],
+            "notes": notes,
+            "command": evaluation.command,
+            "versions": dict(evaluation.versions),
+            "config": dict(evaluation.config),
+        },
+    )
     write_text(out_dir / "predictions.csv", _predictions(evaluation))
     figures = _figures(out_dir, evaluation, metrics)
     page = _page(
-        "report.html.j2", evaluation=evaluation, metrics=metrics, notes=notes, headline=headline(metrics),
-        figures={name: _data_uri(path) for name, path in figures.items()}, mistakes=_mistakes(evaluation),
-        cards=_cards(metrics), skipped_reasons=reasons.most_common(),
-        config=list(_flat(evaluation.config)))
+        "report.html.j2",
+        evaluation=evaluation,
+        metrics=metrics,
+        notes=notes,
+        headline=headline(metrics),
+        figures={name: _data_uri(path) for name, path in figures.items()},
+        mistakes=_mistakes(evaluation),
+        cards=_cards(metrics),
+        skipped_reasons=reasons.most_common(),
+        config=list(_flat(evaluation.config)),
+    )
     write_text(out_dir / "report.html", page)
     return out_dir / "report.html"
 
@@ -222,24 +254,38 @@ def summarise_seeds(
     """
     measures, left_out = _summarise(runs)
     main = next(iter(measures))
-    summary: dict[str, Any] = {"title": title, "synthetic": synthetic, "runs": [name for name, _ in runs],
-                               "measures": measures, "left_out": left_out}
+    summary: dict[str, Any] = {
+        "title": title,
+        "synthetic": synthetic,
+        "runs": [name for name, _ in runs],
+        "measures": measures,
+        "left_out": left_out,
+    }
     rows: list[dict[str, Any]] = [
-        {"name": name, "mean": metrics[main], "values": [], "interval": _best_interval(metrics, main)}
-        for name, metrics in runs]
+        {"name": name, "mean": metrics[main], "values": [], "interval": _best_interval(metrics, main)} for name, metrics in runs
+    ]
     over_seeds = measures[main]
     rows.append({"name": f"mean of {len(runs)} seeds (t interval)", **over_seeds})
     if correct is not None:
         correct = np.asarray(correct)
         if correct.ndim != 2 or len(correct) != len(runs):
-            raise UserError(f"correct must have the shape [seeds, clips] for {len(runs)} seeds, not "
-                            f"{list(correct.shape)}.")
+            raise UserError(f"correct must have the shape [seeds, clips] for {len(runs)} seeds, not {list(correct.shape)}.")
         interval = bootstrap_mean(correct.mean(axis=0), groups, level=LEVEL)
         unit = group_name if groups is not None and any(group is not None for group in groups) else "clip"
-        summary["over_clips"] = {"accuracy": float(correct.mean()), "bootstrap": interval and list(interval),
-                                 "bootstrap_unit": unit, "clips": correct.shape[1]}
-        rows.append({"name": f"mean of {len(runs)} seeds ({unit} bootstrap)", "mean": float(correct.mean()),
-                     "interval": interval, "values": []})
+        summary["over_clips"] = {
+            "accuracy": float(correct.mean()),
+            "bootstrap": interval and list(interval),
+            "bootstrap_unit": unit,
+            "clips": correct.shape[1],
+        }
+        rows.append(
+            {
+                "name": f"mean of {len(runs)} seeds ({unit} bootstrap)",
+                "mean": float(correct.mean()),
+                "interval": interval,
+                "values": [],
+            }
+        )
     tables = [("", runs, measures)]
     return _write_summary(Path(out_dir), "seeds.png", summary, rows, main, tables, command, notes)
 
@@ -275,8 +321,12 @@ def summarise_variants(
         measures, _ = _summarise(runs)
         tables.append((name, runs, {key: value for key, value in measures.items() if key not in left_out}))
     main = next(iter(tables[0][2]))
-    summary = {"title": title, "synthetic": synthetic, "left_out": left_out, "variants": {
-        name: {"runs": [run for run, _ in runs], "measures": measures} for name, runs, measures in tables}}
+    summary = {
+        "title": title,
+        "synthetic": synthetic,
+        "left_out": left_out,
+        "variants": {name: {"runs": [run for run, _ in runs], "measures": measures} for name, runs, measures in tables},
+    }
     rows = [{"name": name, **measures[main]} for name, _, measures in tables]
     return _write_summary(Path(out_dir), "variants.png", summary, rows, main, tables, command, notes)
 
@@ -293,10 +343,16 @@ def _write_summary(
 ) -> Path:
     write_json(out_dir / "summary.json", {**summary, "notes": list(notes), "command": command})
     title = ("SYNTHETIC · " if summary["synthetic"] else "") + summary["title"]
-    plots.comparison_plot(out_dir / figure, rows, title, measure=plots.measure_name(main),
-                          percent=main in _IN_PERCENT)
-    page = _page("summary.html.j2", summary=summary, tables=tables, main=main,
-                 figure=_data_uri(out_dir / figure), command=command, notes=notes)
+    plots.comparison_plot(out_dir / figure, rows, title, measure=plots.measure_name(main), percent=main in _IN_PERCENT)
+    page = _page(
+        "summary.html.j2",
+        summary=summary,
+        tables=tables,
+        main=main,
+        figure=_data_uri(out_dir / figure),
+        command=command,
+        notes=notes,
+    )
     write_text(out_dir / "report.html", page)
     return out_dir / "report.html"
 
@@ -306,8 +362,7 @@ def _summarise(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[dict[str,
     if not runs:
         raise UserError("a summary needs at least one run.")
     defined = {name: [metrics.get(name) is not None for _, metrics in runs] for name in _MEASURES}
-    measures = {name: seeds_summary([metrics[name] for _, metrics in runs], LEVEL)
-                for name in _MEASURES if all(defined[name])}
+    measures = {name: seeds_summary([metrics[name] for _, metrics in runs], LEVEL) for name in _MEASURES if all(defined[name])}
     if not measures:
         raise UserError(f"the runs {', '.join(name for name, _ in runs)} have no measure in common.")
     return measures, [name for name in _MEASURES if any(defined[name]) and not all(defined[name])]
@@ -353,9 +408,16 @@ def _predictions(evaluation: Evaluation) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["clip_id", "split", "truth", "predicted", "correct", *(f"p_{name}" for name in names)])
     for i in sorted(range(len(evaluation.clip_ids)), key=lambda i: evaluation.clip_ids[i]):
-        writer.writerow([
-            evaluation.clip_ids[i], evaluation.split, "|".join(names[truth[i]]), "|".join(names[chosen[i]]),
-            int((truth[i] == chosen[i]).all()), *(f"{score:.6f}" for score in scores[i])])
+        writer.writerow(
+            [
+                evaluation.clip_ids[i],
+                evaluation.split,
+                "|".join(names[truth[i]]),
+                "|".join(names[chosen[i]]),
+                int((truth[i] == chosen[i]).all()),
+                *(f"{score:.6f}" for score in scores[i]),
+            ]
+        )
     return buffer.getvalue()
 
 
@@ -367,14 +429,30 @@ def _mistakes(evaluation: Evaluation) -> list[dict[str, Any]]:
         predicted, labels = scores.argmax(axis=1), truth.argmax(axis=1)
         sure = np.where(predicted != labels, scores.max(axis=1), -1)
         worst = [i for i in np.argsort(-sure, kind="stable")[:_MISTAKES_SHOWN] if sure[i] >= 0]
-        return [{"clip_id": evaluation.clip_ids[i], "truth": names[labels[i]],
-                 "predicted": names[predicted[i]], "probability": float(sure[i]),
-                 "of_truth": float(scores[i, labels[i]]), "path": evaluation.paths[i]} for i in worst]
+        return [
+            {
+                "clip_id": evaluation.clip_ids[i],
+                "truth": names[labels[i]],
+                "predicted": names[predicted[i]],
+                "probability": float(sure[i]),
+                "of_truth": float(scores[i, labels[i]]),
+                "path": evaluation.paths[i],
+            }
+            for i in worst
+        ]
     off = np.abs(scores - truth)
     order = np.argsort(-off, axis=None, kind="stable")[:_MISTAKES_SHOWN]
-    return [{"clip_id": evaluation.clip_ids[i], "tag": names[j], "truth": "yes" if truth[i, j] else "no",
-             "probability": float(scores[i, j]), "path": evaluation.paths[i]}
-            for i, j in zip(*np.unravel_index(order, off.shape), strict=True) if off[i, j] > 0.5]
+    return [
+        {
+            "clip_id": evaluation.clip_ids[i],
+            "tag": names[j],
+            "truth": "yes" if truth[i, j] else "no",
+            "probability": float(scores[i, j]),
+            "path": evaluation.paths[i],
+        }
+        for i, j in zip(*np.unravel_index(order, off.shape), strict=True)
+        if off[i, j] > 0.5
+    ]
 
 
 def _own_notes(evaluation: Evaluation, metrics: Mapping[str, Any]) -> list[str]:
@@ -383,17 +461,20 @@ def _own_notes(evaluation: Evaluation, metrics: Mapping[str, Any]) -> list[str]:
     checkpoint = evaluation.checkpoint
     selected_on = str(checkpoint.get("selected_on", "")).split()
     if checkpoint.get("which") == "best" and evaluation.split in selected_on:
-        notes.append(f"The checkpoint was chosen by its score on this split ({evaluation.split}), so these "
-                     "numbers flatter it.")
+        notes.append(f"The checkpoint was chosen by its score on this split ({evaluation.split}), so these numbers flatter it.")
     if metrics["undefined"]:
         what = "classes" if evaluation.task == "single_label" else "tags"
-        notes.append(f"Left out of the means, for want of a clip with or without them: "
-                     f"{metrics['undefined_count']} of {len(metrics['per_class'])} {what} "
-                     f"({', '.join(metrics['undefined'])}).")
+        notes.append(
+            f"Left out of the means, for want of a clip with or without them: "
+            f"{metrics['undefined_count']} of {len(metrics['per_class'])} {what} "
+            f"({', '.join(metrics['undefined'])})."
+        )
     unknown = sum(group is None for group in evaluation.groups)
     if unknown:
-        notes.append(f"The {evaluation.group_name} is unknown for {unknown} of {metrics['n']} clips; the "
-                     "bootstrap takes each of them for itself.")
+        notes.append(
+            f"The {evaluation.group_name} is unknown for {unknown} of {metrics['n']} clips; the "
+            "bootstrap takes each of them for itself."
+        )
     return notes
 
 
@@ -407,25 +488,37 @@ def _figures(out_dir: Path, evaluation: Evaluation, metrics: Mapping[str, Any]) 
     paths = {}
     if evaluation.curves:
         paths["curves"] = out_dir / "curves.png"
-        plots.learning_curves(paths["curves"], evaluation.curves, f"Learning curves · {title}",
-                              metric="accuracy" if single else "macro_roc_auc",
-                              evaluated_step=evaluation.checkpoint.get("step"))
+        plots.learning_curves(
+            paths["curves"],
+            evaluation.curves,
+            f"Learning curves · {title}",
+            metric="accuracy" if single else "macro_roc_auc",
+            evaluated_step=evaluation.checkpoint.get("step"),
+        )
     if single:
         paths["confusion"] = out_dir / "confusion.png"
         plots.confusion_matrix(paths["confusion"], metrics["confusion"], names, f"Confusion · {title}")
     paths["per_class"] = out_dir / "per_class.png"
     measures = {"F1": "f1", "ROC-AUC": "roc_auc"} if single else {"ROC-AUC": "roc_auc", "PR-AUC": "pr_auc"}
     plots.per_class_bars(
-        paths["per_class"], names, {name: [row[key] for row in rows] for name, key in measures.items()},
-        [row["support"] for row in rows], f"Per {'class' if single else 'tag'} · {title}")
+        paths["per_class"],
+        names,
+        {name: [row[key] for row in rows] for name, key in measures.items()},
+        [row["support"] for row in rows],
+        f"Per {'class' if single else 'tag'} · {title}",
+    )
     if len(names) <= _MOST_ROC_CURVES:
         paths["roc"] = out_dir / "roc.png"
-        plots.roc_curves(paths["roc"], np.asarray(evaluation.scores), _one_hot(evaluation), names,
-                         f"ROC · {title}")
+        plots.roc_curves(paths["roc"], np.asarray(evaluation.scores), _one_hot(evaluation), names, f"ROC · {title}")
     paths["reliability"] = out_dir / "reliability.png"
     plots.reliability_diagram(
-        paths["reliability"], metrics["reliability"], metrics["ece"], f"Calibration · {title}",
-        observed="accuracy" if single else "share with the tag", counted="clips" if single else "entries")
+        paths["reliability"],
+        metrics["reliability"],
+        metrics["ece"],
+        f"Calibration · {title}",
+        observed="accuracy" if single else "share with the tag",
+        counted="clips" if single else "entries",
+    )
     return paths
 
 
@@ -445,8 +538,7 @@ def _intervals(metrics: Mapping[str, Any], name: str) -> list[str]:
     """Returns the intervals of a measure in words, the level with the first."""
     intervals = metrics.get("intervals", {})
     kinds = {"wilson": "Wilson", "bootstrap": f"{intervals.get('bootstrap_unit')} bootstrap"}
-    found = [f"{kinds[kind]} {_range(name, interval)}" for kind, interval in intervals.get(name, {}).items()
-             if interval]
+    found = [f"{kinds[kind]} {_range(name, interval)}" for kind, interval in intervals.get(name, {}).items() if interval]
     return [f"{100 * intervals['level']:.0f} % {found[0]}", *found[1:]] if found else []
 
 
@@ -454,8 +546,15 @@ def _cards(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns the numbers at the top of the report; the first ones are the headline."""
     main = ("accuracy",) if "accuracy" in metrics else ("macro_roc_auc", "macro_pr_auc")
     shown = [*main, *(name for name in _MEASURES if name in metrics and name not in main)]
-    return [{"name": plots.measure_name(name), "value": _value(name, metrics[name]), "main": name in main,
-             "intervals": _intervals(metrics, name)} for name in shown]
+    return [
+        {
+            "name": plots.measure_name(name),
+            "value": _value(name, metrics[name]),
+            "main": name in main,
+            "intervals": _intervals(metrics, name),
+        }
+        for name in shown
+    ]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -472,8 +571,12 @@ def _data_uri(path: Path) -> str:
 
 def _page(template: str, **values: Any) -> str:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
-        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
     environment.filters["number"] = lambda value: "n/a" if value is None else f"{value:.3f}"
     environment.globals.update(show_value=_value, show_range=_range, measure_name=plots.measure_name)
     return environment.get_template(template).render(**values)

@@ -20,13 +20,16 @@ def test_agrees_with_a_loop():
     np.testing.assert_allclose(average_by_clip(scores, index, 20), expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize(("index", "clips", "message"), [
-    ([0, 0, 2], 3, "1 of 3 clips have no chunk, the first is clip 1"),
-    ([0, 1, 3], 3, "runs from 0 to 3"),
-    ([0, 1, -1], 2, "runs from -1 to 1"),
-    ([0, 1], 2, r"clip_index \[chunks\]"),
-    ([0.0, 1.0, 1.0], 2, "integers"),
-])
+@pytest.mark.parametrize(
+    ("index", "clips", "message"),
+    [
+        ([0, 0, 2], 3, "1 of 3 clips have no chunk, the first is clip 1"),
+        ([0, 1, 3], 3, "runs from 0 to 3"),
+        ([0, 1, -1], 2, "runs from -1 to 1"),
+        ([0, 1], 2, r"clip_index \[chunks\]"),
+        ([0.0, 1.0, 1.0], 2, "integers"),
+    ],
+)
 def test_refuses(index, clips, message):
     with pytest.raises(UserError, match=message):
         average_by_clip(np.ones((3, 2)), np.array(index), clips)

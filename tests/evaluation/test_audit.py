@@ -33,8 +33,12 @@ def disguised(spectrogram, shift):
 def side(*clips, prefix, groups=None):
     """A side of made-up clips, every id, hash and artist different."""
     ids = [f"{prefix}{i}" for i in range(len(clips))]
-    return AuditSide(ids, [f"hash {i}" for i in ids], groups or [f"artist {i}" for i in ids],
-                     np.stack([fingerprint_spectrogram(clip) for clip in clips]))
+    return AuditSide(
+        ids,
+        [f"hash {i}" for i in ids],
+        groups or [f"artist {i}" for i in ids],
+        np.stack([fingerprint_spectrogram(clip) for clip in clips]),
+    )
 
 
 def test_unrelated_clips_pass():
@@ -52,8 +56,7 @@ def test_finds_a_softer_shifted_copy(shift, copy_is_trained_on):
     other = [*(music(i) for i in range(10, 20)), disguised(one[4], shift)]
     sides = [side(*one, prefix="a"), side(*other, prefix="b")]
     result = audit(*(sides if copy_is_trained_on else sides[::-1]))
-    assert [(f.kind, f.severity, f.pairs, f.clips) for f in result.findings] == [
-        ("near-identical", "same recording", 1, 1)]
+    assert [(f.kind, f.severity, f.pairs, f.clips) for f in result.findings] == [("near-identical", "same recording", 1, 1)]
     pair = result.findings[0].examples[0]
     assert {pair.evaluated, pair.trained} == {"a4", "b10"}
     assert result.closest > 0.8
@@ -93,13 +96,18 @@ def test_the_strongest_kind_is_reported_once():
     clips = [music(i) for i in range(4)]
     evaluated = side(*clips, prefix="e")
     trained = dataclasses.replace(
-        side(*clips[:3], music(9), prefix="t"), clip_ids=["e0", "t1", "t2", "t3"],
+        side(*clips[:3], music(9), prefix="t"),
+        clip_ids=["e0", "t1", "t2", "t3"],
         content_hashes=["hash e0", "hash e1", "other", None],
-        groups=["artist e0", "artist e1", "artist e2", "artist e3"])
+        groups=["artist e0", "artist e1", "artist e2", "artist e3"],
+    )
     result = audit(evaluated, trained)
     assert {f.kind: [(p.evaluated, p.trained) for p in f.examples] for f in result.findings} == {
-        "same clip": [("e0", "e0")], "same content": [("e1", "t1")], "near-identical": [("e2", "t2")],
-        "same artist": [("e3", "t3")]}
+        "same clip": [("e0", "e0")],
+        "same content": [("e1", "t1")],
+        "near-identical": [("e2", "t2")],
+        "same artist": [("e3", "t3")],
+    }
     assert result.without_hash == 1
 
 
@@ -107,7 +115,7 @@ def test_counts_are_exact_where_examples_are_not():
     evaluated = AuditSide([f"e{i}" for i in range(30)], [""] * 30, ["x"] * 20 + [None] * 10)
     trained = AuditSide([f"t{i}" for i in range(5)], [None] * 5, ["x", "x", "x", "y", None])
     result = audit(evaluated, trained, group_name="track", max_examples=4)
-    finding, = result.findings
+    (finding,) = result.findings
     assert (finding.kind, finding.pairs, finding.clips, len(finding.examples)) == ("same track", 60, 20, 4)
     assert finding.examples[0].detail == "track x, 3 training clips"
     assert result.summary() == [
@@ -116,7 +124,8 @@ def test_counts_are_exact_where_examples_are_not():
         "spectrograms not compared: no fingerprints",
         "content not compared for 35 clips without a hash",
         "track unknown for 10 of 30 evaluated clips",
-        "track unknown for 1 of 5 training clips"]
+        "track unknown for 1 of 5 training clips",
+    ]
     assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["clean"] is False
 
 
@@ -150,8 +159,9 @@ def test_real_clips_and_their_copies(real_data):
         decibel = floor * (1 - (arrays["spectrogram"].astype(np.float32) + 0.5) / 256)
         clips[split] = decibel.transpose(0, 2, 1)
         ids = [str(clip) for clip in arrays["clip_id"]]
-        sides[split] = AuditSide(ids, ids, [artists.get(clip) for clip in ids],
-                                 np.stack([fingerprint_spectrogram(clip) for clip in clips[split]]))
+        sides[split] = AuditSide(
+            ids, ids, [artists.get(clip) for clip in ids], np.stack([fingerprint_spectrogram(clip) for clip in clips[split]])
+        )
     result = audit(sides["valid"], sides["train"])
     # The fault-filtered lists share no artist and no replica.
     assert result.clean
@@ -159,6 +169,6 @@ def test_real_clips_and_their_copies(real_data):
     assert (result.unknown_groups, result.unknown_groups_trained) == (4, 32)
     copies = np.stack([fingerprint_spectrogram(disguised(clip, 4)) for clip in clips["valid"]])
     names = [f"copy of {clip}" for clip in sides["valid"].clip_ids]
-    finding, = audit(sides["valid"], AuditSide(names, names, [None] * len(names), copies)).findings
+    (finding,) = audit(sides["valid"], AuditSide(names, names, [None] * len(names), copies)).findings
     assert (finding.pairs, finding.clips) == (197, 197)
     assert all(pair.trained == f"copy of {pair.evaluated}" for pair in finding.examples)

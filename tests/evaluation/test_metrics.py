@@ -41,8 +41,15 @@ def test_single_label_by_hand():
     assert measured["undefined"] == ["c"]
     assert measured["undefined_count"] == 1
     assert measured["per_class"][2] == {
-        "label": "c", "support": 0, "predicted": 1, "precision": 0.0, "recall": None, "f1": 0.0,
-        "roc_auc": None, "pr_auc": None}
+        "label": "c",
+        "support": 0,
+        "predicted": 1,
+        "precision": 0.0,
+        "recall": None,
+        "f1": 0.0,
+        "roc_auc": None,
+        "pr_auc": None,
+    }
     assert measured["top3_accuracy"] is None
 
 
@@ -65,13 +72,13 @@ def test_single_label_agrees_with_scikit_learn():
     predicted = scores.argmax(axis=1)
     assert measured["accuracy"] == pytest.approx(sk.accuracy_score(labels, predicted))
     assert measured["balanced_accuracy"] == pytest.approx(sk.balanced_accuracy_score(labels, predicted))
-    assert measured["macro_precision"] == pytest.approx(
-        sk.precision_score(labels, predicted, average="macro", zero_division=0))
+    assert measured["macro_precision"] == pytest.approx(sk.precision_score(labels, predicted, average="macro", zero_division=0))
     assert measured["macro_f1"] == pytest.approx(sk.f1_score(labels, predicted, average="macro"))
     assert measured["top3_accuracy"] == pytest.approx(sk.top_k_accuracy_score(labels, scores, k=3))
     assert measured["nll"] == pytest.approx(sk.log_loss(labels, scores))
     assert measured["macro_roc_auc"] == pytest.approx(
-        np.mean([rank_auc((labels == k).astype(int), scores[:, k]) for k in range(5)]))
+        np.mean([rank_auc((labels == k).astype(int), scores[:, k]) for k in range(5)])
+    )
 
 
 def test_a_class_never_predicted_counts_as_precision_zero():
@@ -98,10 +105,7 @@ def test_a_certain_mistake_has_a_finite_loss():
 
 
 def multi_label_case():
-    scores = np.array([[0.9, 0.6, 0.1, 0.7],
-                       [0.8, 0.2, 0.3, 0.6],
-                       [0.3, 0.7, 0.2, 0.9],
-                       [0.6, 0.1, 0.4, 0.8]])
+    scores = np.array([[0.9, 0.6, 0.1, 0.7], [0.8, 0.2, 0.3, 0.6], [0.3, 0.7, 0.2, 0.9], [0.6, 0.1, 0.4, 0.8]])
     targets = np.array([[1, 1, 0, 1], [0, 0, 0, 1], [1, 1, 0, 1], [0, 0, 0, 1]])
     return scores, targets, ("rock", "vocal", "never", "always")
 
@@ -143,16 +147,19 @@ def test_weighted_aucs_agree_with_scikit_learn_on_ties_and_weights():
     assert pr == pytest.approx(sk.average_precision_score(targets, scores, **settings))
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(scores=SCORES[:, :2]), r"scores must have the shape \[clips, 3\]"),
-    (dict(scores=SCORES[:0], labels=LABELS[:0]), "nothing to measure"),
-    (dict(scores=np.where(SCORES == 0.8, np.nan, SCORES)), "clip 2 has nan for 'b', which is not a number"),
-    (dict(scores=np.where(SCORES == 0.8, 1.5, SCORES)), r"clip 2 has 1.5 for 'b', which lies outside"),
-    (dict(scores=SCORES / 2), "clip 0 sum to 0.5000"),
-    (dict(labels=LABELS[:3]), "labels must have the shape"),
-    (dict(labels=LABELS.astype(float)), "labels must be integers"),
-    (dict(labels=np.array([0, 1, 3, 0])), "clip 2 has the label 3"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(scores=SCORES[:, :2]), r"scores must have the shape \[clips, 3\]"),
+        (dict(scores=SCORES[:0], labels=LABELS[:0]), "nothing to measure"),
+        (dict(scores=np.where(SCORES == 0.8, np.nan, SCORES)), "clip 2 has nan for 'b', which is not a number"),
+        (dict(scores=np.where(SCORES == 0.8, 1.5, SCORES)), r"clip 2 has 1.5 for 'b', which lies outside"),
+        (dict(scores=SCORES / 2), "clip 0 sum to 0.5000"),
+        (dict(labels=LABELS[:3]), "labels must have the shape"),
+        (dict(labels=LABELS.astype(float)), "labels must be integers"),
+        (dict(labels=np.array([0, 1, 3, 0])), "clip 2 has the label 3"),
+    ],
+)
 def test_single_label_refuses(change, message):
     with pytest.raises(UserError, match=message):
         single_label_metrics(**{"scores": SCORES, "labels": LABELS, "label_names": NAMES, **change})

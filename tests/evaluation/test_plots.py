@@ -60,8 +60,13 @@ def test_the_other_figures_are_drawn(tmp_path):
     plots.roc_curves(tmp_path / "o.png", scores, np.eye(2, dtype=int)[[0, 1, 1]], ["a", "b"], "title")
     plots.roc_curves(tmp_path / "p.png", scores[:1], np.array([[1, 0]]), ["a", "b"], "one clip")
     plots.learning_curves(tmp_path / "l.png", [{"step": 1, "learning_rate": 0.1}], "nothing recorded")
-    plots.comparison_plot(tmp_path / "c.png", [{"name": "a", "mean": 0.5, "interval": None, "values": [0.5]}],
-                          "title", measure="accuracy", percent=True)
+    plots.comparison_plot(
+        tmp_path / "c.png",
+        [{"name": "a", "mean": 0.5, "interval": None, "values": [0.5]}],
+        "title",
+        measure="accuracy",
+        percent=True,
+    )
     for name in "roplc":
         assert min(size(tmp_path / f"{name}.png")) > 250
 

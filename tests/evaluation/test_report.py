@@ -27,22 +27,41 @@ def single(**changes):
     right[9] = 0.05
     scores = np.where(np.eye(2, dtype=bool)[labels], right[:, None], 1 - right[:, None])
     values = dict(
-        title="a & b", dataset="gtzan", protocol="fault_filtered", split="valid", task="single_label",
-        label_names=("blues", "ro,ck"), clip_ids=[*(f"clip{9 - i}" for i in range(9)), NASTY],
-        paths=[f"/data/{i}.wav" for i in range(10)], scores=scores, targets=labels,
+        title="a & b",
+        dataset="gtzan",
+        protocol="fault_filtered",
+        split="valid",
+        task="single_label",
+        label_names=("blues", "ro,ck"),
+        clip_ids=[*(f"clip{9 - i}" for i in range(9)), NASTY],
+        paths=[f"/data/{i}.wav" for i in range(10)],
+        scores=scores,
+        targets=labels,
         groups=["x", "x", "y", "y", "z", "z", "w", "w", None, None],
         config={"model": {"name": "conv1d"}, "note": NASTY},
         curves=[{"step": 1, "train_loss": 1.0}, {"step": 2, "valid_loss": 1.1, "valid_accuracy": 0.5}],
-        checkpoint={"step": 2, "which": "last", "selected_on": None}, command="evaluate --workdir=x")
+        checkpoint={"step": 2, "which": "last", "selected_on": None},
+        command="evaluate --workdir=x",
+    )
     return Evaluation(**{**values, **changes})
 
 
 def tagging(**changes):
     scores = np.array([[0.9, 0.6, 0.1], [0.8, 0.2, 0.3], [0.3, 0.7, 0.2], [0.6, 0.1, 0.4]])
     targets = np.array([[1, 1, 0], [0, 0, 0], [1, 1, 0], [0, 0, 0]])
-    values = dict(title="tags", dataset="mtat", protocol="clean", split="test", task="multi_label",
-                  label_names=("rock", "vocal", "never"), clip_ids=list("dcba"), paths=list("dcba"),
-                  groups=[None] * 4, scores=scores, targets=targets)
+    values = dict(
+        title="tags",
+        dataset="mtat",
+        protocol="clean",
+        split="test",
+        task="multi_label",
+        label_names=("rock", "vocal", "never"),
+        clip_ids=list("dcba"),
+        paths=list("dcba"),
+        groups=[None] * 4,
+        scores=scores,
+        targets=targets,
+    )
     return Evaluation(**{**values, **changes})
 
 
@@ -50,8 +69,15 @@ def test_files_and_numbers(tmp_path):
     path = write_report(tmp_path / "out", single(), resamples=200)
     assert path == tmp_path / "out" / "report.html"
     assert {file.name for file in path.parent.iterdir()} == {
-        "metrics.json", "predictions.csv", "report.html", "curves.png", "confusion.png", "per_class.png",
-        "roc.png", "reliability.png"}
+        "metrics.json",
+        "predictions.csv",
+        "report.html",
+        "curves.png",
+        "confusion.png",
+        "per_class.png",
+        "roc.png",
+        "reliability.png",
+    }
     text = (path.parent / "metrics.json").read_text(encoding="utf-8")
     assert "NaN" not in text and "Infinity" not in text
     saved = json.loads(text)
@@ -104,8 +130,11 @@ def test_multi_label(tmp_path):
     with open(tmp_path / "predictions.csv", encoding="utf-8", newline="") as handle:
         rows = list(csv.DictReader(handle))
     assert [(row["clip_id"], row["truth"], row["predicted"], row["correct"]) for row in rows] == [
-        ("a", "", "rock", "0"), ("b", "rock|vocal", "vocal", "0"), ("c", "", "rock", "0"),
-        ("d", "rock|vocal", "rock|vocal", "1")]
+        ("a", "", "rock", "0"),
+        ("b", "rock|vocal", "vocal", "0"),
+        ("c", "", "rock", "0"),
+        ("d", "rock|vocal", "rock|vocal", "1"),
+    ]
 
 
 def test_headline():
@@ -119,8 +148,7 @@ def test_headline():
 
 
 def test_one_clip_alone_can_be_reported(tmp_path):
-    one = single(clip_ids=["a"], paths=["a"], groups=[None], scores=np.array([[0.6, 0.4]]),
-                 targets=np.array([0]), curves=())
+    one = single(clip_ids=["a"], paths=["a"], groups=[None], scores=np.array([[0.6, 0.4]]), targets=np.array([0]), curves=())
     write_report(tmp_path, one, resamples=20)
     saved = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
     assert saved["macro_roc_auc"] is None
@@ -136,9 +164,18 @@ def test_page_says_what_a_reader_must_know(tmp_path):
     checkpoint = {"step": 7, "which": "best", "selected_on": "valid accuracy"}
     told = dataclasses.replace(evaluation, synthetic=True, audit=leak, skipped=skipped, checkpoint=checkpoint)
     page = write_report(tmp_path, told, resamples=20).read_text(encoding="utf-8")
-    for words in ("SYNTHETIC", "trained on some of what it is evaluated on", "same clip: 1 of 10",
-                  "same artist: 2 of 10", "1 × cannot be decoded", "jazz.00054", "best, step 7", "model.name",
-                  "chosen by its score on this split (valid)", "The artist is unknown for 2 of 10 clips"):
+    for words in (
+        "SYNTHETIC",
+        "trained on some of what it is evaluated on",
+        "same clip: 1 of 10",
+        "same artist: 2 of 10",
+        "1 × cannot be decoded",
+        "jazz.00054",
+        "best, step 7",
+        "model.name",
+        "chosen by its score on this split (valid)",
+        "The artist is unknown for 2 of 10 clips",
+    ):
         assert words in page, words
     assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))["audit"]["clean"] is False
 
@@ -165,12 +202,15 @@ def test_refusals(tmp_path):
 
 
 def test_summary_over_seeds(tmp_path):
-    runs = [(f"seed {i}", {"accuracy": value, "macro_f1": 0.3, "macro_roc_auc": None if i else 0.7})
-            for i, value in enumerate([0.4, 0.5, 0.6])]
+    runs = [
+        (f"seed {i}", {"accuracy": value, "macro_f1": 0.3, "macro_roc_auc": None if i else 0.7})
+        for i, value in enumerate([0.4, 0.5, 0.6])
+    ]
     correct = np.zeros((3, 10))
     correct[0, :4] = correct[1, :5] = correct[2, :6] = 1
-    page = summarise_seeds(tmp_path, runs, title="<b>seeds", correct=correct, groups=["x"] * 5 + ["y"] * 5,
-                           synthetic=True).read_text(encoding="utf-8")
+    page = summarise_seeds(
+        tmp_path, runs, title="<b>seeds", correct=correct, groups=["x"] * 5 + ["y"] * 5, synthetic=True
+    ).read_text(encoding="utf-8")
     saved = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     assert saved["measures"]["accuracy"]["mean"] == pytest.approx(0.5)
     assert saved["measures"]["accuracy"]["interval"] == pytest.approx([0.2515862, 0.7484138], abs=1e-6)
@@ -183,13 +223,19 @@ def test_summary_over_seeds(tmp_path):
 
 
 def test_summary_of_variants(tmp_path):
-    page = summarise_variants(tmp_path, {
-        "base": [("s0", {"accuracy": 0.4, "ece": 0.1}), ("s1", {"accuracy": 0.6, "ece": 0.1})],
-        "wide": [("s0", {"accuracy": 0.7})]}, title="ablation").read_text(encoding="utf-8")
+    page = summarise_variants(
+        tmp_path,
+        {
+            "base": [("s0", {"accuracy": 0.4, "ece": 0.1}), ("s1", {"accuracy": 0.6, "ece": 0.1})],
+            "wide": [("s0", {"accuracy": 0.7})],
+        },
+        title="ablation",
+    ).read_text(encoding="utf-8")
     saved = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     assert saved["variants"]["base"]["measures"]["accuracy"]["std"] == pytest.approx(np.sqrt(0.02))
     assert saved["variants"]["wide"]["measures"] == {
-        "accuracy": {"n": 1, "mean": 0.7, "std": None, "interval": None, "values": [0.7]}}
+        "accuracy": {"n": 1, "mean": 0.7, "std": None, "interval": None, "values": [0.7]}
+    }
     assert saved["left_out"] == ["ece"]
     assert (tmp_path / "variants.png").is_file()
     assert "50.0 % ± 14.1 %" in page

@@ -10,8 +10,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(script, *arguments, cwd=ROOT):
-    return subprocess.run([sys.executable, str(ROOT / "experiments" / script), *map(str, arguments)], cwd=cwd, capture_output=True,
-                          text=True, check=False)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "experiments" / script), *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +26,18 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def flags_of_a_small_run(place):
-    return [f"--config={ROOT}/configs/synthetic.py", f"--config.data.root={place}/audio", f"--config.data.stores_root={place}/stores",
-            "--config.data.clips_per_style=5", "--config.data.seconds=2.0", "--config.data.frames=86", "--config.epochs=2",
-            "--config.model.filters=(8, 8)", "--config.model.dense=(16,)", "--noprogress"]
+    return [
+        f"--config={ROOT}/configs/synthetic.py",
+        f"--config.data.root={place}/audio",
+        f"--config.data.stores_root={place}/stores",
+        "--config.data.clips_per_style=5",
+        "--config.data.seconds=2.0",
+        "--config.data.frames=86",
+        "--config.epochs=2",
+        "--config.model.filters=(8, 8)",
+        "--config.model.dense=(16,)",
+        "--noprogress",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +65,9 @@ def test_from_nothing_to_a_report(trained, place):
 def test_several_seeds_have_a_common_report(trained, place, flags_of_a_small_run):
     done = run("train.py", *flags_of_a_small_run, "--config.seed=1", f"--workdir={place}/run1", cwd=place)
     assert done.returncode == 0, done.stderr
-    done = run("evaluate.py", f"--workdir={trained}", f"--workdir={place}/run1", "--split=valid", f"--out={place}/seeds", cwd=place)
+    done = run(
+        "evaluate.py", f"--workdir={trained}", f"--workdir={place}/run1", "--split=valid", f"--out={place}/seeds", cwd=place
+    )
     assert done.returncode == 0, done.stderr
     summary = json.loads((place / "seeds" / "summary.json").read_text())
     assert summary["measures"]["accuracy"]["n"] == 2
@@ -76,11 +92,13 @@ def test_predict_tells_the_good_from_the_bad(trained, place):
 
 def test_the_ablation_makes_one_table_and_resumes(trained, place, flags_of_a_small_run):
     config = place / "sweep.py"
-    config.write_text("import importlib.util\n"
-                      f"spec = importlib.util.spec_from_file_location('synthetic', '{ROOT}/configs/synthetic.py')\n"
-                      "module = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(module)\n"
-                      "get_config = module.get_config\n"
-                      "def sweep():\n    yield 'plain', {}\n    yield 'dropped', {'model.dropout': 0.9}\n")
+    config.write_text(
+        "import importlib.util\n"
+        f"spec = importlib.util.spec_from_file_location('synthetic', '{ROOT}/configs/synthetic.py')\n"
+        "module = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(module)\n"
+        "get_config = module.get_config\n"
+        "def sweep():\n    yield 'plain', {}\n    yield 'dropped', {'model.dropout': 0.9}\n"
+    )
     flags = [f"--config={config}", *flags_of_a_small_run[1:], f"--workdir={place}/ablation", "--seeds=2"]
     done = run("ablate.py", *flags, cwd=place)
     assert done.returncode == 0, done.stderr
@@ -91,18 +109,29 @@ def test_the_ablation_makes_one_table_and_resumes(trained, place, flags_of_a_sma
     assert again.returncode == 0 and (place / "ablation" / "ablation.csv").read_text() == table
 
 
-@pytest.mark.parametrize(("script", "arguments", "message"), [
-    ("train.py", ["--config.optimizer.learning_rat=1.0"], "config.optimizer.learning_rat is not a field.*Did you mean.*learning_rate"),
-    ("train.py", ["--config.optimzer.name=adam"], 'the flags cannot be used: .*Did you mean "optimizer" instead of "optimzer"'),
-    ("train.py", ["--config.batch_size=many"], "batch_size"),
-    ("train.py", ["--config.model.filtres=(3,)"], "model.filtres is not a field.*Did you mean 'filters'"),
-    ("train.py", ["--config.optimizer.name=adamm"], "Did you mean 'adam'"),
-    ("train.py", ["--config.data.stores_root=nowhere"], "no finished spectrogram store.*prepare.py"),
-    ("train.py", ["--config.data.crop_frames=40"], "normalise=band"),
-    ("prepare.py", ["--config.data.dataset=gtzam"], "no data set 'gtzam'. Did you mean 'gtzan'"),
-    ("prepare.py", ["--config.data.dataset=gtzan", "--config.data.root="], "data.root"),
-    ("prepare.py", ["stray"], "unexpected argument 'stray'"),
-])
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        (
+            "train.py",
+            ["--config.optimizer.learning_rat=1.0"],
+            "config.optimizer.learning_rat is not a field.*Did you mean.*learning_rate",
+        ),
+        (
+            "train.py",
+            ["--config.optimzer.name=adam"],
+            'the flags cannot be used: .*Did you mean "optimizer" instead of "optimzer"',
+        ),
+        ("train.py", ["--config.batch_size=many"], "batch_size"),
+        ("train.py", ["--config.model.filtres=(3,)"], "model.filtres is not a field.*Did you mean 'filters'"),
+        ("train.py", ["--config.optimizer.name=adamm"], "Did you mean 'adam'"),
+        ("train.py", ["--config.data.stores_root=nowhere"], "no finished spectrogram store.*prepare.py"),
+        ("train.py", ["--config.data.crop_frames=40"], "normalise=band"),
+        ("prepare.py", ["--config.data.dataset=gtzam"], "no data set 'gtzam'. Did you mean 'gtzan'"),
+        ("prepare.py", ["--config.data.dataset=gtzan", "--config.data.root="], "data.root"),
+        ("prepare.py", ["stray"], "unexpected argument 'stray'"),
+    ],
+)
 def test_mistakes_are_one_clear_line(trained, place, flags_of_a_small_run, script, arguments, message):
     workdir = [f"--workdir={place}/other"] if script == "train.py" else []
     done = run(script, *flags_of_a_small_run, *workdir, *arguments, cwd=place)
@@ -120,6 +149,12 @@ def test_help_says_what_it_does_and_how(script):
 
 
 def test_leakage_can_be_fatal(trained, place):
-    done = run("evaluate.py", f"--workdir={trained}", f"--store={next((place / 'stores').iterdir())}", "--split=valid",
-               "--fatal_leakage", cwd=place)
+    done = run(
+        "evaluate.py",
+        f"--workdir={trained}",
+        f"--store={next((place / 'stores').iterdir())}",
+        "--split=valid",
+        "--fatal_leakage",
+        cwd=place,
+    )
     assert done.returncode == 0, done.stderr

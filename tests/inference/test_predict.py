@@ -39,7 +39,9 @@ def test_a_long_file_is_the_mean_of_its_windows(model, tmp_path):
     assert inputs.shape == (3, 64, 16) and inputs.dtype == np.float16
     middle = round((len(samples) - size) / 2)
     for row, start in zip(inputs, (0, middle, len(samples) - size), strict=True):
-        np.testing.assert_array_equal(row, compute_features(samples[start : start + size], model.features)[:64].astype(np.float16))
+        np.testing.assert_array_equal(
+            row, compute_features(samples[start : start + size], model.features)[:64].astype(np.float16)
+        )
 
 
 def test_files_alone_or_together_give_the_same_and_bad_ones_say_why(model, tmp_path):
@@ -60,7 +62,10 @@ def test_forms_of_output():
     predictions = [Prediction("x, y.mp3", np.array([0.2, 0.5, 0.3])), Prediction("bad.mp3", None, "broken")]
     assert list(render(predictions, names, "table", 2)) == ["x, y.mp3  b 50.0 %  c 30.0 %"]
     parsed = json.loads("\n".join(render(predictions, names, "json", 1)))
-    assert parsed == [{"path": "x, y.mp3", "labels": [{"label": "b", "probability": 0.5}]}, {"path": "bad.mp3", "error": "broken"}]
+    assert parsed == [
+        {"path": "x, y.mp3", "labels": [{"label": "b", "probability": 0.5}]},
+        {"path": "bad.mp3", "error": "broken"},
+    ]
     rows = list(csv.reader(render(predictions, names, "csv", 1)))
     assert rows[0] == ["path", "label", "a", "b", "c", "error"]
     assert rows[1:] == [["x, y.mp3", "b", "0.200000", "0.500000", "0.300000", ""], ["bad.mp3", "", "", "", "", "broken"]]
@@ -104,11 +109,11 @@ def test_leaks_from_the_training_clips_are_found(model, small_arrays, tmp_path):
 
 def test_stores_that_do_not_fit_are_refused(model, small_config):
     store = Store.open(store_path(small_config))
+    store.label_names = ("low", "polka", "high")
     with pytest.raises(UserError, match="the model does not know the label 'polka'"):
-        store.label_names = ("low", "polka", "high")
         evaluate_model(model, store, "valid")
+    store.features = type(store.features)(n_mels=16, hop_length=256)
     with pytest.raises(UserError, match=r"hop_length: 256 -> 512"):
-        store.features = type(store.features)(n_mels=16, hop_length=256)
         evaluate_model(model, store, "valid")
 
 
@@ -137,8 +142,14 @@ def test_the_real_clips_go_through_a_checkpoint_of_the_arrays(real_data, small_c
     config.batch_size = 32
     config.epochs = 4
     config.optimizer.schedule = "constant"
-    summary = prepare_store(load_dataset(dataset_options(config)), feature_spec(config), clip_layout(config), store_path(config),
-                            workers=1, progress=False)
+    summary = prepare_store(
+        load_dataset(dataset_options(config)),
+        feature_spec(config),
+        clip_layout(config),
+        store_path(config),
+        workers=1,
+        progress=False,
+    )
     assert summary.splits == {"train": 442, "valid": 197} and not summary.skipped
     result = train(config, tmp_path / "real", progress=False)
     assert result.last > 0.3  # ten classes: chance is 0.1
