@@ -23,5 +23,4 @@ def get_config() -> ConfigDict:
     config.data.frames = 258
     config.features.hop_length = 512
     config.epochs = 40
-    config.model.batch_norm = True
     return config
