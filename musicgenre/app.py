@@ -58,7 +58,7 @@ def run(main: Callable[..., int | None], *, takes_files: bool = False) -> None:
         logging.set_verbosity(logging.WARNING)
         try:
             rest = app.parse_flags_with_usage(list(argv))
-        except (UserError, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        except (UserError, ImportError, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
             # A KeyError shows its message in quotes; the config library's messages have several lines.
             message = " ".join(str(error.args[0] if error.args else type(error).__name__).split())
             _die(f"the flags cannot be used: {message}", USER_ERROR)
