@@ -1,5 +1,6 @@
 """Ways to split clips into train, valid and test: pure functions of labels, groups and a seed."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,9 +36,9 @@ def stratified_kfold(labels: Sequence[str], folds: int, fold: int, seed: int) ->
     check_fold(fold, folds)
     if folds < 3:
         raise UserError(f"data.folds must be at least 3 (test, valid and train), not {folds}.")
-    names, counts = np.unique(np.array(labels), return_counts=True)
-    if counts.min() < folds:
-        raise UserError(f"the label {str(names[counts.argmin()])!r} has {counts.min()} clips, fewer than the {folds} folds.")
+    label, count = min(Counter(labels).items(), key=lambda item: item[1])
+    if count < folds:
+        raise UserError(f"the label {label!r} has {count} clips, fewer than the {folds} folds.")
     parts = [part for _, part in StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels)]
     splits = np.full(len(labels), "train", object)
     splits[parts[(fold + 1) % folds]] = "valid"
@@ -82,8 +83,8 @@ def group_split(
         members.setdefault((group is None, str(i) if group is None else group), []).append(i)
     by_label: dict[str, list[list[int]]] = {}
     for clips in members.values():
-        there, counts = np.unique([labels[i] for i in clips], return_counts=True)
-        by_label.setdefault(str(there[counts.argmax()]), []).append(clips)
+        commonest = Counter(labels[i] for i in clips).most_common(1)[0][0]
+        by_label.setdefault(commonest, []).append(clips)
     splits = [""] * len(labels)
     generator = np.random.default_rng(seed)
     for label in sorted(by_label):

@@ -12,9 +12,11 @@ from ml_collections import ConfigDict
 from musicgenre.config import check_config
 from musicgenre.errors import UserError
 from musicgenre.evaluation.intervals import seeds_summary
-from musicgenre.evaluation.plots import comparison_plot, measure_name
+from musicgenre.evaluation.plots import measure_name
+from musicgenre.evaluation.report import summarise_variants
 from musicgenre.files import write_text
 from musicgenre.training.loop import TrainResult, train
+from musicgenre.training.telemetry import read_rows
 
 Variant = tuple[str, Mapping[str, Any]]
 
@@ -68,7 +70,7 @@ def expand(
 def run_ablation(
     config: ConfigDict, variants: Iterable[Variant], workdir: str | Path, seeds: Sequence[int], *, progress: bool = True
 ) -> list[Row]:
-    """Trains every variant with every seed and writes `ablation.csv`, `ablation.md` and `ablation.png`.
+    """Trains every variant with every seed and writes `ablation.csv`, `ablation.md`, `variants.png` and `report.html`.
 
     Finished runs are not repeated and unfinished ones go on, so the same call resumes. The measure is that of the
     validation split at the end of training, not of the best checkpoint, so that nothing is selected on it.
@@ -82,6 +84,7 @@ def run_ablation(
     """
     workdir = Path(workdir)
     rows: list[Row] = []
+    measured: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for name, overrides, configs in expand(config, variants, seeds):
         results: list[TrainResult] = []
         for seed, changed in zip(seeds, configs, strict=True):
@@ -91,12 +94,25 @@ def run_ablation(
         if len(values) < len(results):
             raise UserError("an ablation needs a validation split, and the store has none.")
         rows.append(Row(name, overrides, **seeds_summary(values)))
+        measured[name] = [(result.workdir.name, _last_measures(result.workdir)) for result in results]
         write_table(workdir, rows, results[0].metric)
+        summarise_variants(
+            workdir,
+            measured,
+            title=f"{workdir.name}: the validation split at the end of training",
+            synthetic=results[0].synthetic,
+        )
     return rows
 
 
+def _last_measures(workdir: Path) -> dict[str, Any]:
+    """Returns the validation measures of a run's last evaluation."""
+    row = [row for row in read_rows(workdir) if "valid_loss" in row][-1]
+    return {name.removeprefix("valid_"): value for name, value in row.items() if name.startswith("valid_")}
+
+
 def write_table(workdir: Path, rows: Sequence[Row], metric: str) -> None:
-    """Writes the rows as CSV, Markdown and a plot."""
+    """Writes the rows as CSV and Markdown."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["variant", "overrides", "seeds", f"valid_{metric}_mean", "std", "ci95_low", "ci95_high", "values"])
@@ -124,10 +140,3 @@ def write_table(workdir: Path, rows: Sequence[Row], metric: str) -> None:
         lines.append(f"| {row.name} | {changes.replace('|', ' ')} | {row.n} | {row.mean:.3f}{spread} | {interval} |")
     write_text(workdir / "ablation.csv", buffer.getvalue())
     write_text(workdir / "ablation.md", "\n".join(lines) + "\n")
-    comparison_plot(
-        workdir / "ablation.png",
-        [dataclasses.asdict(row) for row in rows],
-        f"{workdir.name}: validation at the end of training",
-        measure=metric,
-        percent=metric == "accuracy",
-    )

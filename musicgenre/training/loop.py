@@ -50,7 +50,7 @@ class Interrupted(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """How a run ended: its last step, and the validation measures of the last and the best checkpoint."""
+    """How a run ended: its last step, the validation measures of the last and the best checkpoint, what kind of audio."""
 
     workdir: Path
     step: int
@@ -59,6 +59,7 @@ class TrainResult:
     last: float | None
     best: float | None
     best_step: int | None
+    synthetic: bool
 
     def line(self) -> str:
         """One line for people."""
@@ -254,6 +255,7 @@ def train(
         progress_so_far.last,
         progress_so_far.best,
         progress_so_far.best_step,
+        bool(store.dataset["synthetic"]),
     )
 
 
