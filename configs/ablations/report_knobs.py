@@ -1,6 +1,16 @@
-"""The knobs that the report turned (section 4), one at a time, on the real GTZAN arrays: 442 clips to train on, 197 to validate.
+r"""The knobs that the report turned (section 4), one at a time, on the real GTZAN arrays: 442 clips to train on, 197 to validate.
 
 python experiments/ablate.py --config=configs/ablations/report_knobs.py --workdir=runs/report_knobs --seeds=3
+
+Validation accuracy at the end of training, seeds 0-2, mean +- deviation (95 % t interval of the mean), of the variants run so
+far (--only=report,filters128,filters512,width2,width8,layers2,batch_norm; jax 0.10.2, 2 CPU cores):
+
+    report      44.2 % +- 2.3 (38.4-49.9)        width8      41.5 % +- 1.6 (37.6-45.3)
+    filters128  42.0 % +- 2.8 (35.0-48.9)        layers2     42.8 % +- 2.1 (37.6-48.1)
+    filters512  44.0 % +- 1.6 (39.9-48.0)        batch_norm  46.7 % +- 3.5 (38.0-55.4)
+    width2      47.2 % +- 0.5 (45.9-48.5)
+
+All intervals but width8's and width2's overlap; layers4 and the two dropout rates have not been run.
 """
 
 from collections.abc import Iterator
