@@ -13,10 +13,9 @@ import numpy as np
 from absl import flags
 
 from musicgenre import app
-from musicgenre.config import store_path
 from musicgenre.errors import UserError
 from musicgenre.evaluation.report import headline, measure, summarise_seeds, write_report
-from musicgenre.inference.evaluate import evaluate_model, store_of_arrays
+from musicgenre.inference.evaluate import evaluate_model, store_of_arrays, training_store
 from musicgenre.inference.model import load_model
 from musicgenre.pipeline.store import Store
 
@@ -45,7 +44,7 @@ def main() -> int:
             if _ARRAYS.value:
                 store = store_of_arrays(model, _ARRAYS.value, _SPLIT.value, Path(scratch) / str(number))
             else:
-                store = Store.open(_STORE.value or store_path(model.config))
+                store = Store.open(_STORE.value or training_store(workdir))
             evaluation = evaluate_model(model, store, _SPLIT.value, command=command)
             out = Path(_OUT.value) if _OUT.value else workdir / f"evaluation-{_SPLIT.value}"
             metrics = measure(evaluation)

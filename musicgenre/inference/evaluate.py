@@ -105,6 +105,11 @@ def store_of_arrays(model: TrainedModel, file: str | os.PathLike[str], split: st
     return Store.open(folder)
 
 
+def training_store(workdir: str | os.PathLike[str]) -> Path:
+    """Returns the store that a run was trained on, wherever the command is run from."""
+    return Path(read_json(Path(workdir) / "train_clips.json", "list of training clips")["store"])
+
+
 def versions() -> dict[str, str]:
     """Returns the versions that a result depends on."""
     packages = ("musicgenre", "jax", "jaxlib", "flax", "optax", "numpy", "librosa")
