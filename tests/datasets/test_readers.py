@@ -1,3 +1,5 @@
+import importlib.resources
+
 import numpy as np
 import pytest
 
@@ -309,3 +311,11 @@ def test_npy_with_its_table_in_the_other_layout(tmp_path):
     dataset = load_arrays(tmp_path, {"train": "mels.npy"}, "time_mel")
     assert [(c.clip_id, c.labels, c.group) for c in dataset.clips] == [("x", ("a",), "g"), ("y", ("b",), None)]
     np.testing.assert_array_equal(open_array_file(tmp_path / "mels.npy", "time_mel").spectrogram(1), values[1])
+
+
+def test_a_split_list_that_is_gone_is_named(gtzan, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.resources, "files", lambda package: tmp_path / "no package")
+    with pytest.raises(
+        UserError, match=r"data/train_filtered\.txt: this list should come with the package.*Install musicgenre again"
+    ):
+        load_gtzan(gtzan)

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 import os
 import pickle
@@ -220,3 +221,22 @@ def test_tags_become_rows_of_zeros_and_ones(dataset, tmp_path):
     make(make_dataset(dataclasses.replace(dataset, clips=clips, task="multi_label")), tmp_path / "store")
     store = Store.open(tmp_path / "store")
     assert store.targets(np.arange(4)).tolist() == [[1, 0], [1, 1], [0, 0], [0, 1]]
+
+
+def test_a_full_disk_is_named_and_the_next_run_goes_on(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "CLIPS_PER_SHARD", 3)
+    save = np.save
+    calls = []
+
+    def full(handle, array, **options):
+        calls.append(len(array))
+        if len(calls) == 2:
+            handle.write(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(handle, array, **options)
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(UserError, match=r"00001\.npy: cannot be written \(No space left on device\)"):
+        make(dataset, tmp_path / "store")
+    assert sorted(os.listdir(tmp_path / "store" / "shards")) == ["00000.json", "00000.npy"]
+    assert make(dataset, tmp_path / "store").computed == 3
