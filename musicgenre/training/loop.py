@@ -192,7 +192,12 @@ def train(
             crop_frames=config.data.crop_frames,
             chunks=config.data.eval_chunks,
         )
-        return validation_measures(scores, store.targets(valid_clips), store.label_names)
+        measures = validation_measures(scores, store.targets(valid_clips), store.label_names)
+        if metric not in measures:
+            raise UserError(
+                f"config.select_metric={metric!r} cannot be measured on this validation split; take one of {', '.join(measures)}."
+            )
+        return measures
 
     def save(measures: dict[str, float]) -> None:
         checkpoints.save(

@@ -162,6 +162,12 @@ def test_a_loss_that_is_no_number_stops_the_run(small_config, tmp_path):
         loop.train(config, tmp_path / "run", progress=False)
 
 
+def test_a_measure_that_the_split_does_not_have_is_refused(small_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "validation_measures", lambda scores, targets, names: {"loss": 1.0, "macro_f1": 0.5})
+    with pytest.raises(UserError, match=r"select_metric='accuracy' cannot be measured.*take one of loss, macro_f1"):
+        loop.train(small_config, tmp_path / "run", progress=False)
+
+
 def test_patience_stops_early_and_stays_stopped(small_config, tmp_path):
     config = changed(small_config, epochs=60, patience=3, select_metric="accuracy", optimizer__learning_rate=3e-3)
     result = loop.train(config, tmp_path / "run", progress=False)
