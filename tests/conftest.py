@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict
 
 from musicgenre.config import base_config, clip_layout, dataset_options, feature_spec, store_path
 from musicgenre.datasets import load_dataset
-from musicgenre.pipeline.prepare import prepare_store
+from musicgenre.pipeline.prepare import PrepareSummary, prepare_store
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Many tests train the same small network: compile it once a session.
@@ -52,7 +53,19 @@ def small_arrays(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def small_config(small_arrays: Path, tmp_path: Path) -> ConfigDict:
+def prepared() -> Callable[[ConfigDict], PrepareSummary]:
+    """A function that prepares the store of a config."""
+
+    def prepare(config: ConfigDict) -> PrepareSummary:
+        dataset = load_dataset(dataset_options(config))
+        place = store_path(config)
+        return prepare_store(dataset, feature_spec(config), clip_layout(config), place, workers=1, progress=False)
+
+    return prepare
+
+
+@pytest.fixture
+def small_config(small_arrays: Path, tmp_path: Path, prepared: Callable[[ConfigDict], PrepareSummary]) -> ConfigDict:
     """A config of a small network on `small_arrays`, whose store is prepared."""
     config = base_config()
     config.data.dataset = "arrays"
@@ -67,12 +80,5 @@ def small_config(small_arrays: Path, tmp_path: Path) -> ConfigDict:
     config.batch_size = 8
     config.epochs = 4
     config.log_every = 2
-    prepare_store(
-        load_dataset(dataset_options(config)),
-        feature_spec(config),
-        clip_layout(config),
-        store_path(config),
-        workers=1,
-        progress=False,
-    )
+    prepared(config)
     return config

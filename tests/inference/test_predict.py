@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from musicgenre.audio.features import compute_features
 from musicgenre.config import store_path
+from musicgenre.datasets.base import find_audio
 from musicgenre.errors import UserError
 from musicgenre.inference.evaluate import evaluate_model, store_of_arrays
 from musicgenre.inference.model import load_model
@@ -125,13 +126,8 @@ def test_no_run_is_a_clear_error(tmp_path):
         load_model(tmp_path / "empty")
 
 
-def test_the_real_clips_go_through_a_checkpoint_of_the_arrays(real_data, small_config, tmp_path):
+def test_the_real_clips_go_through_a_checkpoint_of_the_arrays(real_data, small_config, prepared, tmp_path):
     """A short training on the real arrays, then the real `.au` and FLAC files at the same front end (hop 1710)."""
-    from musicgenre.config import clip_layout, dataset_options, feature_spec
-    from musicgenre.datasets import load_dataset
-    from musicgenre.datasets.base import find_audio
-    from musicgenre.pipeline.prepare import prepare_store
-
     config = ConfigDict(small_config.to_dict())
     config.data.root = str(real_data / "gtzan_mels")
     config.data.files = ConfigDict({"train": "train.npz", "valid": "valid.npz", "test": ""})
@@ -142,14 +138,7 @@ def test_the_real_clips_go_through_a_checkpoint_of_the_arrays(real_data, small_c
     config.batch_size = 32
     config.epochs = 4
     config.optimizer.schedule = "constant"
-    summary = prepare_store(
-        load_dataset(dataset_options(config)),
-        feature_spec(config),
-        clip_layout(config),
-        store_path(config),
-        workers=1,
-        progress=False,
-    )
+    summary = prepared(config)
     assert summary.splits == {"train": 442, "valid": 197} and not summary.skipped
     result = train(config, tmp_path / "real", progress=False)
     assert result.last > 0.3  # ten classes: chance is 0.1

@@ -4,13 +4,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from musicgenre.config import base_config, clip_layout, dataset_options, feature_spec, store_path
-from musicgenre.datasets import load_dataset
+from musicgenre.config import base_config, store_path
 from musicgenre.evaluation.report import write_report
 from musicgenre.inference.evaluate import evaluate_model
 from musicgenre.inference.model import load_model
 from musicgenre.inference.predict import predict_files
-from musicgenre.pipeline.prepare import prepare_store
 from musicgenre.pipeline.store import Store
 from musicgenre.training.loop import train
 
@@ -32,7 +30,7 @@ def tagged(tmp_path):
     return tmp_path
 
 
-def test_tags_from_sound_files_to_a_report(tagged, tmp_path):
+def test_tags_from_sound_files_to_a_report(tagged, prepared, tmp_path):
     config = base_config()
     config.data.dataset = "csv"
     config.data.root = str(tagged / "list.csv")
@@ -45,14 +43,7 @@ def test_tags_from_sound_files_to_a_report(tagged, tmp_path):
     config.epochs = 40
     config.optimizer.learning_rate = 3e-3
     config.optimizer.schedule = "constant"
-    prepare_store(
-        load_dataset(dataset_options(config)),
-        feature_spec(config),
-        clip_layout(config),
-        store_path(config),
-        workers=1,
-        progress=False,
-    )
+    prepared(config)
     result = train(config, tmp_path / "run", progress=False)
     assert result.metric == "macro_roc_auc" and result.last > 0.95
     model = load_model(tmp_path / "run", "best")
