@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
                 print(f"error: {prediction.error}", file=sys.stderr)
             yield prediction
 
-    lines = render(counted(), model.label_names, _FORMAT.value, _TOP.value)
+    lines = render(counted(), model.label_names, _FORMAT.value, _TOP.value, model.task)
     if _OUT.value:
         with replacing(_OUT.value) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
             file.writelines(line + "\n" for line in lines)

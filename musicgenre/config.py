@@ -20,17 +20,19 @@ def base_config() -> ConfigDict:
     config.seed = 0  # parameters, order of the clips, crops and dropout all derive from it
 
     config.data = data = ConfigDict()
-    data.dataset = "gtzan"  # gtzan, folder, csv, arrays or synthetic
+    data.dataset = "gtzan"  # gtzan, mtat, msd, folder, csv, arrays or synthetic
     data.root = ""  # folder or file of the data set
     data.store = ""  # folder of its spectrogram store; "" derives one below stores_root
     data.stores_root = "stores"
-    data.protocol = "fault_filtered"  # gtzan: fault_filtered, artist_folds, random or stratified_kfold
+    # gtzan: fault_filtered, artist_folds, random or stratified_kfold; mtat: clean, all, report or grouped
+    data.protocol = "fault_filtered"
+    data.top_k = 50  # mtat and msd: the most frequent tags, which are the labels
     data.fold = 0
     data.folds = 10
     data.split_seed = 42
     data.fractions = (0.7, 0.15, 0.15)  # folder and csv: train, valid and test, where the data have no splits
     data.allow_missing = False  # skip clips that a list names but that are not on disk, and say so
-    data.task = ""  # csv: single_label or multi_label; "" goes by the columns
+    data.task = ""  # csv: single_label, multi_label or regression; "" goes by the columns
     data.files = ConfigDict({"train": "", "valid": "", "test": ""})  # arrays: a file for each split
     data.array_layout = "mel_time"  # arrays: order of the axes after the clips, mel_time or time_mel
     data.clips_per_style = 24  # synthetic
@@ -50,6 +52,16 @@ def base_config() -> ConfigDict:
     config.model.name = "conv1d"  # its fields go beside the name: --config.model.batch_norm=True
     config.model.module = ""  # a Python module of your own that registers a model
 
+    config.init_from = ""  # workdir of a run whose layers, all but the head, this one starts from
+
+    # Stacked restricted Boltzmann machines only: experiments/pretrain.py
+    config.pretrain = pretrain = ConfigDict()
+    pretrain.epochs = 20  # of each layer
+    pretrain.learning_rate = 0.01
+    pretrain.momentum = 0.5
+    pretrain.weight_decay = 2e-4
+    pretrain.cd_steps = 1  # Gibbs steps of a contrastive divergence
+
     config.batch_size = 32  # clips of one step over all devices
     config.epochs = 100
     config.dtype = "float32"  # compute type: float32 or bfloat16; parameters stay float32
@@ -67,9 +79,14 @@ def base_config() -> ConfigDict:
     optimizer.decay_steps = 1000
     optimizer.warmup_steps = 0
     optimizer.clip_norm = 0.0  # largest global norm of the gradient; 0 does not clip
+    optimizer.transferred_rate = 1.0  # factor of the rate for layers that come from init_from; 0 freezes them
+    optimizer.layer_decay = 1.0  # factor of the rate from one layer to the one before it; below 1 the first layers move least
     optimizer.accumulate = 1  # parts that a batch is cut into, one after the other, to save memory
 
     config.loss = ConfigDict()
+    # cross_entropy (softmax, or sigmoid for tags) or mse (of the probabilities, or of the outputs of a regression); "" goes by
+    # the task
+    config.loss.name = ""
     config.loss.label_smoothing = 0.0
     config.loss.class_weights = "none"  # none, or balanced by the training split
 
@@ -77,7 +94,7 @@ def base_config() -> ConfigDict:
 
     config.eval_every = 1  # epochs from one evaluation and checkpoint to the next
     config.log_every = 10  # steps
-    config.select_metric = ""  # marks the best checkpoint: accuracy, loss, macro_f1, macro_roc_auc, macro_pr_auc
+    config.select_metric = ""  # marks the best checkpoint: accuracy, loss, macro_f1, macro_roc_auc, macro_pr_auc, r2
     config.patience = 0  # evaluations without a better one until training stops early; 0 never does
     return config
 
@@ -121,11 +138,14 @@ def check_config(config: ConfigDict) -> None:
         "data.eval_chunks",
         "optimizer.accumulate",
         "optimizer.decay_steps",
+        "data.top_k",
+        "pretrain.epochs",
+        "pretrain.cd_steps",
     )
     for name in positive:
         if there[name] < 1:
             raise UserError(f"config.{name} must be at least 1, not {there[name]}.")
-    for name in ("optimizer.learning_rate", "optimizer.eps", "data.seconds"):
+    for name in ("optimizer.learning_rate", "optimizer.eps", "data.seconds", "pretrain.learning_rate"):
         if not there[name] > 0:
             raise UserError(f"config.{name} must be above 0, not {there[name]}.")
     for name in (
@@ -135,6 +155,7 @@ def check_config(config: ConfigDict) -> None:
         "optimizer.decay_rate",
         "data.crop_frames",
         "optimizer.warmup_steps",
+        "pretrain.weight_decay",
         "data.workers",
         "data.frames",
         "data.min_seconds",
@@ -143,15 +164,22 @@ def check_config(config: ConfigDict) -> None:
     ):
         if there[name] < 0:
             raise UserError(f"config.{name} must not be negative, but is {there[name]}.")
-    for name in ("ema_decay", "loss.label_smoothing", "optimizer.momentum", "optimizer.b1", "optimizer.b2"):
+    below_one = ("ema_decay", "loss.label_smoothing", "optimizer.momentum", "optimizer.b1", "optimizer.b2", "pretrain.momentum")
+    for name in below_one:
         if not 0 <= there[name] < 1:
             raise UserError(f"config.{name} must be at least 0 and below 1, not {there[name]}.")
+    for name, least in (("optimizer.transferred_rate", 0.0), ("optimizer.layer_decay", 1e-6)):
+        if not least <= there[name] <= 1:
+            raise UserError(f"config.{name} must lie between 0 and 1, not {there[name]}.")
+    if there["optimizer.transferred_rate"] != 1 and not there["init_from"]:
+        raise UserError("config.optimizer.transferred_rate has no effect without config.init_from, the run to start from.")
     choices = {
         "dtype": ("float32", "bfloat16"),
         "loss.class_weights": ("none", "balanced"),
         "optimizer.name": ("sgd", "momentum", "adam", "adamw", "lamb"),
         "optimizer.schedule": ("constant", "cosine", "exponential", "keras"),
-        "select_metric": ("", "accuracy", "loss", "macro_f1", "macro_roc_auc", "macro_pr_auc"),
+        "select_metric": ("", "accuracy", "loss", "macro_f1", "macro_roc_auc", "macro_pr_auc", "r2"),
+        "loss.name": ("", "cross_entropy", "mse"),
         "data.normalise": ("position", "band", "global", "none"),
         "data.array_layout": ("mel_time", "time_mel"),
     }
@@ -166,6 +194,10 @@ def check_config(config: ConfigDict) -> None:
         raise UserError(
             "config.data.crop_frames needs a normalisation that does not depend on the position in the clip: "
             "set --config.data.normalise=band."
+        )
+    if there["features.kind"] == "waveform" and there["data.pad"] == "silence":
+        raise UserError(
+            "config.data.pad='silence' is the quietest value of a spectrogram: take 'repeat' or 'zero' for a waveform."
         )
     if len(there["data.fractions"]) != 3:
         raise UserError(f"config.data.fractions takes three numbers (train, valid, test), not {there['data.fractions']!r}.")
@@ -196,6 +228,7 @@ def dataset_options(config: ConfigDict) -> dict[str, Any]:
         "allow_missing",
         "task",
         "files",
+        "top_k",
         "clips_per_style",
         "seconds",
     )

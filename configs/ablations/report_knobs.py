@@ -39,3 +39,8 @@ def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "batch_norm", {"model.batch_norm": True}
     yield "dropout0", {"model.dropout": 0.0}
     yield "dropout75", {"model.dropout": 0.75}
+    yield "normalise_band", {"data.normalise": "band"}
+    yield "normalise_global", {"data.normalise": "global"}
+    # From the dB log-mels by DCT: the 20 coefficients that are usual, and all 128, which are a rotation of the log-mels.
+    yield "mfcc20", {"features.kind": "mfcc", "features.n_mfcc": 20}
+    yield "mfcc128", {"features.kind": "mfcc", "features.n_mfcc": 128}

@@ -1,7 +1,8 @@
-"""Samples to log-mel spectrograms or MFCCs, and the specification that travels with all that is made of them."""
+"""Samples to log-mels, MFCCs, STFTs or framed waveforms, and the specification that travels with all that is made of them."""
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from librosa.filters import mel as mel_filter_bank
 from musicgenre.errors import UserError, did_you_mean
 from musicgenre.files import fingerprint
 
-KINDS = ("logmel", "mfcc")
+KINDS = ("logmel", "mfcc", "stft", "waveform")
 # Frames of one block of the short-time Fourier transform: small enough that a block stays in the cache.
 _BLOCK = 64
 
@@ -25,7 +26,8 @@ class FeatureSpec:
     hop_length=1024)` at 22,050 Hz, then `power_to_db(ref=np.max)`, of frames centred on multiples of the hop.
 
     Attributes:
-      kind: "logmel" or "mfcc" (an orthonormal DCT-II of the log-mel bands).
+      kind: "logmel", "mfcc" (an orthonormal DCT-II of the log-mel bands), "stft" (the power spectrogram in dB, without
+        mel bands) or "waveform" (the samples themselves, cut into frames of `hop_length`).
       sample_rate: Hz.
       n_fft: window (Hann) and transform length, samples.
       hop_length: samples from one frame to the next.
@@ -79,16 +81,17 @@ class FeatureSpec:
 
     @property
     def bands(self) -> int:
-        """Values per frame: mel bands or cepstral coefficients."""
-        return self.n_mels if self.kind == "logmel" else self.n_mfcc
+        """Values per frame: mel bands, cepstral coefficients, frequencies of the STFT, or samples."""
+        return {"logmel": self.n_mels, "mfcc": self.n_mfcc, "stft": 1 + self.n_fft // 2, "waveform": self.hop_length}[self.kind]
 
     def frames(self, seconds: float) -> int:
-        """Frames of a clip of that length: one for each started hop, plus the centred one at the end."""
-        return 1 + int(seconds * self.sample_rate) // self.hop_length
+        """Frames of a clip of that length: one for each whole hop, plus the centred one at the end but for waveforms."""
+        hops = int(seconds * self.sample_rate) // self.hop_length
+        return max(hops, 1) if self.kind == "waveform" else 1 + hops
 
     def samples(self, frames: int) -> int:
         """The fewest samples that give at least `frames` frames."""
-        return (frames - 1) * self.hop_length
+        return (frames if self.kind == "waveform" else frames - 1) * self.hop_length
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as plain JSON values."""
@@ -110,6 +113,8 @@ class FeatureSpec:
 
     def describe(self) -> str:
         """One line for people."""
+        if self.kind == "waveform":
+            return f"waveform, {self.sample_rate} Hz, frames of {self.hop_length} samples"
         return (
             f"{self.kind} {self.bands} bands, {self.sample_rate} Hz, n_fft {self.n_fft}, hop {self.hop_length}, "
             f"{self.fmin:g}-{self.top_frequency:g} Hz, dB re {self.db_ref}, top {self.top_db:g} dB"
@@ -123,26 +128,46 @@ def _mel_filters(spec: FeatureSpec) -> np.ndarray:
     return np.ascontiguousarray(filters.T)
 
 
-def mel_power(samples: np.ndarray, spec: FeatureSpec) -> np.ndarray:
-    """Returns the mel power spectrogram, float32 `[frames, mels]`, of mono samples `[samples]`.
+def _power_blocks(samples: np.ndarray, spec: FeatureSpec) -> Iterator[np.ndarray]:
+    """Yields the power spectrogram of mono samples `[samples]` in blocks of frames, float64 `[block, 1 + n_fft // 2]`.
 
-    Equals `librosa.feature.melspectrogram` transposed. The transform runs in double precision as librosa's does
-    (single precision misses it by more than 1e-4 dB in quiet cells), in blocks of frames that stay in the cache.
+    The transform runs in double precision as librosa's does (single precision misses it by more than 1e-4 dB in quiet
+    cells), in blocks of frames that stay in the cache.
     """
     padded = np.pad(samples.astype(np.float32, copy=False), spec.n_fft // 2)
     frames = np.lib.stride_tricks.sliding_window_view(padded, spec.n_fft)[:: spec.hop_length]
     window = scipy.signal.get_window("hann", spec.n_fft, fftbins=True)
-    filters = _mel_filters(spec)
-    mels = np.empty((len(frames), spec.n_mels), np.float32)
     for start in range(0, len(frames), _BLOCK):
         spectrum = scipy.fft.rfft(frames[start : start + _BLOCK] * window, overwrite_x=True)
-        power = np.square(spectrum.real) + np.square(spectrum.imag)
-        mels[start : start + _BLOCK] = power.astype(np.float32) @ filters
-    return mels
+        yield np.square(spectrum.real) + np.square(spectrum.imag)
+
+
+def mel_power(samples: np.ndarray, spec: FeatureSpec) -> np.ndarray:
+    """Returns the mel power spectrogram, float32 `[frames, mels]`, of mono samples `[samples]`.
+
+    Equals `librosa.feature.melspectrogram` transposed.
+    """
+    filters = _mel_filters(spec)
+    return np.concatenate([power.astype(np.float32) @ filters for power in _power_blocks(samples, spec)])
+
+
+def stft_power(samples: np.ndarray, spec: FeatureSpec) -> np.ndarray:
+    """Returns the power spectrogram, float32 `[frames, 1 + n_fft // 2]`: `abs(librosa.stft(samples)) ** 2` transposed."""
+    return np.concatenate([power.astype(np.float32) for power in _power_blocks(samples, spec)])
+
+
+def frame_waveform(samples: np.ndarray, hop_length: int) -> np.ndarray:
+    """Returns consecutive samples as float32 `[frames, hop_length]`; a last frame that is not whole is dropped.
+
+    Fewer samples than one frame are filled up with zeros.
+    """
+    samples = np.pad(samples, (0, max(hop_length - len(samples), 0)))
+    frames = len(samples) // hop_length
+    return np.ascontiguousarray(samples[: frames * hop_length].reshape(frames, hop_length), np.float32)
 
 
 def to_db(power: np.ndarray, spec: FeatureSpec) -> np.ndarray:
-    """Returns the power `[frames, mels]` of one clip in dB, limited to `top_db` below the clip's maximum."""
+    """Returns the power `[frames, bands]` of one clip in dB, limited to `top_db` below the clip's maximum."""
     floor = np.float32(1e-10)
     reference = power.max() if spec.db_ref == "max" else np.float32(float(spec.db_ref))
     db = 10.0 * np.log10(np.maximum(floor, power)) - 10.0 * np.log10(np.maximum(floor, reference))
@@ -159,5 +184,9 @@ def compute_features(samples: np.ndarray, spec: FeatureSpec) -> np.ndarray:
 
     The log-mel kind equals `power_to_db(melspectrogram(...), ref=np.max)` of librosa 0.11 and 1.0 to 1e-4 dB.
     """
+    if spec.kind == "waveform":
+        return frame_waveform(samples, spec.hop_length)
+    if spec.kind == "stft":
+        return to_db(stft_power(samples, spec), spec)
     db = to_db(mel_power(samples, spec), spec)
     return db if spec.kind == "logmel" else mfcc_from_db(db, spec.n_mfcc)

@@ -8,6 +8,7 @@ from pathlib import Path
 from musicgenre.errors import UserError
 
 SPLITS = ("train", "valid", "test")
+TASKS = ("single_label", "multi_label", "regression")
 # What soundfile's libsndfile decodes, by file ending.
 AUDIO_EXTENSIONS = (".wav", ".au", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif")
 SPLIT_ALIASES = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
@@ -20,10 +21,11 @@ class Clip:
     Attributes:
       clip_id: unique in its data set and stable over time, such as "blues.00012".
       path: the sound file, or the array file that holds the clip's spectrogram.
-      labels: one label (single-label) or any number of tags (multi-label).
+      labels: one label (single-label), any number of tags (multi-label), or none (regression).
       split: "train", "valid" or "test".
       group: what must not be split apart (an artist or a track), or None where it is not known.
       row: the clip's row in an array file; None for a sound file.
+      values: regression: a number for each of the data set's label names.
     """
 
     clip_id: str
@@ -32,6 +34,7 @@ class Clip:
     split: str
     group: str | None = None
     row: int | None = None
+    values: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +54,12 @@ class Dataset:
       name: the reader's name, such as "gtzan".
       root: the folder or file that was read.
       protocol: how the split was made, with its parameters, such as "fault_filtered" or "artist_folds fold 1".
-      task: "single_label" or "multi_label".
-      label_names: every label in the order of the model's outputs.
+      task: "single_label", "multi_label" or "regression".
+      label_names: every label, or the name of every number of a regression, in the order of the model's outputs.
       clips: sorted by `clip_id`; ids are unique.
       skipped: clips that the protocol names but that cannot be used (missing on disk, say).
       synthetic: True where the audio is made up, which every report then says.
+      notes: lines for people on how the clips were chosen and counted; `prepare` prints them first.
     """
 
     name: str
@@ -66,19 +70,20 @@ class Dataset:
     clips: tuple[Clip, ...]
     skipped: tuple[Skipped, ...] = ()
     synthetic: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def make_dataset(dataset: Dataset) -> Dataset:
     """Sorts the clips by id and checks what every data set promises.
 
     Raises:
-      UserError: no clips, a clip id twice, an unknown label or split, or not exactly one label where the
-        task is "single_label".
+      UserError: no clips, a clip id twice, an unknown label or split, not exactly one label where the task is
+        "single_label", or not a number for each name where it is "regression".
     """
     if not dataset.clips:
         raise UserError(f"{dataset.root}: no usable clips found for the data set {dataset.name!r}.")
-    if dataset.task not in ("single_label", "multi_label"):
-        raise UserError(f"task must be 'single_label' or 'multi_label', not {dataset.task!r}.")
+    if dataset.task not in TASKS:
+        raise UserError(f"task must be one of {', '.join(TASKS)}, not {dataset.task!r}.")
     known = set(dataset.label_names)
     for clip_id, count in Counter(clip.clip_id for clip in dataset.clips).items():
         if count > 1:
@@ -92,6 +97,8 @@ def make_dataset(dataset: Dataset) -> Dataset:
             )
         if dataset.task == "single_label" and len(clip.labels) != 1:
             raise UserError(f"{clip.clip_id}: {len(clip.labels)} labels where one is needed.")
+        if dataset.task == "regression" and len(clip.values) != len(dataset.label_names):
+            raise UserError(f"{clip.clip_id}: {len(clip.values)} numbers where {len(dataset.label_names)} are needed.")
     clips = tuple(sorted(dataset.clips, key=lambda clip: clip.clip_id))
     return dataclasses.replace(dataset, clips=clips)
 

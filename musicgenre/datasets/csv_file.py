@@ -1,6 +1,8 @@
-"""One's own music listed in a CSV file: path, label or labels, and optionally split and group."""
+"""One's own music listed in a CSV file: path, label, labels or targets, and optionally split and group."""
 
 import csv
+import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +11,9 @@ from musicgenre.datasets.folder import fractions_text
 from musicgenre.datasets.splits import group_split
 from musicgenre.errors import UserError, did_you_mean
 
-COLUMNS = ("path", "label", "labels", "split", "group", "clip_id")
+COLUMNS = ("path", "label", "labels", "targets", "split", "group", "clip_id")
+# The column that holds the truth, and the task that it implies.
+_TASK_OF = {"label": "single_label", "labels": "multi_label", "targets": "regression"}
 
 
 def load_csv(
@@ -22,12 +26,13 @@ def load_csv(
 ) -> Dataset:
     """Reads a CSV file (UTF-8; comma, semicolon or tab) with a header.
 
-    Columns: `path` (relative to the file's folder, or absolute), `label` or `labels` (tags separated by "|"), and
-    optionally `split`, `group` (what must not be split apart) and `clip_id` (otherwise the path).
+    Columns: `path` (relative to the file's folder, or absolute), `label`, `labels` (tags separated by "|") or `targets`
+    (the numbers of a regression separated by "|", as many on each line), and optionally `split`, `group` (what must not be
+    split apart) and `clip_id` (otherwise the path).
 
     Args:
       path: the file.
-      task: "single_label" or "multi_label"; "" goes by the column's name.
+      task: "single_label", "multi_label" or "regression"; "" goes by the column's name.
       seed: of the split, where the file has none.
       fractions: of train, valid and test.
       allow_missing: list files that are not on disk as skipped, instead of an error.
@@ -38,14 +43,25 @@ def load_csv(
     path = Path(path)
     rows = _rows(path)
     header = list(rows[0][1])
-    tags = "labels" in header
-    column = "labels" if tags else "label"
-    task = task or ("multi_label" if tags else "single_label")
+    column = next(name for name in _TASK_OF if name in header)
+    tags = column == "labels"
+    task = task or _TASK_OF[column]
+    if (task == "regression") != (column == "targets"):
+        raise UserError(
+            f"{path}, line 1: a regression needs the column targets, and only a regression; data.task={task!r} does not fit."
+        )
     skipped, clips = [], []
+    size = 0
     seen: dict[Path, int] = {}
     for line, row in rows:
         file = path.parent / row["path"]
         labels = tuple(dict.fromkeys(part.strip() for part in row[column].split("|") if part.strip())) if tags else (row[column],)
+        values: tuple[float, ...] = ()
+        if task == "regression":
+            labels, values = (), _numbers(row[column], f"{path}, line {line}")
+            size = size or len(values)
+            if len(values) != size:
+                raise UserError(f"{path}, line {line}: {len(values)} targets where the lines before have {size}.")
         if not row["path"] or (not all(labels) or (not labels and task == "single_label")):
             raise UserError(f"{path}, line {line}: empty {'path' if not row['path'] else column}.")
         if task == "single_label" and len(labels) != 1:
@@ -65,15 +81,17 @@ def load_csv(
                 )
             skipped.append(Skipped(clip_id, str(file), "not on disk"))
             continue
-        clips.append(Clip(clip_id, file, labels, SPLIT_ALIASES.get(split.lower(), ""), row.get("group") or None))
+        clips.append(Clip(clip_id, file, labels, SPLIT_ALIASES.get(split.lower(), ""), row.get("group") or None, values=values))
     protocol = "splits of the file"
     if "split" not in header and clips:
         parts = group_split(
             [clip.labels[0] if clip.labels else "" for clip in clips], [clip.group for clip in clips], seed, fractions
         )
-        clips = [Clip(c.clip_id, c.path, c.labels, part, c.group) for c, part in zip(clips, parts, strict=True)]
+        clips = [dataclasses.replace(clip, split=part) for clip, part in zip(clips, parts, strict=True)]
         protocol = f"grouped, {fractions_text(fractions)}, seed {seed}"
     names = tuple(sorted({label for clip in clips for label in clip.labels}))
+    if task == "regression":
+        names = tuple(f"target{number + 1}" for number in range(size))
     return make_dataset(Dataset("csv", path, protocol, task, names, tuple(clips), tuple(skipped)))
 
 
@@ -92,9 +110,9 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
     for name in header:
         if name not in COLUMNS and (hint := did_you_mean(name, COLUMNS)).startswith(" Did"):
             raise UserError(f"{path}, line 1: unknown column {name!r}.{hint}")
-    if "path" not in header or ("label" in header) == ("labels" in header):
+    if "path" not in header or sum(name in header for name in _TASK_OF) != 1:
         raise UserError(
-            f"{path}, line 1: the header must name the columns path and label (or labels), not {', '.join(header)!r}."
+            f"{path}, line 1: the header must name the columns path and label (or labels, or targets), not {', '.join(header)!r}."
         )
     rows = []
     for fields in reader:
@@ -106,3 +124,14 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
     if not rows:
         raise UserError(f"{path}: no rows below the header.")
     return rows
+
+
+def _numbers(text: str, where: str) -> tuple[float, ...]:
+    """Returns the numbers of a field such as "0.5|-1.25"."""
+    try:
+        numbers = tuple(float(part) for part in text.split("|"))
+    except ValueError:
+        numbers = (math.nan,)
+    if not all(map(math.isfinite, numbers)):
+        raise UserError(f"{where}: targets {text!r} must be finite numbers separated by '|'.")
+    return numbers

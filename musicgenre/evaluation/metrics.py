@@ -1,4 +1,4 @@
-"""Measures of genre (single-label) and tag (multi-label) recognition, as plain values ready for JSON."""
+"""Measures of genre (single-label) and tag (multi-label) recognition and of regressions, as plain values ready for JSON."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -123,6 +123,78 @@ def multi_label_metrics(scores: np.ndarray, targets: np.ndarray, label_names: Se
         "per_class": per_tag,
         "reliability": reliability,
     }
+
+
+def regression_metrics(predicted: np.ndarray, targets: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    """Returns the measures of a regression, such as one onto latent factors.
+
+    Args:
+      predicted: `[clips, outputs]`.
+      targets: `[clips, outputs]`.
+      names: of the outputs, `[outputs]`.
+
+    Returns:
+      `n`, `outputs`, `r2` (coefficient of determination), `mse` (mean squared error), `mae` (mean absolute error) and
+      `correlation` (Pearson's), each the mean over the outputs, `per_class` (one dict an output), and `undefined`, the names of
+      the outputs that are constant over the clips, with their count in `undefined_count`; these have neither `r2` nor
+      `correlation` and are left out of those two means.
+
+    Raises:
+      UserError: shapes that do not fit, no clips, or values that are not finite.
+    """
+    predicted, targets = np.asarray(predicted, np.float64), np.asarray(targets, np.float64)
+    if predicted.shape != targets.shape or predicted.ndim != 2 or predicted.shape[1] != len(names) or not len(predicted):
+        raise UserError(
+            f"predictions {list(predicted.shape)} and targets {list(targets.shape)} must both be [clips, outputs] for "
+            f"{len(names)} outputs."
+        )
+    for what, values in (("predictions", predicted), ("targets", targets)):
+        if not np.isfinite(values).all():
+            clip, output = np.argwhere(~np.isfinite(values))[0]
+            raise UserError(f"{what}: clip {clip} has {values[clip, output]} for {names[output]!r}.")
+    rows = []
+    for column, name in enumerate(names):
+        truth, guess = targets[:, column], predicted[:, column]
+        varies = bool(np.ptp(truth) > 0)
+        rows.append(
+            {
+                "label": str(name),
+                "support": len(truth),
+                "r2": float(sk.r2_score(truth, guess)) if varies else None,
+                "mse": float(sk.mean_squared_error(truth, guess)),
+                "mae": float(sk.mean_absolute_error(truth, guess)),
+                "correlation": float(np.corrcoef(truth, guess)[0, 1]) if varies and np.ptp(guess) > 0 else None,
+            }
+        )
+    undefined = [row["label"] for row in rows if row["r2"] is None]
+    return {
+        "n": len(targets),
+        "outputs": len(names),
+        **{key: _mean(row[key] for row in rows) for key in ("r2", "mse", "mae", "correlation")},
+        "undefined": undefined,
+        "undefined_count": len(undefined),
+        "per_class": rows,
+    }
+
+
+def weighted_r2(predicted: np.ndarray, targets: np.ndarray) -> Callable[[np.ndarray], tuple[float, float]]:
+    """Returns a function from weights of the clips to the mean R2 over the outputs and the mean squared error.
+
+    Args:
+      predicted: `[clips, outputs]`.
+      targets: `[clips, outputs]`.
+    """
+    targets = np.asarray(targets, np.float64)
+    errors = np.square(np.asarray(predicted, np.float64) - targets)
+
+    def measures(weights: np.ndarray) -> tuple[float, float]:
+        share = weights / weights.sum()
+        mse, variance = share @ errors, share @ np.square(targets - share @ targets)
+        varies = variance > 0
+        r2 = 1 - mse[varies] / variance[varies]
+        return (float(r2.mean()) if varies.any() else float("nan")), float(mse.mean())
+
+    return measures
 
 
 def weighted_macro_aucs(scores: np.ndarray, targets: np.ndarray) -> Callable[[np.ndarray], tuple[float, float]]:

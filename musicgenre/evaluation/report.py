@@ -17,7 +17,13 @@ from musicgenre.errors import UserError
 from musicgenre.evaluation import plots
 from musicgenre.evaluation.audit import AuditResult
 from musicgenre.evaluation.intervals import bootstrap, bootstrap_mean, seeds_summary, wilson
-from musicgenre.evaluation.metrics import multi_label_metrics, single_label_metrics, weighted_macro_aucs
+from musicgenre.evaluation.metrics import (
+    multi_label_metrics,
+    regression_metrics,
+    single_label_metrics,
+    weighted_macro_aucs,
+    weighted_r2,
+)
 from musicgenre.files import write_json, write_text
 
 LEVEL = 0.95
@@ -34,8 +40,15 @@ _MEASURES = (
     "micro_f1",
     "nll",
     "ece",
+    "r2",
+    "mse",
+    "mae",
+    "correlation",
 )
 _IN_PERCENT = ("accuracy", "balanced_accuracy", "top3_accuracy", "ece")
+# The measures that say how good a model is, by its task.
+_MAIN = {"single_label": ("accuracy",), "multi_label": ("macro_roc_auc", "macro_pr_auc"), "regression": ("r2", "mse")}
+_CALLED = {"single_label": ("class", "classes"), "multi_label": ("tag", "tags"), "regression": ("output", "outputs")}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,13 +60,13 @@ class Evaluation:
       dataset: name of the data set.
       protocol: how its split was made.
       split: which split was evaluated.
-      task: "single_label" or "multi_label".
+      task: "single_label", "multi_label" or "regression".
       label_names: `[classes]`, in the order of the scores.
       clip_ids: unique, `[clips]`.
       paths: the sound file or array of each clip, `[clips]`.
       groups: the artist or track of each clip, `[clips]`; None where it is not known.
-      scores: probabilities, `[clips, classes]`.
-      targets: class numbers `[clips]` or 0/1 tags `[clips, classes]`.
+      scores: probabilities, or a regression's outputs, `[clips, classes]`.
+      targets: class numbers `[clips]`, 0/1 tags or numbers `[clips, classes]`.
       curves: rows of the run's metrics.jsonl.
       config: the run's configuration.
       audit: from `musicgenre.evaluation.audit.audit`, or None where it was not made.
@@ -98,7 +111,7 @@ def measure(evaluation: Evaluation, *, resamples: int = 2000, seed: int = 0) -> 
       seed: of the bootstrap.
 
     Returns:
-      What `single_label_metrics` or `multi_label_metrics` returns, with `task` and `intervals`: `level`,
+      What `single_label_metrics`, `multi_label_metrics` or `regression_metrics` returns, with `task` and `intervals`: `level`,
       `bootstrap_unit` (what was resampled, such as "artist"; "clip" where no group is known),
       `bootstrap_units` (how many there are) and for each headline measure a dict with `bootstrap` and, for
       accuracy, `wilson`, each [low, high] or None.
@@ -125,11 +138,16 @@ def measure(evaluation: Evaluation, *, resamples: int = 2000, seed: int = 0) -> 
             "wilson": list(wilson(int(correct.sum()), n, LEVEL)),
             "bootstrap": over_clips and list(over_clips),
         }
-    else:
+    elif evaluation.task == "multi_label":
         metrics = multi_label_metrics(scores, targets, evaluation.label_names)
-    aucs = weighted_macro_aucs(scores, _one_hot(evaluation))
-    both = bootstrap(aucs, n, groups, resamples=resamples, seed=seed, level=LEVEL)
-    for name, interval in zip(("macro_roc_auc", "macro_pr_auc"), both, strict=True):
+    else:
+        metrics = regression_metrics(scores, targets, evaluation.label_names)
+    if evaluation.task == "regression":
+        names, statistic = _MAIN["regression"], weighted_r2(scores, targets)
+    else:
+        names, statistic = _MAIN["multi_label"], weighted_macro_aucs(scores, _one_hot(evaluation))
+    both = bootstrap(statistic, n, groups, resamples=resamples, seed=seed, level=LEVEL)
+    for name, interval in zip(names, both, strict=True):
         intervals[name] = {"bootstrap": interval and list(interval)}
     return {"task": evaluation.task, **metrics, "intervals": intervals}
 
@@ -140,17 +158,17 @@ def headline(metrics: Mapping[str, Any]) -> str:
     Args:
       metrics: from `measure` or a `metrics.json`; without `intervals` the line has none.
     """
-    single = "accuracy" in metrics
+    task = _task_of(metrics)
     parts = []
-    for name in ("accuracy",) if single else ("macro_roc_auc", "macro_pr_auc"):
+    for name in _MAIN[task]:
         shown = ", ".join(_intervals(metrics, name))
         value = f"{plots.measure_name(name)} {_value(name, metrics[name])}"
         parts.append(f"{value} ({shown})" if shown else value)
     parts.append(f"{metrics['n']} clips")
-    if not single:
-        parts.append(f"{metrics['tags']} tags")
+    what = _CALLED[task][1]
+    if task != "single_label":
+        parts.append(f"{metrics[what]} {what}")
     if metrics.get("undefined_count"):
-        what = "classes" if single else "tags"
         parts.append(f"{what} left out of the means: {metrics['undefined_count']}")
     return ", ".join(parts)
 
@@ -215,6 +233,7 @@ def write_report(
         cards=_cards(metrics),
         skipped_reasons=reasons.most_common(),
         config=list(_flat(evaluation.config)),
+        what=_CALLED[evaluation.task],
     )
     write_text(out_dir / "report.html", page)
     return out_dir / "report.html"
@@ -375,8 +394,8 @@ def _best_interval(metrics: Mapping[str, Any], name: str) -> Sequence[float] | N
 
 
 def _check(evaluation: Evaluation) -> None:
-    if evaluation.task not in ("single_label", "multi_label"):
-        raise UserError(f"task must be 'single_label' or 'multi_label', not {evaluation.task!r}.")
+    if evaluation.task not in _MAIN:
+        raise UserError(f"task must be one of {', '.join(_MAIN)}, not {evaluation.task!r}.")
     clips = len(evaluation.clip_ids)
     for name in ("paths", "groups", "scores", "targets"):
         if len(getattr(evaluation, name)) != clips:
@@ -401,6 +420,8 @@ def _chosen(evaluation: Evaluation) -> np.ndarray:
 
 def _predictions(evaluation: Evaluation) -> str:
     """Returns the text of predictions.csv, sorted by clip id."""
+    if evaluation.task == "regression":
+        return _numbers(evaluation)
     truth, chosen = _one_hot(evaluation) == 1, _chosen(evaluation)
     names = np.array(evaluation.label_names, dtype=object)
     scores = np.asarray(evaluation.scores, float)
@@ -421,8 +442,22 @@ def _predictions(evaluation: Evaluation) -> str:
     return buffer.getvalue()
 
 
+def _numbers(evaluation: Evaluation) -> str:
+    """Returns the text of a regression's predictions.csv: the truth and the prediction of each output, sorted by clip id."""
+    names = evaluation.label_names
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["clip_id", "split", *(f"truth_{name}" for name in names), *(f"predicted_{name}" for name in names)])
+    for i in sorted(range(len(evaluation.clip_ids)), key=lambda i: evaluation.clip_ids[i]):
+        both = [*np.asarray(evaluation.targets[i], float), *np.asarray(evaluation.scores[i], float)]
+        writer.writerow([evaluation.clip_ids[i], evaluation.split, *(f"{value:.6g}" for value in both)])
+    return buffer.getvalue()
+
+
 def _mistakes(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Returns the surest mistakes: wrong labels by their probability, or tags by how far they are off."""
+    """Returns the surest mistakes: wrong labels by their probability, or tags by how far they are off; numbers have none."""
+    if evaluation.task == "regression":
+        return []
     scores, truth = np.asarray(evaluation.scores, float), _one_hot(evaluation)
     names = evaluation.label_names
     if evaluation.task == "single_label":
@@ -463,9 +498,10 @@ def _own_notes(evaluation: Evaluation, metrics: Mapping[str, Any]) -> list[str]:
     if checkpoint.get("which") == "best" and evaluation.split in selected_on:
         notes.append(f"The checkpoint was chosen by its score on this split ({evaluation.split}), so these numbers flatter it.")
     if metrics["undefined"]:
-        what = "classes" if evaluation.task == "single_label" else "tags"
+        what = _CALLED[evaluation.task][1]
+        why = "for being constant" if evaluation.task == "regression" else "for want of a clip with or without them"
         notes.append(
-            f"Left out of the means, for want of a clip with or without them: "
+            f"Left out of the means, {why}: "
             f"{metrics['undefined_count']} of {len(metrics['per_class'])} {what} "
             f"({', '.join(metrics['undefined'])})."
         )
@@ -480,7 +516,7 @@ def _own_notes(evaluation: Evaluation, metrics: Mapping[str, Any]) -> list[str]:
 
 def _figures(out_dir: Path, evaluation: Evaluation, metrics: Mapping[str, Any]) -> dict[str, Path]:
     """Draws the figures and returns their paths by name."""
-    single = evaluation.task == "single_label"
+    task, single = evaluation.task, evaluation.task == "single_label"
     title = f"{evaluation.dataset} · {evaluation.protocol} · {evaluation.split} · {metrics['n']} clips"
     if evaluation.synthetic:
         title = f"SYNTHETIC · {title}"
@@ -492,21 +528,27 @@ def _figures(out_dir: Path, evaluation: Evaluation, metrics: Mapping[str, Any]) 
             paths["curves"],
             evaluation.curves,
             f"Learning curves · {title}",
-            metric="accuracy" if single else "macro_roc_auc",
+            metric=_MAIN[task][0],
             evaluated_step=evaluation.checkpoint.get("step"),
         )
     if single:
         paths["confusion"] = out_dir / "confusion.png"
         plots.confusion_matrix(paths["confusion"], metrics["confusion"], names, f"Confusion · {title}")
     paths["per_class"] = out_dir / "per_class.png"
-    measures = {"F1": "f1", "ROC-AUC": "roc_auc"} if single else {"ROC-AUC": "roc_auc", "PR-AUC": "pr_auc"}
+    measures = {
+        "single_label": {"F1": "f1", "ROC-AUC": "roc_auc"},
+        "multi_label": {"ROC-AUC": "roc_auc", "PR-AUC": "pr_auc"},
+        "regression": {"R2": "r2", "correlation": "correlation"},
+    }[task]
     plots.per_class_bars(
         paths["per_class"],
         names,
         {name: [row[key] for row in rows] for name, key in measures.items()},
         [row["support"] for row in rows],
-        f"Per {'class' if single else 'tag'} · {title}",
+        f"Per {_CALLED[task][0]} · {title}",
     )
+    if task == "regression":
+        return paths
     if len(names) <= _MOST_ROC_CURVES:
         paths["roc"] = out_dir / "roc.png"
         plots.roc_curves(paths["roc"], np.asarray(evaluation.scores), _one_hot(evaluation), names, f"ROC · {title}")
@@ -542,9 +584,14 @@ def _intervals(metrics: Mapping[str, Any], name: str) -> list[str]:
     return [f"{100 * intervals['level']:.0f} % {found[0]}", *found[1:]] if found else []
 
 
+def _task_of(metrics: Mapping[str, Any]) -> str:
+    """Returns the task that metrics are of, by what they hold."""
+    return "single_label" if "accuracy" in metrics else "regression" if "r2" in metrics else "multi_label"
+
+
 def _cards(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns the numbers at the top of the report; the first ones are the headline."""
-    main = ("accuracy",) if "accuracy" in metrics else ("macro_roc_auc", "macro_pr_auc")
+    main = _MAIN[_task_of(metrics)]
     shown = [*main, *(name for name in _MEASURES if name in metrics and name not in main)]
     return [
         {

@@ -9,12 +9,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from musicgenre.config import check_config
+from musicgenre.config import check_config, clip_layout, dataset_options, feature_spec, store_path
+from musicgenre.datasets import load_dataset
 from musicgenre.errors import UserError
 from musicgenre.evaluation.intervals import seeds_summary
 from musicgenre.evaluation.plots import measure_name
 from musicgenre.evaluation.report import summarise_variants
 from musicgenre.files import write_text
+from musicgenre.pipeline.prepare import prepare_store
 from musicgenre.training.loop import TrainResult, train
 from musicgenre.training.telemetry import read_rows
 
@@ -70,8 +72,9 @@ def expand(
 def run_ablation(
     config: ConfigDict, variants: Iterable[Variant], workdir: str | Path, seeds: Sequence[int], *, progress: bool = True
 ) -> list[Row]:
-    """Trains every variant with every seed and writes `ablation.csv`, `ablation.md`, `variants.png` and `report.html`.
+    """Prepares each variant's store where it is missing, trains it with every seed and writes one table of all.
 
+    The table is `ablation.csv`, `ablation.md`, `variants.png` and `report.html`.
     Finished runs are not repeated and unfinished ones go on, so the same call resumes. The measure is that of the
     validation split at the end of training, not of the best checkpoint, so that nothing is selected on it.
 
@@ -86,6 +89,7 @@ def run_ablation(
     rows: list[Row] = []
     measured: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for name, overrides, configs in expand(config, variants, seeds):
+        _prepare(configs[0], progress)
         results: list[TrainResult] = []
         for seed, changed in zip(seeds, configs, strict=True):
             results.append(train(changed, workdir / name / f"seed{seed}", progress=progress))
@@ -103,6 +107,23 @@ def run_ablation(
             synthetic=results[0].synthetic,
         )
     return rows
+
+
+def _prepare(config: ConfigDict, progress: bool) -> None:
+    """Makes the store of a config unless a finished one is there; a variant of the front end has one of its own."""
+    place = store_path(config)
+    if (place / "manifest.json").is_file():
+        return
+    summary = prepare_store(
+        load_dataset(dataset_options(config)),
+        feature_spec(config),
+        clip_layout(config),
+        place,
+        min_seconds=config.data.min_seconds,
+        array_layout=config.data.array_layout,
+        progress=progress,
+    )
+    print("\n".join(summary.lines()), flush=True)
 
 
 def _last_measures(workdir: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -152,7 +153,7 @@ def _targets(model: TrainedModel, store: Store, indices: np.ndarray) -> np.ndarr
 
 def _audit(model: TrainedModel, store: Store, indices: np.ndarray, compare_spectrograms: bool) -> AuditResult:
     """Compares the clips with those that this very model was trained on, wherever they are now."""
-    record = read_json(model.workdir / "train_clips.json", "list of training clips")
+    record = _trained_clips(read_json(model.workdir / "train_clips.json", "list of training clips"))
     trained = AuditSide(record["clip_id"], record["sha256"], record["group"])
     evaluated = AuditSide(store.clip_ids[indices].tolist(), store.hashes[indices].tolist(), [store.groups[i] for i in indices])
     if compare_spectrograms:
@@ -166,6 +167,16 @@ def _audit(model: TrainedModel, store: Store, indices: np.ndarray, compare_spect
             trained = dataclasses.replace(trained, fingerprints=_fingerprints(training_store, there))
             evaluated = dataclasses.replace(evaluated, fingerprints=_fingerprints(store, indices))
     return audit(evaluated, trained)
+
+
+def _trained_clips(record: dict[str, Any]) -> dict[str, Any]:
+    """Returns a run's training clips with those of the run that it started from, each once."""
+    before = record.get("init_from")
+    if not before:
+        return record
+    before = _trained_clips(before)
+    new = [i for i, clip_id in enumerate(before["clip_id"]) if clip_id not in set(record["clip_id"])]
+    return record | {name: record[name] + [before[name][i] for i in new] for name in ("clip_id", "sha256", "group")}
 
 
 def _fingerprints(store: Store, indices: np.ndarray) -> np.ndarray:

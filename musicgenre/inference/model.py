@@ -6,16 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from musicgenre import models
 from musicgenre.audio.features import FeatureSpec
 from musicgenre.config import from_plain
 from musicgenre.errors import UserError
 from musicgenre.pipeline.store import ClipLayout
 from musicgenre.training.checkpoints import read_model
+from musicgenre.training.saved import saved_module, saved_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +29,7 @@ class TrainedModel:
       module: the Linen module.
       model: its `variables`, and the `norm` of its training split.
       label_names: labels in the order of its outputs.
-      task: "single_label" or "multi_label".
+      task: "single_label", "multi_label" or "regression".
       features: the front end.
       layout: frames per clip, padding, excerpt.
       dataset: what it was trained on: name, protocol, and whether the audio was synthetic.
@@ -69,7 +67,7 @@ def load_model(workdir: str | os.PathLike[str], which: str = "last") -> TrainedM
     workdir = Path(workdir)
     if not workdir.is_dir():
         raise UserError(f"{workdir}: no such workdir. Train first: experiments/train.py --config=... --workdir={workdir}")
-    restored = read_model(workdir / "checkpoints", which, _abstract_model)
+    restored = read_model(workdir / "checkpoints", which, saved_shapes)
     meta = restored.meta
     return TrainedModel(
         workdir=workdir,
@@ -77,43 +75,11 @@ def load_model(workdir: str | os.PathLike[str], which: str = "last") -> TrainedM
         which=which,
         measure=(meta["metric"], meta["measure"]),
         config=from_plain(meta["config"]),
-        module=_module(meta),
+        module=saved_module(meta),
         model=restored.value,
         label_names=tuple(meta["label_names"]),
         task=meta["task"],
         features=FeatureSpec.from_dict(meta["features"]),
         layout=ClipLayout(**meta["layout"]),
         dataset=meta["dataset"],
-    )
-
-
-def _module(meta: dict[str, Any]) -> nn.Module:
-    """Builds the module that a checkpoint's notes describe."""
-    frames, bands = _input_shape(meta)
-    return models.build(
-        from_plain(meta["config"]["model"]).to_dict(),
-        num_classes=len(meta["label_names"]),
-        frames=frames,
-        bands=bands,
-        dtype=meta["config"]["dtype"],
-    )
-
-
-def _input_shape(meta: dict[str, Any]) -> tuple[int, int]:
-    frames = meta["config"]["data"]["crop_frames"] or meta["layout"]["frames"]
-    return frames, FeatureSpec.from_dict(meta["features"]).bands
-
-
-def _abstract_model(meta: dict[str, Any]) -> dict[str, Any]:
-    """The shapes of what `TrainState.model()` of that run holds, for this machine's first device."""
-    frames, bands = _input_shape(meta)
-    module = _module(meta)
-    x = jax.ShapeDtypeStruct((1, frames, bands), jnp.float32)
-    variables = dict(jax.eval_shape(lambda key, x: module.init(key, x, train=False), jax.random.key(0), x))
-    variables.pop("intermediates", None)
-    norm_shape = (frames if meta["config"]["data"]["normalise"] == "position" else 1, bands)
-    norm = {name: jax.ShapeDtypeStruct(norm_shape, jnp.float32) for name in ("mean", "std")}
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), {"variables": variables, "norm": norm}
     )

@@ -98,7 +98,9 @@ def _ahead(
         yield path, future.result()
 
 
-def render(predictions: Iterable[Prediction], label_names: tuple[str, ...], form: str, top: int) -> Iterator[str]:
+def render(
+    predictions: Iterable[Prediction], label_names: tuple[str, ...], form: str, top: int, task: str = "single_label"
+) -> Iterator[str]:
     """Yields the lines of a table, a JSON array or a CSV file.
 
     Args:
@@ -107,29 +109,39 @@ def render(predictions: Iterable[Prediction], label_names: tuple[str, ...], form
       label_names: `[classes]`.
       form: "table", "json" or "csv".
       top: labels shown per file in a table and in JSON; CSV has a column for each label.
+      task: of a "regression" all numbers are shown, in the order of the model's outputs.
     """
+    regression = task == "regression"
     if form == "csv":
-        yield _csv_line(["path", "label", *label_names, "error"])
+        yield _csv_line(["path", *([] if regression else ["label"]), *label_names, "error"])
     if form == "json":
         yield "["
     separator = ""
     for prediction in predictions:
         scores = prediction.probabilities
-        order: list[int] = [] if scores is None else np.argsort(-scores, kind="stable")[:top].tolist()
+        if regression or scores is None:
+            order = list(range(len(label_names)))
+        else:
+            order = np.argsort(-scores, kind="stable")[:top].tolist()
         if form == "table" and scores is not None:
-            yield f"{prediction.path}  " + "  ".join(f"{label_names[i]} {100 * scores[i]:.1f} %" for i in order)
+            shown = (
+                f"{label_names[i]} {scores[i]:.4g}" if regression else f"{label_names[i]} {100 * scores[i]:.1f} %" for i in order
+            )
+            yield f"{prediction.path}  " + "  ".join(shown)
         elif form == "json":
             entry: dict[str, object] = {"path": prediction.path}
-            entry |= (
-                {"error": prediction.error}
-                if scores is None
-                else {"labels": [{"label": label_names[i], "probability": round(float(scores[i]), 6)} for i in order]}
-            )
+            if scores is None:
+                entry["error"] = prediction.error
+            elif regression:
+                entry["values"] = {label_names[i]: round(float(scores[i]), 6) for i in order}
+            else:
+                entry["labels"] = [{"label": label_names[i], "probability": round(float(scores[i]), 6)} for i in order]
             yield separator + json.dumps(entry, ensure_ascii=False)
             separator = ","
         elif form == "csv":
-            values = [""] * (len(label_names) + 1) if scores is None else [label_names[order[0]], *(f"{s:.6f}" for s in scores)]
-            yield _csv_line([prediction.path, *values, prediction.error])
+            first = [] if regression else ["" if scores is None else label_names[order[0]]]
+            values = [""] * len(label_names) if scores is None else [f"{score:.6f}" for score in scores]
+            yield _csv_line([prediction.path, *first, *values, prediction.error])
     if form == "json":
         yield "]"
 

@@ -1,30 +1,57 @@
 """Layers that several models share."""
 
+import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from musicgenre.errors import UserError
 
-def max_pool_time(x: jax.Array, window: int) -> jax.Array:
-    """Maximum over windows of frames that do not overlap; frames left over at the end are dropped.
+
+def max_pool(x: jax.Array, window: tuple[int, ...]) -> jax.Array:
+    """Maximum over windows that do not overlap; what is left over at the end of an axis is dropped.
 
     A tournament of `where(a >= b, a, b)`: the gradient goes to the first of equal maxima, as in `nn.max_pool`, whose
     backward pass (select-and-scatter) is 1.5-1.7 times slower on CPU. A reduction over a reshaped axis would be shorter
     and gives wrong gradients under jit after BatchNorm.
 
     Args:
-      x: `[batch, frames, channels]`.
-      window: frames per window, and the stride.
+      x: `[batch, a, ..., channels]`, such as `[batch, frames, bands, channels]`.
+      window: the extent, and the stride, along each axis between the batch and the channels.
 
     Returns:
-      `[batch, frames // window, channels]`.
+      `[batch, a // window[0], ..., channels]`.
     """
-    batch, frames, channels = x.shape
-    length = frames // window
-    windows = x[:, : length * window].reshape(batch, length, window, channels)
-    contenders = [windows[:, :, i] for i in range(window)]
+    batch, *extents, channels = x.shape
+    lengths = [extent // size for extent, size in zip(extents, window, strict=True)]
+    cut = tuple(slice(0, length * size) for length, size in zip(lengths, window, strict=True))
+    split = [part for pair in zip(lengths, window, strict=True) for part in pair]
+    windows = x[(slice(None), *cut)].reshape(batch, *split, channels)
+    # Row by row through the window, so that the first of equal values wins.
+    places = itertools.product(*(range(size) for size in window))
+    return _tournament([windows[(slice(None), *(item for i in place for item in (slice(None), i)))] for place in places])
+
+
+def max_pool_time(x: jax.Array, window: int) -> jax.Array:
+    """Maximum over windows of frames that do not overlap: `[batch, frames, c]` to `[batch, frames // window, c]`."""
+    return max_pool(x, (window,))
+
+
+def global_max(x: jax.Array) -> jax.Array:
+    """Maximum over all positions, `[batch, ..., channels]` to `[batch, channels]`, with the gradient of `max_pool`."""
+    x = x.reshape(x.shape[0], -1, x.shape[-1])
+    while (length := x.shape[1]) > 1:
+        half = length // 2
+        first, second, rest = x[:, :half], x[:, half : 2 * half], x[:, 2 * half :]
+        x = jnp.concatenate([jnp.where(first >= second, first, second), rest], axis=1)
+    return x[:, 0]
+
+
+def _tournament(contenders: list[jax.Array]) -> jax.Array:
+    """The elementwise maximum of arrays of one shape; of equal values the first counts."""
     while len(contenders) > 1:
         pairs = [jnp.where(a >= b, a, b) for a, b in zip(contenders[::2], contenders[1::2], strict=False)]
         contenders = pairs + ([contenders[-1]] if len(contenders) % 2 else [])
@@ -38,6 +65,19 @@ def avg_pool_time(x: jax.Array, window: int) -> jax.Array:
     return x[:, : length * window].reshape(batch, length, window, channels).mean(axis=2)
 
 
-def batch_norm(train: bool, axis_name: str | None, dtype: Any, name: str | None = None) -> nn.BatchNorm:
-    """Batch normalisation with statistics of the global batch: by sharding under jit, by `axis_name` under pmap."""
-    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, axis_name=axis_name, dtype=dtype, name=name)
+def batch_norm(train: bool, axis_name: str | None, dtype: Any, name: str | None = None, axis: int = -1) -> nn.BatchNorm:
+    """Batch normalisation with statistics of the global batch: by sharding under jit, by `axis_name` under pmap.
+
+    Each index of `axis` has its own mean and deviation, over all other axes.
+    """
+    return nn.BatchNorm(
+        use_running_average=not train, axis=axis, momentum=0.9, epsilon=1e-5, axis_name=axis_name, dtype=dtype, name=name
+    )
+
+
+def check_lengths(model: str, fields: Mapping[str, Any], *names: str) -> None:
+    """Raises UserError where fields that have one value for each layer differ in length, or have none."""
+    lengths = {len(fields[name]) for name in names}
+    if len(lengths) > 1 or 0 in lengths:
+        values = ", ".join(f"model.{name}={tuple(fields[name])}" for name in names)
+        raise UserError(f"the model {model!r} takes one value for each layer: {values} must have one length.")

@@ -34,11 +34,43 @@ _NOT_HYPERPARAMETERS = ("parent", "name", "num_classes", "dtype", "axis_name")
 
 
 class InputLimits(NamedTuple):
-    """The input a model can take: fewest frames, and fewest and most bands (0: any number)."""
+    """The input a model can take.
+
+    Attributes:
+      min_frames: fewest frames.
+      min_bands: fewest bands.
+      max_frames: most frames; 0 is any number.
+      max_bands: most bands; 0 is any number.
+      min_values: fewest values in all, frames x bands.
+      kinds: kinds of features, such as "logmel" or "waveform"; any if empty.
+    """
 
     min_frames: int = 1
     min_bands: int = 1
+    max_frames: int = 0
     max_bands: int = 0
+    min_values: int = 1
+    kinds: tuple[str, ...] = ()
+
+    def problems(self, frames: int, bands: int, kind: str = "") -> list[str]:
+        """Returns what an input of that size and kind lacks, as phrases; nothing where it fits."""
+        if self.min_frames == self.max_frames and frames != self.min_frames:
+            found = [f"exactly {self.min_frames} frames"]
+        elif frames < self.min_frames:
+            found = [f"at least {self.min_frames} frames"]
+        elif self.max_frames and frames > self.max_frames:
+            found = [f"at most {self.max_frames} frames"]
+        else:
+            found = []
+        if bands < self.min_bands:
+            found.append(f"at least {self.min_bands} bands")
+        if self.max_bands and bands > self.max_bands:
+            found.append(f"at most {self.max_bands} bands")
+        if frames * bands < self.min_values:
+            found.append(f"at least {self.min_values} values (frames x bands)")
+        if self.kinds and kind and kind not in self.kinds:
+            found.append(f"features of the kind {' or '.join(self.kinds)}")
+        return found
 
 
 def register(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
@@ -110,7 +142,14 @@ def resolve(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build(
-    model: Mapping[str, Any], *, num_classes: int, frames: int, bands: int, dtype: str = "float32", axis_name: str | None = None
+    model: Mapping[str, Any],
+    *,
+    num_classes: int,
+    frames: int,
+    bands: int,
+    kind: str = "",
+    dtype: str = "float32",
+    axis_name: str | None = None,
 ) -> nn.Module:
     """Makes the Linen module of a config's model section.
 
@@ -119,6 +158,7 @@ def build(
       num_classes: outputs.
       frames: frames of its input.
       bands: bands of its input.
+      kind: kind of its features, such as "logmel"; "" does not check it.
       dtype: compute type, "float32" or "bfloat16"; parameters stay float32.
       axis_name: name of the device axis under pmap.
 
@@ -129,17 +169,11 @@ def build(
     cls = registered()[resolved["name"]]
     fields = {key: value for key, value in resolved.items() if key not in ("name", "module")}
     limits = cls.input_limits(fields) if hasattr(cls, "input_limits") else InputLimits()
-    problems = []
-    if frames < limits.min_frames:
-        problems.append(f"at least {limits.min_frames} frames")
-    if bands < limits.min_bands:
-        problems.append(f"at least {limits.min_bands} bands")
-    if limits.max_bands and bands > limits.max_bands:
-        problems.append(f"at most {limits.max_bands} bands")
-    if problems:
+    if problems := limits.problems(frames, bands, kind):
         raise UserError(
             f"the model {resolved['name']!r} with these fields needs {' and '.join(problems)}, but its input is "
-            f"{frames} frames x {bands} bands. Change data.frames, data.crop_frames, features or model."
+            f"{frames} frames x {bands} bands{f' of {kind}' if kind else ''}. Change data.frames, data.crop_frames, features or "
+            "model."
         )
     known = {field.name for field in dataclasses.fields(cls)}
     if "dtype" in known:

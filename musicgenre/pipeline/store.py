@@ -77,6 +77,7 @@ class Store:
       clip_ids: `[clips]`, sorted; all following arrays are in this order.
       paths: `[clips]` source files.
       labels: a tuple of labels for each clip.
+      values: for a regression, float32 `[clips, label_names]`; otherwise None.
       splits: `[clips]` of "train", "valid" or "test".
       groups: artist or track of each clip, or None.
       lengths: int32 `[clips]`, real frames of each clip.
@@ -95,6 +96,7 @@ class Store:
         self.clip_ids = np.array(clips["clip_id"], dtype=object)
         self.paths = np.array(clips["path"], dtype=object)
         self.labels: list[tuple[str, ...]] = [tuple(labels) for labels in clips["labels"]]
+        self.values = np.array(clips["values"], np.float32) if "values" in clips else None
         self.splits = np.array(clips["split"])
         self.groups: list[str | None] = clips["group"]
         self.lengths = np.array(clips["length"], np.int32)
@@ -149,7 +151,7 @@ class Store:
 
     @property
     def task(self) -> str:
-        """Either "single_label" or "multi_label"."""
+        """One of "single_label", "multi_label" and "regression"."""
         return str(self.dataset["task"])
 
     @property
@@ -172,7 +174,9 @@ class Store:
         return found
 
     def targets(self, indices: np.ndarray) -> np.ndarray:
-        """Returns class numbers, int32 `[n]`, or 0/1 tags, float32 `[n, labels]`, by the store's task."""
+        """Returns class numbers, int32 `[n]`, 0/1 tags or numbers, float32 `[n, labels]`, by the store's task."""
+        if self.values is not None:
+            return self.values[indices]
         number = {label: i for i, label in enumerate(self.label_names)}
         if self.task == "single_label":
             return np.array([number[self.labels[i][0]] for i in indices], np.int32)

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from musicgenre import models
 from musicgenre.config import check_config, differences, feature_spec, store_path, to_plain
 from musicgenre.errors import UserError
-from musicgenre.evaluation.metrics import multi_label_metrics, single_label_metrics
+from musicgenre.evaluation.metrics import multi_label_metrics, regression_metrics, single_label_metrics
 from musicgenre.files import read_json, write_json
 from musicgenre.pipeline.loader import normalisation, train_batches
 from musicgenre.pipeline.store import Store
@@ -33,9 +33,12 @@ from musicgenre.training.scoring import score_clips
 from musicgenre.training.state import create_state
 from musicgenre.training.step import make_score_step, make_train_step
 from musicgenre.training.telemetry import Profiler, Telemetry
+from musicgenre.training.transfer import layer_order, layer_rates, start_from
 
 # jax 0.10 on several CPU devices deadlocks with many steps in flight; waiting this often costs nothing measurable.
 _MOST_STEPS_IN_FLIGHT = 10
+# What a run is followed by where config.select_metric does not say.
+_MAIN_METRIC = {"single_label": "accuracy", "multi_label": "macro_roc_auc", "regression": "r2"}
 
 
 class Interrupted(Exception):
@@ -119,12 +122,24 @@ def train(
         num_classes=len(store.label_names),
         frames=frames,
         bands=store.bands,
+        kind=store.features.kind,
         dtype=config.dtype,
         axis_name=spread.axis_name,
     )
-    optimizer = make_optimizer(config.optimizer, total_steps)
+    layers = layer_order(module, frames, store.bands)
+    rates = layer_rates(
+        layers,
+        transferred=bool(config.init_from),
+        transferred_rate=config.optimizer.transferred_rate,
+        layer_decay=config.optimizer.layer_decay,
+    )
+    optimizer = make_optimizer(config.optimizer, total_steps, rates)
     schedule = learning_rate_schedule(config.optimizer, total_steps)
     weights = np.ones(len(store.label_names), np.float32)
+    if config.loss.class_weights == "balanced" and store.task == "regression":
+        raise UserError("config.loss.class_weights='balanced' has no meaning for a regression.")
+    if config.loss.name == "cross_entropy" and store.task == "regression":
+        raise UserError("config.loss.name='cross_entropy' has no meaning for a regression, which takes 'mse'.")
     if config.loss.class_weights == "balanced":
         weights = balanced_weights(store.targets(train_clips), len(store.label_names))
     step_function = spread.train_step(
@@ -133,6 +148,8 @@ def train(
             optimizer,
             seed=config.seed,
             class_weights=jnp.asarray(weights),
+            task=store.task,
+            loss=config.loss.name,
             label_smoothing=config.loss.label_smoothing,
             ema_decay=config.ema_decay,
             accumulate=config.optimizer.accumulate,
@@ -140,17 +157,20 @@ def train(
         )
     )
     score = spread.score_step(make_score_step(module, store.task))
-    state = spread.place_state(
-        create_state(
-            module,
-            optimizer,
-            normalisation(store, config.data.normalise),
-            seed=config.seed,
-            frames=frames,
-            bands=store.bands,
-            ema=config.ema_decay > 0,
-        )
+    metric = config.select_metric or _MAIN_METRIC[store.task]
+    checkpoints = Checkpoints(workdir / "checkpoints", lower_is_better=metric == "loss")
+    state = create_state(
+        module,
+        optimizer,
+        normalisation(store, config.data.normalise),
+        seed=config.seed,
+        frames=frames,
+        bands=store.bands,
+        ema=config.ema_decay > 0,
     )
+    if config.init_from and not checkpoints.steps():
+        state = start_from(state, layers, config.init_from, model=config.model.to_dict(), features=store.features)
+    state = spread.place_state(state)
     iterator = train_batches(
         store,
         batch_size=config.batch_size,
@@ -161,9 +181,7 @@ def train(
         process_count=jax.process_count(),
         workers=config.data.workers,
     )
-    metric = config.select_metric or ("accuracy" if store.task == "single_label" else "macro_roc_auc")
     progress_so_far = _Selection(metric, config.patience)
-    checkpoints = Checkpoints(workdir / "checkpoints", lower_is_better=metric == "loss")
     step = 0
     if restored := checkpoints.restore_latest(state, iterator):
         state, step = restored.value, restored.step
@@ -192,7 +210,7 @@ def train(
             crop_frames=config.data.crop_frames,
             chunks=config.data.eval_chunks,
         )
-        measures = validation_measures(scores, store.targets(valid_clips), store.label_names)
+        measures = validation_measures(scores, store.targets(valid_clips), store.label_names, store.task)
         if metric not in measures:
             raise UserError(
                 f"config.select_metric={metric!r} cannot be measured on this validation split; take one of {', '.join(measures)}."
@@ -264,23 +282,29 @@ def train(
     )
 
 
-def validation_measures(scores: np.ndarray, targets: np.ndarray, label_names: tuple[str, ...]) -> dict[str, float]:
+def validation_measures(scores: np.ndarray, targets: np.ndarray, label_names: tuple[str, ...], task: str) -> dict[str, float]:
     """Returns the numbers that a run is followed and its best checkpoint chosen by.
 
     Args:
-      scores: probabilities, `[clips, classes]`.
-      targets: class numbers `[clips]` or 0/1 tags `[clips, classes]`.
+      scores: probabilities, or a regression's outputs, `[clips, classes]`.
+      targets: class numbers `[clips]`, 0/1 tags or numbers `[clips, classes]`.
       label_names: `[classes]`.
+      task: "single_label", "multi_label" or "regression".
     """
-    if targets.ndim == 1:
+    names: tuple[str, ...]
+    if task == "single_label":
         measured = single_label_metrics(scores, targets, label_names)
-        names: tuple[str, ...] = ("accuracy", "macro_f1", "macro_roc_auc", "macro_pr_auc")
+        names = ("accuracy", "macro_f1", "macro_roc_auc", "macro_pr_auc")
         loss = measured["nll"]
-    else:
+    elif task == "multi_label":
         measured = multi_label_metrics(scores, targets, label_names)
         names = ("macro_f1", "macro_roc_auc", "macro_pr_auc")
         clipped = np.clip(scores, 1e-7, 1 - 1e-7)
         loss = float(-(targets * np.log(clipped) + (1 - targets) * np.log1p(-clipped)).mean())
+    else:
+        measured = regression_metrics(scores, targets, label_names)
+        names = ("r2", "mse", "correlation")
+        loss = measured["mse"]
     return {"loss": loss} | {name: measured[name] for name in names if measured[name] is not None}
 
 
@@ -349,6 +373,10 @@ def _claim_workdir(workdir: Path, config: ConfigDict, store: Store) -> None:
         "sha256": store.hashes[clips].tolist(),
         "group": [store.groups[i] for i in clips],
     }
+    if config.init_from:
+        # What the other run has learnt from counts as trained on, too, when a leak is looked for.
+        source = Path(config.init_from) / "train_clips.json"
+        record["init_from"] = read_json(source, "list of training clips") if source.is_file() else None
     if path.is_file():
         if changed := differences(read_json(path, "run configuration"), plain):
             raise UserError(

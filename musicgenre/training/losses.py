@@ -6,27 +6,42 @@ import numpy as np
 import optax
 
 
-def clip_losses(logits: jax.Array, targets: jax.Array, weights: jax.Array, label_smoothing: float) -> jax.Array:
+def clip_losses(
+    logits: jax.Array, targets: jax.Array, weights: jax.Array, label_smoothing: float, *, task: str, name: str = ""
+) -> jax.Array:
     """Returns one loss per clip, float32 `[batch]`.
 
     Args:
       logits: `[batch, classes]`.
-      targets: class numbers, int `[batch]`: softmax cross entropy; or 0/1 tags, float `[batch, classes]`: the mean
-        over tags of sigmoid cross entropies.
-      weights: `[classes]`: of the true class, or of a tag where it is present.
+      targets: class numbers, int `[batch]` (single_label); 0/1 tags (multi_label) or numbers (regression), float
+        `[batch, classes]`.
+      weights: `[classes]`: of the true class, of a tag where it is present, or of a number.
       label_smoothing: the share of the target that is spread over all classes; for tags, taken towards 0.5.
+      task: "single_label", "multi_label" or "regression".
+      name: "cross_entropy": softmax cross entropy, or the mean over tags of sigmoid cross entropies. "mse": the mean over
+        classes of the squared differences between probabilities (for a regression, outputs) and targets; for tags this is
+        the loss of the report's own script. "" is the cross entropy, and "mse" for a regression.
     """
-    classes = logits.shape[-1]
-    if targets.ndim == 1:
-        smooth = optax.smooth_labels(jax.nn.one_hot(targets, classes), label_smoothing)
-        return optax.softmax_cross_entropy(logits, smooth) * weights[targets]
-    smooth = targets * (1.0 - label_smoothing) + 0.5 * label_smoothing
-    losses = optax.sigmoid_binary_cross_entropy(logits, smooth)
-    return (losses * jnp.where(targets > 0, weights, 1.0)).mean(axis=-1)
+    if task == "regression":
+        return (jnp.square(logits - targets) * weights).mean(axis=-1)
+    if task == "single_label":
+        smooth = optax.smooth_labels(jax.nn.one_hot(targets, logits.shape[-1]), label_smoothing)
+        weight = weights[targets]
+    else:
+        smooth = targets * (1.0 - label_smoothing) + 0.5 * label_smoothing
+        weight = jnp.where(targets > 0, weights, 1.0)
+    if name == "mse":
+        squares = jnp.square(probabilities(logits, task) - smooth)
+        return squares.mean(axis=-1) * weight if task == "single_label" else (squares * weight).mean(axis=-1)
+    if task == "single_label":
+        return optax.softmax_cross_entropy(logits, smooth) * weight
+    return (optax.sigmoid_binary_cross_entropy(logits, smooth) * weight).mean(axis=-1)
 
 
 def probabilities(logits: jax.Array, task: str) -> jax.Array:
-    """Returns softmax (single_label) or sigmoid (multi_label) scores, float32 `[batch, classes]`."""
+    """Returns softmax (single_label) or sigmoid (multi_label) scores, or a regression's outputs, float32 `[batch, classes]`."""
+    if task == "regression":
+        return logits
     return jax.nn.softmax(logits) if task == "single_label" else jax.nn.sigmoid(logits)
 
 

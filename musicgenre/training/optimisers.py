@@ -1,5 +1,6 @@
 """Optimisers and learning-rate schedules by name, all of them Optax's."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -34,8 +35,14 @@ def learning_rate_schedule(config: Any, total_steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), schedule], [warmup])
 
 
-def make_optimizer(config: Any, total_steps: int) -> optax.GradientTransformation:
-    """Returns the optimiser of a config's `optimizer` section; weight decay leaves biases and norms alone."""
+def make_optimizer(config: Any, total_steps: int, layer_rates: Mapping[str, float] | None = None) -> optax.GradientTransformation:
+    """Returns the optimiser of a config's `optimizer` section; weight decay leaves biases and norms alone.
+
+    Args:
+      config: the `optimizer` section of a config.
+      total_steps: steps of the whole run.
+      layer_rates: factor of the learning rate for each top-level layer of the parameters; 1 for all if None.
+    """
     rate = learning_rate_schedule(config, total_steps)
 
     def kernels(params: Any) -> Any:
@@ -55,4 +62,12 @@ def make_optimizer(config: Any, total_steps: int) -> optax.GradientTransformatio
         raise UserError(f"config.optimizer.weight_decay has no effect on {config.name}: use adamw or lamb.")
     if config.clip_norm:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    if layer_rates is not None and any(factor != 1 for factor in layer_rates.values()):
+        factors = dict(layer_rates)
+        scale = optax.stateless(
+            lambda updates, _: {
+                name: jax.tree.map(lambda u, name=name: u * factors[name], update) for name, update in updates.items()
+            }
+        )
+        optimizer = optax.chain(optimizer, scale)
     return optimizer

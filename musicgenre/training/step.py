@@ -27,6 +27,8 @@ def make_train_step(
     *,
     seed: int,
     class_weights: jax.Array,
+    task: str = "single_label",
+    loss: str = "",
     label_smoothing: float = 0.0,
     ema_decay: float = 0.0,
     accumulate: int = 1,
@@ -39,6 +41,8 @@ def make_train_step(
       optimizer: its optimiser.
       seed: dropout's key at a step is `fold_in(key(seed), step)`.
       class_weights: `[classes]`, see `losses.clip_losses`.
+      task: "single_label", "multi_label" or "regression".
+      loss: see `losses.clip_losses`.
       label_smoothing: see `losses.clip_losses`.
       ema_decay: of the parameters' moving average; 0 when there is none.
       accumulate: parts of the batch whose gradients are averaged before the one update.
@@ -57,13 +61,13 @@ def make_train_step(
             mutable=[*collections, "intermediates"],
         )
         updated = {name: updated[name] for name in collections}
-        losses = clip_losses(logits, batch["y"], class_weights, label_smoothing)
-        loss = (losses * batch["mask"]).sum() / batch["mask"].sum()
-        metrics = {"loss": loss}
+        losses = clip_losses(logits, batch["y"], class_weights, label_smoothing, task=task, name=loss)
+        mean = (losses * batch["mask"]).sum() / batch["mask"].sum()
+        metrics = {"loss": mean}
         if batch["y"].ndim == 1:
             right = (logits.argmax(axis=-1) == batch["y"]) * batch["mask"]
             metrics["accuracy"] = right.sum() / batch["mask"].sum()
-        return loss, (updated, metrics)
+        return mean, (updated, metrics)
 
     def part_step(state: TrainState, key: jax.Array, collections: Any, batch: Any) -> tuple[Any, Any, Metrics]:
         gradient = jax.grad(loss_function, has_aux=True)
@@ -107,7 +111,7 @@ def make_train_step(
 
 
 def make_score_step(module: nn.Module, task: str) -> Callable[[Any, jax.Array], jax.Array]:
-    """Returns `score_step(model, x) -> probabilities [batch, classes]` for `TrainState.model()`."""
+    """Returns `score_step(model, x) -> probabilities (or a regression's numbers) [batch, classes]` for `TrainState.model()`."""
 
     def score_step(model: Any, x: jax.Array) -> jax.Array:
         logits = module.apply(model["variables"], normalise(x, model["norm"]), train=False)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from musicgenre.audio.decode import load_audio
-from musicgenre.audio.features import FeatureSpec, compute_features, mel_power
+from musicgenre.audio.features import FeatureSpec, compute_features, frame_waveform, mel_power
 from musicgenre.errors import UserError
 
 
@@ -106,3 +106,22 @@ def test_bad_fields_are_named(fields, message):
 def test_fingerprint_tells_specs_apart():
     assert FeatureSpec().fingerprint == FeatureSpec.from_dict(FeatureSpec().to_dict()).fingerprint
     assert FeatureSpec().fingerprint != FeatureSpec(hop_length=512).fingerprint
+
+
+def test_stft_equals_librosa():
+    spec = FeatureSpec(kind="stft", sample_rate=12000, n_fft=512, hop_length=256)
+    samples = np.random.default_rng(0).standard_normal(7000).astype(np.float32) * np.linspace(0, 1, 7000, dtype=np.float32)
+    expected = librosa.power_to_db(np.abs(librosa.stft(samples, n_fft=512, hop_length=256)) ** 2, ref=np.max, top_db=80.0).T
+    ours = compute_features(samples, spec)
+    assert ours.shape == (spec.frames(7000 / 12000), spec.bands) == (28, 257)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-3)
+
+
+def test_a_framed_waveform_is_the_samples():
+    spec = FeatureSpec(kind="waveform", sample_rate=1000, hop_length=7)
+    samples = np.arange(33, dtype=np.float32)
+    framed = compute_features(samples, spec)
+    assert framed.shape == (spec.frames(0.033), spec.bands) == (4, 7) and framed.dtype == np.float32
+    np.testing.assert_array_equal(framed.ravel(), samples[:28])
+    assert spec.samples(4) == 28 and spec.describe() == "waveform, 1000 Hz, frames of 7 samples"
+    np.testing.assert_array_equal(frame_waveform(samples[:3], 7), [[0, 1, 2, 0, 0, 0, 0]])

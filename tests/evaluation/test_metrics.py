@@ -7,7 +7,13 @@ from scipy.stats import rankdata
 from sklearn import metrics as sk
 
 from musicgenre.errors import UserError
-from musicgenre.evaluation.metrics import multi_label_metrics, single_label_metrics, weighted_macro_aucs
+from musicgenre.evaluation.metrics import (
+    multi_label_metrics,
+    regression_metrics,
+    single_label_metrics,
+    weighted_macro_aucs,
+    weighted_r2,
+)
 
 # Four clips of three classes, worked by hand below.
 SCORES = np.array([[0.7, 0.2, 0.1], [0.4, 0.35, 0.25], [0.1, 0.8, 0.1], [0.05, 0.25, 0.7]])
@@ -171,3 +177,25 @@ def test_multi_label_refuses_other_targets():
         multi_label_metrics(scores, targets[:2], names)
     with pytest.raises(UserError, match="clip 0 has 2 for the tag 'rock'"):
         multi_label_metrics(scores, targets + targets, names)
+
+
+def test_a_regressions_measures_equal_scikit_learns():
+    generator = np.random.default_rng(0)
+    truth = generator.standard_normal((40, 3))
+    guess = truth * [1.0, 0.5, 0.0] + 0.3 * generator.standard_normal((40, 3))
+    got = regression_metrics(guess, truth, ("a", "b", "c"))
+    assert got["r2"] == pytest.approx(sk.r2_score(truth, guess)) and got["mse"] == pytest.approx(((guess - truth) ** 2).mean())
+    assert got["correlation"] == pytest.approx(np.mean([np.corrcoef(guess[:, i], truth[:, i])[0, 1] for i in range(3)]))
+    assert got["per_class"][2]["r2"] < 0 < got["per_class"][0]["r2"] and got["outputs"] == 3
+    # Weights are repetitions.
+    weights = generator.integers(0, 4, 40)
+    repeated = regression_metrics(np.repeat(guess, weights, axis=0), np.repeat(truth, weights, axis=0), ("a", "b", "c"))
+    assert weighted_r2(guess, truth)(weights) == pytest.approx((repeated["r2"], repeated["mse"]))
+
+
+def test_a_constant_output_is_left_out_of_r2():
+    truth = np.array([[1.0, 5.0], [2.0, 5.0], [3.0, 5.0]])
+    got = regression_metrics(truth + np.array([0.0, 1.0]), truth, ("moves", "constant"))
+    assert got["undefined"] == ["constant"] and got["r2"] == 1.0 and got["mse"] == 0.5
+    with pytest.raises(UserError, match="predictions: clip 1 has nan for 'moves'"):
+        regression_metrics(truth * [[1, 1], [np.nan, 1], [1, 1]], truth, ("moves", "constant"))

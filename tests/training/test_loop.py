@@ -163,7 +163,7 @@ def test_a_loss_that_is_no_number_stops_the_run(small_config, tmp_path):
 
 
 def test_a_measure_that_the_split_does_not_have_is_refused(small_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "validation_measures", lambda scores, targets, names: {"loss": 1.0, "macro_f1": 0.5})
+    monkeypatch.setattr(loop, "validation_measures", lambda *_: {"loss": 1.0, "macro_f1": 0.5})
     with pytest.raises(UserError, match=r"select_metric='accuracy' cannot be measured.*take one of loss, macro_f1"):
         loop.train(small_config, tmp_path / "run", progress=False)
 
@@ -179,7 +179,7 @@ def test_patience_stops_early_and_stays_stopped(small_config, tmp_path):
 def test_the_best_checkpoint_is_kept_beside_the_latest(small_config, tmp_path, monkeypatch):
     measured = iter([0.2, 0.9, 0.3, 0.4, 0.5, 0.1])
 
-    def measures(scores, targets, label_names):
+    def measures(*_):
         return {"loss": 1.0, "accuracy": next(measured)}
 
     monkeypatch.setattr(loop, "validation_measures", measures)

@@ -41,7 +41,7 @@ def batch(size=12, tags=False):
 
 @pytest.mark.parametrize("tags", [False, True])
 def test_one_batch_is_learnt_by_heart(tags):
-    state, step = small(optax.adam(3e-3))
+    state, step = small(optax.adam(3e-3), task="multi_label" if tags else "single_label")
     for _ in range(120):
         state, metrics = step(state, batch(tags=tags))
     assert metrics["loss"] < 0.02
@@ -89,14 +89,27 @@ def test_losses_by_hand():
     logits = jnp.array([[2.0, 0.0, -1.0]])
     log_p = np.log(np.exp([2.0, 0, -1]) / np.exp([2.0, 0, -1]).sum())
     ones = jnp.ones(3)
-    np.testing.assert_allclose(clip_losses(logits, jnp.array([1]), ones, 0.0), [-log_p[1]], rtol=1e-6)
-    np.testing.assert_allclose(clip_losses(logits, jnp.array([1]), 5 * ones, 0.0), [-5 * log_p[1]], rtol=1e-6)
+    np.testing.assert_allclose(clip_losses(logits, jnp.array([1]), ones, 0.0, task="single_label"), [-log_p[1]], rtol=1e-6)
+    np.testing.assert_allclose(
+        clip_losses(logits, jnp.array([1]), 5 * ones, 0.0, task="single_label"), [-5 * log_p[1]], rtol=1e-6
+    )
     smooth = np.array([0.1, 0.8, 0.1])
-    np.testing.assert_allclose(clip_losses(logits, jnp.array([1]), ones, 0.3), [-(smooth * log_p).sum()], rtol=1e-6)
+    np.testing.assert_allclose(
+        clip_losses(logits, jnp.array([1]), ones, 0.3, task="single_label"), [-(smooth * log_p).sum()], rtol=1e-6
+    )
     tags = jnp.array([[1.0, 0.0, 1.0]])
     p = 1 / (1 + np.exp(-np.array([2.0, 0, -1])))
     each = np.array([-3 * np.log(p[0]), -np.log(1 - p[1]), -3 * np.log(p[2])])
-    np.testing.assert_allclose(clip_losses(logits, tags, 3 * ones, 0.0), [each.mean()], rtol=1e-6)
+    np.testing.assert_allclose(clip_losses(logits, tags, 3 * ones, 0.0, task="multi_label"), [each.mean()], rtol=1e-6)
+    # The squared errors of the report's own script, and of a regression.
+    squares = np.array([3 * (1 - p[0]) ** 2, p[1] ** 2, 3 * (1 - p[2]) ** 2])
+    np.testing.assert_allclose(
+        clip_losses(logits, tags, 3 * ones, 0.0, task="multi_label", name="mse"), [squares.mean()], rtol=1e-6
+    )
+    brier = ((np.exp(log_p) - [0, 1, 0]) ** 2).mean()
+    got = clip_losses(logits, jnp.array([1]), 2 * ones, 0.0, task="single_label", name="mse")
+    np.testing.assert_allclose(got, [2 * brier], rtol=1e-6)
+    np.testing.assert_allclose(clip_losses(logits, tags, ones, 0.0, task="regression"), [(1 + 0 + 4) / 3], rtol=1e-6)
 
 
 def test_balanced_weights_equal_scikit_learns():

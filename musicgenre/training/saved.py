@@ -1,0 +1,45 @@
+"""The network of a run, from the notes that its checkpoints hold."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from musicgenre import models
+from musicgenre.audio.features import FeatureSpec
+from musicgenre.config import from_plain
+
+
+def saved_module(meta: dict[str, Any]) -> nn.Module:
+    """Builds the module that a checkpoint's notes describe."""
+    frames, bands = saved_input(meta)
+    return models.build(
+        from_plain(meta["config"]["model"]).to_dict(),
+        num_classes=len(meta["label_names"]),
+        frames=frames,
+        bands=bands,
+        kind=FeatureSpec.from_dict(meta["features"]).kind,
+        dtype=meta["config"]["dtype"],
+    )
+
+
+def saved_input(meta: dict[str, Any]) -> tuple[int, int]:
+    """Returns the frames and bands of one input of the network."""
+    frames = meta["config"]["data"]["crop_frames"] or meta["layout"]["frames"]
+    return frames, FeatureSpec.from_dict(meta["features"]).bands
+
+
+def saved_shapes(meta: dict[str, Any]) -> dict[str, Any]:
+    """Returns the shapes of what `TrainState.model()` of that run holds, for this machine's first device."""
+    frames, bands = saved_input(meta)
+    module = saved_module(meta)
+    x = jax.ShapeDtypeStruct((1, frames, bands), jnp.float32)
+    variables = dict(jax.eval_shape(lambda key, x: module.init(key, x, train=False), jax.random.key(0), x))
+    variables.pop("intermediates", None)
+    norm_shape = (frames if meta["config"]["data"]["normalise"] == "position" else 1, bands)
+    norm = {name: jax.ShapeDtypeStruct(norm_shape, jnp.float32) for name in ("mean", "std")}
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), {"variables": variables, "norm": norm}
+    )

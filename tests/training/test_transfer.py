@@ -1,0 +1,123 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from musicgenre import models
+from musicgenre.config import base_config
+from musicgenre.errors import UserError
+from musicgenre.inference.evaluate import evaluate_model
+from musicgenre.inference.model import load_model
+from musicgenre.pipeline.store import Store
+from musicgenre.training.loop import train
+from musicgenre.training.optimisers import make_optimizer
+from musicgenre.training.transfer import layer_order, layer_rates
+
+
+def changed(config, **fields):
+    config = ConfigDict(config.to_dict())
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
+    return config
+
+
+def params(workdir, step="last"):
+    return jax.tree.map(np.asarray, load_model(workdir, step).model["variables"]["params"])
+
+
+@pytest.fixture
+def source(small_config, tmp_path):
+    """A finished run with batch normalisation."""
+    config = changed(small_config, model__batch_norm=True, epochs=2)
+    train(config, tmp_path / "source", progress=False)
+    return config
+
+
+def test_layers_come_in_the_order_of_their_calls():
+    module = models.build({"name": "conv1d", "batch_norm": True}, num_classes=10, frames=387, bands=128)
+    order = ["conv1", "norm1", "conv2", "norm2", "conv3", "norm3", "dense1", "head"]
+    assert layer_order(module, 387, 128) == order
+
+
+def test_rates_by_hand():
+    layers = ["a", "b", "head"]
+    rates = layer_rates(layers, transferred=True, transferred_rate=0.1, layer_decay=0.5)
+    assert rates == pytest.approx({"a": 0.025, "b": 0.05, "head": 1.0})
+    assert layer_rates(layers, transferred=False, transferred_rate=0.1, layer_decay=1.0) == {"a": 1.0, "b": 1.0, "head": 1.0}
+
+
+def test_an_adam_step_is_scaled_layer_by_layer():
+    config = ConfigDict(base_config().optimizer.to_dict() | {"schedule": "constant", "learning_rate": 0.1})
+    tree = {"a": {"kernel": jnp.ones((2, 2))}, "head": {"kernel": jnp.ones((2, 2))}}
+    optimizer = make_optimizer(config, 10, {"a": 0.25, "head": 1.0})
+    updates, _ = optimizer.update(tree, optimizer.init(tree), tree)
+    # Adam's first step is the rate, whatever the gradient.
+    np.testing.assert_allclose(updates["a"]["kernel"], -0.025, rtol=1e-4)
+    np.testing.assert_allclose(updates["head"]["kernel"], -0.1, rtol=1e-4)
+    plain = make_optimizer(config, 10, {"a": 1.0, "head": 1.0})
+    assert jax.tree.structure(plain.init(tree)) == jax.tree.structure(optax.adam(lambda _: 0.1).init(tree))
+
+
+def test_a_frozen_body_stays_and_a_new_head_learns(source, tmp_path):
+    config = changed(source, init_from=str(tmp_path / "source"), optimizer__transferred_rate=0.0, seed=1)
+    train(config, tmp_path / "run", progress=False)
+    before, after = params(tmp_path / "source"), params(tmp_path / "run")
+    for layer in set(before) - {"head"}:
+        jax.tree.map(np.testing.assert_array_equal, before[layer], after[layer])
+    assert np.abs(before["head"]["kernel"] - after["head"]["kernel"]).max() > 0.05
+    # It also starts from the statistics of batch normalisation: two seeds would not share them to that degree.
+    means = [
+        np.asarray(load_model(tmp_path / run).model["variables"]["batch_stats"]["norm1"]["var"]) for run in ("source", "run")
+    ]
+    assert np.corrcoef(*means)[0, 1] > 0.9
+
+
+def test_a_slow_body_moves_less_than_a_free_one(source, tmp_path):
+    moved = {}
+    for rate in (0.1, 1.0):
+        config = changed(source, init_from=str(tmp_path / "source"), optimizer__transferred_rate=rate, epochs=1)
+        train(config, tmp_path / str(rate), progress=False)
+        difference = params(tmp_path / "source")["conv1"]["kernel"] - params(tmp_path / str(rate))["conv1"]["kernel"]
+        moved[rate] = float(np.linalg.norm(difference))
+    assert 0 < moved[0.1] < 0.25 * moved[1.0]
+
+
+def test_the_run_goes_on_without_its_source_and_the_audit_remembers_it(source, tmp_path):
+    config = changed(source, init_from=str(tmp_path / "source"), epochs=2)
+    train(config, tmp_path / "run", progress=False)
+    (tmp_path / "source" / "checkpoints").rename(tmp_path / "elsewhere")
+    again = train(config, tmp_path / "run", progress=False)
+    assert again.step == 6
+    # The other run had been trained on a clip that is evaluated here.
+    record = json.loads((tmp_path / "run" / "train_clips.json").read_text())
+    store = Store.open(record["store"])
+    clip = int(store.indices("valid")[0])
+    record["init_from"]["clip_id"].append(str(store.clip_ids[clip]))
+    record["init_from"]["sha256"].append(str(store.hashes[clip]))
+    record["init_from"]["group"].append(None)
+    model = load_model(tmp_path / "run")
+    assert evaluate_model(model, store, "valid").audit.clean
+    (tmp_path / "run" / "train_clips.json").write_text(json.dumps(record))
+    audit = evaluate_model(model, store, "valid").audit
+    assert not audit.clean and audit.findings[0].clips == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model__filters": (8, 32)}, r"its layer conv2\['kernel'\] has the shape \(4, 8, 16\) where \(4, 8, 32\) is needed"),
+        ({"init_from": "nowhere"}, "no checkpoint found there"),
+    ],
+)
+def test_a_source_that_does_not_fit_is_named(source, tmp_path, fields, message):
+    config = changed(source, **({"init_from": str(tmp_path / "source")} | fields))
+    with pytest.raises(UserError, match=message):
+        train(config, tmp_path / "run", progress=False)
+
+
+def test_a_rate_without_a_source_is_refused(small_config, tmp_path):
+    with pytest.raises(UserError, match=r"transferred_rate has no effect without config\.init_from"):
+        train(changed(small_config, optimizer__transferred_rate=0.5), tmp_path / "run", progress=False)
