@@ -30,8 +30,12 @@ def base_config() -> ConfigDict:
     data.fold = 0
     data.folds = 10
     data.split_seed = 42
-    data.fractions = (0.7, 0.15, 0.15)  # folder and csv: train, valid and test, where the data have no splits
-    data.allow_missing = False  # skip clips that a list names but that are not on disk, and say so
+    data.fractions = (
+        0.7,
+        0.15,
+        0.15,
+    )  # folder, csv, msd and mtat's grouped: train, valid and test, where the data have no splits
+    data.allow_missing = False  # skip clips that a list names but that are not on disk (msd: not fetched yet), and say so
     data.task = ""  # csv: single_label, multi_label or regression; "" goes by the columns
     data.files = ConfigDict({"train": "", "valid": "", "test": ""})  # arrays: a file for each split
     data.array_layout = "mel_time"  # arrays: order of the axes after the clips, mel_time or time_mel

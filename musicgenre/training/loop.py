@@ -29,6 +29,7 @@ from musicgenre.training.checkpoints import Checkpoints
 from musicgenre.training.losses import balanced_weights
 from musicgenre.training.optimisers import learning_rate_schedule, make_optimizer
 from musicgenre.training.parallel import Parallel
+from musicgenre.training.saved import run_notes
 from musicgenre.training.scoring import score_clips
 from musicgenre.training.state import create_state
 from musicgenre.training.step import make_score_step, make_train_step
@@ -36,7 +37,7 @@ from musicgenre.training.telemetry import Profiler, Telemetry
 from musicgenre.training.transfer import layer_order, layer_rates, start_from
 
 # jax 0.10 on several CPU devices deadlocks with many steps in flight; waiting this often costs nothing measurable.
-_MOST_STEPS_IN_FLIGHT = 10
+MOST_STEPS_IN_FLIGHT = 10
 # What a run is followed by where config.select_metric does not say.
 _MAIN_METRIC = {"single_label": "accuracy", "multi_label": "macro_roc_auc", "regression": "r2"}
 
@@ -107,8 +108,8 @@ def train(
     config = config.copy_and_resolve_references()
     config.model = ConfigDict(models.resolve(config.model.to_dict()))
     store = Store.open(store_path(config))
-    _check_store(config, store)
-    _claim_workdir(workdir, config, store)
+    check_store(config, store)
+    claim_workdir(workdir, config, store)
 
     spread = Parallel.create(parallel, devices)
     spread.check_batch_size(config.batch_size, config.optimizer.accumulate)
@@ -189,14 +190,7 @@ def train(
         logging.info("going on from step %d of %d", step, total_steps)
     telemetry = Telemetry(workdir, step, total_steps, progress and step < total_steps)
     profiler = Profiler(workdir, profile_steps)
-    notes = {
-        "config": to_plain(config),
-        "label_names": list(store.label_names),
-        "task": store.task,
-        "features": store.features.to_dict(),
-        "layout": dataclasses.asdict(store.layout),
-        "dataset": store.dataset,
-    }
+    notes = run_notes(config, store)
 
     def evaluate() -> dict[str, float]:
         if len(valid_clips) == 0:
@@ -237,7 +231,7 @@ def train(
             seen.append(values)
         pending.clear()
 
-    with contextlib.closing(telemetry), contextlib.closing(checkpoints), contextlib.closing(profiler), _signals() as signals:
+    with contextlib.closing(telemetry), contextlib.closing(checkpoints), contextlib.closing(profiler), catch_signals() as signals:
         while step < total_steps and not progress_so_far.exhausted:
             profiler.before(step)
             state, metrics = step_function(state, spread.place_batch(next(iterator)))
@@ -245,7 +239,7 @@ def train(
             step += 1
             saved = False
             pending.append((step, metrics))
-            if len(pending) >= _MOST_STEPS_IN_FLIGHT:
+            if len(pending) >= MOST_STEPS_IN_FLIGHT:
                 settle()
             if step % config.log_every == 0 or step == total_steps:
                 settle()
@@ -347,7 +341,7 @@ class _Selection:
         self._since, self.last, self.best, self.best_step = (saved[k] for k in ("since", "last", "best", "best_step"))
 
 
-def _check_store(config: ConfigDict, store: Store) -> None:
+def check_store(config: ConfigDict, store: Store) -> None:
     """Raises UserError where the store was not made as the config says."""
     wanted = feature_spec(config)
     if store.features != wanted:
@@ -362,7 +356,7 @@ def _check_store(config: ConfigDict, store: Store) -> None:
         )
 
 
-def _claim_workdir(workdir: Path, config: ConfigDict, store: Store) -> None:
+def claim_workdir(workdir: Path, config: ConfigDict, store: Store) -> None:
     """Writes down what the run is, or raises UserError where the folder holds another run."""
     plain = to_plain(config)
     path = workdir / "config.json"
@@ -411,7 +405,7 @@ class _Signals:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[_Signals]:
+def catch_signals() -> Iterator[_Signals]:
     """Catches SIGINT and SIGTERM while the loop runs (in the main thread; elsewhere they are left alone)."""
     signals = _Signals()
     if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:

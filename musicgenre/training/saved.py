@@ -1,14 +1,29 @@
-"""The network of a run, from the notes that its checkpoints hold."""
+"""The notes that a run's checkpoints hold, and the network that they describe."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from musicgenre import models
 from musicgenre.audio.features import FeatureSpec
-from musicgenre.config import from_plain
+from musicgenre.config import from_plain, to_plain
+from musicgenre.pipeline.store import Store
+
+
+def run_notes(config: ConfigDict, store: Store) -> dict[str, Any]:
+    """Returns what a checkpoint says of its run, so that the model can be used without the store."""
+    return {
+        "config": to_plain(config),
+        "label_names": list(store.label_names),
+        "task": store.task,
+        "features": store.features.to_dict(),
+        "layout": dataclasses.asdict(store.layout),
+        "dataset": store.dataset,
+    }
 
 
 def saved_module(meta: dict[str, Any]) -> nn.Module:

@@ -33,9 +33,10 @@ class Telemetry:
       start_step: where the run goes on; rows of later steps, which it will do again, are removed.
       total_steps: length of the whole run.
       progress: draw a progress bar.
+      name: what stands before it.
     """
 
-    def __init__(self, workdir: Path, start_step: int, total_steps: int, progress: bool) -> None:
+    def __init__(self, workdir: Path, start_step: int, total_steps: int, progress: bool, name: str = "train") -> None:
         self._active = jax.process_index() == 0
         self._path = workdir / "metrics.jsonl"
         self._writer: Any = None
@@ -51,7 +52,7 @@ class Telemetry:
             pass
         else:
             self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
-        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", desc="train", disable=not progress)
+        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", desc=name, disable=not progress)
 
     def write(self, step: int, **values: float) -> None:
         """Appends one row: the step, the seconds since this process began, and the values."""
