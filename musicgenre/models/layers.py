@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from musicgenre.errors import UserError
 
 
+@jax.named_scope("max_pool")
 def max_pool(x: jax.Array, window: tuple[int, ...]) -> jax.Array:
     """Maximum over windows that do not overlap; what is left over at the end of an axis is dropped.
 
@@ -40,8 +41,9 @@ def max_pool_time(x: jax.Array, window: int) -> jax.Array:
     return max_pool(x, (window,))
 
 
+@jax.named_scope("global_max")
 def global_max(x: jax.Array) -> jax.Array:
-    """Maximum over all positions, `[batch, ..., channels]` to `[batch, channels]`, with the gradient of `max_pool`."""
+    """Maximum over all positions, `[batch, ..., channels]` to `[batch, channels]`, by the tournament of `max_pool`."""
     x = x.reshape(x.shape[0], -1, x.shape[-1])
     while (length := x.shape[1]) > 1:
         half = length // 2
@@ -58,6 +60,7 @@ def _tournament(contenders: list[jax.Array]) -> jax.Array:
     return contenders[0]
 
 
+@jax.named_scope("avg_pool_time")
 def avg_pool_time(x: jax.Array, window: int) -> jax.Array:
     """Mean over windows of frames that do not overlap: `[batch, frames, c]` to `[batch, frames // window, c]`."""
     batch, frames, channels = x.shape

@@ -112,6 +112,12 @@ def hyperparameters(cls: type[nn.Module]) -> dict[str, Any]:
     }
 
 
+def input_limits(cls: type[nn.Module], fields: Mapping[str, Any] | None = None) -> InputLimits:
+    """Returns the input that a model takes with these fields (its defaults if None); any input where it does not say."""
+    limits: Callable[[Mapping[str, Any]], InputLimits] | None = getattr(cls, "input_limits", None)
+    return limits(hyperparameters(cls) if fields is None else fields) if limits else InputLimits()
+
+
 def resolve(model: Mapping[str, Any]) -> dict[str, Any]:
     """Completes a config's model section: the name, the module, and every hyperparameter with its value.
 
@@ -168,7 +174,7 @@ def build(
     resolved = resolve(model)
     cls = registered()[resolved["name"]]
     fields = {key: value for key, value in resolved.items() if key not in ("name", "module")}
-    limits = cls.input_limits(fields) if hasattr(cls, "input_limits") else InputLimits()
+    limits = input_limits(cls, fields)
     if problems := limits.problems(frames, bands, kind):
         raise UserError(
             f"the model {resolved['name']!r} with these fields needs {' and '.join(problems)}, but its input is "

@@ -192,7 +192,7 @@ def test_refusals(tmp_path):
     with pytest.raises(UserError, match="'a' occurs more than once"):
         measure(single(clip_ids=["a"] * 10))
     with pytest.raises(UserError, match="task must be"):
-        measure(single(task="regression"))
+        measure(single(task="ranking"))
     with pytest.raises(UserError, match="at least one run"):
         summarise_seeds(tmp_path, [], title="x")
     with pytest.raises(UserError, match="measure in common"):
