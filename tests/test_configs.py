@@ -3,12 +3,16 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from musicgenre import models
 from musicgenre.config import base_config, check_config, feature_spec, from_plain, store_path, to_plain
 from musicgenre.errors import UserError
 from musicgenre.inference.ablation import expand
+from musicgenre.training.optimisers import make_optimizer
+from musicgenre.training.state import create_state
+from musicgenre.training.step import make_train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "configs").rglob("*.py"))
@@ -35,11 +39,38 @@ def test_every_config_and_variant_builds_its_network(path, monkeypatch):
         assert len({str(to_plain(variants[0])) for _, _, variants in expanded}) == len(expanded)
     for config in configs:
         check_config(config)
-        frames, bands = config.data.frames, feature_spec(config).bands
-        network = models.build(config.model.to_dict(), num_classes=10, frames=frames, bands=bands)
+        frames, bands = config.data.crop_frames or config.data.frames, feature_spec(config).bands
+        network = models.build(config.model.to_dict(), num_classes=10, frames=frames, bands=bands, kind=config.features.kind)
         x = jnp.zeros((2, frames, bands))
         logits = jax.eval_shape(lambda x, network=network: network.init_with_output(jax.random.key(0), x, train=False)[0], x)
         assert logits.shape == (2, 10)
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parent.name == "configs"], ids=lambda path: path.stem)
+def test_every_config_takes_one_step(path, monkeypatch):
+    config = load(path, monkeypatch).get_config()
+    task, classes = {"mtat": ("multi_label", 50), "msd": ("multi_label", 50), "csv": (config.data.task, 40)}.get(
+        config.data.dataset, ("single_label", 10)
+    )
+    frames, bands = config.data.crop_frames or config.data.frames, feature_spec(config).bands
+    module = models.build(config.model.to_dict(), num_classes=classes, frames=frames, bands=bands, kind=config.features.kind)
+    optimizer = make_optimizer(config.optimizer, 100)
+    norm = {"mean": np.zeros((1, bands), np.float32), "std": np.ones((1, bands), np.float32)}
+    state = create_state(module, optimizer, norm, seed=0, frames=frames, bands=bands, ema=config.ema_decay > 0)
+    step = make_train_step(
+        module, optimizer, seed=0, class_weights=jnp.ones(classes), task=task, loss=config.loss.name, ema_decay=config.ema_decay
+    )
+    generator = np.random.default_rng(0)
+    y = np.array([3, 7], np.int32) if task == "single_label" else np.eye(classes, dtype=np.float32)[[3, 7]]
+    batch = {"x": generator.standard_normal((2, frames, bands)).astype(np.float16), "y": y, "mask": np.ones(2, np.float32)}
+    # Kept on the host, so that the step can take over the state's buffers.
+    before = np.asarray(state.params["head"]["bias"])
+    new, metrics = jax.jit(step, donate_argnums=0)(state, batch)
+    # Before the first step a classifier knows nothing: its loss is near that of equal probabilities.
+    chance = {"single_label": np.log(classes), "multi_label": 0.25 if config.loss.name == "mse" else np.log(2), "regression": None}[task]
+    assert int(new.step) == 1 and np.isfinite(metrics["grad_norm"]) and metrics["grad_norm"] > 0
+    assert np.isfinite(metrics["loss"]) and (chance is None or metrics["loss"] < 4 * chance)
+    assert np.abs(np.asarray(new.params["head"]["bias"]) - before).max() > 0
 
 
 def test_the_base_is_the_reports():

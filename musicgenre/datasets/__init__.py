@@ -8,12 +8,14 @@ from musicgenre.datasets.base import Clip, Dataset, Skipped
 from musicgenre.datasets.csv_file import load_csv
 from musicgenre.datasets.folder import load_folder
 from musicgenre.datasets.gtzan import load_gtzan
+from musicgenre.datasets.msd import load_msd
+from musicgenre.datasets.mtat import load_mtat
 from musicgenre.datasets.synthetic import load_synthetic
 from musicgenre.errors import UserError, did_you_mean
 
 __all__ = ["Clip", "Dataset", "Skipped", "load_dataset"]
 
-DATASETS = ("gtzan", "folder", "csv", "arrays", "synthetic")
+DATASETS = ("gtzan", "mtat", "msd", "folder", "csv", "arrays", "synthetic")
 
 
 def load_dataset(options: Mapping[str, Any]) -> Dataset:
@@ -37,6 +39,17 @@ def load_dataset(options: Mapping[str, Any]) -> Dataset:
             seed=seed,
             allow_missing=options["allow_missing"],
         )
+    if name == "mtat":
+        return load_mtat(
+            root,
+            options["protocol"],
+            top_k=options["top_k"],
+            seed=seed,
+            fractions=fractions,
+            allow_missing=options["allow_missing"],
+        )
+    if name == "msd":
+        return load_msd(root, top_k=options["top_k"], seed=seed, fractions=fractions, allow_missing=options["allow_missing"])
     if name == "folder":
         return load_folder(root, seed=seed, fractions=fractions)
     if name == "csv":
