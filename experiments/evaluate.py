@@ -68,6 +68,7 @@ def main() -> int:
             title=f"{len(runs)} runs on {first.dataset}, {first.protocol}, {first.split}",
             correct=correct,
             groups=first.groups,
+            group_name=first.group_name,
             synthetic=first.synthetic,
             command=command,
         )

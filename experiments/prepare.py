@@ -17,6 +17,8 @@ def main() -> None:
     """Prepares the store and prints what is in it and what was skipped."""
     settings = app.get_config()
     dataset = load_dataset(config.dataset_options(settings))
+    for note in dataset.notes:
+        print(note, flush=True)
     summary = prepare_store(
         dataset,
         config.feature_spec(settings),

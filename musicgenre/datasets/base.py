@@ -59,6 +59,7 @@ class Dataset:
       clips: sorted by `clip_id`; ids are unique.
       skipped: clips that the protocol names but that cannot be used (missing on disk, say).
       synthetic: True where the audio is made up, which every report then says.
+      group_name: what a group is, such as "artist" or "track".
       notes: lines for people on how the clips were chosen and counted; `prepare` prints them first.
     """
 
@@ -70,6 +71,7 @@ class Dataset:
     clips: tuple[Clip, ...]
     skipped: tuple[Skipped, ...] = ()
     synthetic: bool = False
+    group_name: str = "artist"
     notes: tuple[str, ...] = ()
 
 

@@ -92,7 +92,7 @@ def load_csv(
     names = tuple(sorted({label for clip in clips for label in clip.labels}))
     if task == "regression":
         names = tuple(f"target{number + 1}" for number in range(size))
-    return make_dataset(Dataset("csv", path, protocol, task, names, tuple(clips), tuple(skipped)))
+    return make_dataset(Dataset("csv", path, protocol, task, names, tuple(clips), tuple(skipped), group_name="group"))
 
 
 def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:

@@ -50,7 +50,9 @@ def load_folder(root: str | Path, *, seed: int = 42, fractions: Sequence[float] 
         clip_id = (relative if stems[relative.with_suffix("")] > 1 else relative.with_suffix("")).as_posix()
         clips.append(Clip(clip_id, path, (label,), split, group))
     protocol = "split folders" if given else f"grouped by folder, {fractions_text(fractions)}, seed {seed}"
-    return make_dataset(Dataset("folder", root, protocol, "single_label", tuple(sorted(set(labels))), tuple(clips)))
+    return make_dataset(
+        Dataset("folder", root, protocol, "single_label", tuple(sorted(set(labels))), tuple(clips), group_name="folder")
+    )
 
 
 def fractions_text(fractions: Sequence[float]) -> str:

@@ -135,7 +135,9 @@ def load_mtat(
     skipped = [Skipped(table.clip_ids[i], str(root / table.mp3_paths[i]), "not on disk") for i in missing]
     absent = f"{len(missing):,} mp3{'s are' if len(missing) != 1 else ' is'} not on disk" if missing else "every mp3 is on disk"
     notes = (f"{counts}; {absent}", *_notes(table, splits, top_k))
-    return make_dataset(Dataset("mtat", root, described, "multi_label", names, tuple(clips), tuple(skipped), notes=notes))
+    return make_dataset(
+        Dataset("mtat", root, described, "multi_label", names, tuple(clips), tuple(skipped), group_name="track", notes=notes)
+    )
 
 
 def read_table(root: str | Path) -> MtatTable:

@@ -84,6 +84,7 @@ def evaluate_model(
         checkpoint={"step": model.step, "which": model.which, "selected_on": selected},
         versions=versions(),
         notes=notes,
+        group_name=store.group_name,
     )
 
 
@@ -166,7 +167,7 @@ def _audit(model: TrainedModel, store: Store, indices: np.ndarray, compare_spect
         else:
             trained = dataclasses.replace(trained, fingerprints=_fingerprints(training_store, there))
             evaluated = dataclasses.replace(evaluated, fingerprints=_fingerprints(store, indices))
-    return audit(evaluated, trained)
+    return audit(evaluated, trained, group_name=store.group_name)
 
 
 def _trained_clips(record: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from musicgenre.audio.decode import load_audio
@@ -78,6 +80,10 @@ def process_clip(clip: Clip, spec: FeatureSpec, layout: ClipLayout, array_layout
             samples = load_audio(clip.path, spec.sample_rate, min_seconds=min_seconds).samples
             features = compute_features(layout.cut(samples, spec), spec)
         else:
+            if spec.kind not in ("logmel", "mfcc"):
+                raise UserError(
+                    f"{clip.path}: holds log-mel spectrograms, from which features.kind={spec.kind!r} cannot be made."
+                )
             features = arrays.open_array_file(clip.path, array_layout).spectrogram(clip.row)
             digest = hashlib.sha256(features.tobytes()).hexdigest()
             if spec.kind == "mfcc":
@@ -88,6 +94,120 @@ def process_clip(clip: Clip, spec: FeatureSpec, layout: ClipLayout, array_layout
         return str(error)
     fitted, length = layout.fit(features)
     return ClipFeatures(fitted.astype(np.float16), length, digest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How clips become rows of a store: `process_clip` with its settings, in a form that travels to other processes.
+
+    Attributes:
+      spec: the front end.
+      layout: frames per clip, padding and excerpt.
+      array_layout: order of the axes of array files, "mel_time" or "time_mel".
+      min_seconds: shorter sound files are skipped.
+    """
+
+    spec: FeatureSpec
+    layout: ClipLayout
+    array_layout: str = "mel_time"
+    min_seconds: float = 1.0
+
+    def __call__(self, clip: Clip) -> ClipFeatures | str:
+        """Returns what `process_clip` makes of the clip."""
+        return process_clip(clip, self.spec, self.layout, self.array_layout, self.min_seconds)
+
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """What every shard record and the manifest say of how they were made; a store never mixes two of these."""
+        return {"schema": SCHEMA, "features": self.spec.to_dict(), "layout": dataclasses.asdict(self.layout)}
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardTask:
+    """Clips that become one shard.
+
+    Attributes:
+      number: the shard's number, which names its files.
+      clips: in the order of the shard's rows.
+      sources: for each clip, what tells a changed source from an unchanged one (absolute path, bytes, time of change, row).
+    """
+
+    number: int
+    clips: tuple[Clip, ...]
+    sources: tuple[list[Any], ...]
+
+
+class StorePlan:
+    """What a store lacks and how it is completed; the same for every way of running over the clips.
+
+    Attributes:
+      dataset: the clips.
+      recipe: how they become rows.
+      path: the store's folder.
+      shards: the folder of its shards.
+      todo: clips to compute, in the data set's order.
+      reusable: how many clips are there already.
+    """
+
+    def __init__(self, dataset: Dataset, recipe: Recipe, path: str | Path) -> None:
+        """Reads what is there.
+
+        Raises:
+          UserError: the folder holds a store made with another front end or layout, or of another data set, or
+            something that is no store.
+        """
+        self.dataset, self.recipe, self.path = dataset, recipe, Path(path)
+        self.shards = self.path / "shards"
+        _check_folder(self.path, dataset)
+        self._known, self._records = _read_shards(self.shards, recipe.made_with)
+        self._sources = {clip.clip_id: _source(clip) for clip in dataset.clips}
+        self.todo = [
+            clip
+            for clip in dataset.clips
+            if clip.clip_id not in self._known or self._known[clip.clip_id]["source"] != self._sources[clip.clip_id]
+        ]
+        self.reusable = len(dataset.clips) - len(self.todo)
+
+    def tasks(self, clips_per_shard: int, *, fill_gaps: bool = False) -> Iterator[ShardTask]:
+        """Yields the shards to write, in order.
+
+        Args:
+          clips_per_shard: clips of each but the last.
+          fill_gaps: take free numbers below the highest one first. Where shards are finished in any order, a run that
+            died leaves gaps; filling them ends at the same store as a run that did not die. Where a clip's source has
+            changed, the numbers go on from the highest all the same: the later of a clip's two entries is the valid one.
+        """
+        taken = {int(Path(record["file"]).stem) for record in self._records}
+        fill_gaps = fill_gaps and not any(clip.clip_id in self._known for clip in self.todo)
+        first = 0 if fill_gaps else max(taken, default=-1) + 1
+        numbers = (number for number in itertools.count(first) if number not in taken)
+        for start in range(0, len(self.todo), clips_per_shard):
+            clips = tuple(self.todo[start : start + clips_per_shard])
+            yield ShardTask(next(numbers), clips, tuple(self._sources[clip.clip_id] for clip in clips))
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Takes note of a shard that was written."""
+        self._records.append(record)
+        self._known.update(_entries(record))
+
+    def finish(self) -> PrepareSummary:
+        """Writes the manifest, once every task's record was added, and returns what was done.
+
+        Raises:
+          UserError: no clip of some split could be used.
+        """
+        self._records.sort(key=lambda record: int(Path(record["file"]).stem))
+        skipped = [dataclasses.asdict(entry) for entry in self.dataset.skipped]
+        manifest = _manifest(self.dataset, self._known, self._records, self.recipe.made_with, skipped)
+        _write_if_changed(self.path / "manifest.json", manifest)
+        return PrepareSummary(
+            self.path,
+            len(manifest["clips"]["clip_id"]),
+            len(self.todo),
+            self.reusable,
+            manifest["skipped"],
+            dict(sorted(Counter(manifest["clips"]["split"]).items(), key=lambda item: item[0])),
+        )
 
 
 def prepare_store(
@@ -120,37 +240,22 @@ def prepare_store(
       UserError: the folder holds a store made with another front end or layout, or of another data set, or
         something that is no store; or no clip of some split could be used.
     """
-    path = Path(path)
-    shards = path / "shards"
-    made_with = {"schema": SCHEMA, "features": spec.to_dict(), "layout": dataclasses.asdict(layout)}
-    _check_folder(path, dataset)
-    known, records = _read_shards(shards, made_with)
+    plan = StorePlan(dataset, Recipe(spec, layout, array_layout, min_seconds), path)
+    with (
+        progress_bar(plan, progress) as bar,
+        contextlib.closing(_ordered_map(plan.recipe, plan.todo, workers)) as mapped,
+    ):
+        results = _counted(mapped, bar)
+        for task in plan.tasks(CLIPS_PER_SHARD):
+            made = list(itertools.islice(results, len(task.clips)))
+            plan.add(write_shard(plan.shards, task, made, plan.recipe.made_with))
+    return plan.finish()
 
-    sources = {clip.clip_id: _source(clip) for clip in dataset.clips}
-    reusable = {
-        clip.clip_id for clip in dataset.clips if clip.clip_id in known and known[clip.clip_id]["source"] == sources[clip.clip_id]
-    }
-    todo = [clip for clip in dataset.clips if clip.clip_id not in reusable]
 
-    bar = tqdm(total=len(dataset.clips), initial=len(reusable), unit="clip", desc="prepare", disable=not progress or not todo)
-    process = _Processor(spec, layout, array_layout, min_seconds)
-    with bar, contextlib.closing(_ordered_map(process, todo, workers)) as mapped:
-        number = max((int(Path(record["file"]).stem) for record in records), default=-1) + 1
-        for batch in _batched(zip(todo, _counted(mapped, bar), strict=True), CLIPS_PER_SHARD):
-            record = _write_shard(shards, number, batch, sources, made_with)
-            records.append(record)
-            known.update(_entries(record))
-            number += 1
-    skipped = [dataclasses.asdict(entry) for entry in dataset.skipped]
-    manifest = _manifest(dataset, known, records, made_with, skipped)
-    _write_if_changed(path / "manifest.json", manifest)
-    return PrepareSummary(
-        path,
-        len(manifest["clips"]["clip_id"]),
-        len(todo),
-        len(reusable),
-        manifest["skipped"],
-        dict(sorted(Counter(manifest["clips"]["split"]).items(), key=lambda item: item[0])),
+def progress_bar(plan: StorePlan, progress: bool) -> Any:
+    """Returns a bar that counts a plan's clips; it draws nothing where there is nothing to do or no `progress` is wanted."""
+    return tqdm(
+        total=len(plan.dataset.clips), initial=plan.reusable, unit="clip", desc="prepare", disable=not progress or not plan.todo
     )
 
 
@@ -165,7 +270,7 @@ def _check_folder(path: Path, dataset: Dataset) -> None:
     if (path / "manifest.json").is_file():
         there = read_json(path / "manifest.json", "store manifest").get("dataset", {})
         for field, value in _describe(dataset).items():
-            if there.get(field) != value:
+            if field in there and there[field] != value:
                 raise UserError(
                     f"{path}: this store is of {field} {there.get(field)!r}, not {value!r}. "
                     "Choose another folder with --config.data.store=..."
@@ -180,6 +285,7 @@ def _describe(dataset: Dataset) -> dict[str, Any]:
         "protocol": dataset.protocol,
         "task": dataset.task,
         "synthetic": dataset.synthetic,
+        "group_name": dataset.group_name,
     }
 
 
@@ -219,19 +325,28 @@ def _source(clip: Clip) -> list[Any]:
     return [os.path.abspath(clip.path), status.st_size, status.st_mtime_ns, clip.row]
 
 
-def _write_shard(
-    folder: Path,
-    number: int,
-    batch: list[tuple[Clip, ClipFeatures | str]],
-    sources: dict[str, list[Any]],
-    made_with: dict[str, Any],
+def write_shard(
+    folder: Path, task: ShardTask, results: Sequence[ClipFeatures | str], made_with: dict[str, Any]
 ) -> dict[str, Any]:
-    """Writes one shard and then its record; without the record the shard does not count."""
-    file = folder / f"{number:05d}.npy"
+    """Writes one shard and then its record; without the record the shard does not count.
+
+    Args:
+      folder: where the shards lie; made if missing.
+      task: the clips.
+      results: what became of each of them.
+      made_with: the recipe's.
+
+    Returns:
+      The record.
+
+    Raises:
+      UserError: the folder cannot be written, or the disk is full.
+    """
+    file = folder / f"{task.number:05d}.npy"
     entries: list[dict[str, Any]] = []
     rows: list[np.ndarray] = []
-    for clip, result in batch:
-        entry: dict[str, Any] = {"clip_id": clip.clip_id, "path": str(clip.path), "source": sources[clip.clip_id]}
+    for clip, source, result in zip(task.clips, task.sources, results, strict=True):
+        entry: dict[str, Any] = {"clip_id": clip.clip_id, "path": str(clip.path), "source": source}
         if isinstance(result, str):
             entry["skipped"] = result
         else:
@@ -244,6 +359,21 @@ def _write_shard(
             np.save(handle, np.stack(rows), allow_pickle=False)
         record |= {"bytes": file.stat().st_size, "sha256": sha256(file)}
     write_json(file.with_suffix(".json"), record)
+    return record
+
+
+def finished_shard(folder: Path, task: ShardTask, made_with: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns the record of a task's shard if it is there, is of these clips and made in this way, and the shard is sound."""
+    file = folder / f"{task.number:05d}.json"
+    if not file.is_file():
+        return None
+    record: dict[str, Any] = read_json(file, "shard record")
+    entries = [(entry["clip_id"], entry["source"]) for entry in record["clips"]]
+    wanted = [(clip.clip_id, source) for clip, source in zip(task.clips, task.sources, strict=True)]
+    if entries != wanted or any(record.get(field) != value for field, value in made_with.items()):
+        return None
+    if record["rows"] and shard_problem(folder, record, full=True):
+        return None
     return record
 
 
@@ -260,9 +390,10 @@ def _manifest(
       UserError: a split that the data set has is left without a single usable clip.
     """
     numbers = {record["file"]: i for i, record in enumerate(r for r in records if r["rows"])}
-    columns: dict[str, list[Any]] = {
-        name: [] for name in ("clip_id", "path", "labels", "split", "group", "shard", "row", "length", "sha256")
-    }
+    names = ["clip_id", "path", "labels", "split", "group", "shard", "row", "length", "sha256"]
+    if dataset.task == "regression":
+        names.append("values")
+    columns: dict[str, list[Any]] = {name: [] for name in names}
     for clip in dataset.clips:
         entry = known[clip.clip_id]
         if "skipped" in entry:
@@ -274,6 +405,7 @@ def _manifest(
             "labels": list(clip.labels),
             "split": clip.split,
             "group": clip.group,
+            "values": list(clip.values),
             "shard": numbers[entry["file"]],
         } | {k: entry[k] for k in ("row", "length", "sha256")}
         for name, column in columns.items():
@@ -302,31 +434,11 @@ def _write_if_changed(path: Path, manifest: dict[str, Any]) -> None:
     write_json(path, manifest)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Processor:
-    """`process_clip` with its settings, in a form that travels to worker processes."""
-
-    spec: FeatureSpec
-    layout: ClipLayout
-    array_layout: str
-    min_seconds: float
-
-    def __call__(self, clip: Clip) -> ClipFeatures | str:
-        return process_clip(clip, self.spec, self.layout, self.array_layout, self.min_seconds)
-
-
 def _counted(items: Iterable[Item], bar: Any) -> Iterator[Item]:
     """Yields the items and moves the bar by one for each."""
     for item in items:
         bar.update()
         yield item
-
-
-def _batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Yields lists of up to `size` items."""
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
 
 
 def _ordered_map(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Generator[Result, None, None]:
@@ -337,7 +449,8 @@ def _ordered_map(function: Callable[[Item], Result], items: Sequence[Item], work
     """
     workers = min(workers or os.cpu_count() or 1, len(items) // 4)
     if workers <= 1:
-        yield from map(function, items)
+        with one_thread():
+            yield from map(function, items)
         return
     with _one_thread_per_process(), ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         waiting: deque[tuple[Item, Future[Result]]] = deque()
@@ -358,6 +471,36 @@ def _ordered_map(function: Callable[[Item], Result], items: Sequence[Item], work
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _OneThread:
+    """The limit that `one_thread` sets once for all that are inside at the same time, since it is the process's."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside = threading.Lock(), 0
+        self.limits: Any = None
+
+
+_ONE_THREAD = _OneThread()
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Keeps this process's matrix products to one thread each: their number decides the last bit of some products.
+
+    With it, every way of running over the clips gives the same bytes. Threads may be inside at the same time.
+    """
+    with _ONE_THREAD.lock:
+        if not _ONE_THREAD.inside:
+            _ONE_THREAD.limits = threadpool_limits(1)
+        _ONE_THREAD.inside += 1
+    try:
+        yield
+    finally:
+        with _ONE_THREAD.lock:
+            _ONE_THREAD.inside -= 1
+            if not _ONE_THREAD.inside:
+                _ONE_THREAD.limits.restore_original_limits()
 
 
 @contextlib.contextmanager

@@ -72,7 +72,7 @@ class Store:
       path: the store's folder.
       features: the front end that made it.
       layout: frames per clip, padding and excerpt.
-      dataset: name, root, protocol, task and whether the audio is synthetic.
+      dataset: name, root, protocol, task, whether the audio is synthetic, and what a group is.
       label_names: labels in the order of the model's outputs.
       clip_ids: `[clips]`, sorted; all following arrays are in this order.
       paths: `[clips]` source files.
@@ -153,6 +153,11 @@ class Store:
     def task(self) -> str:
         """One of "single_label", "multi_label" and "regression"."""
         return str(self.dataset["task"])
+
+    @property
+    def group_name(self) -> str:
+        """What a group is, such as "artist" or "track"."""
+        return str(self.dataset.get("group_name", "artist"))
 
     @property
     def bands(self) -> int:

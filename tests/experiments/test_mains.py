@@ -141,7 +141,7 @@ def test_mistakes_are_one_clear_line(trained, place, flags_of_a_small_run, scrip
     assert not (place / "other" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("script", ["prepare.py", "train.py", "evaluate.py", "ablate.py", "predict.py"])
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "experiments").glob("*.py")))
 def test_help_says_what_it_does_and_how(script):
     done = run(script, "--help")
     assert done.returncode == 1  # absl's status for help

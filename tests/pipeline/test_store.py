@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import soundfile
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from musicgenre.audio.decode import load_audio
 from musicgenre.audio.features import FeatureSpec, compute_features
@@ -240,3 +241,37 @@ def test_a_full_disk_is_named_and_the_next_run_goes_on(dataset, tmp_path, monkey
         make(dataset, tmp_path / "store")
     assert sorted(os.listdir(tmp_path / "store" / "shards")) == ["00000.json", "00000.npy"]
     assert make(dataset, tmp_path / "store").computed == 3
+
+
+def test_a_rebuilt_shard_takes_a_new_number(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "CLIPS_PER_SHARD", 2)
+    make(dataset, tmp_path / "store")
+    (tmp_path / "store/shards/00001.npy").write_bytes(b"damaged")
+    assert make(dataset, tmp_path / "store").computed == 2
+    assert sorted(os.listdir(tmp_path / "store/shards")) == [f"0000{n}.{end}" for n in (0, 2, 3) for end in ("json", "npy")]
+    manifest = json.loads((tmp_path / "store/manifest.json").read_text())
+    assert [shard["file"] for shard in manifest["shards"]] == ["00000.npy", "00002.npy", "00003.npy"]
+    assert manifest["clips"]["shard"] == [0, 0, 2, 2, 1, 1]
+
+
+def test_the_number_of_threads_does_not_decide_the_bytes(dataset, tmp_path, monkeypatch):
+    seen = []
+    process = prepare.process_clip
+
+    def looks(*arguments):
+        seen.extend(pool["num_threads"] for pool in threadpool_info())
+        return process(*arguments)
+
+    monkeypatch.setattr(prepare, "process_clip", looks)
+    with threadpool_limits(2):
+        make(dataset, tmp_path / "store")
+        assert {pool["num_threads"] for pool in threadpool_info()} == {2}
+        first, second = prepare.one_thread(), prepare.one_thread()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        # One of two that run side by side has ended: the other still needs the limit.
+        assert {pool["num_threads"] for pool in threadpool_info()} == {1}
+        second.__exit__(None, None, None)
+        assert {pool["num_threads"] for pool in threadpool_info()} == {2}
+    assert seen and set(seen) == {1}
