@@ -68,13 +68,23 @@ def avg_pool_time(x: jax.Array, window: int) -> jax.Array:
     return x[:, : length * window].reshape(batch, length, window, channels).mean(axis=2)
 
 
-def batch_norm(train: bool, axis_name: str | None, dtype: Any, name: str | None = None, axis: int = -1) -> nn.BatchNorm:
+def batch_norm(
+    train: bool, axis_name: str | None, dtype: Any, name: str | None = None, axis: int = -1, affine: bool = True
+) -> nn.BatchNorm:
     """Batch normalisation with statistics of the global batch: by sharding under jit, by `axis_name` under pmap.
 
-    Each index of `axis` has its own mean and deviation, over all other axes.
+    Each index of `axis` has its own mean and deviation, over all other axes, and its own scale and bias if `affine`.
     """
     return nn.BatchNorm(
-        use_running_average=not train, axis=axis, momentum=0.9, epsilon=1e-5, axis_name=axis_name, dtype=dtype, name=name
+        use_running_average=not train,
+        axis=axis,
+        momentum=0.9,
+        epsilon=1e-5,
+        use_scale=affine,
+        use_bias=affine,
+        axis_name=axis_name,
+        dtype=dtype,
+        name=name,
     )
 
 

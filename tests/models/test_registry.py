@@ -10,6 +10,7 @@ from musicgenre import models
 from musicgenre.errors import UserError
 from musicgenre.models.layers import avg_pool_time, global_max, max_pool, max_pool_time
 from musicgenre.models.registry import input_limits
+from musicgenre.training.transfer import layer_order
 
 OWN = """
 import flax.linen as nn
@@ -49,6 +50,8 @@ def test_every_model_honours_the_contract(name):
     assert logits.shape == (2, 7) and logits.dtype == jnp.float32
     assert embedding.ndim == 2 and len(embedding) == 2 and np.isfinite(embedding).all()
     assert variables["params"]["head"]["kernel"].shape == (embedding.shape[1], 7)
+    # Transfer renews the last layer, whatever its name.
+    assert layer_order(module, frames, bands)[-1] == "head"
     # In bfloat16, which keeps the parameters' type.
     half = models.build({"name": name}, num_classes=7, frames=frames, bands=bands, kind=kind, dtype="bfloat16")
     out, _ = jax.jit(lambda v, x: models.apply_model(half, v, x))(variables, x)
