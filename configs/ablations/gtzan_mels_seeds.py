@@ -1,4 +1,4 @@
-"""The report's Conv1D on the real GTZAN arrays without and with batch normalisation, for several seeds.
+"""The report's Conv1D on the real GTZAN arrays and the same in 2D, without and with batch normalisation, for several seeds.
 
 python experiments/ablate.py --config=configs/ablations/gtzan_mels_seeds.py --workdir=runs/gtzan_mels_conv1d --seeds=5
 
@@ -24,3 +24,5 @@ def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the variants."""
     yield "report", {}
     yield "batch_norm", {"model.batch_norm": True}
+    yield "conv2d", {"model.name": "conv2d"}
+    yield "conv2d_batch_norm", {"model.name": "conv2d", "model.batch_norm": True}

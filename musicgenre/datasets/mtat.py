@@ -297,7 +297,7 @@ def _notes(table: MtatTable, splits: Sequence[str], top_k: int) -> list[str]:
     tracks, artists = leak(splits, table.tracks, evaluated), leak(splits, table.artists, evaluated)
     notes = [
         f"leaks by the table: {tracks.clips:,} of {tracks.evaluated:,} {evaluated} clips ({tracks.share:.1%}) are from a track "
-        f"that is also in train, {artists.clips:,} ({artists.share:.1%}) by an artist who is"
+        f"that is also in train, {artists.clips:,} ({artists.share:.1%}) by an artist who is in train, too"
     ]
     used = {i for i, split in zip(table.clip_ids, splits, strict=True) if split}
     empty = [i for i, path in EMPTY_IN_THE_ARCHIVE.items() if i in used and path in table.mp3_paths]

@@ -80,7 +80,7 @@ def test_clips_have_their_tags_by_frequency_and_their_track(tmp_path):
     assert [(c.clip_id, c.labels, c.split) for c in everything.clips if c.split == "test"] == [("200", (), "test")]
     assert everything.notes[:2] == (
         "mtat, protocol all, top 3 tags: train 2, valid 1, test 1 of 4 clips in the table; every mp3 is on disk",
-        "leaks by the table: 0 of 1 test clips (0.0%) are from a track that is also in train, 0 (0.0%) by an artist who is",
+        "leaks by the table: 0 of 1 test clips (0.0%) are from a track that is also in train, 0 (0.0%) by an artist who is in train, too",
     )
 
 
