@@ -7,43 +7,15 @@ from musicgenre import models
 from musicgenre.errors import UserError
 from musicgenre.models.alexnet import grouped_convolution, local_response_norm
 
-# Compiled as a whole, which is faster than each operation on its own.
-apply = jax.jit(models.apply_model, static_argnums=0)
 NARROW = {"name": "alexnet", "filters": (4, 6, 4, 4, 2), "dense": (8, 8)}
-
-
-def drawn(module, frames, bands):
-    """Variables drawn with NumPy, which needs no compiling: kernels of unit gain, all else between 0.1 and 0.4."""
-    generator = np.random.default_rng(0)
-
-    def draw(leaf):
-        if len(leaf.shape) > 1:
-            return np.float32(generator.standard_normal(leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1])))
-        return np.float32(generator.uniform(0.1, 0.4, leaf.shape))
-
-    return jax.tree.map(draw, dict(jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, frames, bands))))))
-
-
-def shapes(module, frames, bands):
-    """Shapes of the parameters and of every layer's output."""
-    x = jnp.zeros((2, frames, bands))
-    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), x))
-    _, state = jax.eval_shape(
-        lambda v: module.apply(v, x, capture_intermediates=True, mutable=["intermediates"]), {"params": variables["params"]}
-    )
-    return variables["params"], state["intermediates"]
-
-
-def count(params):
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 # Each axis: ceil(n / 4), then (n - 3) // 2 + 1 at each pool. 387: 97, 48, 23, 11; 647: 162, 80, 39, 19; 128: 32, 15, 7, 3.
 @pytest.mark.parametrize(("frames", "sizes"), [(387, (97, 48, 23, 11)), (647, (162, 80, 39, 19))])
-def test_sizes_of_real_inputs(frames, sizes):
-    params, layers = shapes(models.build({"name": "alexnet"}, num_classes=10, frames=frames, bands=128), frames, 128)
-    found = {name: layers[name]["__call__"][0].shape[1:] for name in params}
-    assert found == {
+def test_sizes_of_real_inputs(frames, sizes, layer_shapes, variable_shapes, count):
+    module = models.build({"name": "alexnet"}, num_classes=10, frames=frames, bands=128)
+    layers, params = layer_shapes(module, frames, 128), variable_shapes(module, frames, 128)["params"]
+    assert {name: layers[name][1:] for name in params} == {
         "conv1": (sizes[0], 32, 96),
         "conv2": (sizes[1], 15, 256),
         "conv3": (sizes[2], 7, 384),
@@ -53,15 +25,16 @@ def test_sizes_of_real_inputs(frames, sizes):
         "dense2": (4096,),
         "head": (10,),
     }
-    assert layers["embedding"][0].shape == (2, 4096)
+    assert layers["embedding"] == (2, 4096)
     convolutions = 11_712 + 307_456 + 885_120 + 663_936 + 442_624
     dense = (sizes[3] * 3 * 256 * 4096 + 4096) + (4096 * 4096 + 4096) + (4096 * 10 + 10)
     assert count(params) == convolutions + dense == {387: 53_740_234, 647: 78_906_058}[frames]
 
 
-def test_the_published_count():
+def test_the_published_count(variable_shapes, count):
     """The original's 60,965,224 on 227 x 227 pictures for 1,000 classes, less the first filters of two more colours."""
-    params, _ = shapes(models.build({"name": "alexnet"}, num_classes=1000, frames=227, bands=227), 227, 227)
+    module = models.build({"name": "alexnet"}, num_classes=1000, frames=227, bands=227)
+    params = variable_shapes(module, 227, 227)["params"]
     assert params["dense1"]["kernel"].shape == (6 * 6 * 256, 4096)
     assert count(params) == 60_965_224 - 2 * 11 * 11 * 96
 
@@ -88,11 +61,11 @@ def test_grouped_convolution_equals_laxs(groups):
     np.testing.assert_allclose(grouped_convolution(x, kernel, (2, 1), "SAME", **options), expected, atol=1e-5)
 
 
-def test_the_order_is_relu_normalisation_pool():
+def test_the_order_is_relu_normalisation_pool(lively, apply):
     model = {"name": "alexnet", "filters": (3,), "widths": (1,), "stride": 1, "grouped": (), "response_norm": (1,)}
     module = models.build(model | {"pool_after": (1,), "dense": ()}, num_classes=2, frames=5, bands=5)
     x = 100 * np.random.default_rng(0).standard_normal((1, 5, 5), np.float32)
-    params = drawn(module, 5, 5)["params"]
+    params = lively(module, 5, 5)["params"]
     positive = np.maximum(x[0, :, :, None] * params["conv1"]["kernel"][0, 0, 0] + params["conv1"]["bias"], 0)
     energy = (positive**2).sum(axis=-1, keepdims=True)
     normal = positive / (2 + 1e-4 * energy) ** 0.75
@@ -101,20 +74,18 @@ def test_the_order_is_relu_normalisation_pool():
     np.testing.assert_allclose(embedding[0], pooled.ravel(), rtol=1e-5)
 
 
-def test_the_grouped_layers_are_halved():
+def test_the_grouped_layers_are_halved(variable_shapes):
     module = models.build(NARROW, num_classes=3, frames=57, bands=57)
-    params = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 57, 57))))["params"]
+    params = variable_shapes(module, 57, 57)["params"]
     inputs = [params[f"conv{i}"]["kernel"].shape[2] for i in range(1, 6)]
     assert inputs == [1, 2, 6, 2, 2]
 
 
-def test_fewest_frames_and_bands():
+def test_fewest_frames_and_bands(variable_shapes, check_runs):
     """One window of the last pool: 3, then (3 - 1) x 2 + 3 = 7, (7 - 1) x 2 + 3 = 15, (15 - 1) x 4 + 1 = 57."""
     module = models.build(NARROW, num_classes=3, frames=57, bands=57)
-    variables = drawn(module, 57, 57)
-    assert variables["params"]["dense1"]["kernel"].shape == (2, 8)
-    logits, _ = apply(module, variables, np.ones((2, 57, 57), np.float32))
-    assert logits.shape == (2, 3) and np.isfinite(logits).all()
+    assert variable_shapes(module, 57, 57)["params"]["dense1"]["kernel"].shape == (2, 8)
+    check_runs(module, (2, 57, 57), (2, 3))
     with pytest.raises(UserError, match="at least 57 frames, but"):
         models.build(NARROW, num_classes=3, frames=56, bands=57)
     with pytest.raises(UserError, match="at least 57 bands, but"):
@@ -137,20 +108,14 @@ def test_fields_that_do_not_belong_together(fields, message):
         models.build(NARROW | fields, num_classes=3, frames=100, bands=100)
 
 
-def test_bfloat16():
-    x = np.random.default_rng(1).standard_normal((2, 64, 60), np.float32)
-    module = models.build(NARROW, num_classes=3, frames=64, bands=60)
-    half = models.build(NARROW, num_classes=3, frames=64, bands=60, dtype="bfloat16")
-    params = drawn(module, 64, 60)
-    logits, low = apply(module, params, x)[0], apply(half, params, x)[0]
-    assert low.dtype == jnp.float32
-    np.testing.assert_allclose(low, logits, atol=0.05 * float(jnp.abs(logits).max()))
+def test_bfloat16(check_bfloat16):
+    check_bfloat16(NARROW, 64, 60)
 
 
-def test_dropout_acts_on_the_dense_layers_in_training_only():
+def test_dropout_acts_on_the_dense_layers_in_training_only(lively, apply):
     module = models.build(NARROW | {"dense": (64, 64)}, num_classes=3, frames=57, bands=57)
     x = np.random.default_rng(1).standard_normal((2, 57, 57), np.float32)
-    params = drawn(module, 57, 57)
+    params = lively(module, 57, 57)
     train = jax.jit(lambda key: module.apply(params, x, train=True, rngs={"dropout": key}))
     first, second = train(jax.random.key(0)), train(jax.random.key(1))
     assert float(jnp.abs(first - second).max()) > 1e-3

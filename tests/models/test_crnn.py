@@ -15,27 +15,7 @@ def build(frames=1366, bands=96, num_classes=50, **fields):
     return models.build({"name": "crnn", **fields}, num_classes=num_classes, frames=frames, bands=bands)
 
 
-def parameters(module, frames=1366, bands=96):
-    return jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, frames, bands)), train=False))["params"]
-
-
-def filled(module, frames, bands, seed=0):
-    """Variables of random numbers, so that every bias and normalisation does something; kernels are scaled by their inputs."""
-    x = jnp.zeros((1, frames, bands))
-    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), x, train=False))
-    rng = np.random.default_rng(seed)
-
-    def fill(path, leaf):
-        if path[-1].key in ("scale", "var"):
-            return rng.uniform(0.5, 2.0, leaf.shape).astype(np.float32)
-        scale = np.prod(leaf.shape[:-1]) ** -0.5 if leaf.ndim > 1 else 0.3
-        return (scale * rng.standard_normal(leaf.shape)).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(fill, variables)
-
-
-def stats_after_a_step(module, x):
-    variables = filled(module, *x.shape[1:])
+def stats_after_a_step(module, variables, x):
     variables["batch_stats"]["input_norm"]["mean"][:] = 0
 
     def apply(variables, x):
@@ -44,36 +24,27 @@ def stats_after_a_step(module, x):
     return jax.jit(apply)(variables, x)[1]["batch_stats"]
 
 
-def size(params):
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def test_the_public_codes_parameters_are_counted_one_by_one():
-    params = parameters(build(conv_bias=True))
-    assert sum(size(params[f"conv{i}"]) for i in range(1, 5)) == 369_664
-    assert sum(size(params[f"norm{i}"]) for i in range(1, 5)) == 896
-    assert size(params["input_norm"]) == 2 * (1366 + 2 * 37) == 2880
-    assert [size(params[f"gru{i}"]) for i in (1, 2)] == [3 * (128 * 32 + 32 * 32 + 32), 3 * (32 * 32 + 32 * 32 + 32)]
-    assert size(params["head"]) == 1650
-    assert size(params) == 369_664 + 896 + 2880 + 21_696 + 1650 == 396_786
+def test_the_public_codes_parameters_are_counted_one_by_one(variable_shapes, parameter_count, count):
+    params = variable_shapes(build(conv_bias=True), 1366, 96)["params"]
+    assert sum(count(params[f"conv{i}"]) for i in range(1, 5)) == 369_664
+    assert sum(count(params[f"norm{i}"]) for i in range(1, 5)) == 896
+    assert count(params["input_norm"]) == 2 * (1366 + 2 * 37) == 2880
+    assert [count(params[f"gru{i}"]) for i in (1, 2)] == [3 * (128 * 32 + 32 * 32 + 32), 3 * (32 * 32 + 32 * 32 + 32)]
+    assert count(params["head"]) == 1650
+    assert count(params) == 369_664 + 896 + 2880 + 21_696 + 1650 == 396_786
     # Without the biases that normalisation makes idle.
-    assert size(parameters(build())) == 396_786 - (64 + 3 * 128)
+    assert parameter_count(build(), 1366, 96) == 396_786 - (64 + 3 * 128)
 
 
 @pytest.mark.parametrize(("name", "millions"), [("0.1M", 0.1), ("0.25M", 0.25), ("0.5M", 0.5), ("1M", 1.0), ("3M", 3.0)], ids=str)
-def test_the_papers_sizes(name, millions):
-    assert size(parameters(build(**CRNN_SIZES[name]))) == pytest.approx(millions * 1e6, rel=0.01)
+def test_the_papers_sizes(name, millions, parameter_count):
+    assert parameter_count(build(**CRNN_SIZES[name]), 1366, 96) == pytest.approx(millions * 1e6, rel=0.01)
 
 
-def test_every_shape():
-    module = build()
-    x = jnp.zeros((2, 1366, 96))
-    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), x, train=False))
-    seen = jax.eval_shape(
-        lambda v: module.apply(v, x, train=False, capture_intermediates=True, mutable=["intermediates"])[1], variables
-    )["intermediates"]
+def test_every_shape(layer_shapes):
+    seen = layer_shapes(build(), 1366, 96)
     names = ("input_norm", "dropout1", "dropout2", "dropout3", "dropout4", "gru1", "gru2", "head")
-    assert [seen[name]["__call__"][0].shape[1:] for name in names] == [
+    assert [seen[name][1:] for name in names] == [
         (1440, 96),
         (720, 48, 64),
         (240, 16, 128),
@@ -83,7 +54,7 @@ def test_every_shape():
         (15, 32),
         (50,),
     ]
-    assert seen["embedding"][0].shape == (2, 32)
+    assert seen["embedding"] == (2, 32)
 
 
 @pytest.mark.parametrize("scale", [0.3, 5.0])  # the second drives the gates into the flat ends of the hard sigmoid
@@ -118,24 +89,24 @@ def test_each_gate_is_initialised_on_its_own():
     assert not params["bias"].any()
 
 
-def test_the_input_is_normalised_frame_by_frame_after_padding():
+def test_the_input_is_normalised_frame_by_frame_after_padding(filled):
     module = build(**SMALL)
     x = -40 + 10 * jax.random.normal(jax.random.key(0), (2, 1366, 96)) + jnp.linspace(0, 20, 1366)[:, None]
-    stats = stats_after_a_step(module, x)
+    stats = stats_after_a_step(module, filled(module, 1366, 96), x)
     mean = np.asarray(stats["input_norm"]["mean"])
     assert mean.shape == (1440,) and not mean[:37].any() and not mean[-37:].any()
     # One step of a running mean with momentum 0.9.
     np.testing.assert_allclose(mean[37:-37], 0.1 * np.asarray(x).mean(axis=(0, 2)), rtol=1e-4)
 
 
-def test_normalisation_of_bands_comes_before_padding():
+def test_normalisation_of_bands_comes_before_padding(filled):
     module = build(40, 96, input_norm="band", **SMALL)
     x = -40 + jax.random.normal(jax.random.key(0), (4, 40, 96))
-    stats = stats_after_a_step(module, x)
+    stats = stats_after_a_step(module, filled(module, 40, 96), x)
     np.testing.assert_allclose(stats["input_norm"]["mean"], 0.1 * np.asarray(x).mean(axis=(0, 1)), rtol=1e-4)
 
 
-def test_inputs_that_do_not_fit_are_refused_with_both_shapes():
+def test_inputs_that_do_not_fit_are_refused_with_both_shapes(check_runs):
     for frames in (1365, 1367):
         with pytest.raises(UserError, match=rf"exactly 1366 frames, but its input is {frames} frames x 96 bands"):
             build(frames)
@@ -145,38 +116,18 @@ def test_inputs_that_do_not_fit_are_refused_with_both_shapes():
     for norm in ("band", "none"):
         with pytest.raises(UserError, match=r"at least 22 frames.*21 frames x 96 bands"):
             build(21, 96, input_norm=norm)
-        module = build(22, 96, input_norm=norm, filters=(2, 2, 2, 2))
-        logits = jax.jit(lambda v, x, module=module: module.apply(v, x))(filled(module, 22, 96), jnp.ones((1, 22, 96)))
-        assert logits.shape == (1, 50) and np.isfinite(logits).all()
+        check_runs(build(22, 96, input_norm=norm, filters=(2, 2, 2, 2)), (1, 22, 96), (1, 50))
     with pytest.raises(UserError, match=r"model.input_norm: 'bands' is not known. Did you mean 'band'"):
         build(input_norm="bands")
     with pytest.raises(UserError, match="one length"):
         build(filters=(8, 8))
 
 
-def test_a_small_batch_of_noise_is_learned_by_heart():
+def test_a_small_batch_of_noise_is_learned_by_heart(filled, learn):
     module = build(60, 16, 4, input_norm="band", conv_dropout=0.0, dropout=0.0, **SMALL | {"units": (16, 16)})
     x = jax.random.normal(jax.random.key(0), (6, 60, 16))
     y = jax.random.bernoulli(jax.random.key(1), 0.4, (6, 4)).astype(jnp.float32)
-    variables = filled(module, 60, 16)
-    params, stats = variables["params"], variables["batch_stats"]
-    optimizer = optax.adam(2e-2)
-
-    @jax.jit
-    def step(params, stats, state):
-        def loss(params):
-            logits, new = module.apply({"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"])
-            return optax.sigmoid_binary_cross_entropy(logits, y).mean(), new["batch_stats"]
-
-        (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        updates, state = optimizer.update(grads, state)
-        return optax.apply_updates(params, updates), stats, state, value, grads
-
-    state = optimizer.init(params)
-    losses = []
-    for _ in range(150):
-        params, stats, state, value, grads = step(params, stats, state)
-        if not losses:  # the gradient reaches everything, the first layer through both recurrent ones too
-            assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
-        losses.append(float(value))
-    assert losses[0] > 0.4 and losses[-1] < 0.03
+    learned = learn(module, filled(module, 60, 16), x, y, optax.sigmoid_binary_cross_entropy, rate=2e-2, steps=150)
+    # The gradient reaches everything, the first layer through both recurrent ones too.
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(learned.first_gradients))
+    assert learned.losses[0] > 0.4 and learned.losses[-1] < 0.03

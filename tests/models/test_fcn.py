@@ -15,24 +15,9 @@ def build(frames=1366, bands=96, num_classes=50, **fields):
     return models.build({"name": "fcn", **fields}, num_classes=num_classes, frames=frames, bands=bands)
 
 
-def shapes(module, frames, bands):
-    """Shapes of what every layer returns, and of the parameters, without computing anything."""
-    x = jnp.zeros((2, frames, bands))
-    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), x, train=False))
-    capture = jax.eval_shape(
-        lambda v: module.apply(v, x, train=False, capture_intermediates=True, mutable=["intermediates"])[1], variables
-    )
-    layers = {k: v["__call__"][0].shape for k, v in capture["intermediates"].items() if isinstance(v, dict)}
-    return layers, variables["params"]
-
-
-def size(params):
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def test_every_shape_of_fcn4():
-    layers, params = shapes(build(), 1366, 96)
-    assert layers == {
+def test_every_shape_of_fcn4(layer_shapes, variable_shapes, count):
+    params = variable_shapes(build(), 1366, 96)["params"]
+    assert layer_shapes(build(), 1366, 96) == {
         "conv1": (2, 1366, 96, 128),
         "norm1": (2, 1366, 96, 128),
         "dropout1": (2, 341, 48, 128),
@@ -45,6 +30,7 @@ def test_every_shape_of_fcn4():
         "conv4": (2, 8, 4, 2048),
         "norm4": (2, 8, 4, 2048),
         "dropout4": (2, 2048),
+        "embedding": (2, 2048),
         "head": (2, 50),
     }
     assert FCN_SIZES["fcn4"] == {
@@ -53,9 +39,9 @@ def test_every_shape_of_fcn4():
     # Kernels of 3 x 3, a scale and a bias for each filter, and the head.
     filters = (1, 128, 384, 768, 2048)
     kernels = sum(9 * a * b + 2 * b for a, b in itertools.pairwise(filters))
-    assert size(params) == kernels + 2048 * 50 + 50 == 17_362_610
+    assert count(params) == kernels + 2048 * 50 + 50 == 17_362_610
     # The published 17.37 million count the idle biases of the convolutions as well.
-    assert round((size(params) + sum(filters[1:])) / 1e6, 2) == 17.37
+    assert round((count(params) + sum(filters[1:])) / 1e6, 2) == 17.37
 
 
 @pytest.mark.parametrize(
@@ -68,10 +54,10 @@ def test_every_shape_of_fcn4():
         ("report", [(157, 64), (31, 16), (6, 4), ()]),
     ],
 )
-def test_every_size_ends_in_one_position(name, pooled):
+def test_every_size_ends_in_one_position(name, pooled, layer_shapes):
     frames, bands = (628, 128) if name == "report" else (1366, 96)
     fields = FCN_SIZES[name]
-    layers, _ = shapes(build(frames, bands, **fields), frames, bands)
+    layers = layer_shapes(build(frames, bands, **fields), frames, bands)
     filters = (*fields["filters"], *fields["pointwise"])
     assert [layers[f"dropout{i}"] for i in range(1, len(filters) + 1)] == [
         (2, *positions, channels) for positions, channels in zip(pooled, filters, strict=True)
@@ -82,14 +68,12 @@ def test_every_size_ends_in_one_position(name, pooled):
     assert layers[f"conv{last}"][2] == fields["band_pools"][-1]
 
 
-def test_too_small_an_input_is_refused_with_both_shapes():
+def test_too_small_an_input_is_refused_with_both_shapes(check_runs):
     with pytest.raises(UserError, match=r"at least 1280 frames, but its input is 627 frames x 96 bands"):
         build(627, 96)
     with pytest.raises(UserError, match=r"at least 1280 frames and at least 96 bands.*1279 frames x 95 bands"):
         build(1279, 95)
-    module = build(1280, 96, filters=(2, 2, 2, 2))
-    logits = jax.jit(lambda v, x: module.apply(v, x))(filled(module, 1280, 96), jnp.ones((1, 1280, 96)))
-    assert logits.shape == (1, 50) and np.isfinite(logits).all()
+    check_runs(build(1280, 96, filters=(2, 2, 2, 2)), (1, 1280, 96), (1, 50))
     with pytest.raises(UserError, match=r"at least 600 frames.*599 frames x 128 bands"):
         build(599, 128, **FCN_SIZES["report"])
 
@@ -99,75 +83,29 @@ def test_fields_of_the_layers_have_one_length():
         build(filters=(8, 8))
 
 
-def filled(module, frames, bands, seed=0):
-    """Variables of random numbers, so that every bias and normalisation does something; kernels are scaled by their inputs."""
-    x = jnp.zeros((1, frames, bands))
-    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), x, train=False))
-    rng = np.random.default_rng(seed)
-
-    def fill(path, leaf):
-        if path[-1].key in ("scale", "var"):
-            return rng.uniform(0.5, 2.0, leaf.shape).astype(np.float32)
-        scale = np.prod(leaf.shape[:-1]) ** -0.5 if leaf.ndim > 1 else 0.3
-        return (scale * rng.standard_normal(leaf.shape)).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(fill, variables)
-
-
-def norm(y, variables, name):
-    p, s = variables["params"][name], variables["batch_stats"][name]
-    return (y - s["mean"]) / np.sqrt(s["var"] + 1e-5) * p["scale"] + p["bias"]
-
-
-def conv(x, kernel):
-    """A convolution with zeros around it, `[frames, bands, in]` to `[frames, bands, out]`, of an odd kernel."""
-    size = kernel.shape[0]
-    padded = np.pad(x, ((size // 2, size // 2), (size // 2, size // 2), (0, 0)))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(0, 1))
-    return np.einsum("tbiuv,uvio->tbo", windows, kernel)
-
-
-def test_the_network_is_the_one_described():
+def test_the_network_is_the_one_described(filled, apply, numpy_conv, numpy_norm):
     """A small one, worked with NumPy: four positions are left, of which each filter's maximum counts."""
     module = build(14, 5, num_classes=2, filters=(3, 2), time_pools=(2, 3), band_pools=(2, 1), pointwise=(4,))
     variables = filled(module, 14, 5)
     x = np.random.default_rng(1).standard_normal((1, 14, 5)).astype(np.float32)
     p = variables["params"]
-    y = np.maximum(norm(conv(x[0][:, :, None], p["conv1"]["kernel"]), variables, "norm1"), 0)
+    y = np.maximum(numpy_norm(numpy_conv(x[0][:, :, None], p["conv1"]["kernel"]), variables, "norm1"), 0)
     y = y[:, :4].reshape(7, 2, 2, 2, 3).max(axis=(1, 3))
-    y = np.maximum(norm(conv(y, p["conv2"]["kernel"]), variables, "norm2"), 0)
+    y = np.maximum(numpy_norm(numpy_conv(y, p["conv2"]["kernel"]), variables, "norm2"), 0)
     y = y[:6].reshape(2, 3, 2, 2).max(axis=1).max(axis=(0, 1))
-    y = np.maximum(norm(y @ p["conv3"]["kernel"], variables, "norm3"), 0)
-    logits, embedding = jax.jit(lambda v, x: models.apply_model(module, v, x))(variables, x)
+    y = np.maximum(numpy_norm(y @ p["conv3"]["kernel"], variables, "norm3"), 0)
+    logits, embedding = apply(module, variables, x)
     np.testing.assert_allclose(embedding[0], y, atol=1e-5)
     np.testing.assert_allclose(logits[0], y @ p["head"]["kernel"] + p["head"]["bias"], atol=1e-5)
 
 
-def test_a_small_batch_of_noise_is_learned_by_heart():
+def test_a_small_batch_of_noise_is_learned_by_heart(filled, apply, learn):
     fields = {"filters": (8, 16), "time_pools": (4, 4), "band_pools": (4, 4), "dropout": 0.0}
     module = build(16, 16, num_classes=5, **fields)
     x = jax.random.normal(jax.random.key(0), (8, 16, 16))
     y = jax.random.bernoulli(jax.random.key(1), 0.4, (8, 5)).astype(jnp.float32)
-    variables = filled(module, 16, 16)
-    params, stats = variables["params"], variables["batch_stats"]
-    optimizer = optax.adam(1e-2)
-
-    @jax.jit
-    def step(params, stats, state):
-        def loss(params):
-            logits, new = module.apply({"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"])
-            return optax.sigmoid_binary_cross_entropy(logits, y).mean(), new["batch_stats"]
-
-        (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        updates, state = optimizer.update(grads, state)
-        return optax.apply_updates(params, updates), stats, state, value
-
-    state = optimizer.init(params)
-    losses = []
-    for _ in range(100):
-        params, stats, state, value = step(params, stats, state)
-        losses.append(float(value))
-    assert losses[0] > 0.5 and losses[-1] < 0.02
+    learned = learn(module, filled(module, 16, 16), x, y, optax.sigmoid_binary_cross_entropy, rate=1e-2, steps=100)
+    assert learned.losses[0] > 0.5 and learned.losses[-1] < 0.02
     # In use, with the running mean and deviation, it gives the same answers.
-    logits = jax.jit(lambda v: module.apply(v, x, train=False))({"params": params, "batch_stats": stats})
+    logits, _ = apply(module, learned.variables, x)
     np.testing.assert_array_equal(logits > 0, y > 0.5)

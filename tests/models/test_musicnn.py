@@ -9,8 +9,6 @@ from musicgenre import models
 from musicgenre.errors import UserError
 from musicgenre.models.musicnn import _max_over_bands
 
-# Compiled as a whole, which is faster than each operation on its own.
-apply = jax.jit(models.apply_model, static_argnums=0)
 NARROW = {
     "name": "musicnn",
     "timbral_filters": 3,
@@ -21,30 +19,10 @@ NARROW = {
 }
 
 
-def drawn(module, frames, bands):
-    """Variables drawn with NumPy, which needs no compiling: kernels of unit gain, all else between 0.1 and 0.4."""
-    generator = np.random.default_rng(0)
-
-    def draw(leaf):
-        if len(leaf.shape) > 1:
-            return np.float32(generator.standard_normal(leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1])))
-        return np.float32(generator.uniform(0.1, 0.4, leaf.shape))
-
-    return jax.tree.map(draw, dict(jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, frames, bands))))))
-
-
-def shapes(module, frames, bands):
-    """Shapes of the parameters and of every layer's output."""
-    x = jnp.zeros((2, frames, bands))
-    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), x))
-    _, state = jax.eval_shape(lambda v: module.apply(v, x, capture_intermediates=True, mutable=["intermediates"]), variables)
-    return variables, state["intermediates"]
-
-
-def test_the_originals_sizes():
-    variables, layers = shapes(models.build({"name": "musicnn"}, num_classes=50, frames=187, bands=96), 187, 96)
-    found = {name: layers[name]["__call__"][0].shape[1:] for name in variables["params"]}
-    assert {name: shape for name, shape in found.items() if "norm" not in name} == {
+def test_the_originals_sizes(layer_shapes, variable_shapes):
+    module = models.build({"name": "musicnn"}, num_classes=50, frames=187, bands=96)
+    layers, params = layer_shapes(module, 187, 96), variable_shapes(module, 187, 96)["params"]
+    assert {name: layers[name][1:] for name in params if "norm" not in name} == {
         "timbral1": (187, 96 - 38 + 1, 204),
         "timbral2": (187, 96 - 67 + 1, 204),
         "temporal1": (187, 96, 51),
@@ -56,13 +34,13 @@ def test_the_originals_sizes():
         "dense1": (200,),
         "head": (50,),
     }
-    assert found["input_norm"] == (187, 96, 1) and found["pool_norm"] == (2 * (561 + 3 * 64),)
-    assert layers["embedding"][0].shape == (2, 200)
+    assert layers["input_norm"] == (2, 187, 96, 1) and layers["pool_norm"] == (2, 2 * (561 + 3 * 64))
+    assert layers["embedding"] == (2, 200)
 
 
-def test_shapes_and_number_of_the_published_weights():
+def test_shapes_and_number_of_the_published_weights(variable_shapes, count):
     """Shapes of the variables of the public checkpoint MTT_musicnn; the sum of them is worked by hand."""
-    variables, _ = shapes(models.build({"name": "musicnn"}, num_classes=50, frames=187, bands=96), 187, 96)
+    variables = variable_shapes(models.build({"name": "musicnn"}, num_classes=50, frames=187, bands=96), 187, 96)
     params = variables["params"]
     assert {name: layer["kernel"].shape for name, layer in params.items() if "kernel" in layer} == {
         "timbral1": (7, 38, 1, 204),
@@ -80,22 +58,23 @@ def test_shapes_and_number_of_the_published_weights():
     front = 2 + (7 * 38 * 204 + 3 * 204) + (7 * 67 * 204 + 3 * 204) + (128 + 64 + 32) * 51 + 3 * 3 * 51
     middle = (7 * 561 * 64 + 3 * 64) + 2 * (7 * 64 * 64 + 3 * 64)
     back = 2 * 1506 + (1506 * 200 + 3 * 200) + (200 * 50 + 50)
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == front + middle + back == 787_159
+    assert count(params) == front + middle + back == 787_159
     assert {name: stats["mean"].shape for name, stats in variables["batch_stats"].items()} == {
         name: layer["scale"].shape for name, layer in params.items() if "scale" in layer
     }
 
 
-def test_the_network_is_the_originals():
+def test_the_network_is_the_originals(lively, apply, numpy_norm):
     """The whole network worked with NumPy in double precision, from the description of the original code."""
     frames, bands = 9, 10
     module = models.build(NARROW, num_classes=2, frames=frames, bands=bands)
     x = np.random.default_rng(0).standard_normal((1, frames, bands), np.float32)
-    variables = drawn(module, frames, bands)
-    p, s = (jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables[key]) for key in ("params", "batch_stats"))
+    variables = lively(module, frames, bands)
+    double = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables)
+    p = double["params"]
 
     def norm(x, name):
-        return (x - s[name]["mean"]) / np.sqrt(s[name]["var"] + 1e-3) * p[name]["scale"] + p[name]["bias"]
+        return numpy_norm(x, double, name, epsilon=1e-3)
 
     def convolve(x, name):
         """[frames, bands, channels]: time padded so that its length stays, the longer half behind; bands not padded."""
@@ -139,12 +118,10 @@ def test_the_maximum_over_bands_has_the_gradient_of_flax_after_batch_norm():
         assert float(jnp.abs(ours - flax).max()) < 1e-9 * float(jnp.abs(flax).max())
 
 
-def test_fewest_frames_and_bands():
+def test_fewest_frames_and_bands(check_runs):
     """Two tenths of fewer than five bands is no band at all; one frame is enough."""
     model = NARROW | {"timbral_heights": (0.2, 0.7)}
-    module = models.build(model, num_classes=3, frames=1, bands=5)
-    logits, _ = apply(module, drawn(module, 1, 5), np.ones((2, 1, 5), np.float32))
-    assert logits.shape == (2, 3) and np.isfinite(logits).all()
+    check_runs(models.build(model, num_classes=3, frames=1, bands=5), (2, 1, 5), (2, 3))
     with pytest.raises(UserError, match=r"at least 5 bands.*1 frames x 4 bands"):
         models.build(model, num_classes=3, frames=1, bands=4)
     module = models.build({"name": "musicnn"}, num_classes=3, frames=1, bands=3)
@@ -161,42 +138,17 @@ def test_a_height_is_a_share_of_the_bands(height):
         models.build(NARROW | {"timbral_heights": (0.4, height)}, num_classes=3, frames=187, bands=96)
 
 
-def test_bfloat16():
-    x = np.random.default_rng(1).standard_normal((2, 20, 12), np.float32)
-    module = models.build(NARROW, num_classes=3, frames=20, bands=12)
-    half = models.build(NARROW, num_classes=3, frames=20, bands=12, dtype="bfloat16")
-    variables = drawn(module, 20, 12)
-    logits, low = apply(module, variables, x)[0], apply(half, variables, x)[0]
-    assert low.dtype == jnp.float32
-    np.testing.assert_allclose(low, logits, atol=0.05 * float(jnp.abs(logits).max()))
+def test_bfloat16(check_bfloat16):
+    check_bfloat16(NARROW, 20, 12)
 
 
-def test_it_learns_the_tags_of_one_batch():
+def test_it_learns_the_tags_of_one_batch(lively, apply, learn):
     """Eight clips of noise with three random tags each; scored with the running statistics."""
     sizes = {"timbral_filters": 8, "timbral_heights": (0.5,), "temporal_filters": 4, "temporal_widths": (4,), "mid_layers": 2}
     module = models.build(NARROW | sizes | {"dense": 16, "dropout": 0.0}, num_classes=3, frames=16, bands=10)
     x = np.random.default_rng(1).standard_normal((8, 16, 10), np.float32)
     tags = np.float32(np.random.default_rng(2).random((8, 3)) < 0.5)
-    variables = drawn(module, 16, 10)
-    optimizer = optax.adam(1e-2)
-
-    def loss(params, stats):
-        logits, updated = module.apply(
-            {"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats", "intermediates"]
-        )
-        return optax.sigmoid_binary_cross_entropy(logits, tags).mean(), updated["batch_stats"]
-
-    @jax.jit
-    def train(params, stats):
-        def step(carry, _):
-            params, stats, state = carry
-            (value, stats), gradient = jax.value_and_grad(loss, has_aux=True)(params, stats)
-            updates, state = optimizer.update(gradient, state)
-            return (optax.apply_updates(params, updates), stats, state), value
-
-        return jax.lax.scan(step, (params, stats, optimizer.init(params)), None, length=300)
-
-    (params, stats, _), losses = train(variables["params"], variables["batch_stats"])
-    assert losses[0] > 0.4 and losses[-1] < 0.01
-    logits, _ = apply(module, {"params": params, "batch_stats": stats}, x)
+    learned = learn(module, lively(module, 16, 10), x, tags, optax.sigmoid_binary_cross_entropy, rate=1e-2, steps=300)
+    assert learned.losses[0] > 0.4 and learned.losses[-1] < 0.01
+    logits, _ = apply(module, learned.variables, x)
     np.testing.assert_array_equal(logits > 0, tags > 0.5)

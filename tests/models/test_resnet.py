@@ -23,81 +23,43 @@ def build(frames=387, bands=128, num_classes=10, **fields):
     return models.build({"name": "resnet", **fields}, num_classes=num_classes, frames=frames, bands=bands)
 
 
-def size(module):
-    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 64, 64)), train=False))
-    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-
-
-def filled(module, frames, bands, seed=0):
-    """Variables of random numbers, so that every bias and normalisation does something; kernels are scaled by their inputs."""
-    x = jnp.zeros((1, frames, bands))
-    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), x, train=False))
-    rng = np.random.default_rng(seed)
-
-    def fill(path, leaf):
-        if path[-1].key in ("scale", "var"):
-            return rng.uniform(0.5, 2.0, leaf.shape).astype(np.float32)
-        scale = np.prod(leaf.shape[:-1]) ** -0.5 if leaf.ndim > 1 else 0.3
-        return (scale * rng.standard_normal(leaf.shape)).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(fill, variables)
-
-
-def norm(y, variables, name):
-    p, s = variables["params"][name], variables["batch_stats"][name]
-    return (y - s["mean"]) / np.sqrt(s["var"] + 1e-5) * p["scale"] + p["bias"]
-
-
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_published_counts(name):
-    original = size(build(num_classes=1000, preactivation=False, **RESNET_SIZES[name]))
+def test_the_published_counts(name, parameter_count):
+    original = parameter_count(build(num_classes=1000, preactivation=False, **RESNET_SIZES[name]), 64, 64)
     assert original + TWO_CHANNELS == PUBLISHED[name]
     # An identity unit normalises its input instead of its output, and the last output is normalised at the end, so that
     # only the normalisation of the shortcuts falls away: those of three stages, for bottlenecks of the first one as well.
     shortcuts = (256, 512, 1024, 2048) if RESNET_SIZES[name]["bottleneck"] else (128, 256, 512)
-    assert original - size(build(num_classes=1000, **RESNET_SIZES[name])) == 2 * sum(shortcuts)
+    assert original - parameter_count(build(num_classes=1000, **RESNET_SIZES[name]), 64, 64) == 2 * sum(shortcuts)
 
 
-def test_the_reports_count_worked_by_hand():
+def test_the_reports_count_worked_by_hand(parameter_count):
     stem = 49 * 64 + 2 * 64
     first = 2 * 9 * 64 * 64 + 2 * 64  # its input is normalised by the stem
     second = 2 * 64 + 9 * 64 * 128 + 2 * 128 + 9 * 128 * 128 + 64 * 128
-    assert size(build()) == stem + first + second + 2 * 128 + 128 * 10 + 10 == 308_426
+    assert parameter_count(build(), 64, 64) == stem + first + second + 2 * 128 + 128 * 10 + 10 == 308_426
     assert RESNET_SIZES["report"].items() <= models.resolve({"name": "resnet"}).items()
 
 
 @pytest.mark.parametrize("preactivation", [False, True])
-def test_every_shape_of_resnet50(preactivation):
-    module = build(preactivation=preactivation, **RESNET_SIZES["resnet50"])
-    x = jnp.zeros((2, 387, 128))
-    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), x, train=False))
-    seen = jax.eval_shape(
-        lambda v: module.apply(v, x, train=False, capture_intermediates=True, mutable=["intermediates"])[1], variables
-    )["intermediates"]
-    assert seen["stem"]["__call__"][0].shape == (2, 194, 64, 64)
-    assert [seen[f"stage{i}_unit3_conv3"]["__call__"][0].shape for i in (1, 2, 3, 4)] == [
+def test_every_shape_of_resnet50(preactivation, layer_shapes):
+    seen = layer_shapes(build(preactivation=preactivation, **RESNET_SIZES["resnet50"]), 387, 128)
+    assert seen["stem"] == (2, 194, 64, 64)
+    assert [seen[f"stage{i}_unit3_conv3"] for i in (1, 2, 3, 4)] == [
         (2, 97, 32, 256),
         (2, 49, 16, 512),
         (2, 25, 8, 1024),
         (2, 13, 4, 2048),
     ]
-    assert seen["stage2_unit1_conv1"]["__call__"][0].shape == (2, 97, 32, 128)
-    assert seen["stage2_unit1_conv2"]["__call__"][0].shape == (2, 49, 16, 128)
-    assert seen["embedding"][0].shape == (2, 2048)
+    assert seen["stage2_unit1_conv1"] == (2, 97, 32, 128)
+    assert seen["stage2_unit1_conv2"] == (2, 49, 16, 128)
+    assert seen["embedding"] == (2, 2048)
     assert [name for name in seen if name.endswith("_shortcut")] == [f"stage{i}_unit1_shortcut" for i in (1, 2, 3, 4)]
-
-
-def conv(x, kernel, stride=1):
-    """A convolution with zeros all around, `[frames, bands, in]` to `[frames, bands, out]`."""
-    size = kernel.shape[0]
-    pad = (size // 2, size // 2)
-    windows = np.lib.stride_tricks.sliding_window_view(np.pad(x, (pad, pad, (0, 0))), (size, size), axis=(0, 1))
-    return np.einsum("tbiuv,uvio->tbo", windows[::stride, ::stride], kernel)
 
 
 @pytest.mark.parametrize("preactivation", [False, True])
 @pytest.mark.parametrize("bottleneck", [False, True])
-def test_the_network_is_the_one_described(preactivation, bottleneck):
+def test_the_network_is_the_one_described(preactivation, bottleneck, filled, apply, numpy_conv, numpy_norm):
     """Two units of two stages, worked with NumPy."""
     module = build(21, 14, preactivation=preactivation, bottleneck=bottleneck, filters=2)
     variables = filled(module, 21, 14)
@@ -107,27 +69,27 @@ def test_the_network_is_the_one_described(preactivation, bottleneck):
     def relu(y):
         return np.maximum(y, 0)
 
-    y = relu(norm(conv(x[0][:, :, None], p["stem"]["kernel"], 2), variables, "stem_norm"))
+    y = relu(numpy_norm(numpy_conv(x[0][:, :, None], p["stem"]["kernel"], 2), variables, "stem_norm"))
     padded = np.pad(y, ((1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
     y = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(0, 1))[::2, ::2].max(axis=(3, 4))
     for stage, stride in ((1, 1), (2, 2)):
         name = f"stage{stage}_unit1"
-        z = start = relu(norm(y, variables, f"{name}_in_norm")) if preactivation and stage == 2 else y
+        z = start = relu(numpy_norm(y, variables, f"{name}_in_norm")) if preactivation and stage == 2 else y
         steps = [1, stride, 1] if bottleneck else [stride, 1]
         for i, step in enumerate(steps, start=1):
-            z = conv(z, p[f"{name}_conv{i}"]["kernel"], step)
+            z = numpy_conv(z, p[f"{name}_conv{i}"]["kernel"], step)
             if i < len(steps):
-                z = relu(norm(z, variables, f"{name}_conv{i}_norm"))
+                z = relu(numpy_norm(z, variables, f"{name}_conv{i}_norm"))
         if f"{name}_shortcut" in p:
-            y = conv(start, p[f"{name}_shortcut"]["kernel"], stride)
-            y = y if preactivation else norm(y, variables, f"{name}_shortcut_norm")
-        y = y + z if preactivation else relu(y + norm(z, variables, f"{name}_conv{len(steps)}_norm"))
-    y = (relu(norm(y, variables, "last_norm")) if preactivation else y).mean(axis=(0, 1))
-    logits = jax.jit(lambda v, x: module.apply(v, x, train=False))(variables, x)
+            y = numpy_conv(start, p[f"{name}_shortcut"]["kernel"], stride)
+            y = y if preactivation else numpy_norm(y, variables, f"{name}_shortcut_norm")
+        y = y + z if preactivation else relu(y + numpy_norm(z, variables, f"{name}_conv{len(steps)}_norm"))
+    y = (relu(numpy_norm(y, variables, "last_norm")) if preactivation else y).mean(axis=(0, 1))
+    logits, _ = apply(module, variables, x)
     np.testing.assert_allclose(logits[0], y @ p["head"]["kernel"] + p["head"]["bias"], atol=2e-5)
 
 
-def test_an_identity_unit_whose_last_kernel_is_zero_lets_its_input_through():
+def test_an_identity_unit_whose_last_kernel_is_zero_lets_its_input_through(filled, apply):
     module = build(33, 20, blocks=(1, 3), filters=4)
     x = jax.random.normal(jax.random.key(0), (2, 33, 20))
     variables = filled(module, 33, 20)
@@ -139,42 +101,21 @@ def test_an_identity_unit_whose_last_kernel_is_zero_lets_its_input_through():
         kind: {name: value for name, value in tree.items() if "unit2" not in name and "unit3" not in name}
         for kind, tree in variables.items()
     }
-    long_logits = jax.jit(lambda v: module.apply(v, x, train=False))(variables)
-    short_logits = jax.jit(lambda v: short.apply(v, x, train=False))(fewer)
-    np.testing.assert_array_equal(long_logits, short_logits)
+    np.testing.assert_array_equal(apply(module, variables, x)[0], apply(short, fewer, x)[0])
 
 
-def test_any_input_will_do_and_a_stage_has_units():
+def test_any_input_will_do_and_a_stage_has_units(check_runs):
     for preactivation in (False, True):
-        module = build(1, 1, preactivation=preactivation, filters=2)
-        logits = jax.jit(lambda v, x, module=module: module.apply(v, x))(filled(module, 1, 1), jnp.ones((2, 1, 1)))
-        assert logits.shape == (2, 10) and np.isfinite(logits).all()
+        check_runs(build(1, 1, preactivation=preactivation, filters=2), (2, 1, 1), (2, 10))
     for blocks in ((), (1, 0)):
         with pytest.raises(UserError, match=r"model.blocks of 'resnet' takes at least one unit for each stage"):
             build(blocks=blocks)
 
 
-def test_a_small_batch_of_noise_is_learned_by_heart():
+def test_a_small_batch_of_noise_is_learned_by_heart(filled, learn):
     module = build(20, 16, 4, filters=8)
     x = jax.random.normal(jax.random.key(0), (8, 20, 16))
     y = jnp.arange(8) % 4
-    variables = filled(module, 20, 16)
-    params, stats = variables["params"], variables["batch_stats"]
-    optimizer = optax.adam(1e-2)
-
-    @jax.jit
-    def step(params, stats, state):
-        def loss(params):
-            logits, new = module.apply({"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), new["batch_stats"]
-
-        (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        updates, state = optimizer.update(grads, state)
-        return optax.apply_updates(params, updates), stats, state, value
-
-    state = optimizer.init(params)
-    losses = []
-    for _ in range(60):
-        params, stats, state, value = step(params, stats, state)
-        losses.append(float(value))
+    loss = optax.softmax_cross_entropy_with_integer_labels
+    losses = learn(module, filled(module, 20, 16), x, y, loss, rate=1e-2, steps=60).losses
     assert losses[0] > 1 and losses[-1] < 0.02

@@ -1,7 +1,6 @@
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,33 +17,8 @@ def build(frames=231, bands=128, **fields):
     return models.build({"name": "short_chunk", **fields}, num_classes=50, frames=frames, bands=bands)
 
 
-def filled(module, frames, bands, seed=0):
-    """Variables of random numbers, so that every bias and normalisation does something; kernels are scaled by their inputs."""
-    x = jnp.zeros((1, frames, bands))
-    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), x, train=False))
-    rng = np.random.default_rng(seed)
-
-    def fill(path, leaf):
-        if path[-1].key in ("scale", "var"):
-            return rng.uniform(0.5, 2.0, leaf.shape).astype(np.float32)
-        scale = np.prod(leaf.shape[:-1]) ** -0.5 if leaf.ndim > 1 else 0.3
-        return (scale * rng.standard_normal(leaf.shape)).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(fill, variables)
-
-
-def norm(y, variables, name):
-    p, s = variables["params"].get(name, {}), variables["batch_stats"][name]
-    return (y - s["mean"]) / np.sqrt(s["var"] + 1e-5) * p.get("scale", 1) + p.get("bias", 0)
-
-
-def size(module):
-    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 231, 128)), train=False))
-    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-
-
-def test_the_published_counts():
-    plain, residual = size(build()), size(build(residual=True))
+def test_the_published_counts(parameter_count):
+    plain, residual = (parameter_count(build(residual=residual), 231, 128) for residual in (False, True))
     assert plain == sum(9 * a * b + 2 * b for a, b in PAIRS) + REST == 3_685_042
     assert residual == sum(9 * (2 * a * b + b * b) + 6 * b for a, b in PAIRS) + REST == 12_098_354
     # The public code's: with idle biases of every convolution and of the dense layer, and the input's scale and offset.
@@ -59,29 +33,18 @@ def test_the_published_counts():
         (True, [(116, 64), (58, 32), (29, 16), (15, 8), (8, 4), (4, 2), (2, 1)]),
     ],
 )
-def test_every_shape(residual, sizes):
-    module = build(residual=residual)
-    x = jnp.zeros((2, 231, 128))
-    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), x, train=False))
-    seen = jax.eval_shape(
-        lambda v: module.apply(v, x, train=False, capture_intermediates=True, mutable=["intermediates"])[1], variables
-    )["intermediates"]
+def test_every_shape(residual, sizes, layer_shapes):
+    seen = layer_shapes(build(residual=residual), 231, 128)
     names = [f"conv{i}{'_shortcut' if residual else ''}" for i in range(1, 8)]
-    assert [seen[name]["__call__"][0].shape for name in names] == [
+    assert [seen[name] for name in names] == [
         (2, *positions, filters) for positions, filters in zip(sizes, FILTERS[1:], strict=True)
     ]
-    assert seen["embedding"][0].shape == (2, 512)
-
-
-def conv(x, kernel, stride=1):
-    """A convolution of 3 x 3 with one zero all around, `[frames, bands, in]` to `[frames, bands, out]`."""
-    windows = np.lib.stride_tricks.sliding_window_view(np.pad(x, ((1, 1), (1, 1), (0, 0))), (3, 3), axis=(0, 1))
-    return np.einsum("tbiuv,uvio->tbo", windows[::stride, ::stride], kernel)
+    assert seen["embedding"] == (2, 512)
 
 
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize(("frames", "bands"), [(8, 6), (7, 5)])
-def test_the_network_is_the_one_described(residual, frames, bands):
+def test_the_network_is_the_one_described(residual, frames, bands, filled, apply, numpy_conv, numpy_norm):
     """A small one, worked with NumPy."""
     module = build(frames, bands, residual=residual, filters=(3, 2), dense=4)
     variables = filled(module, frames, bands)
@@ -89,9 +52,9 @@ def test_the_network_is_the_one_described(residual, frames, bands):
     p = variables["params"]
 
     def layer(y, name, stride=1):
-        return norm(conv(y, p[name]["kernel"], stride), variables, f"{name}_norm")
+        return numpy_norm(numpy_conv(y, p[name]["kernel"], stride), variables, f"{name}_norm")
 
-    y = norm(x[0][:, :, None], variables, "input_norm")
+    y = numpy_norm(x[0][:, :, None], variables, "input_norm")
     for i in (1, 2):
         if residual:
             z = layer(np.maximum(layer(y, f"conv{i}a", 2), 0), f"conv{i}b")
@@ -100,12 +63,12 @@ def test_the_network_is_the_one_described(residual, frames, bands):
             y = np.maximum(layer(y, f"conv{i}"), 0)
             rows, columns = y.shape[0] // 2, y.shape[1] // 2
             y = y[: 2 * rows, : 2 * columns].reshape(rows, 2, columns, 2, -1).max(axis=(1, 3))
-    y = np.maximum(norm(y.max(axis=(0, 1)) @ p["dense"]["kernel"], variables, "dense_norm"), 0)
-    logits = jax.jit(lambda v, x: module.apply(v, x, train=False))(variables, x)
+    y = np.maximum(numpy_norm(y.max(axis=(0, 1)) @ p["dense"]["kernel"], variables, "dense_norm"), 0)
+    logits, _ = apply(module, variables, x)
     np.testing.assert_allclose(logits[0], y @ p["head"]["kernel"] + p["head"]["bias"], atol=1e-5)
 
 
-def test_the_inputs_unit_and_offset_do_not_matter_in_training():
+def test_the_inputs_unit_and_offset_do_not_matter_in_training(filled):
     module = build(128, 128, filters=(2,) * 7, dropout=0.0)
     x = jax.random.normal(jax.random.key(0), (4, 128, 128))
     variables = filled(module, 128, 128)
@@ -114,16 +77,14 @@ def test_the_inputs_unit_and_offset_do_not_matter_in_training():
     other = build(128, 128, filters=(2,) * 7, dropout=0.0, input_norm=False)
     plain = {"params": variables["params"]}
     plain["batch_stats"] = {k: v for k, v in variables["batch_stats"].items() if k != "input_norm"}
-    apply = jax.jit(lambda x: other.apply(plain, x, train=True, mutable=["batch_stats"])[0])
-    assert np.abs(apply(x) - apply(20 * x - 40)).max() > 0.1
+    run = jax.jit(lambda x: other.apply(plain, x, train=True, mutable=["batch_stats"])[0])
+    assert np.abs(run(x) - run(20 * x - 40)).max() > 0.1
 
 
-def test_the_smallest_inputs_run_and_one_below_is_refused():
+def test_the_smallest_inputs_run_and_one_below_is_refused(check_runs):
     with pytest.raises(UserError, match=r"at least 128 frames.*127 frames x 128 bands"):
         build(127, 128)
     with pytest.raises(UserError, match=r"at least 128 bands.*128 frames x 127 bands"):
         build(128, 127)
-    for module, frames in ((build(128, 128, filters=(2,) * 7), 128), (build(1, 1, residual=True, filters=(2,) * 7), 1)):
-        variables = filled(module, frames, frames)
-        logits = jax.jit(lambda v, x, module=module: module.apply(v, x))(variables, jnp.ones((2, frames, frames)))
-        assert logits.shape == (2, 50) and np.isfinite(logits).all()
+    check_runs(build(128, 128, filters=(2,) * 7), (2, 128, 128), (2, 50))
+    check_runs(build(1, 1, residual=True, filters=(2,) * 7), (2, 1, 1), (2, 50))

@@ -8,38 +8,14 @@ from musicgenre import models
 from musicgenre.errors import UserError
 from musicgenre.models.spotify import l2_pool
 
-# Compiled as a whole, which is faster than each operation on its own.
-apply = jax.jit(models.apply_model, static_argnums=0)
 NARROW = {"name": "spotify", "filters": (4, 4, 4, 6), "dense": (8, 8)}
 
 
-def drawn(module, frames, bands):
-    """Variables drawn with NumPy, which needs no compiling: kernels of unit gain, all else between 0.1 and 0.4."""
-    generator = np.random.default_rng(0)
-
-    def draw(leaf):
-        if len(leaf.shape) > 1:
-            return np.float32(generator.standard_normal(leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1])))
-        return np.float32(generator.uniform(0.1, 0.4, leaf.shape))
-
-    return jax.tree.map(draw, dict(jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, frames, bands))))))
-
-
-def shapes(module, frames, bands):
-    """Shapes of the parameters and of every layer's output."""
-    x = jnp.zeros((2, frames, bands))
-    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), x))
-    _, state = jax.eval_shape(
-        lambda v: module.apply(v, x, capture_intermediates=True, mutable=["intermediates"]), {"params": variables["params"]}
-    )
-    return variables["params"], state["intermediates"]
-
-
-def test_the_posts_sizes():
+def test_the_posts_sizes(layer_shapes, variable_shapes):
     """599 frames: (599 - 3) // 4 = 149, (149 - 3) // 2 = 73, (73 - 3) // 2 = 35, 35 - 3 = 32; 3 x 512 = 1536 pooled values."""
-    params, layers = shapes(models.build({"name": "spotify"}, num_classes=40, frames=599, bands=128), 599, 128)
-    found = {name: layers[name]["__call__"][0].shape for name in ("conv1", "conv2", "conv3", "conv4", "dense1", "dense2", "head")}
-    assert found == {
+    module = models.build({"name": "spotify"}, num_classes=40, frames=599, bands=128)
+    layers, params = layer_shapes(module, 599, 128), variable_shapes(module, 599, 128)["params"]
+    assert {name: layers[name] for name in params} == {
         "conv1": (2, 596, 256),
         "conv2": (2, 146, 256),
         "conv3": (2, 70, 256),
@@ -49,22 +25,22 @@ def test_the_posts_sizes():
         "head": (2, 40),
     }
     assert params["dense1"]["kernel"].shape == (1536, 2048)
-    assert layers["embedding"][0].shape == (2, 2048)
+    assert layers["embedding"] == (2, 2048)
 
 
-def test_parameters_counted_by_hand():
-    params, _ = shapes(models.build({"name": "spotify"}, num_classes=40, frames=599, bands=128), 599, 128)
+def test_parameters_counted_by_hand(parameter_count):
+    count = parameter_count(models.build({"name": "spotify"}, num_classes=40, frames=599, bands=128), 599, 128)
     by_hand = 131_328 + 262_400 + 262_400 + 524_800 + (1536 * 2048 + 2048) + (2048 * 2048 + 2048) + (2048 * 40 + 40)
     assert by_hand == 8_607_016
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == by_hand
+    assert count == by_hand
 
 
-def test_the_network_is_the_one_described():
+def test_the_network_is_the_one_described(lively, apply):
     """Worked with NumPy: convolution, ReLU and pool, twice, then mean, maximum and norm."""
     model = {"name": "spotify", "filters": (2, 3), "width": 2, "first_pool": 2, "dense": (4,)}
     module = models.build(model, num_classes=2, frames=9, bands=3)
     x = np.random.default_rng(0).standard_normal((1, 9, 3), np.float32)
-    p = drawn(module, 9, 3)["params"]
+    p = lively(module, 9, 3)["params"]
 
     def conv(x, layer):
         kernel, bias = p[layer]["kernel"], p[layer]["bias"]
@@ -96,55 +72,31 @@ def test_l2_pool_has_a_finite_gradient_where_nothing_fires(dtype):
     np.testing.assert_allclose(gradient.astype(jnp.float32), [[[0.0, 0.6], [0.0, 0.8]]], rtol=0.01)
 
 
-def test_dead_filters_leave_every_gradient_finite():
+def test_dead_filters_leave_every_gradient_finite(lively):
     module = models.build(NARROW, num_classes=3, frames=103, bands=5)
-    params = drawn(module, 103, 5)["params"]
+    params = lively(module, 103, 5)["params"]
     params["conv4"]["bias"][:] = -100.0
     x = np.random.default_rng(1).standard_normal((2, 103, 5), np.float32)
     gradients = jax.jit(jax.grad(lambda p: (module.apply({"params": p}, x) ** 2).sum()))(params)
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradients))
 
 
-def test_fewest_frames():
+def test_fewest_frames(check_runs):
     """One position of the last filter: 4, then (4 x 2 + 3) = 11, (11 x 2 + 3) = 25, (25 x 4 + 3) = 103."""
-    module = models.build(NARROW, num_classes=3, frames=103, bands=1)
-    logits, _ = apply(module, drawn(module, 103, 1), np.ones((2, 103, 1), np.float32))
-    assert logits.shape == (2, 3) and np.isfinite(logits).all()
+    check_runs(models.build(NARROW, num_classes=3, frames=103, bands=1), (2, 103, 1), (2, 3))
     with pytest.raises(UserError, match=r"at least 103 frames.*102 frames x 1 bands"):
         models.build(NARROW, num_classes=3, frames=102, bands=1)
 
 
-def test_bfloat16():
-    x = np.random.default_rng(1).standard_normal((2, 110, 6), np.float32)
-    module = models.build(NARROW, num_classes=3, frames=110, bands=6)
-    half = models.build(NARROW, num_classes=3, frames=110, bands=6, dtype="bfloat16")
-    params = drawn(module, 110, 6)
-    logits, low = apply(module, params, x)[0], apply(half, params, x)[0]
-    assert low.dtype == jnp.float32 and jax.tree.leaves(params)[0].dtype == jnp.float32
-    np.testing.assert_allclose(low, logits, atol=0.05 * float(jnp.abs(logits).max()))
+def test_bfloat16(check_bfloat16):
+    check_bfloat16(NARROW, 110, 6)
 
 
-def test_it_learns_the_factors_of_one_batch():
+def test_it_learns_the_factors_of_one_batch(lively, learn):
     """Six clips of noise, four numbers each, by mean squared error."""
     model = NARROW | {"filters": (8, 8, 8, 8), "dense": (32, 32), "dropout": 0.0}
     module = models.build(model, num_classes=4, frames=110, bands=6)
     x = np.random.default_rng(1).standard_normal((6, 110, 6), np.float32)
     targets = np.random.default_rng(2).standard_normal((6, 4), np.float32)
-    params = drawn(module, 110, 6)["params"]
-    optimizer = optax.adam(3e-3)
-
-    def loss(params):
-        return jnp.square(module.apply({"params": params}, x, train=True) - targets).mean()
-
-    @jax.jit
-    def train(params):
-        def step(carry, _):
-            params, state = carry
-            value, gradient = jax.value_and_grad(loss)(params)
-            updates, state = optimizer.update(gradient, state)
-            return (optax.apply_updates(params, updates), state), value
-
-        return jax.lax.scan(step, (params, optimizer.init(params)), None, length=150)[1]
-
-    losses = train(params)
+    losses = learn(module, lively(module, 110, 6), x, targets, optax.squared_error, rate=3e-3, steps=150).losses
     assert losses[0] > 0.5 and losses[-1] < 0.01
