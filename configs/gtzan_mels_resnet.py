@@ -10,8 +10,8 @@ The defaults are the notebook's two identity units. The usual sizes are named af
 
 The original units: `--config.model.preactivation=False`.
 
-Result of the defaults (442 clips of the fault-filtered train list to train on, the 197 of its valid list to evaluate on; seeds 0-2,
-50 epochs, last checkpoint, nothing tuned; jax 0.10.2, one CPU core; configs/ablations/report_networks.py is the command):
+Result of the defaults (442 clips of the fault-filtered train list to train on, the 197 of its valid list to evaluate on; seeds
+0-2, 50 epochs, last checkpoint, nothing tuned; jax 0.10.2, one CPU core; configs/ablations/report_networks.py is the command):
 
     accuracy 57.0 % +- 2.8 (t interval of the mean over seeds 50.1-64.0)
 

@@ -80,7 +80,8 @@ def test_clips_have_their_tags_by_frequency_and_their_track(tmp_path):
     assert [(c.clip_id, c.labels, c.split) for c in everything.clips if c.split == "test"] == [("200", (), "test")]
     assert everything.notes[:2] == (
         "mtat, protocol all, top 3 tags: train 2, valid 1, test 1 of 4 clips in the table; every mp3 is on disk",
-        "leaks by the table: 0 of 1 test clips (0.0%) are from a track that is also in train, 0 (0.0%) by an artist who is in train, too",
+        "leaks by the table: 0 of 1 test clips (0.0%) are from a track that is also in train, 0 (0.0%) by an artist who is in "
+        "train, too",
     )
 
 
@@ -314,7 +315,7 @@ def test_the_real_folder_counts_what_it_lacks(real_data):
         "mtat, protocol clean, top 50 tags: train 15,250, valid 1,529, test 4,332 of 25,863 clips in the table; "
         "21,110 mp3s are not on disk",
         "leaks by the table: 0 of 4,332 test clips (0.0%) are from a track that is also in train, 2,680 (61.9%) by an artist who "
-        "is",
+        "is in train, too",
         "known to be empty files in the published archive and counted above: clips 35644, 55753, 57881",
     )
     [clip] = dataset.clips
