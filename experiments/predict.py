@@ -18,9 +18,11 @@ from musicgenre.files import replacing
 from musicgenre.inference.model import load_model
 from musicgenre.inference.predict import Prediction, predict_files, render
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.", required=True)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of a trained run, a bundle, or the name of a packaged model.", required=True
+)
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "last, best or a step.")
-_FORMAT = flags.DEFINE_enum("format", "table", ["table", "json", "csv"], "What is written.")
+_FORMAT = flags.DEFINE_enum("format", "table", ["table", "json", "jsonl", "csv"], "What is written.")
 _TOP = flags.DEFINE_integer("top", 3, "Labels per file in a table or JSON.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", "", "File to write to; standard output if empty.")
 _MIN_SECONDS = flags.DEFINE_float("min_seconds", 1.0, "Shorter files are refused.", lower_bound=0.0)

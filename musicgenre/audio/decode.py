@@ -1,7 +1,10 @@
-"""Sound files to mono samples at the rate that the features need."""
+"""Sound files to mono samples at the rate that the features need, whole or as a stream of blocks."""
 
+import itertools
+import math
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +22,8 @@ _STREAMED_LENGTHS = (0, 0x7FFFFFFF, 0x7FFFF000, 0xFFFFFFFF)
 _SLACK_SECONDS = 0.25
 # Below this peak a 16-bit file holds nothing but its own rounding noise.
 SILENCE_PEAK = 2.0**-14
+# Samples of a channel that are decoded at a time: 12 seconds at 22,050 Hz.
+BLOCK = 1 << 18
 
 
 class Audio(NamedTuple):
@@ -45,42 +50,127 @@ def load_audio(path: str | os.PathLike[str], sample_rate: int, *, min_seconds: f
       UserError: the file is missing, empty, no sound, truncated, shorter than `min_seconds`, silent, or has
         samples that are not numbers. The message names the file.
     """
-    path = Path(path)
-    samples, native_rate = _read(path)
-    seconds = len(samples) / native_rate
-    if seconds < min_seconds:
-        raise UserError(f"{path}: too short ({seconds:.2f} s; at least {min_seconds:g} s are needed).")
-    if not np.isfinite(samples).all():
-        bad = int(np.size(samples) - np.isfinite(samples).sum())
-        raise UserError(f"{path}: {bad} of its samples are not finite numbers (NaN or infinity).")
-    mono = np.asfortranarray(samples.mean(axis=1, dtype=np.float32))
-    if np.abs(mono).max() < SILENCE_PEAK:
-        raise UserError(f"{path}: silent (no sample above {SILENCE_PEAK:.1e} of full scale).")
-    if native_rate != sample_rate:
-        mono = librosa.resample(mono, orig_sr=native_rate, target_sr=sample_rate, res_type="soxr_hq")
+    sound = _Sound(Path(path), min_seconds, BLOCK)
+    mono = np.concatenate(list(sound))
+    if sound.rate != sample_rate:
+        mono = librosa.resample(mono, orig_sr=sound.rate, target_sr=sample_rate, res_type="soxr_hq")
     return Audio(np.ascontiguousarray(mono, np.float32), sample_rate)
 
 
-def _read(path: Path) -> tuple[np.ndarray, int]:
-    """Returns float32 samples `[samples, channels]` and their rate, or says why the file cannot be decoded."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file.")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: empty file (0 bytes).")
-    try:
-        with soundfile.SoundFile(path) as file:
-            declared = file.frames
-            log = file.extra_info
-            samples = file.read(dtype="float32", always_2d=True)
-            native_rate = file.samplerate
-    except (soundfile.LibsndfileError, RuntimeError) as error:
+def stream_audio(
+    path: str | os.PathLike[str], sample_rate: int, *, min_seconds: float = 1.0, block: int = BLOCK
+) -> Iterator[np.ndarray]:
+    """Yields what `load_audio` returns in blocks, the same to the bit, so that a file of any length takes the same memory.
+
+    Args:
+      path: see `load_audio`.
+      sample_rate: rate of the result in Hz.
+      min_seconds: files that are shorter are refused.
+      block: samples of a channel that are decoded at a time.
+
+    Yields:
+      Mono samples, float32 `[any]`.
+
+    Raises:
+      UserError: see `load_audio`. That a file is cut short, say, is known at its end only: what came before the error must not
+        be used.
+    """
+    sound = _Sound(Path(path), min_seconds, block)
+    if sound.rate == sample_rate:
+        yield from sound
+        return
+    import soxr  # takes its time to load, and most files do not need it
+
+    stream = soxr.ResampleStream(sound.rate, sample_rate, 1, dtype="float32", quality="HQ")
+    made = 0
+    for mono in itertools.chain(sound, [None]):
+        end = mono is None
+        resampled = stream.resample_chunk(np.zeros(0, np.float32) if mono is None else mono, last=end)
+        if end:
+            # librosa's length, whatever the filter's tail gives.
+            wanted = math.ceil(sound.length * (float(sample_rate) / sound.rate)) - made
+            resampled = np.pad(resampled, (0, max(wanted - len(resampled), 0)))[: max(wanted, 0)]
+        made += len(resampled)
+        yield resampled
+
+
+class _Sequential(soundfile.SoundFile):
+    """A file that is read from its start to its end; soundfile would otherwise seek after every block."""
+
+    def seekable(self) -> bool:
+        """Says no, whatever the file can do."""
+        return False
+
+
+class _Sound:
+    """The mono samples of a file at its own rate, in blocks float32 `[any]`, and all that can be wrong with them.
+
+    Attributes:
+      rate: Hz.
+      length: samples that have been decoded so far.
+    """
+
+    def __init__(self, path: Path, min_seconds: float, block: int) -> None:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file.")
+        if path.stat().st_size == 0:
+            raise UserError(f"{path}: empty file (0 bytes).")
+        self._path, self._min_seconds, self._block = path, min_seconds, block
+        try:
+            self._file = _Sequential(_name(path))
+        except (soundfile.LibsndfileError, RuntimeError) as error:
+            raise self._undecodable(error) from error
+        self.rate = int(self._file.samplerate)
+        self.length = 0
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Decodes the file once; nothing more is given after a sample that is no number."""
+        bad, peak = 0, 0.0
+        with self._file as file:
+            declared, log = file.frames, file.extra_info
+            while len(samples := self._read(file)):
+                self.length += len(samples)
+                finite = np.isfinite(samples)
+                bad += int(samples.size - finite.sum())
+                if not bad:
+                    mono = samples.mean(axis=1, dtype=np.float32)
+                    peak = max(peak, float(np.abs(mono).max()))
+                    yield mono
+        self._check(declared, log, bad, peak)
+
+    def _read(self, file: soundfile.SoundFile) -> np.ndarray:
+        try:
+            samples: np.ndarray = file.read(self._block, dtype="float32", always_2d=True)
+        except (soundfile.LibsndfileError, RuntimeError) as error:
+            raise self._undecodable(error) from error
+        return samples
+
+    def _check(self, declared: int, log: str, bad: int, peak: float) -> None:
+        """Raises UserError where the file that has been decoded cannot be used."""
+        path, seconds = self._path, self.length / self.rate
+        match = _DECLARED_AND_PRESENT.search(log)
+        if match and int(match[1]) not in _STREAMED_LENGTHS and int(match[2]) < int(match[1]):
+            raise UserError(f"{path}: truncated (its header promises {int(match[1])} bytes of sound, {int(match[2])} are there).")
+        if declared < 2**62 and declared - self.length > _SLACK_SECONDS * self.rate:
+            raise UserError(f"{path}: truncated ({declared} frames promised, {self.length} could be decoded).")
+        if self.length == 0:
+            raise UserError(f"{path}: holds no sound (0 samples).")
+        if seconds < self._min_seconds:
+            raise UserError(f"{path}: too short ({seconds:.2f} s; at least {self._min_seconds:g} s are needed).")
+        if bad:
+            raise UserError(f"{path}: {bad} of its samples are not finite numbers (NaN or infinity).")
+        if peak < SILENCE_PEAK:
+            raise UserError(f"{path}: silent (no sample above {SILENCE_PEAK:.1e} of full scale).")
+
+    def _undecodable(self, error: Exception) -> UserError:
         reason = str(getattr(error, "error_string", error)).rstrip(".")
-        raise UserError(f"{path}: not a sound file that can be decoded ({reason}).") from error
-    match = _DECLARED_AND_PRESENT.search(log)
-    if match and int(match[1]) not in _STREAMED_LENGTHS and int(match[2]) < int(match[1]):
-        raise UserError(f"{path}: truncated (its header promises {int(match[1])} bytes of sound, {int(match[2])} are there).")
-    if declared < 2**62 and declared - len(samples) > _SLACK_SECONDS * native_rate:
-        raise UserError(f"{path}: truncated ({declared} frames promised, {len(samples)} could be decoded).")
-    if len(samples) == 0:
-        raise UserError(f"{path}: holds no sound (0 samples).")
-    return samples, native_rate
+        return UserError(f"{self._path}: not a sound file that can be decoded ({reason}).")
+
+
+def _name(path: Path) -> str | bytes:
+    """Returns a file's name as soundfile takes it: in bytes where it is no text."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return os.fsencode(path)
+    return str(path)

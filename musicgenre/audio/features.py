@@ -14,6 +14,7 @@ from musicgenre.errors import UserError, did_you_mean
 from musicgenre.files import fingerprint
 
 KINDS = ("logmel", "mfcc", "stft", "waveform")
+COMPRESSIONS = ("db", "log10000")
 # Frames of one block of the short-time Fourier transform: small enough that a block stays in the cache.
 _BLOCK = 64
 
@@ -37,6 +38,8 @@ class FeatureSpec:
       fmax: highest frequency, Hz; 0 means half the sample rate.
       db_ref: "max" (0 dB is the clip's loudest cell) or a power as a number, such as "1.0".
       top_db: dynamic range kept below the clip's maximum, dB.
+      compression: "db", or "log10000": log10(10000 x + 1) of the power x, as in musicnn (Pons and Serra 2019). It is a
+        fixed function of each cell, so `db_ref` and `top_db` play no part.
     """
 
     kind: str = "logmel"
@@ -49,6 +52,7 @@ class FeatureSpec:
     fmax: float = 0.0
     db_ref: str = "max"
     top_db: float = 80.0
+    compression: str = "db"
 
     def __post_init__(self) -> None:
         """Raises UserError for a value that cannot work, naming the field."""
@@ -73,6 +77,15 @@ class FeatureSpec:
                 raise UserError(f"features.db_ref must be 'max' or a positive number, not {self.db_ref!r}.")
         if self.kind == "mfcc" and self.n_mfcc > self.n_mels:
             raise UserError(f"features.n_mfcc={self.n_mfcc} exceeds features.n_mels={self.n_mels}.")
+        if self.compression not in COMPRESSIONS:
+            raise UserError(
+                f"features.compression: {self.compression!r} is not known." + did_you_mean(self.compression, COMPRESSIONS)
+            )
+        if self.compression != "db" and self.kind not in ("logmel", "stft"):
+            raise UserError(
+                f"features.compression={self.compression!r} is of log-mels and the STFT, not of features.kind={self.kind!r}: "
+                "leave it at 'db'."
+            )
 
     @property
     def top_frequency(self) -> float:
@@ -115,9 +128,10 @@ class FeatureSpec:
         """One line for people."""
         if self.kind == "waveform":
             return f"waveform, {self.sample_rate} Hz, frames of {self.hop_length} samples"
+        scale = f"dB re {self.db_ref}, top {self.top_db:g} dB" if self.compression == "db" else "log10(10000 x + 1) of the power"
         return (
             f"{self.kind} {self.bands} bands, {self.sample_rate} Hz, n_fft {self.n_fft}, hop {self.hop_length}, "
-            f"{self.fmin:g}-{self.top_frequency:g} Hz, dB re {self.db_ref}, top {self.top_db:g} dB"
+            f"{self.fmin:g}-{self.top_frequency:g} Hz, {scale}"
         )
 
 
@@ -174,6 +188,17 @@ def to_db(power: np.ndarray, spec: FeatureSpec) -> np.ndarray:
     return np.maximum(db, db.max() - np.float32(spec.top_db)).astype(np.float32)
 
 
+def compress(power: np.ndarray, spec: FeatureSpec) -> np.ndarray:
+    """Returns the power `[frames, bands]` of one clip on the spec's scale: dB (see `to_db`) or log10(10000 x + 1).
+
+    The original musicnn rounds the power to float16 before its logarithm. That moves a value by at most 2.2e-4, and is
+    left out here; the store, which keeps the logarithm in float16, moves a value by up to ten times that.
+    """
+    if spec.compression == "db":
+        return to_db(power, spec)
+    return np.log10(np.float32(10000) * power + np.float32(1)).astype(np.float32)
+
+
 def mfcc_from_db(db: np.ndarray, n_mfcc: int) -> np.ndarray:
     """Returns the cepstrum `[..., n_mfcc]` of dB log-mels `[..., mels]`: orthonormal DCT-II, as librosa's."""
     return scipy.fft.dct(db, axis=-1, type=2, norm="ortho")[..., :n_mfcc].astype(np.float32)
@@ -187,6 +212,7 @@ def compute_features(samples: np.ndarray, spec: FeatureSpec) -> np.ndarray:
     if spec.kind == "waveform":
         return frame_waveform(samples, spec.hop_length)
     if spec.kind == "stft":
-        return to_db(stft_power(samples, spec), spec)
-    db = to_db(mel_power(samples, spec), spec)
-    return db if spec.kind == "logmel" else mfcc_from_db(db, spec.n_mfcc)
+        return compress(stft_power(samples, spec), spec)
+    if spec.kind == "logmel":
+        return compress(mel_power(samples, spec), spec)
+    return mfcc_from_db(to_db(mel_power(samples, spec), spec), spec.n_mfcc)

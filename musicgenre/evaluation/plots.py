@@ -508,6 +508,82 @@ def time_panels(path: str | os.PathLike[str], panels: Sequence[TimePanel], title
     _save(figure, path, title, palette=True)
 
 
+def taggram(
+    path: str | os.PathLike[str],
+    sound: TimePanel,
+    starts: np.ndarray,
+    ends: np.ndarray,
+    scores: np.ndarray,
+    label_names: Sequence[str],
+    title: str,
+    *,
+    most: int = 15,
+    unit: str = "probability",
+) -> None:
+    """Draws a spectrogram and, below it on the same time axis, what a model says of each window.
+
+    The labels stand in the order of their means, the highest at the top. Each moment has the colour of the window whose middle
+    is nearest.
+
+    Args:
+      path: PNG file.
+      sound: the spectrogram, `[n, bands]`.
+      starts: of the windows, seconds `[windows]`, growing.
+      ends: `[windows]`.
+      scores: `[windows, labels]`; probabilities, or a regression's outputs.
+      label_names: `[labels]`.
+      title: of which file.
+      most: labels that are drawn: those that reach the highest values.
+      unit: name of the scores; "probability" has the colours of 0 to 1, others those of their range.
+    """
+    shown = np.argsort(-scores.max(axis=0), kind="stable")[:most]
+    shown = shown[np.argsort(scores[:, shown].mean(axis=0), kind="stable")]
+    middles = (starts + ends) / 2
+    edges = np.concatenate([starts[:1], (middles[1:] + middles[:-1]) / 2, ends[-1:]])
+    height = 0.23 * len(shown) + 0.5
+    figure = _figure(8.4, 3.4 + height)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2.4, height])
+    low, high = sound.limits or (float(sound.values.min()), float(sound.values.max()))
+    end = sound.start + len(sound.values) * sound.seconds
+    image = above.imshow(
+        sound.values.T,
+        origin="lower",
+        aspect="auto",
+        cmap="magma",
+        interpolation="nearest",
+        vmin=low,
+        vmax=high,
+        extent=(sound.start, end, -0.5, sound.values.shape[1] - 0.5),
+    )
+    if sound.yticks:
+        above.set_yticks(list(sound.yticks), list(sound.yticks.values()))
+    above.set_ylabel(sound.ylabel)
+    above.set_title(sound.name, fontsize=10, color=_INK, loc="left")
+    limits = (0.0, 1.0) if unit == "probability" else (float(scores.min()), float(scores.max()))
+    mesh = below.pcolormesh(
+        edges, np.arange(len(shown) + 1) - 0.5, scores[:, shown].T, cmap="magma", vmin=limits[0], vmax=limits[1], rasterized=True
+    )
+    # White lines keep the rows apart without a grid over the times.
+    below.hlines(np.arange(len(shown) - 1) + 0.5, 0, edges[-1], color="white", linewidth=1.2)
+    below.set_yticks(np.arange(len(shown)), [_short(label_names[i]) for i in shown.tolist()])
+    below.set_title(f"{unit} over {len(starts)} window{'s' if len(starts) != 1 else ''}", fontsize=10, color=_INK, loc="left")
+    for axes, drawn, name in ((above, image, sound.unit), (below, mesh, unit)):
+        bar = figure.colorbar(drawn, ax=axes, pad=0.012, fraction=0.045)
+        bar.outline.set_visible(False)
+        bar.set_label(name, color=_MUTED)
+        bar.ax.tick_params(colors="#374151", length=3)
+        axes.tick_params(colors="#374151", length=3)
+        axes.spines[:].set_visible(False)
+    below.tick_params(axis="y", length=0)
+    below.set_xlim(0, max(end, edges[-1]))
+    minutes = end > 300
+    below.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 3, 6, 10] if minutes else [1, 2, 5, 10]))
+    if minutes:
+        below.xaxis.set_major_formatter(lambda value, _: f"{int(value) // 60}:{int(value) % 60:02d}")
+    below.set_xlabel("time (min:s)" if minutes else "time (s)")
+    _save(figure, path, title, palette=True)
+
+
 def architecture(path: str | os.PathLike[str], layers: Sequence[Mapping[str, Any]], title: str) -> None:
     """Draws a network as boxes from the top to the bottom, folded into columns where it is long.
 

@@ -153,11 +153,14 @@ def feature_panel(features: np.ndarray, spec: FeatureSpec) -> plots.TimePanel:
     unit = "dB re the clip's maximum" if spec.db_ref == "max" else f"dB (0 dB is a power of {spec.db_ref})"
     # The same colours for every clip, as far as the front end fixes the scale.
     limits = (-spec.top_db, 0.0) if spec.db_ref == "max" else None
+    scale = " in dB"
+    if spec.compression == "log10000":
+        unit, limits, scale = "log10(10000 x + 1)", None, ""
     if spec.kind == "stft":
         step = spec.sample_rate / spec.n_fft
         ticks = {hz / step: f"{hz:g}" for hz in _round_hz(0, spec.sample_rate / 2)}
-        return plots.TimePanel(features, hop, -hop / 2, "STFT, power in dB", "frequency (Hz)", ticks, unit, limits)
-    return plots.TimePanel(features, hop, -hop / 2, "mel spectrogram in dB", "frequency (Hz)", mel_ticks(spec), unit, limits)
+        return plots.TimePanel(features, hop, -hop / 2, f"STFT, power{scale}", "frequency (Hz)", ticks, unit, limits)
+    return plots.TimePanel(features, hop, -hop / 2, f"mel spectrogram{scale}", "frequency (Hz)", mel_ticks(spec), unit, limits)
 
 
 def mel_ticks(spec: FeatureSpec) -> dict[float, str]:

@@ -1,7 +1,8 @@
-"""A trained model out of a workdir, with everything that travels with it."""
+"""A trained model, out of a workdir, a bundle or this package, with everything that travels with it."""
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from ml_collections import ConfigDict
 
 from musicgenre.audio.features import FeatureSpec
 from musicgenre.config import from_plain
-from musicgenre.errors import UserError
+from musicgenre.errors import UserError, did_you_mean
 from musicgenre.pipeline.store import ClipLayout
-from musicgenre.training.checkpoints import read_model
 from musicgenre.training.saved import saved_module, saved_shapes
+
+# Models that come with the package: <name>.safetensors.
+WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +24,7 @@ class TrainedModel:
     """A model as it was saved.
 
     Attributes:
-      workdir: the run that it comes from.
+      workdir: the run that it comes from, or the file of a bundle.
       step: the checkpoint's step.
       which: "last", "best" or the step, as it was asked for.
       measure: the validation measure that the best checkpoint is chosen by, its name and value at this step.
@@ -33,6 +36,7 @@ class TrainedModel:
       features: the front end.
       layout: frames per clip, padding, excerpt.
       dataset: what it was trained on: name, protocol, and whether the audio was synthetic.
+      card: what people should know of it, Markdown; "" for a workdir.
     """
 
     workdir: Path
@@ -47,6 +51,7 @@ class TrainedModel:
     features: FeatureSpec
     layout: ClipLayout
     dataset: dict[str, Any]
+    card: str = ""
 
     @property
     def frames(self) -> int:
@@ -54,32 +59,80 @@ class TrainedModel:
         return int(self.config.data.crop_frames) or self.layout.frames
 
 
-def load_model(workdir: str | os.PathLike[str], which: str = "last") -> TrainedModel:
-    """Loads a model from a run.
+def packaged_models() -> dict[str, Path]:
+    """Returns the models that come with this package: file by name."""
+    return {path.stem: path for path in sorted(WEIGHTS.glob("*.safetensors"))}
+
+
+def load_model(source: str | os.PathLike[str], which: str = "last") -> TrainedModel:
+    """Loads a model.
 
     Args:
-      workdir: the run's folder.
-      which: "last", "best" (by the validation measure) or a step.
+      source: a run's folder, a bundle (see `musicgenre.inference.bundle`), or the name of a model that comes with this package,
+        such as "gtzan". Of a name that is also a folder without checkpoints, the package's model is meant.
+      which: of a run: "last", "best" (by the validation measure) or a step. A bundle holds one.
 
     Raises:
-      UserError: no such run or checkpoint, or none that can be read.
+      UserError: no such run, checkpoint or bundle, or none that can be read.
     """
-    workdir = Path(workdir)
-    if not workdir.is_dir():
-        raise UserError(f"{workdir}: no such workdir. Train first: experiments/train.py --config=... --workdir={workdir}")
-    restored = read_model(workdir / "checkpoints", which, saved_shapes)
+    path = Path(source)
+    packaged = packaged_models()
+    if str(source) in packaged and not path.is_file() and not (path / "checkpoints").is_dir():
+        path = packaged[str(source)]
+    if path.is_file():
+        from musicgenre.inference.bundle import load_bundle
+
+        if which not in ("last", "best"):
+            raise UserError(f"{path}: a bundle holds one checkpoint; a step such as {which!r} can be asked of a workdir only.")
+        return load_bundle(path)
+    if not path.is_dir():
+        names = did_you_mean(str(source), packaged)
+        raise UserError(
+            f"{path}: no such workdir, bundle or packaged model.{names} Train first: experiments/train.py --config=... "
+            f"--workdir={path}"
+        )
+    from musicgenre.training.checkpoints import read_model  # brings Orbax, which a bundle does not need
+
+    restored = read_model(path / "checkpoints", which, saved_shapes)
     meta = restored.meta
+    return model_of_notes(
+        meta, restored.value, workdir=path, step=restored.step, which=which, measure=(meta["metric"], meta["measure"])
+    )
+
+
+def model_of_notes(
+    meta: Mapping[str, Any],
+    variables: Any,
+    *,
+    workdir: Path,
+    step: int,
+    which: str,
+    measure: tuple[str, float | None],
+    card: str = "",
+) -> TrainedModel:
+    """Returns the model that saved notes and what `TrainState.model()` gave make together.
+
+    Args:
+      meta: see `musicgenre.training.saved.run_notes`.
+      variables: `variables` and `norm`.
+      workdir: see `TrainedModel`, as the rest.
+      step: of the checkpoint.
+      which: what was asked for.
+      measure: name and value.
+      card: Markdown.
+    """
     return TrainedModel(
         workdir=workdir,
-        step=restored.step,
+        step=step,
         which=which,
-        measure=(meta["metric"], meta["measure"]),
+        measure=measure,
         config=from_plain(meta["config"]),
-        module=saved_module(meta),
-        model=restored.value,
+        module=saved_module(dict(meta)),
+        model=variables,
         label_names=tuple(meta["label_names"]),
         task=meta["task"],
         features=FeatureSpec.from_dict(meta["features"]),
         layout=ClipLayout(**meta["layout"]),
         dataset=meta["dataset"],
+        card=card,
     )

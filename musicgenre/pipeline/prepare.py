@@ -84,6 +84,8 @@ def process_clip(clip: Clip, spec: FeatureSpec, layout: ClipLayout, array_layout
                 raise UserError(
                     f"{clip.path}: holds log-mel spectrograms, from which features.kind={spec.kind!r} cannot be made."
                 )
+            if spec.compression != "db":
+                raise UserError(f"{clip.path}: is in dB, from which features.compression={spec.compression!r} cannot be made.")
             features = arrays.open_array_file(clip.path, array_layout).spectrogram(clip.row)
             digest = hashlib.sha256(features.tobytes()).hexdigest()
             if spec.kind == "mfcc":

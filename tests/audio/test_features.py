@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from musicgenre.audio.decode import load_audio
-from musicgenre.audio.features import FeatureSpec, compute_features, frame_waveform, mel_power
+from musicgenre.audio.features import FeatureSpec, compress, compute_features, frame_waveform, mel_power
 from musicgenre.errors import UserError
 
 
@@ -125,3 +125,56 @@ def test_a_framed_waveform_is_the_samples():
     np.testing.assert_array_equal(framed.ravel(), samples[:28])
     assert spec.samples(4) == 28 and spec.describe() == "waveform, 1000 Hz, frames of 7 samples"
     np.testing.assert_array_equal(frame_waveform(samples[:3], 7), [[0, 1, 2, 0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize("kind", ["logmel", "stft"])
+def test_log10000_is_that_of_the_power(kind):
+    """As in musicnn: log10(10000 x + 1) of librosa's power, of each cell on its own."""
+    spec = FeatureSpec(kind=kind, sample_rate=16000, n_fft=512, hop_length=256, n_mels=96, compression="log10000")
+    samples = np.random.default_rng(0).standard_normal(9000).astype(np.float32) * np.linspace(0, 1, 9000, dtype=np.float32)
+    if kind == "logmel":
+        power = librosa.feature.melspectrogram(y=samples, sr=16000, n_fft=512, hop_length=256, n_mels=96).T
+    else:
+        power = np.abs(librosa.stft(samples, n_fft=512, hop_length=256)).T ** 2
+    ours = compute_features(samples, spec)
+    assert ours.dtype == np.float32 and ours.shape == (spec.frames(9000 / 16000), spec.bands)
+    np.testing.assert_allclose(ours, np.log10(10000 * power.astype(np.float64) + 1), rtol=0, atol=1e-5)
+    # No cell depends on another, so neither the loudness of the clip nor these fields matter.
+    for other in ({"db_ref": "1.0"}, {"top_db": 20.0}):
+        np.testing.assert_array_equal(compute_features(samples, dataclasses.replace(spec, **other)), ours)
+    assert np.array_equal(compute_features(np.zeros(2000, np.float32), spec), np.zeros((8, spec.bands)))
+
+
+def test_values_of_log10000_by_hand():
+    spec = FeatureSpec(compression="log10000")
+    power = np.array([[0.0, 1e-4, 9.9e-3, 0.9999, 100.0]], np.float32)
+    np.testing.assert_allclose(compress(power, spec), [[0, np.log10(2), 2, 4, 6]], atol=1e-6)
+
+
+def test_the_rounding_of_the_original_musicnn_is_small():
+    """It keeps the power in float16 before the logarithm; the largest change is what the docstring says."""
+    spec = FeatureSpec(compression="log10000")
+    power = (2.0 ** np.linspace(-30, 10, 400_001)).astype(np.float32)[None]
+    change = np.abs(compress(power, spec) - compress(power.astype(np.float16).astype(np.float32), spec)).max()
+    assert 2.0e-4 < change < 2.2e-4
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"compression": "log1000"}, "features.compression: 'log1000'.*Did you mean 'log10000'"),
+        ({"compression": "log10000", "kind": "mfcc"}, "compression='log10000' is of log-mels and the STFT, not .*'mfcc'"),
+        ({"compression": "log10000", "kind": "waveform"}, "not of features.kind='waveform'"),
+    ],
+)
+def test_compressions_that_cannot_be(fields, message):
+    with pytest.raises(UserError, match=message):
+        FeatureSpec.from_dict(fields)
+
+
+def test_the_compression_is_part_of_what_a_spec_is():
+    spec = FeatureSpec(sample_rate=16000, n_fft=512, hop_length=256, n_mels=96, compression="log10000")
+    assert spec.describe() == "logmel 96 bands, 16000 Hz, n_fft 512, hop 256, 0-8000 Hz, log10(10000 x + 1) of the power"
+    assert spec.fingerprint != dataclasses.replace(spec, compression="db").fingerprint
+    # A spec that was saved before there was this field is one in dB.
+    assert FeatureSpec.from_dict({k: v for k, v in FeatureSpec().to_dict().items() if k != "compression"}) == FeatureSpec()

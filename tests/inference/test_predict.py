@@ -6,13 +6,14 @@ import pytest
 import soundfile
 from ml_collections import ConfigDict
 
-from musicgenre.audio.features import compute_features
+from musicgenre.audio.features import compute_features, mel_power, to_db
 from musicgenre.config import store_path
 from musicgenre.datasets.base import find_audio
 from musicgenre.errors import UserError
 from musicgenre.inference.evaluate import evaluate_model, store_of_arrays
 from musicgenre.inference.model import load_model
-from musicgenre.inference.predict import Prediction, file_inputs, predict_files, render
+from musicgenre.inference.predict import Prediction, predict_files, render
+from musicgenre.inference.windows import file_inputs
 from musicgenre.pipeline.store import Store
 from musicgenre.training.loop import train
 
@@ -38,11 +39,12 @@ def test_a_long_file_is_the_mean_of_its_windows(model, tmp_path):
     samples = np.random.default_rng(0).standard_normal(int(2.5 * size)).astype(np.float32)
     inputs = file_inputs(samples, model)
     assert inputs.shape == (3, 64, 16) and inputs.dtype == np.float16
-    middle = round((len(samples) - size) / 2)
-    for row, start in zip(inputs, (0, middle, len(samples) - size), strict=True):
-        np.testing.assert_array_equal(
-            row, compute_features(samples[start : start + size], model.features)[:64].astype(np.float16)
-        )
+    # Frames are those of the whole file, each window has a dB reference of its own, and the last one ends with the file.
+    power = mel_power(samples, model.features)
+    for row, start in zip(inputs, (0, 64, 160 - 64), strict=True):
+        np.testing.assert_array_equal(row, to_db(power[start : start + 64], model.features).astype(np.float16))
+    first = compute_features(samples[:size], model.features)[:63]
+    np.testing.assert_allclose(inputs[0][:62] - inputs[0][:62].max(), first[:62] - first[:62].max(), atol=0.05)
 
 
 def test_files_alone_or_together_give_the_same_and_bad_ones_say_why(model, tmp_path):

@@ -1,0 +1,151 @@
+"""A trained model in a few lines of Python.
+
+>>> from musicgenre import Tagger
+>>> tagger = Tagger.load("gtzan")            # or a run's folder, or a bundle
+>>> tagger.tag("song.mp3", top=1)            # doctest: +SKIP
+[Tag(label='blues', probability=0.83)]
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from musicgenre.errors import UserError
+from musicgenre.inference.model import TrainedModel, load_model
+from musicgenre.inference.windows import FileScores, Network, WindowScores, score_files
+
+PathLike = str | os.PathLike[str]
+
+
+class Tag(NamedTuple):
+    """A label and its probability (for a regression, an output's name and its value)."""
+
+    label: str
+    probability: float
+
+
+class TaggedFile(NamedTuple):
+    """A file with its labels, the most probable first, or with the reason why it has none."""
+
+    path: str
+    tags: tuple[Tag, ...]
+    error: str = ""
+
+
+class Tagger:
+    """A trained model, ready for sound files of any length. The network is compiled with the first file.
+
+    Args:
+      model: from `musicgenre.inference.model.load_model`.
+      min_seconds: shorter files are refused.
+    """
+
+    def __init__(self, model: TrainedModel, *, min_seconds: float = 1.0) -> None:
+        self.model = model
+        self.min_seconds = min_seconds
+        self.network = Network(model)
+
+    @classmethod
+    def load(cls, source: PathLike, which: str = "last", *, min_seconds: float = 1.0) -> "Tagger":
+        """Loads a model by its name in this package, the folder of a run, or the file of a bundle.
+
+        Args:
+          source: such as "gtzan", "runs/mine" or "mine.safetensors".
+          which: of a run: "last", "best" or a step.
+          min_seconds: shorter files are refused.
+
+        Raises:
+          UserError: there is no such model, or it cannot be read.
+        """
+        return cls(load_model(source, which), min_seconds=min_seconds)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels in the order of the model's outputs."""
+        return self.model.label_names
+
+    def tag(self, path: PathLike, top: int | None = None) -> list[Tag]:
+        """Returns a file's labels with their probabilities, the most probable first; a regression's in their own order.
+
+        Args:
+          path: a sound file.
+          top: how many; None is all.
+
+        Raises:
+          UserError: the file cannot be used.
+        """
+        return list(self._tags(self._one(path), top))
+
+    def tag_files(self, paths: Iterable[PathLike], top: int | None = None) -> Iterator[TaggedFile]:
+        """Yields each file with its labels, in order. A bad file yields its error, and the rest goes on.
+
+        The next files are decoded while the network works.
+
+        Args:
+          paths: sound files.
+          top: labels of a file; None is all.
+        """
+        for scores in self.scores(paths):
+            yield TaggedFile(scores.path, () if scores.error else self._tags(scores, top), scores.error)
+
+    def taggram(self, path: PathLike, step_seconds: float = 0.0) -> WindowScores:
+        """Returns the probabilities over time.
+
+        Args:
+          path: a sound file.
+          step_seconds: from one window to the next, rounded to whole frames; 0 sets window after window.
+
+        Raises:
+          UserError: the file cannot be used, or the step is longer than a window.
+        """
+        scores = self._one(path, step=self.step_frames(step_seconds), keep_windows=True)
+        assert scores.windows is not None
+        return scores.windows
+
+    def embed(self, path: PathLike) -> np.ndarray:
+        """Returns a file's embedding, the mean over its windows of what goes into the last layer, float32 `[d]`.
+
+        Raises:
+          UserError: the file cannot be used, or the network gives no embedding.
+        """
+        scores = self._one(path, step=self.model.frames)
+        assert scores.embedding is not None
+        if not scores.embedding.size:
+            raise UserError(f"the model {self.model.config.model.name!r} sows no embedding; see README, 'Your own network'.")
+        return scores.embedding
+
+    def step_frames(self, seconds: float) -> int:
+        """Returns a step in frames, at least 1; of 0 seconds, the frames of a window."""
+        if seconds < 0:
+            raise UserError(f"the step must not be negative, but is {seconds:g} s.")
+        spec = self.model.features
+        return max(round(seconds * spec.sample_rate / spec.hop_length), 1) if seconds else self.model.frames
+
+    def scores(self, paths: Iterable[PathLike], *, step: int = 0, keep_windows: bool = False) -> Iterator[FileScores]:
+        """Yields probabilities and embeddings of each file, in order; see `musicgenre.inference.windows.score_files`.
+
+        Args:
+          paths: sound files.
+          step: frames from one window to the next; 0 is as in an evaluation.
+          keep_windows: give every window's, too.
+        """
+        return score_files(
+            self.model, paths, network=self.network, step=step, keep_windows=keep_windows, min_seconds=self.min_seconds
+        )
+
+    def _one(self, path: PathLike, *, step: int = 0, keep_windows: bool = False) -> FileScores:
+        scores = next(self.scores([path], step=step, keep_windows=keep_windows))
+        if scores.error:
+            raise UserError(scores.error)
+        return scores
+
+    def _tags(self, scores: FileScores, top: int | None) -> tuple[Tag, ...]:
+        values = scores.probabilities
+        assert values is not None
+        if self.model.task == "regression":
+            order = np.arange(len(values))
+        else:
+            order = np.argsort(-values, kind="stable")
+        return tuple(Tag(self.labels[i], float(values[i])) for i in order[:top].tolist())
