@@ -15,28 +15,12 @@ No result yet: MTAT's audio was not at hand when this was written.
 
 from ml_collections import ConfigDict
 
-from musicgenre.config import base_config
+from configs import mtat_musicnn
 
 
 def get_config() -> ConfigDict:
     """Returns the config."""
-    config = base_config()
-    config.data.dataset = "mtat"
+    config = mtat_musicnn.get_config()
     config.data.protocol = "all"
-    # 1 + 29.1 s x 16,000 Hz / 256, rounded down.
-    config.data.frames = 1819
-    config.data.normalise = "none"
-    config.data.crop_frames = 187
-    config.data.eval_chunks = 10
-    config.features.sample_rate = 16000
-    config.features.n_fft = 512
-    config.features.hop_length = 256
-    config.features.n_mels = 96
-    config.features.compression = "log10000"
     config.model.name = "vgg"
-    config.epochs = 600
-    config.optimizer.schedule = "constant"
-    config.eval_every = 5
-    config.select_metric = "loss"
-    config.patience = 15
     return config

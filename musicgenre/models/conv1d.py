@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from musicgenre.models.layers import avg_pool_time, batch_norm, max_pool_time
+from musicgenre.models.layers import avg_pool_time, batch_norm, dense_head, max_pool_time
 from musicgenre.models.registry import InputLimits, register
 
 
@@ -77,14 +77,4 @@ class Conv1D(nn.Module):
         window = self.final_pool or x.shape[1]
         x = jnp.concatenate([max_pool_time(x, window), avg_pool_time(x, window)], axis=-1)
         x = x.reshape(x.shape[0], -1)
-        for i, units in enumerate(self.dense):
-            x = nn.relu(nn.Dense(units, kernel_init=init, dtype=self.dtype, name=f"dense{i + 1}")(x))
-            if i + 1 == len(self.dense):
-                self.sow("intermediates", "embedding", x)
-            x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        if not self.dense:
-            self.sow("intermediates", "embedding", x)
-        x = nn.Dense(self.num_classes, kernel_init=init, dtype=self.dtype, name="head")(x)
-        if self.output_dropout:
-            x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return x.astype(jnp.float32)
+        return dense_head(self, x, train)

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from musicgenre.models.layers import avg_pool_time, batch_norm, max_pool
+from musicgenre.models.layers import avg_pool_time, batch_norm, dense_head, max_pool
 from musicgenre.models.registry import InputLimits, register
 
 
@@ -80,14 +80,4 @@ class Conv2D(nn.Module):
         maxima = max_pool(x, (window, bands)).squeeze(2)
         x = jnp.concatenate([maxima, avg_pool_time(x.mean(axis=2), window)], axis=-1)
         x = x.reshape(x.shape[0], -1)
-        for i, units in enumerate(self.dense, start=1):
-            x = nn.relu(nn.Dense(units, kernel_init=init, dtype=self.dtype, name=f"dense{i}")(x))
-            if i == len(self.dense):
-                self.sow("intermediates", "embedding", x)
-            x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        if not self.dense:
-            self.sow("intermediates", "embedding", x)
-        x = nn.Dense(self.num_classes, kernel_init=init, dtype=self.dtype, name="head")(x)
-        if self.output_dropout:
-            x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return x.astype(jnp.float32)
+        return dense_head(self, x, train)

@@ -88,6 +88,32 @@ def batch_norm(
     )
 
 
+def dense_head(module: Any, x: jax.Array, train: bool) -> jax.Array:
+    """The dense layers at the end of Conv1D and Conv2D, with the embedding sown after the last hidden one.
+
+    Args:
+      module: the network that calls it from its compact method; its fields `num_classes`, `dense`, `dropout`, `output_dropout`
+        and `dtype` say what is built.
+      x: `[batch, features]`.
+      train: drop units.
+
+    Returns:
+      Logits, float32 `[batch, num_classes]`.
+    """
+    init = nn.initializers.glorot_normal()
+    for i, units in enumerate(module.dense, start=1):
+        x = nn.relu(nn.Dense(units, kernel_init=init, dtype=module.dtype, name=f"dense{i}")(x))
+        if i == len(module.dense):
+            module.sow("intermediates", "embedding", x)
+        x = nn.Dropout(module.dropout, deterministic=not train)(x)
+    if not module.dense:
+        module.sow("intermediates", "embedding", x)
+    x = nn.Dense(module.num_classes, kernel_init=init, dtype=module.dtype, name="head")(x)
+    if module.output_dropout:
+        x = nn.Dropout(module.dropout, deterministic=not train)(x)
+    return x.astype(jnp.float32)
+
+
 def check_lengths(model: str, fields: Mapping[str, Any], *names: str) -> None:
     """Raises UserError where fields that have one value for each layer differ in length, or have none."""
     lengths = {len(fields[name]) for name in names}
