@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging
 from tqdm import tqdm
 
 from musicgenre.errors import UserError
@@ -80,7 +81,11 @@ class Telemetry:
         """Closes the bar and the TensorBoard file."""
         self._bar.close()
         if self._writer is not None:
-            self._writer.close()
+            try:
+                self._writer.close()
+            except OSError as error:
+                # On a full disk this must not hide the error that ended the run.
+                logging.warning("TensorBoard's file could not be finished (%s); metrics.jsonl has the same numbers", error)
 
 
 class Profiler:

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from musicgenre.config import to_plain
 from musicgenre.errors import UserError
 from musicgenre.inference.model import load_model
 from musicgenre.training import loop
-from musicgenre.training.telemetry import read_rows
+from musicgenre.training.telemetry import Telemetry, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,6 +71,7 @@ import os, sys
 import jax
 from absl import flags, logging
 flags.FLAGS.mark_as_parsed(); logging.set_verbosity(logging.ERROR)
+import contextlib
 import json
 from musicgenre.config import from_plain
 from musicgenre.training import loop
@@ -228,3 +230,15 @@ def test_a_full_disk_is_named_and_what_was_there_stays(small_config, tmp_path):
         time.sleep(0.5)
         subprocess.run(["umount", "-l", str(disk)], check=False)
     shutil.rmtree(disk, ignore_errors=True)
+
+
+def test_a_tensorboard_file_that_cannot_be_finished_hides_no_other_error(tmp_path, monkeypatch, caplog):
+    telemetry = Telemetry(tmp_path, 0, 1, progress=False)
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(telemetry._writer, "close", full)
+    with pytest.raises(UserError, match="the first"), contextlib.closing(telemetry):
+        raise UserError("the first")
+    assert "could not be finished" in caplog.text
