@@ -14,8 +14,8 @@ each machine, then 50 epochs, last checkpoint; jax 0.10.2, 2 CPU cores):
 
 So on this few clips pretraining does not help. A head alone over the pretrained layers, with
 --config.optimizer.transferred_rate=0.0, gets 32.5 % +- 1.5. The sizes are the first that were tried. Three other settings,
-pretrained against not, same seeds: 100 epochs of each machine 38.2 / 40.1 %; 50 epochs of each, then 200 of training
-40.3 / 40.9 %; that with dropout 0.5 37.9 / 39.1 %. The test list (290 clips) was not evaluated.
+pretrained against not, same seeds: --config.pretrain.epochs=100 38.2 / 40.1 %; --config.pretrain.epochs=50 --config.epochs=200
+40.3 / 40.9 %; these with --config.model.dropout=0.5 37.9 / 39.1 %. The test list (290 clips) was not evaluated.
 """
 
 from ml_collections import ConfigDict
