@@ -1,5 +1,8 @@
 r"""Measures trained models on a split and writes a report; several --workdir are seeds of one experiment.
 
+A bundle, or the name of a packaged model, needs --store or --arrays, and --out. What it was trained on is not known, so its audit
+cannot say that there is no leak.
+
 python experiments/evaluate.py --workdir=runs/conv1d --split=valid
 python experiments/evaluate.py --workdir=runs/a/seed0 --workdir=runs/a/seed1 --arrays=test.npz --split=test --out=runs/a/test
 """
@@ -15,17 +18,29 @@ from absl import flags
 from musicgenre import app
 from musicgenre.errors import UserError
 from musicgenre.evaluation.report import headline, measure, summarise_seeds, write_report
+from musicgenre.files import write_json
 from musicgenre.inference.evaluate import evaluate_model, store_of_arrays, training_store
 from musicgenre.inference.model import load_model
+from musicgenre.inference.similar import neighbour_report, neighbour_table
 from musicgenre.pipeline.store import Store
 
-_WORKDIRS = flags.DEFINE_multi_string("workdir", None, "Folder of a trained run; may be given several times.", required=True)
+_WORKDIRS = flags.DEFINE_multi_string(
+    "workdir",
+    None,
+    "Folder of a trained run, a bundle, or the name of a packaged model; may be given several times.",
+    required=True,
+)
 _SPLIT = flags.DEFINE_enum("split", "test", ["train", "valid", "test"], "Split to evaluate.")
 _STORE = flags.DEFINE_string("store", "", "Store to evaluate on; the one that the model was trained on if empty.")
 _ARRAYS = flags.DEFINE_string("arrays", "", "File of spectrograms (.npz or .npy) to evaluate on instead, all of it as --split.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "last, best (by the validation measure) or a step.")
 _OUT = flags.DEFINE_string("out", "", "Folder of the report; <workdir>/evaluation-<split> if empty.")
-_FATAL = flags.DEFINE_bool("fatal_leakage", False, "Exit with 4 when the audit finds leaks from the training clips.")
+_FATAL = flags.DEFINE_bool(
+    "fatal_leakage", False, "Exit with 4 when the audit finds leaks from the training clips, or these are not known."
+)
+_NEIGHBOURS = flags.DEFINE_multi_integer(
+    "neighbours", [], "Also: the share of each clip's K nearest others, by embedding, that is of its class; several."
+)
 
 LEAKAGE = 4
 
@@ -41,6 +56,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         for number, workdir in enumerate(workdirs):
             model = load_model(workdir, _CHECKPOINT.value)
+            if model.workdir.is_file() and not _OUT.value:
+                raise UserError(f"{workdir}: the report on a bundle needs a place: --out=...")
             if _ARRAYS.value:
                 store = store_of_arrays(model, _ARRAYS.value, _SPLIT.value, Path(scratch) / str(number))
             else:
@@ -51,6 +68,10 @@ def main() -> int:
             report = write_report(out / f"run{number}" if len(workdirs) > 1 else out, evaluation, metrics=metrics)
             runs.append((str(workdir), metrics))
             evaluations.append(evaluation)
+            if _NEIGHBOURS.value:
+                found = neighbour_report(model, store, _SPLIT.value, ks=_NEIGHBOURS.value)
+                write_json(report.parent / "neighbours.json", found)
+                print(neighbour_table(found))
             print(f"{'SYNTHETIC audio, ' if evaluation.synthetic else ''}{workdir}, {_SPLIT.value}: {headline(metrics)}")
             if evaluation.audit is not None:
                 print("\n".join(evaluation.audit.summary()))
@@ -75,7 +96,10 @@ def main() -> int:
         print((Path(_OUT.value) / "summary.json").read_text(encoding="utf-8"))
     print(f"report: {report}")
     if leaks and _FATAL.value:
-        print("error: the evaluated clips are not independent of the training clips (--fatal_leakage).", file=sys.stderr)
+        print(
+            "error: the evaluated clips are not, or not known to be, independent of the training clips (--fatal_leakage).",
+            file=sys.stderr,
+        )
         return LEAKAGE
     return 0
 

@@ -1,5 +1,6 @@
 """The fields of an experiment. Files in `configs/` start from `base_config()` and change what differs."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -50,13 +51,13 @@ def base_config() -> ConfigDict:
     data.eval_chunks = 1  # with crops: evenly spaced chunks per clip whose scores are averaged
     data.workers = 0  # Grain worker processes; none is fastest for a memory map
 
-    config.features = ConfigDict(FeatureSpec().to_dict())
+    config.features = ConfigDict(dataclasses.asdict(FeatureSpec()))
 
     config.model = ConfigDict()
     config.model.name = "conv1d"  # its fields go beside the name: --config.model.batch_norm=True
     config.model.module = ""  # a Python module of your own that registers a model
 
-    config.init_from = ""  # workdir of a run whose layers, all but the head, this one starts from
+    config.init_from = ""  # workdir, bundle or packaged model whose layers, all but the head, this run starts from
 
     # Stacked restricted Boltzmann machines only: experiments/pretrain.py
     config.pretrain = pretrain = ConfigDict()
@@ -246,7 +247,7 @@ def store_path(config: ConfigDict) -> Path:
     made_from = {
         **dataset_options(config),
         "min_seconds": config.data.min_seconds,
-        "features": config.features.to_dict(),
+        "features": feature_spec(config).to_dict(),
         "layout": vars(clip_layout(config)),
     }
     made_from["root"] = os.path.abspath(config.data.root) if config.data.root else ""

@@ -1,17 +1,15 @@
 """Sound files to mono samples at the rate that the features need, whole or as a stream of blocks."""
 
-import itertools
-import math
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import librosa
 import numpy as np
 import soundfile
 
+from musicgenre.audio.resample import resample, resample_stream
 from musicgenre.errors import UserError
 
 # libsndfile's log notes a data chunk that is longer than the file, "data : 1323000 (should be 352844)".
@@ -33,15 +31,16 @@ class Audio(NamedTuple):
     sample_rate: int
 
 
-def load_audio(path: str | os.PathLike[str], sample_rate: int, *, min_seconds: float = 1.0) -> Audio:
+def load_audio(path: str | os.PathLike[str], sample_rate: int, *, min_seconds: float = 1.0, resampler: str = "soxr_hq") -> Audio:
     """Decodes a whole sound file, mixes it down and resamples it.
 
-    The channels are averaged first and the mean resampled with soxr's high quality, as `librosa.load` does.
+    The channels are averaged first and the mean resampled, by default with soxr's high quality, as `librosa.load` does.
 
     Args:
       path: a file in any format of libsndfile (wav, au, flac, ogg, mp3, aiff), any rate and channel count.
       sample_rate: rate of the result in Hz.
       min_seconds: files that are shorter are refused.
+      resampler: see `musicgenre.audio.resample.resample`.
 
     Returns:
       The samples, float32 `[samples]`.
@@ -52,13 +51,16 @@ def load_audio(path: str | os.PathLike[str], sample_rate: int, *, min_seconds: f
     """
     sound = _Sound(Path(path), min_seconds, BLOCK)
     mono = np.concatenate(list(sound))
-    if sound.rate != sample_rate:
-        mono = librosa.resample(mono, orig_sr=sound.rate, target_sr=sample_rate, res_type="soxr_hq")
-    return Audio(np.ascontiguousarray(mono, np.float32), sample_rate)
+    return Audio(resample(mono, sound.rate, sample_rate, resampler), sample_rate)
 
 
 def stream_audio(
-    path: str | os.PathLike[str], sample_rate: int, *, min_seconds: float = 1.0, block: int = BLOCK
+    path: str | os.PathLike[str],
+    sample_rate: int,
+    *,
+    min_seconds: float = 1.0,
+    block: int = BLOCK,
+    resampler: str = "soxr_hq",
 ) -> Iterator[np.ndarray]:
     """Yields what `load_audio` returns in blocks, the same to the bit, so that a file of any length takes the same memory.
 
@@ -67,6 +69,7 @@ def stream_audio(
       sample_rate: rate of the result in Hz.
       min_seconds: files that are shorter are refused.
       block: samples of a channel that are decoded at a time.
+      resampler: see `musicgenre.audio.resample.resample`.
 
     Yields:
       Mono samples, float32 `[any]`.
@@ -76,22 +79,7 @@ def stream_audio(
         be used.
     """
     sound = _Sound(Path(path), min_seconds, block)
-    if sound.rate == sample_rate:
-        yield from sound
-        return
-    import soxr  # takes its time to load, and most files do not need it
-
-    stream = soxr.ResampleStream(sound.rate, sample_rate, 1, dtype="float32", quality="HQ")
-    made = 0
-    for mono in itertools.chain(sound, [None]):
-        end = mono is None
-        resampled = stream.resample_chunk(np.zeros(0, np.float32) if mono is None else mono, last=end)
-        if end:
-            # librosa's length, whatever the filter's tail gives.
-            wanted = math.ceil(sound.length * (float(sample_rate) / sound.rate)) - made
-            resampled = np.pad(resampled, (0, max(wanted - len(resampled), 0)))[: max(wanted, 0)]
-        made += len(resampled)
-        yield resampled
+    yield from resample_stream(sound, sound.rate, sample_rate, resampler)
 
 
 class _Sequential(soundfile.SoundFile):

@@ -10,6 +10,7 @@ import scipy.fft
 import scipy.signal
 from librosa.filters import mel as mel_filter_bank
 
+from musicgenre.audio.resample import RESAMPLERS
 from musicgenre.errors import UserError, did_you_mean
 from musicgenre.files import fingerprint
 
@@ -40,6 +41,8 @@ class FeatureSpec:
       top_db: dynamic range kept below the clip's maximum, dB.
       compression: "db", or "log10000": log10(10000 x + 1) of the power x, as in musicnn (Pons and Serra 2019). It is a
         fixed function of each cell, so `db_ref` and `top_db` play no part.
+      resampler: what brings sound files of another rate to `sample_rate`: "soxr_hq", or "kaiser_best", resampy's filter, which
+        the scores of the original musicnn were made with (see `musicgenre.audio.resample.resample`).
     """
 
     kind: str = "logmel"
@@ -53,6 +56,7 @@ class FeatureSpec:
     db_ref: str = "max"
     top_db: float = 80.0
     compression: str = "db"
+    resampler: str = "soxr_hq"
 
     def __post_init__(self) -> None:
         """Raises UserError for a value that cannot work, naming the field."""
@@ -87,6 +91,9 @@ class FeatureSpec:
                 "leave it at 'db'."
             )
 
+        if self.resampler not in RESAMPLERS:
+            raise UserError(f"features.resampler: {self.resampler!r} is not known." + did_you_mean(self.resampler, RESAMPLERS))
+
     @property
     def top_frequency(self) -> float:
         """Upper edge of the highest band in Hz."""
@@ -107,8 +114,14 @@ class FeatureSpec:
         return (frames if self.kind == "waveform" else frames - 1) * self.hop_length
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as plain JSON values."""
-        return dataclasses.asdict(self)
+        """Returns the fields as plain JSON values.
+
+        The resampler is left out at its default: stores and models that were made before there was a choice stay what they are.
+        """
+        values = dataclasses.asdict(self)
+        if self.resampler == RESAMPLERS[0]:
+            del values["resampler"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "FeatureSpec":
@@ -126,11 +139,12 @@ class FeatureSpec:
 
     def describe(self) -> str:
         """One line for people."""
+        rate = f"{self.sample_rate} Hz" + (f" by {self.resampler}" if self.resampler != RESAMPLERS[0] else "")
         if self.kind == "waveform":
-            return f"waveform, {self.sample_rate} Hz, frames of {self.hop_length} samples"
+            return f"waveform, {rate}, frames of {self.hop_length} samples"
         scale = f"dB re {self.db_ref}, top {self.top_db:g} dB" if self.compression == "db" else "log10(10000 x + 1) of the power"
         return (
-            f"{self.kind} {self.bands} bands, {self.sample_rate} Hz, n_fft {self.n_fft}, hop {self.hop_length}, "
+            f"{self.kind} {self.bands} bands, {rate}, n_fft {self.n_fft}, hop {self.hop_length}, "
             f"{self.fmin:g}-{self.top_frequency:g} Hz, {scale}"
         )
 

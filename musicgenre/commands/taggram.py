@@ -109,18 +109,12 @@ def draw_taggram(path: Path, tagger: "Tagger", sound: str, windows: "WindowScore
     Raises:
       UserError: the sound file cannot be used.
     """
-    import dataclasses
-
-    from musicgenre.audio.features import FeatureSpec, to_db
+    from musicgenre.audio.features import to_db
     from musicgenre.evaluation import plots
     from musicgenre.inference.figures import mel_ticks
-    from musicgenre.inference.windows import overview
+    from musicgenre.inference.windows import overview, overview_spec
 
-    spec = tagger.model.features
-    # What is drawn is a mel spectrogram whatever the network takes.
-    if spec.kind in ("waveform", "stft"):
-        spec = FeatureSpec(sample_rate=spec.sample_rate)
-    spec = dataclasses.replace(spec, kind="logmel", compression="db", db_ref="max", top_db=80.0)
+    spec = overview_spec(tagger.model.features)
     power, seconds = overview(sound, spec, min_seconds=tagger.min_seconds)
     panel = plots.TimePanel(
         to_db(power, spec),

@@ -85,6 +85,7 @@ class AuditResult:
       threshold: the cosine from which two spectrograms count as near-identical.
       closest: the highest cosine between the sides, or None.
       group_name: what a group is, such as "artist".
+      unknown: what the model was trained on beside the clips compared, where those clips are not known; "" where all are.
     """
 
     findings: tuple[Finding, ...]
@@ -97,16 +98,26 @@ class AuditResult:
     threshold: float
     closest: float | None
     group_name: str
+    unknown: str = ""
 
     @property
     def clean(self) -> bool:
-        """True where no check that was made found anything; `summary` names those that were not made."""
-        return not self.findings
+        """True where all training clips are known and no check that was made found anything.
+
+        `summary` names the checks that were not made.
+        """
+        return not self.findings and not self.unknown
 
     def summary(self) -> list[str]:
         """Returns the result in a few lines for people, what could not be checked included."""
         sides = f"{self.evaluated} evaluated clips against {self.trained} trained on"
-        lines = [f"no leak found: {sides}" if self.clean else f"LEAK: {sides}"]
+        warning = f"training clips unknown: {self.unknown}; whether evaluated clips are among them cannot be said"
+        if self.findings:
+            lines = [f"LEAK: {sides}", *([warning] if self.unknown else [])]
+        elif self.unknown:
+            lines = [warning, *([f"nothing found among the training clips that are known: {sides}"] if self.trained else [])]
+        else:
+            lines = [f"no leak found: {sides}"]
         for found in self.findings:
             lines.append(
                 f"{found.kind}: {found.clips} of {self.evaluated} evaluated clips "
@@ -114,6 +125,8 @@ class AuditResult:
             )
         if self.closest is not None:
             lines.append(f"closest spectrograms: cosine {self.closest:.2f} (near-identical from {self.threshold:.2f})")
+        if self.unknown and not self.trained:
+            return lines
         if not self.fingerprints_compared:
             lines.append("spectrograms not compared: no fingerprints")
         if self.without_hash:
@@ -184,6 +197,7 @@ def audit(
     threshold: float = NEAR_IDENTICAL,
     group_name: str = "artist",
     max_examples: int = 50,
+    unknown: str = "",
 ) -> AuditResult:
     """Compares the clips evaluated with those trained on.
 
@@ -193,6 +207,7 @@ def audit(
       threshold: cosine from which two fingerprints count as the same recording.
       group_name: what a group is.
       max_examples: pairs listed for each kind; the counts are exact whatever it is.
+      unknown: see `AuditResult`.
 
     Raises:
       UserError: the arrays of a side differ in length, or the fingerprints of the sides in size.
@@ -238,6 +253,7 @@ def audit(
         threshold=float(threshold),
         closest=closest,
         group_name=group_name,
+        unknown=unknown,
     )
 
 

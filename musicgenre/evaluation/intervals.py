@@ -15,6 +15,9 @@ _RESAMPLES_PER_BLOCK = 200
 def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Returns the Wilson score interval of a share (Wilson 1927, "Probable inference").
 
+    >>> [round(limit, 3) for limit in wilson(90, 197)]
+    [0.389, 0.527]
+
     Args:
       successes: clips that were right.
       n: clips.

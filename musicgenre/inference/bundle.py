@@ -1,7 +1,6 @@
 """A trained model as one file without pickle: safetensors with the network, and JSON with all that is needed to use it."""
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -10,20 +9,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
+from flax.traverse_util import flatten_dict
 from safetensors.numpy import save
 
 from musicgenre.config import to_plain
 from musicgenre.errors import UserError
 from musicgenre.files import replacing
 from musicgenre.inference.model import TrainedModel, model_of_notes
-from musicgenre.training.saved import saved_shapes
+from musicgenre.training.bundle import KEY, SCHEMA, digest, read_bundle
 
 SUFFIX = ".safetensors"
-# The key of the notes in the file's metadata, and their version.
-_KEY, _SCHEMA = "musicgenre", 1
-_NOTES = ("config", "label_names", "task", "features", "layout", "dataset", "step", "which", "metric", "measure", "card")
 
 
 def save_bundle(model: TrainedModel, path: str | os.PathLike[str], card: str = "", *, half: bool = False) -> None:
@@ -52,7 +47,7 @@ def save_bundle(model: TrainedModel, path: str | os.PathLike[str], card: str = "
     config["data"].update(root="", store="", stores_root="stores")
     metric, measure = model.measure
     notes = {
-        "schema": _SCHEMA,
+        "schema": SCHEMA,
         "config": config,
         "label_names": list(model.label_names),
         "task": model.task,
@@ -64,11 +59,11 @@ def save_bundle(model: TrainedModel, path: str | os.PathLike[str], card: str = "
         "metric": metric,
         "measure": measure,
         "card": card or model.card,
-        "sha256": _digest(arrays),
+        "sha256": digest(arrays),
     }
     text = json.dumps(notes, ensure_ascii=False, allow_nan=False, sort_keys=True)
     with replacing(path) as temporary:
-        temporary.write_bytes(save(arrays, metadata={_KEY: text}))
+        temporary.write_bytes(save(arrays, metadata={KEY: text}))
 
 
 def load_bundle(path: str | os.PathLike[str]) -> TrainedModel:
@@ -78,30 +73,10 @@ def load_bundle(path: str | os.PathLike[str]) -> TrainedModel:
       UserError: the file is missing, is none of ours or of a newer version, is damaged, or its arrays do not fit its network.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file.")
-    try:
-        with safe_open(os.fspath(path), framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if _KEY not in metadata:
-                raise UserError(f"{path}: not a model of this package (make one with: musicgenre bundle <workdir> <file>).")
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is no mapping)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable model, or cut short ({error}).") from error
-    try:
-        notes = json.loads(metadata[_KEY])
-        schema = notes["schema"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: damaged: its notes cannot be read ({error}).") from error
-    if schema != _SCHEMA:
-        raise UserError(f"{path}: schema {schema!r} is not the one that this version reads ({_SCHEMA}). Update musicgenre.")
-    if missing := [name for name in (*_NOTES, "sha256") if name not in notes]:
-        raise UserError(f"{path}: damaged: its notes lack {missing[0]!r}.")
-    if _digest(arrays) != notes["sha256"]:
-        raise UserError(f"{path}: damaged: its arrays are not those that were saved (SHA-256). Copy the file anew.")
+    notes, variables = read_bundle(path)
     return model_of_notes(
         notes,
-        _fitted(path, arrays, saved_shapes(notes)),
+        variables,
         workdir=path,
         step=int(notes["step"]),
         which=str(notes["which"]),
@@ -159,25 +134,3 @@ def _halved(value: np.ndarray) -> np.ndarray:
     # What overflows, or is so small beside the array's largest value that it loses its digits, would change the model.
     exact = np.abs(half.astype(np.float32) - value) <= 2.0**-11 * np.maximum(np.abs(value), 1e-3 * np.abs(value).max())
     return half if exact.all() else value
-
-
-def _digest(arrays: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
-        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
-    return digest.hexdigest()
-
-
-def _fitted(path: Path, arrays: Mapping[str, np.ndarray], expected: Any) -> dict[str, Any]:
-    """Returns the arrays as the tree that the network takes, in its types."""
-    wanted: dict[str, jax.ShapeDtypeStruct] = flatten_dict(expected, sep="/")
-    if names := wanted.keys() ^ arrays.keys():
-        name = min(names)
-        where = "is missing" if name in wanted else "is not one of the network's"
-        raise UserError(f"{path}: the array {name!r} {where}. The network of this version differs from the one that was saved.")
-    for name, shape in wanted.items():
-        if arrays[name].shape != shape.shape:
-            raise UserError(f"{path}: the array {name!r} has the shape {arrays[name].shape} where {shape.shape} is needed.")
-    tree: dict[str, Any] = unflatten_dict({name: jax.numpy.asarray(arrays[name], wanted[name].dtype) for name in wanted}, sep="/")
-    return tree

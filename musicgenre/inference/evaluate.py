@@ -19,10 +19,14 @@ from musicgenre.files import read_json
 from musicgenre.inference.model import TrainedModel
 from musicgenre.pipeline.prepare import prepare_store
 from musicgenre.pipeline.store import Store
+from musicgenre.training.bundle import resolve_source
 from musicgenre.training.parallel import Parallel
 from musicgenre.training.scoring import score_clips
 from musicgenre.training.step import make_score_step
 from musicgenre.training.telemetry import read_rows
+
+# What is known of the training clips of a bundle.
+_NO_CLIPS: dict[str, Any] = {"store": "", "clip_id": [], "sha256": [], "group": []}
 
 
 def evaluate_model(
@@ -59,10 +63,15 @@ def evaluate_model(
     rows = [row for row in read_rows(model.workdir) if row["step"] <= model.step or model.which != "last"]
     selected = f"validation {metric} ({value:.4f})" if model.which == "best" and value is not None else "nothing"
     notes = []
-    if split == "train":
+    # A bundle's own splits are not known; a store's may be others.
+    own = not model.workdir.is_file()
+    if split == "train" and own:
         notes.append("These clips were trained on: this says how well they were learnt, not how well others will be recognised.")
     if split == "valid" and model.which == "best":
-        notes.append("The checkpoint was chosen on this very split, so its measures are a little too good.")
+        notes.append(
+            f"The checkpoint {'was' if own else 'may have been'} chosen on this very split, so its measures "
+            f"{'are' if own else 'may be'} a little too good."
+        )
     return Evaluation(
         title=f"{model.workdir.name}: {config.model.name} on {store.dataset['name']}",
         dataset=store.dataset["name"],
@@ -77,7 +86,7 @@ def evaluate_model(
         targets=targets,
         curves=rows,
         config=to_plain(config),
-        audit=_audit(model, store, indices, compare_spectrograms) if split != "train" else None,
+        audit=_audit(model, store, indices, compare_spectrograms) if split != "train" or not own else None,
         skipped=store.skipped,
         synthetic=bool(store.dataset["synthetic"] or model.dataset["synthetic"]),
         command=command,
@@ -108,7 +117,13 @@ def store_of_arrays(model: TrainedModel, file: str | os.PathLike[str], split: st
 
 
 def training_store(workdir: str | os.PathLike[str]) -> Path:
-    """Returns the store that a run was trained on, wherever the command is run from."""
+    """Returns the store that a run was trained on, wherever the command is run from.
+
+    Raises:
+      UserError: the run does not say, or a bundle is asked, which never does.
+    """
+    if (path := resolve_source(workdir)).is_file():
+        raise UserError(f"{path}: a bundle does not say which store it was trained on. Name the one to use: --store=...")
     return Path(read_json(Path(workdir) / "train_clips.json", "list of training clips")["store"])
 
 
@@ -124,7 +139,7 @@ def versions() -> dict[str, str]:
 
 def _check_fits(model: TrainedModel, store: Store) -> None:
     if store.features != model.features:
-        lines = differences(store.features.to_dict(), model.features.to_dict())
+        lines = differences(dataclasses.asdict(store.features), dataclasses.asdict(model.features))
         raise UserError(
             f"{store.path}: its features are not those that the model was trained on (store -> model): {'; '.join(lines)}. "
             "Prepare the clips with the model's front end."
@@ -153,11 +168,13 @@ def _targets(model: TrainedModel, store: Store, indices: np.ndarray) -> np.ndarr
 
 
 def _audit(model: TrainedModel, store: Store, indices: np.ndarray, compare_spectrograms: bool) -> AuditResult:
-    """Compares the clips with those that this very model was trained on, wherever they are now."""
-    record = _trained_clips(read_json(model.workdir / "train_clips.json", "list of training clips"))
+    """Compares the clips with those that this very model was trained on, wherever they are now, as far as they are known."""
+    record, unknown = _NO_CLIPS, f"{model.workdir} does not list them"
+    if not model.workdir.is_file():
+        record, unknown = _trained_clips(read_json(model.workdir / "train_clips.json", "list of training clips"))
     trained = AuditSide(record["clip_id"], record["sha256"], record["group"])
     evaluated = AuditSide(store.clip_ids[indices].tolist(), store.hashes[indices].tolist(), [store.groups[i] for i in indices])
-    if compare_spectrograms:
+    if compare_spectrograms and record["clip_id"]:
         try:
             training_store = Store.open(record["store"], verify=False)
             place = {clip_id: i for i, clip_id in enumerate(training_store.clip_ids)}
@@ -167,17 +184,18 @@ def _audit(model: TrainedModel, store: Store, indices: np.ndarray, compare_spect
         else:
             trained = dataclasses.replace(trained, fingerprints=_fingerprints(training_store, there))
             evaluated = dataclasses.replace(evaluated, fingerprints=_fingerprints(store, indices))
-    return audit(evaluated, trained, group_name=store.group_name)
+    return audit(evaluated, trained, group_name=store.group_name, unknown=unknown)
 
 
-def _trained_clips(record: dict[str, Any]) -> dict[str, Any]:
-    """Returns a run's training clips with those of the run that it started from, each once."""
-    before = record.get("init_from")
-    if not before:
-        return record
-    before = _trained_clips(before)
+def _trained_clips(record: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Returns a run's training clips with those of the run that it started from, each once, and whose are not known."""
+    if "init_from" not in record:
+        return record, ""
+    if record["init_from"] is None:
+        return record, "the model that this run started from does not list them"
+    before, unknown = _trained_clips(record["init_from"])
     new = [i for i, clip_id in enumerate(before["clip_id"]) if clip_id not in set(record["clip_id"])]
-    return record | {name: record[name] + [before[name][i] for i in new] for name in ("clip_id", "sha256", "group")}
+    return record | {name: record[name] + [before[name][i] for i in new] for name in ("clip_id", "sha256", "group")}, unknown
 
 
 def _fingerprints(store: Store, indices: np.ndarray) -> np.ndarray:

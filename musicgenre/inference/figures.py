@@ -119,7 +119,7 @@ def sound_figures(
     Raises:
       UserError: the file cannot be used.
     """
-    samples = load_audio(path, spec.sample_rate, min_seconds=min_seconds).samples
+    samples = load_audio(path, spec.sample_rate, min_seconds=min_seconds, resampler=spec.resampler).samples
     title = f"{Path(path).name} · {spec.describe()}"
     features = compute_features(samples, spec)
     last = feature_panel(features, spec)

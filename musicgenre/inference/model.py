@@ -13,10 +13,8 @@ from musicgenre.audio.features import FeatureSpec
 from musicgenre.config import from_plain
 from musicgenre.errors import UserError, did_you_mean
 from musicgenre.pipeline.store import ClipLayout
+from musicgenre.training.bundle import packaged_models, resolve_source
 from musicgenre.training.saved import saved_module, saved_shapes
-
-# Models that come with the package: <name>.safetensors.
-WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +57,6 @@ class TrainedModel:
         return int(self.config.data.crop_frames) or self.layout.frames
 
 
-def packaged_models() -> dict[str, Path]:
-    """Returns the models that come with this package: file by name."""
-    return {path.stem: path for path in sorted(WEIGHTS.glob("*.safetensors"))}
-
-
 def load_model(source: str | os.PathLike[str], which: str = "last") -> TrainedModel:
     """Loads a model.
 
@@ -75,10 +68,7 @@ def load_model(source: str | os.PathLike[str], which: str = "last") -> TrainedMo
     Raises:
       UserError: no such run, checkpoint or bundle, or none that can be read.
     """
-    path = Path(source)
-    packaged = packaged_models()
-    if str(source) in packaged and not path.is_file() and not (path / "checkpoints").is_dir():
-        path = packaged[str(source)]
+    path = resolve_source(source)
     if path.is_file():
         from musicgenre.inference.bundle import load_bundle
 
@@ -86,7 +76,7 @@ def load_model(source: str | os.PathLike[str], which: str = "last") -> TrainedMo
             raise UserError(f"{path}: a bundle holds one checkpoint; a step such as {which!r} can be asked of a workdir only.")
         return load_bundle(path)
     if not path.is_dir():
-        names = did_you_mean(str(source), packaged)
+        names = did_you_mean(str(source), packaged_models())
         raise UserError(
             f"{path}: no such workdir, bundle or packaged model.{names} Train first: experiments/train.py --config=... "
             f"--workdir={path}"

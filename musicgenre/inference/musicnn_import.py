@@ -167,6 +167,7 @@ def read_model(source: Source, name: str) -> TrainedModel:
         hop_length=setup["FFT_HOP"],
         n_mels=setup["N_MELS"],
         compression="log10000",
+        resampler="kaiser_best",
     )
     variables = read_checkpoint(source.read, f"{name}/")
     where = f"{source.path}: {name}"
@@ -232,9 +233,7 @@ def _card(source: Source, name: str, model: TrainedModel, corpus: str) -> str:
             f"- Input: {seconds:.2f} s windows ({model.frames} frames x {model.features.bands} bands)",
             f"- Front end: {model.features.describe()}",
             f"- Labels in the order of the outputs: {', '.join(model.label_names)}",
-            "- Limits: it knows these labels only and gives each a probability for any sound. Files of another rate than "
-            f"{model.features.sample_rate:,} Hz are resampled by another filter than the original's: bands near the upper edge "
-            "differ, and with them single probabilities.",
+            "- Limits: it knows these labels only and gives each a probability for any sound.",
             "- Licence: ISC",
             "",
             source.notice(),

@@ -1,9 +1,36 @@
 """A trained model in a few lines of Python.
 
+A made-up song first, so that the examples run anywhere:
+
+>>> import soundfile
+>>> from musicgenre.datasets.synthetic import STYLES, render_clip
+>>> soundfile.write("song.flac", render_clip(next(iter(STYLES)), seed=0, seconds=60), 22050)
+
 >>> from musicgenre import Tagger
->>> tagger = Tagger.load("gtzan")            # or a run's folder, or a bundle
->>> tagger.tag("song.mp3", top=1)            # doctest: +SKIP
-[Tag(label='blues', probability=0.83)]
+>>> tagger = Tagger.load("gtzan")  # or a run's folder, or the file of a bundle
+>>> len(tagger.labels), tagger.labels[:3]
+(10, ('blues', 'classical', 'country'))
+
+The most probable label of a file, with its probability; all of them sum to one:
+
+>>> label, probability = tagger.tag("song.flac", top=1)[0]
+>>> label in tagger.labels and 0.1 <= probability <= 1
+True
+>>> round(sum(tag.probability for tag in tagger.tag("song.flac")), 5)
+1.0
+
+Many files; one that cannot be used says why, and the rest goes on:
+
+>>> [(file.path, len(file.tags), file.error) for file in tagger.tag_files(["song.flac", "gone.mp3"], top=3)]
+[('song.flac', 3, ''), ('gone.mp3', 0, 'gone.mp3: no such file.')]
+
+Labels over time, a window every fifteen seconds, and what the network knows of a file before it names a label:
+
+>>> taggram = tagger.taggram("song.flac", step_seconds=15)
+>>> taggram.probabilities.shape == (len(taggram.starts), 10) and taggram.starts[:2].round().tolist() == [0, 15]
+True
+>>> tagger.embed("song.flac").ndim
+1
 """
 
 import os

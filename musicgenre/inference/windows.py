@@ -292,7 +292,7 @@ class _Reader:
         """Makes all windows, or finds out why there are none."""
         spec = self._model.features
         try:
-            for window in stream_windows(self._counted(spec.sample_rate), spec, self._model, step=self._step):
+            for window in stream_windows(self._counted(spec), spec, self._model, step=self._step):
                 self._put(window)
                 if self._unwanted.is_set():
                     return
@@ -328,8 +328,10 @@ class _Reader:
         """How many samples the file has, once all its windows are made."""
         return self._samples
 
-    def _counted(self, rate: int) -> Iterator[np.ndarray]:
-        for block in stream_audio(self.path, rate, min_seconds=self._min_seconds, block=BLOCK):
+    def _counted(self, spec: FeatureSpec) -> Iterator[np.ndarray]:
+        for block in stream_audio(
+            self.path, spec.sample_rate, min_seconds=self._min_seconds, block=BLOCK, resampler=spec.resampler
+        ):
             self._samples += len(block)
             yield block
 
@@ -371,6 +373,13 @@ def _scores_of(reader: _Reader, spec: FeatureSpec, network: Network, keep_window
     return FileScores(path, mean, embedding, windows)
 
 
+def overview_spec(spec: FeatureSpec) -> FeatureSpec:
+    """Returns the front end of a picture of what a model hears: a mel spectrogram in dB, whatever the network takes."""
+    if spec.kind in ("waveform", "stft"):
+        spec = FeatureSpec(sample_rate=spec.sample_rate)
+    return dataclasses.replace(spec, kind="logmel", compression="db", db_ref="max", top_db=80.0)
+
+
 def overview(
     path: str | os.PathLike[str], spec: FeatureSpec, most: int = 2000, *, min_seconds: float = 1.0
 ) -> tuple[np.ndarray, float]:
@@ -393,10 +402,11 @@ def overview(
     columns: np.ndarray = np.zeros((0, spec.bands), np.float32)
     rest = columns
     together = 1
-    for part in stream_power(stream_audio(Path(path), spec.sample_rate, min_seconds=min_seconds), spec):
+    blocks = stream_audio(Path(path), spec.sample_rate, min_seconds=min_seconds, resampler=spec.resampler)
+    for part in stream_power(blocks, spec):
         rest = np.concatenate([rest, part])
         whole = len(rest) // together
-        columns = np.concatenate([columns, rest[: whole * together].reshape(whole, together, -1).mean(axis=1)])
+        columns = np.concatenate([columns, rest[: whole * together].reshape(whole, together, columns.shape[1]).mean(axis=1)])
         rest = rest[whole * together :]
         while len(columns) > most:
             if len(columns) % 2:

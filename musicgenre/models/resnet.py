@@ -94,7 +94,7 @@ class ResNet(nn.Module):
 
         x = conv(x.astype(self.dtype)[..., None], self.filters, 7, 2, "stem")
         x = nn.relu(norm(x, "stem"))
-        x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for stage, units in enumerate(self.blocks):
             width = self.filters * 2**stage
             for unit in range(units):

@@ -77,7 +77,7 @@ def process_clip(clip: Clip, spec: FeatureSpec, layout: ClipLayout, array_layout
     try:
         if clip.row is None:
             digest = sha256(clip.path)
-            samples = load_audio(clip.path, spec.sample_rate, min_seconds=min_seconds).samples
+            samples = load_audio(clip.path, spec.sample_rate, min_seconds=min_seconds, resampler=spec.resampler).samples
             features = compute_features(layout.cut(samples, spec), spec)
         else:
             if spec.kind not in ("logmel", "mfcc"):

@@ -1,4 +1,4 @@
-"""Transfer: a run that starts from the layers of another, with a new head and a learning rate of its own for each layer."""
+"""Transfer: a run that starts from the layers of another model, with a new head and a learning rate of its own for each layer."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,7 +13,8 @@ from absl import logging
 
 from musicgenre.audio.features import FeatureSpec
 from musicgenre.config import differences
-from musicgenre.errors import UserError
+from musicgenre.errors import UserError, did_you_mean
+from musicgenre.training.bundle import packaged_models, read_bundle, resolve_source
 from musicgenre.training.checkpoints import read_model
 from musicgenre.training.saved import saved_shapes
 from musicgenre.training.state import TrainState
@@ -46,32 +47,34 @@ def layer_order(module: nn.Module, frames: int, bands: int) -> list[str]:
 
 
 def start_from(
-    state: TrainState, layers: Sequence[str], workdir: str | Path, *, model: dict[str, Any], features: FeatureSpec
+    state: TrainState, layers: Sequence[str], source: str | Path, *, model: dict[str, Any], features: FeatureSpec
 ) -> TrainState:
-    """Returns a new run's state with the layers of another run's last checkpoint, all but the head.
+    """Returns a new run's state with the layers of another model, all but the head.
 
     The statistics of batch normalisation come along. The normalisation of the input stays the new training split's.
 
     Args:
       state: a fresh state.
       layers: from `layer_order`; the last one is the head.
-      workdir: the other run's folder.
+      source: the other run's folder, of which the last checkpoint is taken; a bundle; or the name of a model that comes with this
+        package.
       model: the config's resolved `model` section.
       features: the new run's front end. Another one there is allowed, with a warning.
 
     Raises:
-      UserError: no checkpoint is there, it is of another network, or a layer has another shape.
+      UserError: no model is there, it is of another network, or a layer has another shape.
     """
-    restored = read_model(Path(workdir) / "checkpoints", "last", saved_shapes)
-    there = restored.meta["config"]["model"]
+    notes, value = _read(source)
+    there = notes["config"]["model"]
     if there["name"] != model["name"]:
-        raise UserError(f"config.init_from={str(workdir)!r} holds the model {there['name']!r}, not {model['name']!r}.")
-    if changed := differences(restored.meta["features"], features.to_dict()):
+        raise UserError(f"config.init_from={str(source)!r} holds the model {there['name']!r}, not {model['name']!r}.")
+    before = dataclasses.asdict(FeatureSpec.from_dict(notes["features"]))
+    if changed := differences(before, dataclasses.asdict(features)):
         logging.warning("config.init_from was trained on other features (there -> here): %s", "; ".join(changed))
-    source = dict(restored.value["variables"])
+    variables = dict(value["variables"])
     body = layers[:-1]
-    params = _taken(state.params, source.pop("params"), body, workdir)
-    collections = {name: _taken(tree, source.get(name, {}), body, workdir) for name, tree in state.collections.items()}
+    params = _taken(state.params, variables.pop("params"), body, source)
+    collections = {name: _taken(tree, variables.get(name, {}), body, source) for name, tree in state.collections.items()}
     ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
     return dataclasses.replace(state, params=params, collections=collections, ema=ema)
 
@@ -85,7 +88,7 @@ def layer_rates(layers: Sequence[str], *, transferred: bool, transferred_rate: f
 
     Args:
       layers: from `layer_order`.
-      transferred: the layers before the head come from another run.
+      transferred: the layers before the head come from another model.
       transferred_rate: their factor.
       layer_decay: factor from one layer to the one before it.
     """
@@ -95,21 +98,38 @@ def layer_rates(layers: Sequence[str], *, transferred: bool, transferred_rate: f
     }
 
 
-def _taken(tree: Any, source: Any, layers: Sequence[str], workdir: str | Path) -> Any:
-    """Returns a tree of variables with those of the named layers replaced by the source's."""
+def _read(source: str | Path) -> tuple[dict[str, Any], Any]:
+    """Returns a model's notes, and its `variables` and `norm`."""
+    path = resolve_source(source)
+    if path.is_file():
+        logging.warning(
+            "config.init_from=%r: a bundle does not list the clips that it was trained on, so no audit can tell whether "
+            "those that this run is evaluated on are among them",
+            str(source),
+        )
+        return read_bundle(path)
+    if not path.is_dir():
+        names = did_you_mean(str(source), packaged_models())
+        raise UserError(f"config.init_from={str(source)!r}: no such workdir, bundle or packaged model.{names}")
+    restored = read_model(path / "checkpoints", "last", saved_shapes)
+    return restored.meta, restored.value
+
+
+def _taken(tree: Any, variables: Any, layers: Sequence[str], source: str | Path) -> Any:
+    """Returns a tree of variables with those of the named layers replaced by another model's."""
     result = dict(tree)
     for name in layers:
         if name not in tree:
             continue
         here, there = (
             {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(t)}
-            for t in (tree[name], source.get(name, {}))
+            for t in (tree[name], variables.get(name, {}))
         )
         if here != there:
             path = next(path for path in sorted(here.keys() | there.keys()) if here.get(path) != there.get(path))
             raise UserError(
-                f"config.init_from={str(workdir)!r}: its layer {name}{path} has the shape {there.get(path, 'none')} where "
+                f"config.init_from={str(source)!r}: its layer {name}{path} has the shape {there.get(path, 'none')} where "
                 f"{here.get(path, 'none')} is needed. Give the model the same fields, and the data the same frames and bands."
             )
-        result[name] = jax.tree.map(jnp.asarray, source[name])
+        result[name] = jax.tree.map(jnp.asarray, variables[name])
     return result

@@ -172,3 +172,18 @@ def test_real_clips_and_their_copies(real_data):
     (finding,) = audit(sides["valid"], AuditSide(names, names, [None] * len(names), copies)).findings
     assert (finding.pairs, finding.clips) == (197, 197)
     assert all(pair.trained == f"copy of {pair.evaluated}" for pair in finding.examples)
+
+
+def test_training_clips_that_are_not_known_are_never_no_leak():
+    few = AuditSide(["a", "b"], ["1", "2"], ["x", None])
+    nothing = audit(few, AuditSide([], [], []), unknown="m.safetensors does not list them")
+    assert nothing.summary() == [
+        "training clips unknown: m.safetensors does not list them; whether evaluated clips are among them cannot be said"
+    ]
+    assert not nothing.clean and not nothing.findings and nothing.to_dict()["clean"] is False
+    some = audit(few, AuditSide(["c"], ["3"], ["y"]), unknown="its source does not list them").summary()
+    assert some[1] == "nothing found among the training clips that are known: 2 evaluated clips against 1 trained on"
+    leak = audit(few, AuditSide(["c"], ["2"], ["y"]), unknown="its source does not list them").summary()
+    assert leak[0] == "LEAK: 2 evaluated clips against 1 trained on" and leak[1].startswith("training clips unknown")
+    assert leak[2] == "same content: 1 of 2 evaluated clips (1 pair)"
+    assert not any("no leak" in line for line in (*nothing.summary(), *some, *leak))

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from musicgenre.inference.bundle import save_bundle
+from musicgenre.inference.model import load_model
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -158,3 +161,13 @@ def test_leakage_can_be_fatal(trained, place):
         cwd=place,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_leakage_that_cannot_be_known_is_fatal_too(trained, place):
+    """A bundle does not list its training clips."""
+    bundle, out = place / "run.safetensors", place / "evaluated"
+    save_bundle(load_model(trained), bundle)
+    store = next((place / "stores").iterdir())
+    done = run("evaluate.py", f"--workdir={bundle}", f"--store={store}", f"--out={out}", "--fatal_leakage", cwd=place)
+    assert done.returncode == 4 and "not known to be" in done.stderr and (out / "report.html").is_file()
+    assert "training clips unknown: " in done.stdout and "no leak" not in done.stdout

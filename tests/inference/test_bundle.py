@@ -9,10 +9,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from musicgenre.errors import UserError
-from musicgenre.inference import model as model_module
 from musicgenre.inference.bundle import load_bundle, model_card, save_bundle
-from musicgenre.inference.model import load_model, packaged_models
+from musicgenre.inference.model import load_model
 from musicgenre.inference.windows import Network
+from musicgenre.training import bundle as bundle_module
+from musicgenre.training.bundle import packaged_models
 
 tiny_model = runpy.run_path(str(Path(__file__).with_name("tiny_model.py")))["tiny_model"]
 
@@ -118,7 +119,7 @@ def test_names(model, bundle, tmp_path, monkeypatch):
     assert not (tmp_path / "mine.bin").exists()
     with pytest.raises(UserError, match="a bundle holds one checkpoint"):
         load_model(bundle, "40")
-    monkeypatch.setattr(model_module, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(bundle_module, "WEIGHTS", tmp_path)
     monkeypatch.chdir(tmp_path)
     assert list(packaged_models()) == ["tiny"]
     (tmp_path / "tiny").mkdir()  # a folder of music, say

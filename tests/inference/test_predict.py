@@ -1,5 +1,8 @@
 import csv
+import dataclasses
 import json
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +13,16 @@ from musicgenre.audio.features import compute_features, mel_power, to_db
 from musicgenre.config import store_path
 from musicgenre.datasets.base import find_audio
 from musicgenre.errors import UserError
-from musicgenre.inference.evaluate import evaluate_model, store_of_arrays
+from musicgenre.evaluation.report import write_report
+from musicgenre.inference.bundle import save_bundle
+from musicgenre.inference.evaluate import evaluate_model, store_of_arrays, training_store
 from musicgenre.inference.model import load_model
 from musicgenre.inference.predict import Prediction, predict_files, render
 from musicgenre.inference.windows import file_inputs
 from musicgenre.pipeline.store import Store
 from musicgenre.training.loop import train
+
+tiny_model = runpy.run_path(str(Path(__file__).with_name("tiny_model.py")))["tiny_model"]
 
 
 @pytest.fixture
@@ -108,6 +115,29 @@ def test_leaks_from_the_training_clips_are_found(model, small_arrays, tmp_path):
     evaluation = evaluate_model(model, store_of_arrays(model, tmp_path / "leaky.npz", "test", tmp_path / "scratch"), "test")
     assert not evaluation.audit.clean
     assert {finding.kind for finding in evaluation.audit.findings} >= {"same clip", "same content", "near-identical"}
+
+
+def test_a_bundle_is_evaluated_and_never_said_to_have_no_leak(small_config, tmp_path):
+    save_bundle(dataclasses.replace(tiny_model(labels=("high", "low", "middle")), which="best"), tmp_path / "tiny.safetensors")
+    model = load_model(tmp_path / "tiny.safetensors")
+    place = store_path(small_config)
+    evaluation = evaluate_model(model, Store.open(place), "valid")
+    # The store's labels are low, middle and high; the model's have another order.
+    assert evaluation.targets.tolist() == [1, 2, 0] * 3 and evaluation.scores.shape == (9, 3)
+    assert evaluation.title == "tiny.safetensors: conv1d on arrays" and evaluation.curves == []
+    assert evaluation.notes == [
+        "The checkpoint may have been chosen on this very split, so its measures may be a little too good."
+    ]
+    said = evaluation.audit.summary()
+    assert not evaluation.audit.clean and len(said) == 1
+    assert said[0].startswith("training clips unknown: ") and "tiny.safetensors does not list them" in said[0]
+    report = write_report(tmp_path / "report", evaluation, resamples=20).read_text()
+    assert "<strong>Training clips unknown</strong>" in report and "no leak" not in report.lower()
+    # The store's training split need not be the one that the model was trained on.
+    trained = evaluate_model(model, Store.open(place), "train")
+    assert trained.audit.unknown and trained.notes == []
+    with pytest.raises(UserError, match=r"tiny.safetensors: a bundle does not say which store .* --store="):
+        training_store(tmp_path / "tiny.safetensors")
 
 
 def test_stores_that_do_not_fit_are_refused(model, small_config):

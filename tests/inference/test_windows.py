@@ -1,3 +1,4 @@
+import dataclasses
 import runpy
 from pathlib import Path
 
@@ -7,9 +8,12 @@ import soundfile
 
 from musicgenre.audio.decode import load_audio, stream_audio
 from musicgenre.audio.features import FeatureSpec, frame_waveform, mel_power, stft_power
+from musicgenre.audio.resample import resample
+from musicgenre.datasets.base import Clip
 from musicgenre.errors import UserError
 from musicgenre.inference import windows
 from musicgenre.inference.windows import Network, file_inputs, overview, score_files, stream_power, stream_windows
+from musicgenre.pipeline.prepare import process_clip
 
 tiny_model = runpy.run_path(str(Path(__file__).with_name("tiny_model.py")))["tiny_model"]
 
@@ -193,18 +197,41 @@ def test_what_is_wrong_with_a_file_is_said_as_when_it_is_read_whole(tmp_path, co
     assert str(whole.value) == str(streamed.value) == scores.error and scores.probabilities is None
 
 
+@pytest.mark.parametrize("resampler", ["soxr_hq", "kaiser_best"])
 @pytest.mark.parametrize(("rate", "wanted"), [(44_100, 22_050), (8_000, 22_050), (48_000, 16_000), (192_000, 22_050)])
-def test_a_stream_is_resampled_to_the_bit(tmp_path, rate, wanted):
+def test_a_stream_is_resampled_to_the_bit(tmp_path, rate, wanted, resampler):
     path = tmp_path / "any.wav"
     soundfile.write(path, noise(int(2.01 * rate) + 7), rate, subtype="FLOAT")
-    np.testing.assert_array_equal(
-        np.concatenate(list(stream_audio(path, wanted, block=10_001))), load_audio(path, wanted).samples
-    )
+    blocks = list(stream_audio(path, wanted, block=10_001, resampler=resampler))
+    np.testing.assert_array_equal(np.concatenate(blocks), load_audio(path, wanted, resampler=resampler).samples)
 
 
-def test_an_overview_averages_frames_of_the_whole_file(tmp_path):
+def test_a_model_gets_its_own_resampler(tmp_path):
+    """Wherever a file is read for it: scores, the picture of a long file, and a clip of a store."""
+    path = tmp_path / "any.wav"
+    samples = noise(44_100 * 2)
+    soundfile.write(path, samples, 44_100, subtype="FLOAT")
+    model = tiny_model(features__sample_rate=16_000)
+    inputs, pictures, clips = {}, {}, {}
+    for name in ("soxr_hq", "kaiser_best"):
+        own = dataclasses.replace(model, features=dataclasses.replace(model.features, resampler=name))
+        resampled = resample(samples, 44_100, 16_000, name)
+        inputs[name] = file_inputs(resampled, own)
+        (scores,) = score_files(own, [path], keep_windows=True)
+        np.testing.assert_array_equal(scores.windows.probabilities, Network(own)(inputs[name])[0])
+        pictures[name] = overview(path, own.features)[0]
+        np.testing.assert_allclose(pictures[name], mel_power(resampled, own.features), rtol=1e-4)
+        clips[name] = process_clip(Clip("any", path, (), "train"), own.features, own.layout, "mel_time", 1.0).features
+        np.testing.assert_array_equal(clips[name], inputs[name][0])
+    for made in (inputs, pictures, clips):
+        assert not np.array_equal(made["soxr_hq"], made["kaiser_best"])
+
+
+# Of 1,041 frames the last part, 17, is less than one group.
+@pytest.mark.parametrize("frames", [403, 417])
+def test_an_overview_averages_frames_of_the_whole_file(tmp_path, frames):
     path = tmp_path / "long.wav"
-    soundfile.write(path, noise(512 * 403), 22050, subtype="FLOAT")
+    soundfile.write(path, noise(512 * frames), 22050, subtype="FLOAT")
     spec = tiny_model().features
     power, seconds = overview(path, spec, most=100)
     whole = mel_power(load_audio(path, 22050).samples, spec)

@@ -1,4 +1,6 @@
 import json
+import runpy
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +12,15 @@ from ml_collections import ConfigDict
 from musicgenre import models
 from musicgenre.config import base_config
 from musicgenre.errors import UserError
+from musicgenre.inference.bundle import save_bundle
 from musicgenre.inference.evaluate import evaluate_model
 from musicgenre.inference.model import load_model
 from musicgenre.pipeline.store import Store
 from musicgenre.training.loop import train
 from musicgenre.training.optimisers import make_optimizer
 from musicgenre.training.transfer import layer_order, layer_rates
+
+tiny_model = runpy.run_path(str(Path(__file__).parents[1] / "inference" / "tiny_model.py"))["tiny_model"]
 
 
 def changed(config, **fields):
@@ -105,17 +110,59 @@ def test_the_run_goes_on_without_its_source_and_the_audit_remembers_it(source, t
     assert not audit.clean and audit.findings[0].clips == 1
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"model__filters": (8, 32)}, r"its layer conv2\['kernel'\] has the shape \(4, 8, 16\) where \(4, 8, 32\) is needed"),
-        ({"init_from": "nowhere"}, "no checkpoint found there"),
-    ],
-)
-def test_a_source_that_does_not_fit_is_named(source, tmp_path, fields, message):
-    config = changed(source, **({"init_from": str(tmp_path / "source")} | fields))
+def test_a_bundle_is_a_source_whose_clips_are_not_known(small_config, tmp_path, caplog):
+    """All but the head, of five labels there and three here, comes over; nothing ever says that there is no leak."""
+    bundle = tmp_path / "tags.safetensors"
+    there = tiny_model("multi_label", tuple("abcde"), features__compression="log10000", features__top_db=60.0)
+    save_bundle(there, bundle)
+    config = changed(
+        small_config,
+        model__batch_norm=True,
+        init_from=str(bundle),
+        optimizer__transferred_rate=0.0,
+        epochs=1,
+    )
+    with caplog.at_level("WARNING", "absl"):
+        train(config, tmp_path / "run", progress=False)
+    assert "a bundle does not list the clips that it was trained on" in caplog.text
+    assert "other features (there -> here): compression: log10000 -> db; top_db: 60.0 -> 80.0" in caplog.text
+    model = load_model(tmp_path / "run")
+    before, after = (m.model["variables"]["params"] for m in (there, model))
+    for layer in set(before) - {"head"}:
+        jax.tree.map(np.testing.assert_array_equal, before[layer], after[layer])
+    assert before["head"]["bias"].shape == (5,) and after["head"]["bias"].shape == (3,)
+
+    store = Store.open(json.loads((tmp_path / "run" / "train_clips.json").read_text())["store"])
+    audit = evaluate_model(model, store, "valid").audit
+    assert not audit.clean and not audit.findings
+    assert audit.summary()[:2] == [
+        "training clips unknown: the model that this run started from does not list them; whether evaluated clips are among them "
+        "cannot be said",
+        "nothing found among the training clips that are known: 9 evaluated clips against 24 trained on",
+    ]
+
+
+def test_a_source_of_another_size_is_named(source, tmp_path):
+    config = changed(source, init_from=str(tmp_path / "source"), model__filters=(8, 32))
+    message = r"its layer conv2\['kernel'\] has the shape \(4, 8, 16\) where \(4, 8, 32\) is needed"
     with pytest.raises(UserError, match=message):
         train(config, tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("nowhere", "config.init_from='nowhere': no such workdir, bundle or packaged model"),
+        ("gtzam", "Did you mean 'gtzan'"),
+        ("stores", "stores: no checkpoint found there"),
+        ("train.npz", "train.npz: not a readable model"),
+        ("gtzan", "config.init_from='gtzan' holds the model 'resnet', not 'conv1d'"),
+    ],
+)
+def test_what_is_no_source_is_named(small_config, tmp_path, monkeypatch, place, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        train(changed(small_config, init_from=place), tmp_path / "run", progress=False)
 
 
 def test_a_rate_without_a_source_is_refused(small_config, tmp_path):

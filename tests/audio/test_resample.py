@@ -1,0 +1,87 @@
+import librosa
+import numpy as np
+import pytest
+
+from musicgenre.audio.resample import resample, resample_stream
+
+
+def noise(count):
+    return (0.2 * np.random.default_rng(count).standard_normal(count)).astype(np.float32)
+
+
+def sine(frequency, rate, count):
+    return np.sin(2 * np.pi * frequency / rate * np.arange(count)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("rate", "wanted", "count", "expected"),
+    [
+        (8000, 11025, 551, [0.0370552, 0.1029609, -0.0281151, -1.1312344, -1.1540844, 0.9696954]),
+        (32000, 16000, 200, [0.2024135, 0.0389793, -0.5508436, 0.082849, -0.2004337, -0.2266731]),
+    ],
+)
+def test_kaiser_best_gives_the_values_of_resampy(rate, wanted, count, expected):
+    """Those of resampy 0.4.3 at ratios for which the steps through its table are whole numbers."""
+    n = np.arange(400)
+    resampled = resample(np.where(n % 7 < 3, 1.0, -1.0) * (n % 5) / 4, rate, wanted, "kaiser_best")
+    assert len(resampled) == count and resampled.dtype == np.float32
+    np.testing.assert_allclose(resampled[[0, 1, 100, 101, 150, -1]], expected, rtol=0, atol=1e-6)
+
+
+def test_an_impulse_draws_the_filter():
+    """At twice the rate, worked by hand: the cutoff, its sinc below the window at each half zero crossing, nothing beyond 50."""
+    samples = np.zeros(201, np.float32)
+    samples[100] = 1
+    resampled = resample(samples, 8000, 16000, "kaiser_best")
+    np.testing.assert_allclose(resampled[[199, 200, 201, 202]], [0.6308683, 0.9173474, 0.6308683, 0.0815233], rtol=0, atol=1e-7)
+    assert len(resampled) == 402 and not resampled[:100].any() and not resampled[301:].any() and resampled[101:300].all()
+
+
+@pytest.mark.parametrize(("rate", "wanted"), [(44_100, 16_000), (48_000, 16_000), (8_000, 22_050), (44_099, 11_025)])
+def test_kaiser_best_keeps_a_sine_and_removes_what_folds_back(rate, wanted):
+    kept = resample(sine(440, rate, rate // 4), rate, wanted, "kaiser_best")
+    inner = slice(len(kept) // 4, -len(kept) // 4)
+    np.testing.assert_allclose(kept[inner], sine(440, wanted, len(kept))[inner], rtol=0, atol=1e-6)
+    if wanted < rate:
+        folded = resample(sine(0.55 * wanted, rate, rate // 4), rate, wanted, "kaiser_best")
+        assert np.abs(folded[inner]).max() < 1e-5  # 100 dB below
+
+
+@pytest.mark.parametrize("resampler", ["soxr_hq", "kaiser_best"])
+@pytest.mark.parametrize(
+    ("rate", "wanted"), [(44_100, 16_000), (22_050, 16_000), (8_000, 22_050), (16_000, 16_000), (192_000, 22_050), (9_999, 7_000)]
+)
+@pytest.mark.parametrize("size", [977, 10_001])
+def test_a_stream_gives_the_same_bits(resampler, rate, wanted, size):
+    samples = noise(20_007)
+    blocks = (samples[start : start + size] for start in range(0, len(samples), size))
+    whole = resample(samples, rate, wanted, resampler)
+    np.testing.assert_array_equal(np.concatenate(list(resample_stream(blocks, rate, wanted, resampler))), whole)
+    assert len(whole) == (20_007 * wanted // rate if resampler == "kaiser_best" else -(-20_007 * wanted // rate))
+
+
+def test_the_default_is_librosas():
+    samples = noise(5_000)
+    expected = librosa.resample(samples, orig_sr=22050, target_sr=16000, res_type="soxr_hq")
+    np.testing.assert_array_equal(resample(samples, 22050, 16000), expected)
+
+
+def test_a_stream_holds_no_more_than_the_filter_reaches():
+    """What has come in and not gone out: a block, one group of 441 samples and the 138 samples to each side at most."""
+    taken = made = 0
+
+    def blocks():
+        nonlocal taken
+        for _ in range(50):
+            taken += 1_000
+            yield noise(1_000)
+
+    for block in resample_stream(blocks(), 44_100, 16_000, "kaiser_best"):
+        made += len(block)
+        assert taken - made * 44_100 / 16_000 <= 441 + 139
+    assert taken == 50_000 and made == 18_140
+
+
+@pytest.mark.parametrize("count", [1, 2, 50])
+def test_very_short_sounds(count):
+    assert len(resample(np.ones(count, np.float32), 44_100, 16_000, "kaiser_best")) == count * 160 // 441

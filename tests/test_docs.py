@@ -1,0 +1,44 @@
+"""The examples of docstrings and documents run, and give what they say."""
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+WITH_EXAMPLES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in (ROOT / "musicgenre").rglob("*.py")
+    if re.search(r"^\s*>>> ", path.read_text(encoding="utf-8"), re.M)
+)
+NOTEBOOKS = sorted((ROOT / "docs").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
+def test_examples_of_docstrings(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    failed, tried = doctest.testmod(importlib.import_module(name))
+    assert tried > 0 and failed == 0
+
+
+def test_the_readme_network_of_ones_own(tmp_path: Path) -> None:
+    """README's module registers, and takes what README says that it takes."""
+    import jax
+    import jax.numpy as jnp
+
+    from musicgenre.models import registry
+
+    code = re.search(r"```python\n# my_pkg/my_net.py\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    assert code
+    scope: dict[str, object] = {"__name__": "my_net"}
+    before = dict(registry._MODELS)
+    try:
+        exec(code[1], scope)
+        module = registry.build({"name": "my_net", "width": 8}, num_classes=3, frames=20, bands=16)
+        logits, _ = module.init_with_output(jax.random.key(0), jnp.zeros((2, 20, 16)))
+        assert logits.shape == (2, 3)
+    finally:
+        registry._MODELS.clear()
+        registry._MODELS.update(before)
