@@ -50,6 +50,28 @@ def base_config() -> ConfigDict:
     data.crop_frames = 0  # random crop in time when training; 0 trains on whole clips
     data.eval_chunks = 1  # with crops: evenly spaced chunks per clip whose scores are averaged
     data.workers = 0  # Grain worker processes; none is fastest for a memory map
+    # The training clips on the devices as a whole, where each step picks its batch: auto (where they fit), always or never. The
+    # result is the same.
+    data.on_device = "auto"
+
+    # Done to training batches on the device, before normalisation, in this order; each is off at 0. See
+    # musicgenre/training/augment.py
+    config.augment = augment = ConfigDict()
+    augment.time_stretch = 0.0  # rates from 1 / (1 + this) to 1 + this
+    augment.time_shuffle = 0  # segments of the clip that are put into another order
+    augment.pitch_shift = 0.0  # bands, up or down at most
+    augment.gain = 0.0  # dB, up or down at most
+    augment.eq = 0.0  # dB, up or down at most, of a curve over the bands
+    augment.eq_points = 4  # points of that curve; 2 are a tilt
+    augment.noise = 0.0  # dB, largest standard deviation of noise on every cell
+    augment.mixup = 0.0  # alpha of the beta distribution of a clip's share in a mixture with another
+    augment.cutmix = 0.0  # the same, of the share of frames that stay the clip's own
+    augment.mix_share = 1.0  # chance of a clip to be mixed
+    augment.time_masks = 0  # SpecAugment: masks over frames
+    augment.time_mask_share = 0.1  # widest of them, as a share of the frames
+    augment.band_masks = 0  # masks over bands
+    augment.band_mask_share = 0.1  # widest of them, as a share of the bands
+    augment.probability = 1.0  # chance of a clip to undergo each of these but mixing
 
     config.features = ConfigDict(dataclasses.asdict(FeatureSpec()))
 
@@ -97,6 +119,7 @@ def base_config() -> ConfigDict:
 
     config.ema_decay = 0.0  # exponential moving average of the parameters, used to evaluate; 0 is off
 
+    config.steps_per_call = 1  # steps that the device takes on its own, one after the other: for networks of a few milliseconds
     config.eval_every = 1  # epochs from one evaluation and checkpoint to the next
     config.log_every = 10  # steps
     config.select_metric = ""  # marks the best checkpoint: accuracy, loss, macro_f1, macro_roc_auc, macro_pr_auc, r2
@@ -141,6 +164,7 @@ def check_config(config: ConfigDict) -> None:
         "eval_every",
         "log_every",
         "data.eval_chunks",
+        "steps_per_call",
         "optimizer.accumulate",
         "optimizer.decay_steps",
         "data.top_k",
@@ -187,6 +211,7 @@ def check_config(config: ConfigDict) -> None:
         "loss.name": ("", "cross_entropy", "mse"),
         "data.normalise": ("position", "band", "global", "none"),
         "data.array_layout": ("mel_time", "time_mel"),
+        "data.on_device": ("auto", "always", "never"),
     }
     for name, allowed in choices.items():
         if there[name] not in allowed:
@@ -208,6 +233,63 @@ def check_config(config: ConfigDict) -> None:
         raise UserError(f"config.data.fractions takes three numbers (train, valid, test), not {there['data.fractions']!r}.")
     feature_spec(config)
     clip_layout(config)
+    _check_augment(config)
+
+
+# Kinds of features that an augmentation makes sense of; of log-mels and the STFT, its amounts are in dB.
+_AUGMENTED_KINDS = {
+    "time_stretch": ("logmel", "stft", "mfcc"),
+    "pitch_shift": ("logmel",),
+    "gain": ("logmel", "stft"),
+    "eq": ("logmel", "stft"),
+    "noise": ("logmel", "stft"),
+    "band_masks": ("logmel", "stft"),
+}
+
+
+def _check_augment(config: ConfigDict) -> None:
+    """Raises UserError for an augmentation whose value is out of its range, or that the features cannot undergo."""
+    augment, spec = config.augment, feature_spec(config)
+    frames = config.data.crop_frames or config.data.frames
+    for name, value in augment.items():
+        if name.endswith("_share") or name == "probability":
+            if not 0 < value <= 1:
+                raise UserError(f"config.augment.{name} must be above 0 and at most 1, not {value}.")
+        elif not 0 <= value < float("inf"):
+            raise UserError(f"config.augment.{name} must not be negative or infinite, but is {value}.")
+    if augment.eq_points < 2:
+        raise UserError(f"config.augment.eq_points must be at least 2, a tilt, not {augment.eq_points}.")
+    if augment.time_stretch > 1:
+        raise UserError(f"config.augment.time_stretch must be at most 1, twice as fast or slow, not {augment.time_stretch}.")
+    if augment.time_shuffle == 1 or augment.time_shuffle > frames:
+        raise UserError(
+            f"config.augment.time_shuffle={augment.time_shuffle} must be 0 (off) or from 2 segments to the {frames} frames."
+        )
+    if augment.pitch_shift >= spec.bands:
+        raise UserError(f"config.augment.pitch_shift={augment.pitch_shift} must be below the {spec.bands} bands.")
+    for name, size in (("time", frames), ("band", spec.bands)):
+        share = augment[f"{name}_mask_share"]
+        if augment[f"{name}_masks"] and share * size < 1:
+            what = "frames" if name == "time" else "bands"
+            raise UserError(
+                f"config.augment.{name}_mask_share={share} of {size} {what} is less than one: its masks would be empty."
+            )
+    for name, kinds in _AUGMENTED_KINDS.items():
+        if augment[name] and spec.kind not in kinds:
+            raise UserError(f"config.augment.{name} is for features.kind={' or '.join(kinds)}, not {spec.kind!r}: leave it at 0.")
+        if augment[name] and name in ("gain", "eq", "noise") and spec.compression != "db":
+            raise UserError(
+                f"config.augment.{name} is in dB, which features.compression={spec.compression!r} is not: leave it at 0."
+            )
+    for name in ("time_stretch", "time_shuffle"):
+        if augment[name] and config.data.normalise == "position":
+            raise UserError(
+                f"config.augment.{name} needs a normalisation that does not depend on the position in the clip: "
+                "set --config.data.normalise=band."
+            )
+    for name in ("mixup", "cutmix"):
+        if augment[name] and config.batch_size < 2:
+            raise UserError(f"config.augment.{name} mixes the clips of a batch: config.batch_size must be at least 2.")
 
 
 def feature_spec(config: ConfigDict) -> FeatureSpec:
@@ -269,6 +351,20 @@ def from_plain(values: Mapping[str, Any]) -> ConfigDict:
         return tuple(tuples(item) for item in value) if isinstance(value, list) else value
 
     return ConfigDict(tuples(values))
+
+
+def completed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a plain config of an earlier version with the fields that have come since, at their defaults."""
+
+    def merge(default: Any, there: Any) -> Any:
+        if not isinstance(default, Mapping) or not isinstance(there, Mapping):
+            return there
+        return {key: merge(default[key], there[key]) if key in there else default[key] for key in default} | {
+            key: value for key, value in there.items() if key not in default
+        }
+
+    merged: dict[str, Any] = merge(to_plain(base_config()), values)
+    return merged
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

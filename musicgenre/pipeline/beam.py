@@ -12,6 +12,7 @@ that is still running somewhere before the command is started again.
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import io
 import json
@@ -23,7 +24,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,7 +32,7 @@ from typing import Any
 from musicgenre.audio.features import FeatureSpec
 from musicgenre.datasets.base import Clip, Dataset
 from musicgenre.errors import UserError, did_you_mean
-from musicgenre.files import write_text
+from musicgenre.files import replacing
 from musicgenre.pipeline.prepare import (
     CLIPS_PER_SHARD,
     PrepareSummary,
@@ -83,6 +84,7 @@ def prepare_store_beam(
     array_layout: str = "mel_time",
     clips_per_shard: int = CLIPS_PER_SHARD,
     progress: bool = True,
+    verify: bool = True,
 ) -> PrepareSummary:
     """Writes the store of a data set, or brings an existing one up to date, with the workers of a Beam runner.
 
@@ -96,6 +98,7 @@ def prepare_store_beam(
       array_layout: order of the axes of array files, "mel_time" or "time_mel".
       clips_per_shard: clips of one shard. With another number than the default the shards differ from `prepare_store`'s.
       progress: draw a progress bar; it follows the finished shards.
+      verify: compare the shards that earlier runs have written with their checksums, not only their sizes.
 
     Raises:
       UserError: as `prepare_store`; also: Apache Beam is not installed, a flag cannot be used, a path is no shared
@@ -114,11 +117,12 @@ def prepare_store_beam(
             f"{relative}: a relative path means another file on another machine. Give --config.data.root as an absolute "
             "path (in a CSV file, the column path), under which all workers see the files."
         )
-    plan = StorePlan(dataset, Recipe(spec, layout, array_layout, min_seconds), path)
-    tasks = list(plan.tasks(clips_per_shard, fill_gaps=True))
-    if tasks:
-        with progress_bar(plan, progress) as bar, _followed(plan.shards, tasks, bar):
-            _run(plan, tasks, options)
+    plan = StorePlan(dataset, Recipe(spec, layout, array_layout, min_seconds), path, verify=verify, progress=progress)
+    # Made anew each time they are gone through: all tasks of a large data set at once would fill the memory.
+    tasks = functools.partial(plan.tasks, clips_per_shard, fill_gaps=True)
+    if plan.todo:
+        with progress_bar(plan, progress) as bar, _followed(plan.shards, tasks(), bar):
+            _run(plan, tasks(), options)
         _collect(plan, tasks)
     return plan.finish()
 
@@ -290,7 +294,7 @@ def _watch_local_workers() -> None:
     worker_handlers.WorkerHandler.register_environment(python_urns.SUBPROCESS_SDK, bytes)(Watched)
 
 
-def _run(plan: StorePlan, tasks: list[ShardTask], options: Any) -> None:
+def _run(plan: StorePlan, tasks: Iterable[ShardTask], options: Any) -> None:
     """Runs the pipeline to its end.
 
     Raises:
@@ -305,7 +309,8 @@ def _run(plan: StorePlan, tasks: list[ShardTask], options: Any) -> None:
         left.unlink(missing_ok=True)
     result = None
     try:
-        write_text(todo, "".join(task_to_json(task) + "\n" for task in tasks))
+        with replacing(todo) as temporary, open(temporary, "w", encoding="ascii") as lines:
+            lines.writelines(task_to_json(task) + "\n" for task in tasks)
         # Beam may have moved these parts in another version; then it works as it does by itself.
         with contextlib.suppress(ImportError, AttributeError):
             _watch_local_workers()
@@ -336,14 +341,14 @@ def _reason(error: Exception) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _collect(plan: StorePlan, tasks: list[ShardTask]) -> None:
+def _collect(plan: StorePlan, tasks: Callable[[], Iterator[ShardTask]]) -> None:
     """Checks the shards that workers have written against their checksums, and adds them to the plan.
 
     Raises:
       UserError: some are not there, or are damaged.
     """
     missing = []
-    for task in tasks:
+    for total, task in enumerate(tasks(), 1):  # noqa: B007
         record = finished_shard(plan.shards, task, plan.recipe.made_with)
         if record is None:
             missing.append(task)
@@ -351,7 +356,7 @@ def _collect(plan: StorePlan, tasks: list[ShardTask]) -> None:
             plan.add(record)
     if missing:
         raise UserError(
-            f"{plan.shards / f'{missing[0].number:05d}.npy'}: {len(missing)} of {len(tasks)} new shards, this first, are missing "
+            f"{plan.shards / f'{missing[0].number:05d}.npy'}: {len(missing)} of {total} new shards, this first, are missing "
             "or damaged although the job has ended. Does every worker see the store's folder under this path? The same "
             "command makes them again."
         )
@@ -401,7 +406,7 @@ def _read_lines(path: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _followed(shards: Path, tasks: list[ShardTask], bar: Any) -> Iterator[None]:
+def _followed(shards: Path, tasks: Iterable[ShardTask], bar: Any) -> Iterator[None]:
     """Moves the bar as the tasks' shards appear in the folder, whichever machine writes them."""
     pending = {f"{task.number:05d}.json": len(task.clips) for task in tasks}
     done = threading.Event()

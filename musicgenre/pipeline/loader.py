@@ -23,30 +23,46 @@ class _MakeBatch:
     targets: np.ndarray
     batch_size: int
     frames: int
+    window: int
+    windowed: bool
     seed: int
+    resident: bool
     process_index: int
     process_count: int
 
     def __call__(self, step: int) -> Batch:
-        local = self.batch_size // self.process_count
-        first = step * self.batch_size + self.process_index * local
-        places = [self._place(position) for position in range(first, first + local)]
-        chosen = self.clips[places]
+        # Drawn for the whole batch, of which each process takes its slice: the crops do not depend on the processes.
+        places = self._places(np.arange(step * self.batch_size, (step + 1) * self.batch_size))
         # A stream for each (seed, step): the same crops however the run was cut up by restarts.
-        generator = np.random.default_rng((self.seed, step, self.process_index))
-        room = np.maximum(self.store.lengths[chosen] - self.frames, 0)
-        starts = generator.integers(0, room + 1)
+        generator = np.random.default_rng((self.seed, step, 0))
+        lengths = self.store.lengths[self.clips[places]]
+        starts = generator.integers(0, np.maximum(lengths - self.frames, 0) + 1)
         starts = np.minimum(starts, self.store.layout.frames - self.frames)
-        return {
-            "x": self.store.gather(chosen, starts, self.frames),
-            "y": self.targets[places],
-            "mask": np.ones(local, np.float32),
-        }
+        local = self.batch_size // self.process_count
+        mine = slice(self.process_index * local, (self.process_index + 1) * local)
+        places, starts, lengths = places[mine], starts[mine], lengths[mine]
+        batch = {"y": self.targets[places], "mask": np.ones(local, np.float32)}
+        first = starts
+        if self.windowed:
+            # What can be used of a clip: its real frames, or as many filled ones as a crop takes.
+            usable = np.maximum(lengths, self.frames)
+            first = np.minimum(starts, np.maximum(usable - self.window, 0))
+            batch["offset"] = (starts - first).astype(np.int32)
+            batch["length"] = np.minimum(usable - first, self.window).astype(np.int32)
+        if self.resident:
+            return batch | {"clip": places.astype(np.int32), "start": first.astype(np.int32)}
+        return batch | {"x": self.store.gather(self.clips[places], first, self.window)}
 
-    def _place(self, position: int) -> int:
-        """The clip at a position of the endless row of shuffled epochs."""
-        epoch, offset = divmod(position, len(self.clips))
-        return int(_permutation(self.seed, epoch, len(self.clips))[offset])
+    def _places(self, positions: np.ndarray) -> np.ndarray:
+        """The clips at positions of the endless row of shuffled epochs."""
+        epochs, offsets = np.divmod(positions, len(self.clips))
+        if epochs[0] == epochs[-1]:
+            return _permutation(self.seed, int(epochs[0]), len(self.clips))[offsets]
+        places = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            places[chosen] = _permutation(self.seed, int(epoch), len(self.clips))[offsets[chosen]]
+        return places
 
 
 @functools.lru_cache(maxsize=4)
@@ -61,6 +77,8 @@ def train_batches(
     steps: int,
     seed: int,
     crop_frames: int = 0,
+    window_frames: int = 0,
+    resident: bool = False,
     split: str = "train",
     process_index: int = 0,
     process_count: int = 1,
@@ -77,6 +95,8 @@ def train_batches(
       steps: length of the iteration.
       seed: of the order and the crops.
       crop_frames: frames of a random crop in time; 0 for whole clips.
+      window_frames: frames to read around each crop, for a step that cuts it out itself (time stretch); 0 reads the crop.
+      resident: the clips are on the devices: say which ones and where the crops begin instead of reading them.
       split: the split to train on.
       process_index: which slice of each batch is this process's.
       process_count: processes that share each batch.
@@ -84,7 +104,9 @@ def train_batches(
 
     Returns:
       An iterator over `x` float16 `[batch, frames, bands]`, `y` int32 `[batch]` or float32 `[batch, labels]` and
-      `mask` float32 `[batch]` (all ones).
+      `mask` float32 `[batch]` (all ones). With `resident`, instead of `x`: `clip`, int32 `[batch]`, the place among the
+      split's clips, and `start`, the first frame. With `window_frames`, also int32 `[batch]` `offset`, where in the window the
+      crop begins, and `length`, the window's frames that can be used. All these are the same for any number of processes.
 
     Raises:
       UserError: the split is empty, the crop longer than the clips, or the batch does not divide by the processes.
@@ -95,8 +117,18 @@ def train_batches(
     if batch_size % process_count:
         raise UserError(f"batch_size={batch_size} does not divide by the {process_count} processes.")
     clips = store.indices(split)
-    make = _MakeBatch(store, clips, store.targets(clips), batch_size, frames, seed, process_index, process_count)
-    dataset = grain.MapDataset.range(steps).map(make).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+    window = window_frames or frames
+    if not frames <= window <= store.layout.frames:
+        raise UserError(
+            f"window_frames={window} is not between the crop's {frames} and the store's {store.layout.frames} frames."
+        )
+    targets = store.targets(clips)
+    make = _MakeBatch(
+        store, clips, targets, batch_size, frames, window, window_frames > 0, seed, resident, process_index, process_count
+    )
+    # A thread of its own reads ahead; numbers are made sooner than they are handed over.
+    options = grain.ReadOptions(num_threads=0 if resident else 1, prefetch_buffer_size=0 if resident else 4)
+    dataset = grain.MapDataset.range(steps).map(make).to_iter_dataset(options)
     if workers:
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return iter(dataset)

@@ -4,13 +4,12 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-import json
 import multiprocessing
 import os
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,12 +24,14 @@ from musicgenre.datasets import arrays
 from musicgenre.datasets.base import Clip, Dataset
 from musicgenre.errors import UserError
 from musicgenre.files import read_json, replacing, sha256, write_json
-from musicgenre.pipeline.store import SCHEMA, ClipLayout, shard_problem
+from musicgenre.pipeline.store import SHARD_SCHEMA, ClipLayout, clip_columns, file_problem, shard_columns, write_manifest
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 # Clips of one shard: at most this much work is lost when the machine stops.
 CLIPS_PER_SHARD = 128
+# What a plan knows of a clip: nothing, an entry of another source, features, or a reason for skipping it.
+_NEW, _STALE, _COMPUTED, _SKIPPED = range(4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ class PrepareSummary:
         ]
         lines += [f"  skipped {entry['clip_id']}: {entry['reason']}" for entry in self.skipped[:20]]
         if len(self.skipped) > 20:
-            lines.append(f"  ... and {len(self.skipped) - 20} more: see {self.store / 'manifest.json'}")
+            lines.append(f"  ... and {len(self.skipped) - 20} more: see {self.store}/skipped-*.jsonl")
         return lines
 
 
@@ -120,8 +121,8 @@ class Recipe:
 
     @property
     def made_with(self) -> dict[str, Any]:
-        """What every shard record and the manifest say of how they were made; a store never mixes two of these."""
-        return {"schema": SCHEMA, "features": self.spec.to_dict(), "layout": dataclasses.asdict(self.layout)}
+        """What every shard record says of how it was made; a store never mixes two of these."""
+        return {"schema": SHARD_SCHEMA, "features": self.spec.to_dict(), "layout": dataclasses.asdict(self.layout)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +143,8 @@ class ShardTask:
 class StorePlan:
     """What a store lacks and how it is completed; the same for every way of running over the clips.
 
+    What is known of the clips is kept in arrays: a million of them take some 100 MB here.
+
     Attributes:
       dataset: the clips.
       recipe: how they become rows.
@@ -151,8 +154,17 @@ class StorePlan:
       reusable: how many clips are there already.
     """
 
-    def __init__(self, dataset: Dataset, recipe: Recipe, path: str | Path) -> None:
+    def __init__(
+        self, dataset: Dataset, recipe: Recipe, path: str | Path, *, verify: bool = True, progress: bool = False
+    ) -> None:
         """Reads what is there.
+
+        Args:
+          dataset: the clips.
+          recipe: how they become rows.
+          path: the store's folder.
+          verify: compare the shards that are there with their checksums, not only their sizes.
+          progress: draw a progress bar where this takes more than a moment.
 
         Raises:
           UserError: the folder holds a store made with another front end or layout, or of another data set, or
@@ -161,17 +173,24 @@ class StorePlan:
         self.dataset, self.recipe, self.path = dataset, recipe, Path(path)
         self.shards = self.path / "shards"
         _check_folder(self.path, dataset)
-        self._known, self._records = _read_shards(self.shards, recipe.made_with)
-        self._sources = {clip.clip_id: _source(clip) for clip in dataset.clips}
-        self.todo = [
-            clip
-            for clip in dataset.clips
-            if clip.clip_id not in self._known or self._known[clip.clip_id]["source"] != self._sources[clip.clip_id]
-        ]
-        self.reusable = len(dataset.clips) - len(self.todo)
+        count = len(dataset.clips)
+        self._place = {clip.clip_id: i for i, clip in enumerate(dataset.clips)}
+        # Size and time of change, before anything is read: a file that changes later is computed again by the next run.
+        self._status = np.fromiter((number for clip in dataset.clips for number in _status(clip)), np.int64).reshape(count, 2)
+        self._state = np.full(count, _NEW, np.uint8)
+        self._shard, self._row, self._length = (np.zeros(count, np.int32) for _ in range(3))
+        self._sha256 = np.zeros((count, 32), np.uint8)
+        self._reasons: dict[int, str] = {}
+        # Rows, bytes and SHA-256 of each shard by its number.
+        self._shards: dict[int, tuple[int, int, str]] = {}
+        for record in _read_shards(self.shards, recipe.made_with, verify, progress):
+            self.add(record)
+        self._todo = np.flatnonzero(self._state <= _STALE)
+        self.todo = [dataset.clips[i] for i in self._todo]
+        self.reusable = count - len(self.todo)
 
     def tasks(self, clips_per_shard: int, *, fill_gaps: bool = False) -> Iterator[ShardTask]:
-        """Yields the shards to write, in order.
+        """Yields the shards to write, in order; the same ones however often it is called before one is added.
 
         Args:
           clips_per_shard: clips of each but the last.
@@ -179,18 +198,32 @@ class StorePlan:
             died leaves gaps; filling them ends at the same store as a run that did not die. Where a clip's source has
             changed, the numbers go on from the highest all the same: the later of a clip's two entries is the valid one.
         """
-        taken = {int(Path(record["file"]).stem) for record in self._records}
-        fill_gaps = fill_gaps and not any(clip.clip_id in self._known for clip in self.todo)
+        taken = set(self._shards)
+        fill_gaps = fill_gaps and not (self._state == _STALE).any()
         first = 0 if fill_gaps else max(taken, default=-1) + 1
         numbers = (number for number in itertools.count(first) if number not in taken)
-        for start in range(0, len(self.todo), clips_per_shard):
-            clips = tuple(self.todo[start : start + clips_per_shard])
-            yield ShardTask(next(numbers), clips, tuple(self._sources[clip.clip_id] for clip in clips))
+        for start in range(0, len(self._todo), clips_per_shard):
+            chosen = self._todo[start : start + clips_per_shard].tolist()
+            clips = tuple(self.dataset.clips[i] for i in chosen)
+            yield ShardTask(next(numbers), clips, tuple(self._source(i) for i in chosen))
 
     def add(self, record: dict[str, Any]) -> None:
-        """Takes note of a shard that was written."""
-        self._records.append(record)
-        self._known.update(_entries(record))
+        """Takes note of a shard that was written; of a clip's several entries the last one counts."""
+        number = int(Path(record["file"]).stem)
+        self._shards[number] = (record["rows"], record["bytes"], record["sha256"])
+        for entry in record["clips"]:
+            i = self._place.get(entry["clip_id"])
+            if i is None:
+                continue
+            if entry["source"] != self._source(i):
+                self._state[i] = _STALE
+            elif "skipped" in entry:
+                self._state[i] = _SKIPPED
+                self._reasons[i] = entry["skipped"]
+            else:
+                self._state[i] = _COMPUTED
+                self._shard[i], self._row[i], self._length[i] = number, entry["row"], entry["length"]
+                self._sha256[i] = np.frombuffer(bytes.fromhex(entry["sha256"]), np.uint8)
 
     def finish(self) -> PrepareSummary:
         """Writes the manifest, once every task's record was added, and returns what was done.
@@ -198,18 +231,48 @@ class StorePlan:
         Raises:
           UserError: no clip of some split could be used.
         """
-        self._records.sort(key=lambda record: int(Path(record["file"]).stem))
+        clips = self.dataset.clips
         skipped = [dataclasses.asdict(entry) for entry in self.dataset.skipped]
-        manifest = _manifest(self.dataset, self._known, self._records, self.recipe.made_with, skipped)
-        _write_if_changed(self.path / "manifest.json", manifest)
-        return PrepareSummary(
-            self.path,
-            len(manifest["clips"]["clip_id"]),
-            len(self.todo),
-            self.reusable,
-            manifest["skipped"],
-            dict(sorted(Counter(manifest["clips"]["split"]).items(), key=lambda item: item[0])),
+        for i in np.flatnonzero(self._state == _SKIPPED).tolist():
+            skipped.append({"clip_id": clips[i].clip_id, "path": str(clips[i].path), "reason": self._reasons[i]})
+        kept = np.flatnonzero(self._state == _COMPUTED)
+        used = [clips[i] for i in kept]
+        splits = dict(sorted(Counter(clip.split for clip in used).items()))
+        for split in sorted({clip.split for clip in clips} - set(splits)):
+            lost = {clip.clip_id for clip in clips if clip.split == split}
+            reason = next(entry["reason"] for entry in skipped if entry["clip_id"] in lost)
+            raise UserError(
+                f"{self.dataset.root}: no clip of the split {split!r} could be used; the first was skipped because of: {reason}"
+            )
+        # Shards of which every clip was skipped have a record and no file.
+        numbers = sorted(number for number, (rows, _, _) in self._shards.items() if rows)
+        columns = clip_columns(
+            self.dataset.label_names,
+            tuple(splits),
+            clip_id=[clip.clip_id for clip in used],
+            path=[str(clip.path) for clip in used],
+            labels=[clip.labels for clip in used],
+            split=[clip.split for clip in used],
+            group=[clip.group for clip in used],
+            shard=np.searchsorted(numbers, self._shard[kept]),
+            row=self._row[kept],
+            length=self._length[kept],
+            sha256=self._sha256[kept],
+            values=np.array([clip.values for clip in used]) if self.dataset.task == "regression" else None,
         )
+        header = self.recipe.made_with | {
+            "dataset": _describe(self.dataset),
+            "label_names": list(self.dataset.label_names),
+            "splits": splits,
+        }
+        shards = [(number, *self._shards[number]) for number in numbers]
+        write_manifest(self.path, header, columns | shard_columns(shards), skipped)
+        return PrepareSummary(self.path, len(used), len(self.todo), self.reusable, skipped, splits)
+
+    def _source(self, i: int) -> list[Any]:
+        """What tells a changed source of a clip from an unchanged one without reading it."""
+        clip = self.dataset.clips[i]
+        return [os.path.abspath(clip.path), *self._status[i].tolist(), clip.row]
 
 
 def prepare_store(
@@ -222,6 +285,7 @@ def prepare_store(
     min_seconds: float = 1.0,
     array_layout: str = "mel_time",
     progress: bool = True,
+    verify: bool = True,
 ) -> PrepareSummary:
     """Writes the store of a data set, or brings an existing one up to date.
 
@@ -237,12 +301,14 @@ def prepare_store(
       min_seconds: shorter sound files are skipped.
       array_layout: order of the axes of array files, "mel_time" or "time_mel".
       progress: draw a progress bar.
+      verify: compare the shards that are there with their checksums, not only their sizes. Of a store of 165 GB that
+        takes minutes.
 
     Raises:
       UserError: the folder holds a store made with another front end or layout, or of another data set, or
         something that is no store; or no clip of some split could be used.
     """
-    plan = StorePlan(dataset, Recipe(spec, layout, array_layout, min_seconds), path)
+    plan = StorePlan(dataset, Recipe(spec, layout, array_layout, min_seconds), path, verify=verify, progress=progress)
     with (
         progress_bar(plan, progress) as bar,
         contextlib.closing(_ordered_map(plan.recipe, plan.todo, workers)) as mapped,
@@ -291,40 +357,45 @@ def _describe(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _read_shards(folder: Path, made_with: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """Reads what earlier runs have written: entries by clip id, and the records of the sound shards."""
-    known: dict[str, dict[str, Any]] = {}
-    records = []
-    for sidecar in sorted(folder.glob("*.json")):
-        record = read_json(sidecar, "shard record")
-        for field, value in made_with.items():
-            if record.get(field) != value:
-                raise UserError(
-                    f"{folder.parent}: this store was made with other {field} ({record.get(field)}), not "
-                    f"{value}. A store never mixes them: choose another with --config.data.store=..."
-                )
-        if record["rows"] and shard_problem(folder, record, full=True):
-            # Its clips count as missing, so they are computed again into a new shard.
-            sidecar.unlink()
-            (folder / record["file"]).unlink(missing_ok=True)
-            continue
-        records.append(record)
-        known.update(_entries(record))
-    return known, records
+def _read_shards(folder: Path, made_with: dict[str, Any], verify: bool, progress: bool) -> Iterator[dict[str, Any]]:
+    """Yields the records of the sound shards that earlier runs have written, in the order of their numbers.
+
+    Damaged ones are removed: their clips count as missing, so they are computed again into a new shard.
+    """
+    sidecars = sorted(folder.glob("*.json"), key=lambda place: (len(place.name), place.name))
+    some = 64  # records in memory at a time
+
+    def problem(record: dict[str, Any]) -> str:
+        return file_problem(folder, record, full=verify) if record["rows"] else ""
+
+    with (
+        tqdm(total=len(sidecars), unit="shard", desc="check", delay=2, disable=not progress) as bar,
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+    ):
+        for start in range(0, len(sidecars), some):
+            records = [read_json(sidecar, "shard record") for sidecar in sidecars[start : start + some]]
+            for record, (field, value) in itertools.product(records, made_with.items()):
+                if record.get(field) != value:
+                    raise UserError(
+                        f"{folder.parent}: this store was made with other {field} ({record.get(field)}), not "
+                        f"{value}. A store never mixes them: choose another with --config.data.store=..."
+                    )
+            for sidecar, record, damaged in zip(sidecars[start : start + some], records, pool.map(problem, records), strict=True):
+                if damaged:
+                    sidecar.unlink()
+                    (folder / record["file"]).unlink(missing_ok=True)
+                else:
+                    yield record
+                bar.update()
 
 
-def _entries(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Returns a shard's clips by id, each with the file it lies in."""
-    return {entry["clip_id"]: entry | {"file": record["file"]} for entry in record["clips"]}
-
-
-def _source(clip: Clip) -> list[Any]:
-    """What tells a changed source from an unchanged one without reading it."""
+def _status(clip: Clip) -> tuple[int, int]:
+    """Returns the size of a clip's file and its time of change in nanoseconds, or zeros where it cannot be seen."""
     try:
-        status = clip.path.stat()
+        status = os.stat(clip.path)
     except OSError:
-        return [os.path.abspath(clip.path), 0, 0, clip.row]
-    return [os.path.abspath(clip.path), status.st_size, status.st_mtime_ns, clip.row]
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
 
 
 def write_shard(
@@ -374,66 +445,9 @@ def finished_shard(folder: Path, task: ShardTask, made_with: dict[str, Any]) -> 
     wanted = [(clip.clip_id, source) for clip, source in zip(task.clips, task.sources, strict=True)]
     if entries != wanted or any(record.get(field) != value for field, value in made_with.items()):
         return None
-    if record["rows"] and shard_problem(folder, record, full=True):
+    if record["rows"] and file_problem(folder, record, full=True):
         return None
     return record
-
-
-def _manifest(
-    dataset: Dataset,
-    known: dict[str, dict[str, Any]],
-    records: list[dict[str, Any]],
-    made_with: dict[str, Any],
-    skipped: list[dict[str, str]],
-) -> dict[str, Any]:
-    """Puts the data set's view of the shards together.
-
-    Raises:
-      UserError: a split that the data set has is left without a single usable clip.
-    """
-    numbers = {record["file"]: i for i, record in enumerate(r for r in records if r["rows"])}
-    names = ["clip_id", "path", "labels", "split", "group", "shard", "row", "length", "sha256"]
-    if dataset.task == "regression":
-        names.append("values")
-    columns: dict[str, list[Any]] = {name: [] for name in names}
-    for clip in dataset.clips:
-        entry = known[clip.clip_id]
-        if "skipped" in entry:
-            skipped.append({"clip_id": clip.clip_id, "path": str(clip.path), "reason": entry["skipped"]})
-            continue
-        values = {
-            "clip_id": clip.clip_id,
-            "path": str(clip.path),
-            "labels": list(clip.labels),
-            "split": clip.split,
-            "group": clip.group,
-            "values": list(clip.values),
-            "shard": numbers[entry["file"]],
-        } | {k: entry[k] for k in ("row", "length", "sha256")}
-        for name, column in columns.items():
-            column.append(values[name])
-    for split in sorted({clip.split for clip in dataset.clips}):
-        if split not in columns["split"]:
-            first = next(s for s in skipped if s["clip_id"] in {c.clip_id for c in dataset.clips if c.split == split})
-            raise UserError(
-                f"{dataset.root}: no clip of the split {split!r} could be used; the first was skipped because "
-                f"of: {first['reason']}"
-            )
-    shards = [{k: record[k] for k in ("file", "rows", "bytes", "sha256")} for record in records if record["rows"]]
-    return made_with | {
-        "dataset": _describe(dataset),
-        "label_names": list(dataset.label_names),
-        "shards": shards,
-        "clips": columns,
-        "skipped": skipped,
-    }
-
-
-def _write_if_changed(path: Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest unless the same is there already, so that a second run changes no file."""
-    if path.is_file() and path.read_text(encoding="utf-8") == json.dumps(manifest, indent=1, ensure_ascii=False) + "\n":
-        return
-    write_json(path, manifest)
 
 
 def _counted(items: Iterable[Item], bar: Any) -> Iterator[Item]:

@@ -1,5 +1,6 @@
 """The training loop: from a config and a store to checkpoints, going on wherever the last run stopped."""
 
+import collections
 import contextlib
 import dataclasses
 import math
@@ -19,20 +20,21 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from musicgenre import models
-from musicgenre.config import check_config, differences, feature_spec, store_path, to_plain
+from musicgenre.config import check_config, completed, differences, feature_spec, store_path, to_plain
 from musicgenre.errors import UserError
 from musicgenre.evaluation.metrics import multi_label_metrics, regression_metrics, single_label_metrics
 from musicgenre.files import read_json, write_json
 from musicgenre.pipeline.loader import normalisation, train_batches
 from musicgenre.pipeline.store import Store
+from musicgenre.training.augment import Augmentation, window_frames
 from musicgenre.training.checkpoints import Checkpoints
 from musicgenre.training.losses import balanced_weights
 from musicgenre.training.optimisers import learning_rate_schedule, make_optimizer
-from musicgenre.training.parallel import Parallel
+from musicgenre.training.parallel import Feed, Parallel
 from musicgenre.training.saved import run_notes
 from musicgenre.training.scoring import score_clips
 from musicgenre.training.state import create_state
-from musicgenre.training.step import make_score_step, make_train_step
+from musicgenre.training.step import make_many_steps, make_score_step, make_train_step
 from musicgenre.training.telemetry import Profiler, Telemetry
 from musicgenre.training.transfer import layer_order, layer_rates, start_from
 
@@ -143,19 +145,26 @@ def train(
         raise UserError("config.loss.name='cross_entropy' has no meaning for a regression, which takes 'mse'.")
     if config.loss.class_weights == "balanced":
         weights = balanced_weights(store.targets(train_clips), len(store.label_names))
+    augmentation = Augmentation.from_config(config, frames)
+    window = window_frames(frames, store.layout.frames, config.augment.time_stretch)
+    clips = resident_clips(spread, store, train_clips, config.data.on_device)
+    one_step = make_train_step(
+        module,
+        optimizer,
+        seed=config.seed,
+        class_weights=jnp.asarray(weights),
+        task=store.task,
+        loss=config.loss.name,
+        label_smoothing=config.loss.label_smoothing,
+        ema_decay=config.ema_decay,
+        accumulate=config.optimizer.accumulate,
+        axis_name=spread.axis_name,
+        augmentation=augmentation,
+        window_frames=window,
+    )
+    stacked = config.steps_per_call > 1
     step_function = spread.train_step(
-        make_train_step(
-            module,
-            optimizer,
-            seed=config.seed,
-            class_weights=jnp.asarray(weights),
-            task=store.task,
-            loss=config.loss.name,
-            label_smoothing=config.loss.label_smoothing,
-            ema_decay=config.ema_decay,
-            accumulate=config.optimizer.accumulate,
-            axis_name=spread.axis_name,
-        )
+        make_many_steps(one_step) if stacked else one_step, resident=clips is not None, stacked=stacked
     )
     score = spread.score_step(make_score_step(module, store.task))
     metric = config.select_metric or _MAIN_METRIC[store.task]
@@ -178,13 +187,16 @@ def train(
         steps=total_steps,
         seed=config.seed,
         crop_frames=config.data.crop_frames,
+        window_frames=window if config.augment.time_stretch else 0,
+        resident=clips is not None,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         workers=config.data.workers,
     )
+    feed = Feed(iterator, spread, stacked=stacked)
     progress_so_far = _Selection(metric, config.patience)
     step = 0
-    if restored := checkpoints.restore_latest(state, iterator):
+    if restored := checkpoints.restore_latest(state, feed):
         state, step = restored.value, restored.step
         progress_so_far.load(restored.meta)
         logging.info("going on from step %d of %d", step, total_steps)
@@ -212,44 +224,60 @@ def train(
         return measures
 
     def save(measures: dict[str, float]) -> None:
-        checkpoints.save(
-            state, iterator, notes | progress_so_far.dump() | {"measure": measures.get(metric)}, measures.get(metric)
-        )
+        checkpoints.save(state, feed, notes | progress_so_far.dump() | {"measure": measures.get(metric)}, measures.get(metric))
 
-    pending: list[tuple[int, Any]] = []
+    pending: collections.deque[tuple[int, Any]] = collections.deque()
     seen: list[dict[str, float]] = []
 
-    def settle() -> None:
-        """Waits for the steps in flight and stops at a loss that is not a number."""
-        for number, metrics in pending:
-            values = {name: float(value) for name, value in metrics.items()}
-            if not math.isfinite(values["loss"]):
-                raise UserError(
-                    f"{workdir}: the training loss became {values['loss']} at step {number}. The checkpoints before it are "
-                    "whole. Try a smaller --config.optimizer.learning_rate, or --config.optimizer.clip_norm=1."
-                )
-            seen.append(values)
-        pending.clear()
+    def settle(keep: int = 0) -> None:
+        """Waits for the steps in flight, all but the latest `keep` calls: logs them, and stops at a loss that is no number."""
+        while len(pending) > keep:
+            first, stack = pending.popleft()
+            columns = {name: np.atleast_1d(np.asarray(values)) for name, values in stack.items()}
+            for number in range(first, first + len(columns["loss"])):
+                values = {name: float(column[number - first]) for name, column in columns.items()}
+                if not math.isfinite(values["loss"]):
+                    raise UserError(
+                        f"{workdir}: the training loss became {values['loss']} at step {number}. The checkpoints before it are "
+                        "whole. Try a smaller --config.optimizer.learning_rate, or --config.optimizer.clip_norm=1."
+                    )
+                seen.append(values)
+                if number % config.log_every == 0 or number == total_steps:
+                    log(number)
+
+    def log(number: int) -> None:
+        means = {name: float(np.mean([values[name] for values in seen])) for name in seen[0]}
+        seen.clear()
+        telemetry.write(
+            number, **{f"train_{name}": value for name, value in means.items()}, learning_rate=float(schedule(number - 1))
+        )
+        telemetry.progress(number, loss=means["loss"], **progress_so_far.shown())
+
+    evaluation_steps = epoch_steps * config.eval_every
+
+    def call_steps(step: int) -> int:
+        """Steps of the call that begins at `step`: no evaluation lies within one, so a resumed run is cut up alike."""
+        return min(config.steps_per_call, evaluation_steps - step % evaluation_steps, total_steps - step)
 
     with contextlib.closing(telemetry), contextlib.closing(checkpoints), contextlib.closing(profiler), catch_signals() as signals:
         while step < total_steps and not progress_so_far.exhausted:
-            profiler.before(step)
-            state, metrics = step_function(state, spread.place_batch(next(iterator)))
-            profiler.after(step, metrics)
-            step += 1
+            count = call_steps(step)
+            for number in range(step, step + count):
+                profiler.before(number)
+            batch = feed.next(count)
+            state, metrics = step_function(state, batch) if clips is None else step_function(state, batch, clips)
+            for number in range(step, step + count):
+                profiler.after(number, metrics)
+            pending.append((step + 1, metrics))
+            step += count
             saved = False
-            pending.append((step, metrics))
+            if step < total_steps:
+                feed.prepare(call_steps(step))
             if len(pending) >= MOST_STEPS_IN_FLIGHT:
+                settle(MOST_STEPS_IN_FLIGHT // 2)
+            if step // config.log_every > (step - count) // config.log_every:
                 settle()
-            if step % config.log_every == 0 or step == total_steps:
-                settle()
-                means = {name: float(np.mean([values[name] for values in seen])) for name in seen[0]}
-                seen.clear()
-                telemetry.write(
-                    step, **{f"train_{name}": value for name, value in means.items()}, learning_rate=float(schedule(step - 1))
-                )
-                telemetry.progress(step, loss=means["loss"], **progress_so_far.shown())
-            if step % (epoch_steps * config.eval_every) == 0 or step == total_steps:
+            if step % evaluation_steps == 0 or step == total_steps:
                 settle()
                 measures = evaluate()
                 if measures:
@@ -257,12 +285,12 @@ def train(
                     telemetry.write(step, **{f"valid_{name}": value for name, value in measures.items()})
                 save(measures)
                 saved = True
-            if (number := signals.received(step)) is not None:
+            if (number_of_signal := signals.received(step)) is not None:
                 if not saved:
                     settle()
                     save({})
                 checkpoints.wait()
-                raise Interrupted(number, step)
+                raise Interrupted(number_of_signal, step)
         checkpoints.wait()
     return TrainResult(
         workdir,
@@ -356,6 +384,30 @@ def check_store(config: ConfigDict, store: Store) -> None:
         )
 
 
+def resident_clips(spread: Parallel, store: Store, clips: np.ndarray, mode: str) -> jax.Array | None:
+    """Copies clips to every device as they are in the store, float16 `[clips, frames, bands]`; None where they stay on disk.
+
+    Args:
+      spread: the devices.
+      store: where the clips are.
+      clips: which, `[n]`.
+      mode: "auto" (where they fit, see `Parallel.has_room`), "always" or "never".
+
+    Raises:
+      UserError: they were always to be there, and the memory does not suffice.
+    """
+    size = 2 * len(clips) * store.layout.frames * store.bands
+    if mode == "never" or (mode == "auto" and not spread.has_room(size)):
+        return None
+    try:
+        return jax.block_until_ready(spread.place_whole(store.gather(clips)))
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        raise UserError(
+            f"config.data.on_device={mode!r}: the {len(clips)} training clips ({size / 2**30:.1f} GiB) do not fit on each device "
+            "beside what is there. Set --config.data.on_device=never."
+        ) from error
+
+
 def claim_workdir(workdir: Path, config: ConfigDict, store: Store) -> None:
     """Writes down what the run is, or raises UserError where the folder holds another run."""
     plain = to_plain(config)
@@ -372,7 +424,7 @@ def claim_workdir(workdir: Path, config: ConfigDict, store: Store) -> None:
         source = Path(config.init_from) / "train_clips.json"
         record["init_from"] = read_json(source, "list of training clips") if source.is_file() else None
     if path.is_file():
-        if changed := differences(read_json(path, "run configuration"), plain):
+        if changed := differences(completed(read_json(path, "run configuration")), plain):
             raise UserError(
                 f"{workdir}: holds a run with another config (there -> now): {'; '.join(changed)}. Choose another --workdir, "
                 "or give the same config to go on."

@@ -1,11 +1,15 @@
 """One step over many devices: jit with sharding by default, pmap by choice. Both give the single device's result."""
 
 import dataclasses
-from collections.abc import Callable
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from musicgenre.errors import UserError
@@ -13,6 +17,8 @@ from musicgenre.pipeline.loader import Batch
 from musicgenre.training.step import StepFunction
 
 AXIS = "data"
+# The largest share of a device's memory that resident clips may take; on CPU devices, of the machine's, by all copies together.
+DEVICE_SHARE, HOST_SHARE = 0.5, 0.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,20 +85,56 @@ class Parallel:
             return {name: array.reshape(local, -1, *array.shape[1:]) for name, array in batch.items()}
         return {name: jax.make_array_from_process_local_data(self.sharded, array) for name, array in batch.items()}
 
-    def train_step(self, step: StepFunction) -> Callable[..., Any]:
-        """Compiles a train step; the state's buffers are given up to the new state."""
+    def place_batches(self, batches: Sequence[Batch]) -> dict[str, Any]:
+        """Puts this process's slices of several batches onto its devices, for a step of `make_many_steps`."""
+        stacked = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+        if self.kind == "pmap":
+            local = len(self.mesh.local_devices)
+            return {
+                name: array.reshape(len(batches), local, -1, *array.shape[2:]).swapaxes(0, 1) for name, array in stacked.items()
+            }
+        sharding = NamedSharding(self.mesh, PartitionSpec(None, AXIS))
+        return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in stacked.items()}
+
+    def has_room(self, size: int) -> bool:
+        """Returns whether every device, of all processes, can hold `size` bytes within its share of memory."""
+        local = self.mesh.local_devices
+        if local[0].platform == "cpu":
+            fits = size * len(local) <= HOST_SHARE * _host_memory()
+        else:
+            limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in local]
+            fits = size <= DEVICE_SHARE * min(limits)
+        if jax.process_count() > 1:
+            # All must run the same program.
+            fits = bool(multihost_utils.process_allgather(np.array(fits)).all())
+        return fits
+
+    def place_whole(self, array: np.ndarray) -> jax.Array:
+        """Copies an array, the same on every process, to every device."""
+        # device_put would send it from process to process to compare it.
+        return jax.make_array_from_callback(array.shape, self.replicated, lambda index: array[index])
+
+    def train_step(self, step: StepFunction, *, resident: bool = False, stacked: bool = False) -> Callable[..., Any]:
+        """Compiles a train step; the state's buffers are given up to the new state.
+
+        Args:
+          step: takes a state and a batch.
+          resident: it also takes clips, from `place_whole`.
+          stacked: it takes batches from `place_batches`.
+        """
         if self.kind == "pmap":
             return jax.pmap(
                 step,
                 axis_name=AXIS,
-                in_axes=(None, 0),
+                in_axes=(None, 0, None) if resident else (None, 0),
                 out_axes=(None, None),
                 donate_argnums=(0,),
                 devices=list(self.mesh.devices.flat),
             )
+        batch = NamedSharding(self.mesh, PartitionSpec(None, AXIS)) if stacked else self.sharded
         return jax.jit(
             step,
-            in_shardings=(self.replicated, self.sharded),
+            in_shardings=(self.replicated, batch, self.replicated) if resident else (self.replicated, batch),
             out_shardings=(self.replicated, self.replicated),
             donate_argnums=(0,),
         )
@@ -107,3 +149,66 @@ class Parallel:
             return np.concatenate([np.asarray(shard.data) for shard in shards])
 
         return score
+
+
+class Feed:
+    """Training batches on the devices, the next ones placed while the step before them runs.
+
+    Its state, for the checkpoint, is the Grain iterator's as if nothing had been read ahead.
+
+    Args:
+      iterator: Grain's, from `train_batches`.
+      spread: places the batches.
+      stacked: batches are placed together, for a step of `make_many_steps`.
+    """
+
+    def __init__(self, iterator: Iterator[Batch], spread: Parallel, *, stacked: bool = False) -> None:
+        self._iterator: Any = iterator
+        self._spread = spread
+        self._stacked = stacked
+        self._ahead: Any = None
+        self._ahead_count = 0
+        self._state_before: Any = None
+
+    def next(self, count: int = 1) -> dict[str, Any]:
+        """Returns the next batch, or with `stacked` the next `count` of them."""
+        if self._ahead_count not in (0, count):
+            self._iterator.set_state(self._state_before)
+            self._ahead_count = 0
+        if self._ahead_count == 0:
+            return self._place(count)
+        batch: dict[str, Any] = self._ahead
+        self._ahead, self._ahead_count = None, 0
+        return batch
+
+    def prepare(self, count: int = 1) -> None:
+        """Reads what the next call of `next` returns, and sends it on its way to the devices."""
+        self._state_before = self._iterator.get_state()
+        self._ahead, self._ahead_count = self._place(count), count
+
+    def _place(self, count: int) -> dict[str, Any]:
+        if self._stacked:
+            return self._spread.place_batches([next(self._iterator) for _ in range(count)])
+        return self._spread.place_batch(next(self._iterator))
+
+    def get_state(self) -> bytes:
+        """Returns the place in the data as JSON; Grain's checkpoints call this."""
+        return json.dumps(self._state_before if self._ahead_count else self._iterator.get_state(), indent=4).encode()
+
+    def set_state(self, state: bytes) -> None:
+        """Goes to the place of `get_state`; Grain's checkpoints call this."""
+        self._ahead, self._ahead_count = None, 0
+        self._iterator.set_state(json.loads(state))
+
+    def start_prefetch(self) -> None:
+        """Has the iterator read ahead on the host; Grain's checkpoints call this."""
+        self._iterator.start_prefetch()
+
+
+def _host_memory() -> int:
+    """Bytes of memory that this machine, or the container around the process, has."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        if file.is_file() and (text := file.read_text().strip()).isdigit():
+            sizes.append(int(text))
+    return min(sizes)

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from musicgenre.training.augment import Augmentation, gather_windows
 from musicgenre.training.losses import clip_losses, probabilities
 from musicgenre.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
-StepFunction = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+# (state, batch) or, where clips are resident, (state, batch, clips) -> (state, metrics).
+StepFunction = Callable[..., tuple[TrainState, Metrics]]
 
 
 def normalise(x: jax.Array, norm: Any) -> jax.Array:
@@ -33,8 +35,10 @@ def make_train_step(
     ema_decay: float = 0.0,
     accumulate: int = 1,
     axis_name: str | None = None,
+    augmentation: Augmentation | None = None,
+    window_frames: int = 0,
 ) -> StepFunction:
-    """Returns `train_step(state, batch) -> (state, metrics)`, to be jitted or pmapped.
+    """Returns `train_step(state, batch, clips=None) -> (state, metrics)`, to be jitted or pmapped.
 
     Args:
       module: the Linen module.
@@ -47,9 +51,13 @@ def make_train_step(
       ema_decay: of the parameters' moving average; 0 when there is none.
       accumulate: parts of the batch whose gradients are averaged before the one update.
       axis_name: the device axis when the step runs under pmap.
+      augmentation: what is done to the batch first; its key at a step is derived from dropout's.
+      window_frames: with resident clips, frames to take of each; 0 takes whole clips.
 
-    The step takes `x` `[batch, frames, bands]`, `y` and `mask` `[batch]`. Its metrics are scalars: `loss`, `accuracy`
-    (share of clips whose best class is right; single-label only) and `grad_norm`.
+    The step takes `x` `[batch, frames, bands]`, `y` and `mask` `[batch]`, and what the augmentation needs. With resident
+    `clips` `[clips, frames of the store, bands]`, it takes `clip` and `start` `[batch]` instead of `x`. Its metrics are
+    scalars: `loss`, `accuracy` (share of clips whose best class is right; single-label only; a mixed clip counts by the
+    shares of its two) and `grad_norm`.
     """
 
     def loss_function(params: Any, collections: Any, norm: Any, key: jax.Array, batch: Any) -> tuple[jax.Array, Any]:
@@ -61,11 +69,22 @@ def make_train_step(
             mutable=[*collections, "intermediates"],
         )
         updated = {name: updated[name] for name in collections}
-        losses = clip_losses(logits, batch["y"], class_weights, label_smoothing, task=task, name=loss)
+
+        def of_labels(measure: Callable[[jax.Array], jax.Array]) -> jax.Array:
+            """A measure `[batch]` of each clip's labels; of a mixed clip, of both clips' by their shares."""
+            if "share" not in batch:
+                return measure(batch["y"])
+            if task == "regression":
+                share = batch["share"][:, None]
+                return measure(share * batch["y"] + (1.0 - share) * batch["y_other"])
+            # A cross entropy is linear in its targets: this is the one of the soft labels, each class with its own weight.
+            return batch["share"] * measure(batch["y"]) + (1.0 - batch["share"]) * measure(batch["y_other"])
+
+        losses = of_labels(lambda y: clip_losses(logits, y, class_weights, label_smoothing, task=task, name=loss))
         mean = (losses * batch["mask"]).sum() / batch["mask"].sum()
         metrics = {"loss": mean}
         if batch["y"].ndim == 1:
-            right = (logits.argmax(axis=-1) == batch["y"]) * batch["mask"]
+            right = of_labels(lambda y: logits.argmax(axis=-1) == y) * batch["mask"]
             metrics["accuracy"] = right.sum() / batch["mask"].sum()
         return mean, (updated, metrics)
 
@@ -74,8 +93,15 @@ def make_train_step(
         grads, (collections, metrics) = gradient(state.params, collections, state.norm, key, batch)
         return grads, collections, metrics
 
-    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Any, clips: jax.Array | None = None) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
+        # The clips' way: gathered, augmented, normalised (in loss_function), through the network.
+        if clips is not None:
+            batch = dict(batch)
+            clip, start = batch.pop("clip"), batch.pop("start")
+            batch["x"] = gather_windows(clips, clip, start, window_frames or clips.shape[1])
+        if augmentation is not None:
+            batch = augmentation(batch, key, state.norm, axis_name)
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         if accumulate == 1:
@@ -108,6 +134,18 @@ def make_train_step(
         return new, metrics
 
     return train_step
+
+
+def make_many_steps(step: StepFunction) -> StepFunction:
+    """Returns a function that takes several steps in one call, which saves small networks the way back to the host.
+
+    It takes a step's arguments, with batches `[steps, batch, ...]`, and returns metrics `[steps]`.
+    """
+
+    def many_steps(state: TrainState, batches: Any, *clips: jax.Array) -> tuple[TrainState, Metrics]:
+        return jax.lax.scan(lambda state, batch: step(state, batch, *clips), state, batches)
+
+    return many_steps
 
 
 def make_score_step(module: nn.Module, task: str) -> Callable[[Any, jax.Array], jax.Array]:

@@ -59,13 +59,48 @@ def test_crops_stay_inside_the_real_frames(store):
     assert starts == set(range(11))
 
 
-def test_processes_share_each_batch(store):
-    whole = list(train_batches(store, batch_size=6, steps=8, seed=5))
-    halves = [list(train_batches(store, batch_size=6, steps=8, seed=5, process_index=i, process_count=2)) for i in range(2)]
+@pytest.mark.parametrize("crop_frames", [0, 20])
+def test_processes_share_each_batch(store, crop_frames):
+    def batches(**share):
+        return list(train_batches(store, batch_size=6, steps=8, seed=5, crop_frames=crop_frames, **share))
+
+    whole = batches()
+    halves = [batches(process_index=i, process_count=2) for i in range(2)]
     for batch, left, right in zip(whole, *halves, strict=True):
         np.testing.assert_array_equal(batch["x"], np.concatenate([left["x"], right["x"]]))
     with pytest.raises(UserError, match="batch_size=5 does not divide by the 2 processes"):
         train_batches(store, batch_size=5, steps=8, seed=5, process_count=2)
+
+
+def test_of_resident_clips_the_numbers_and_starts_are_those_that_would_be_read(store):
+    store.lengths[::2] = 30
+    whole = store.gather(store.indices("train"))
+    read = list(train_batches(store, batch_size=7, steps=9, seed=5, crop_frames=20))
+    named = list(train_batches(store, batch_size=7, steps=9, seed=5, crop_frames=20, resident=True))
+    for batch, numbers in zip(read, named, strict=True):
+        assert set(numbers) == {"clip", "start", "y", "mask"}
+        cut = [whole[clip, start : start + 20] for clip, start in zip(numbers["clip"], numbers["start"], strict=True)]
+        np.testing.assert_array_equal(cut, batch["x"])
+        np.testing.assert_array_equal(numbers["y"], batch["y"])
+
+
+def test_a_window_lies_around_its_crop(store):
+    store.lengths[::2] = 30
+    crops = list(train_batches(store, batch_size=7, steps=9, seed=5, crop_frames=20))
+    windows = list(train_batches(store, batch_size=7, steps=9, seed=5, crop_frames=20, window_frames=27))
+    lengths = set()
+    for crop, window in zip(crops, windows, strict=True):
+        assert window["x"].shape == (7, 27, 16)
+        cut = [x[offset : offset + 20] for x, offset in zip(window["x"], window["offset"], strict=True)]
+        np.testing.assert_array_equal(cut, crop["x"])
+        # All of a window is real here: clips have 30 or 64 frames.
+        lengths |= set(window["length"].tolist())
+    assert lengths == {27}
+    store.lengths[:] = 23
+    (short,) = train_batches(store, batch_size=7, steps=1, seed=5, crop_frames=20, window_frames=27)
+    assert short["length"].tolist() == [23] * 7 and short["offset"].max() <= 3
+    with pytest.raises(UserError, match="window_frames=19 is not between the crop's 20 and the store's 64"):
+        train_batches(store, batch_size=7, steps=1, seed=5, crop_frames=20, window_frames=19)
 
 
 def test_worker_processes_give_the_same_batches(store):

@@ -3,17 +3,22 @@ import errno
 import json
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from safetensors import safe_open
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from musicgenre.audio.decode import load_audio
 from musicgenre.audio.features import FeatureSpec, compute_features
 from musicgenre.datasets.base import Clip, Dataset, Skipped, make_dataset
 from musicgenre.errors import UserError
+from musicgenre.files import read_json, sha256
 from musicgenre.pipeline import prepare
+from musicgenre.pipeline import store as store_module
 from musicgenre.pipeline.prepare import prepare_store
 from musicgenre.pipeline.store import ClipLayout, Store
 
@@ -42,6 +47,42 @@ def make(dataset, path, **options):
     return prepare_store(
         dataset, options.pop("spec", SPEC), options.pop("layout", LAYOUT), path, workers=1, progress=False, **options
     )
+
+
+def columns_file(folder):
+    (file,) = folder.glob("clips-*.safetensors")
+    return file
+
+
+def as_schema_1(folder):
+    """Makes the store what the first version of this package wrote."""
+    store, manifest = Store.open(folder), read_json(folder / "manifest.json")
+    records = [read_json(place) for place in sorted((folder / "shards").glob("*.json"))]
+    entries = {entry["clip_id"]: entry | {"shard": i} for i, record in enumerate(records) for entry in record["clips"]}
+    used = [entries[clip_id] for clip_id in store.clip_ids]
+    clips = {name: [entry[name] for entry in used] for name in ("clip_id", "path", "shard", "row", "length", "sha256")}
+    clips |= {"labels": [list(each) for each in store.labels], "split": store.splits.tolist(), "group": store.groups}
+    if store.values is not None:
+        clips["values"] = store.values.tolist()
+    manifest |= {
+        "schema": 1,
+        "shards": [{name: record[name] for name in ("file", "rows", "bytes", "sha256")} for record in records],
+        "clips": clips,
+        "skipped": store.skipped,
+    }
+    del manifest["splits"]
+    for file in [*folder.glob("clips-*"), *folder.glob("skipped-*")]:
+        file.unlink()
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def known(store):
+    """All that a store knows of its clips."""
+    names = ("label_names", "labels", "groups", "skipped", "dataset", "features", "layout")
+    arrays = [
+        np.asarray(getattr(store, name)).tolist() for name in ("clip_ids", "paths", "splits", "lengths", "hashes", "values")
+    ]
+    return [getattr(store, name) for name in names], arrays, store.gather(np.arange(len(store))).tobytes()
 
 
 def snapshot(folder):
@@ -203,9 +244,134 @@ def test_it_pickles_small_and_reads_after(dataset, tmp_path):
     make(dataset, tmp_path / "store")
     store = Store.open(tmp_path / "store")
     first = store.gather(np.array([3]))
+    # What was read of the clips stays behind: a copy of a million clips is as small.
+    assert store.clip_ids[3] == "c3" and store.hashes[3] == sha256(tmp_path / "c3.wav")
     copy = pickle.dumps(store)
-    assert len(copy) < 4000
-    np.testing.assert_array_equal(pickle.loads(copy).gather(np.array([3])), first)
+    assert len(copy) < 2000 and b"c3" not in copy
+    again = pickle.loads(copy)
+    np.testing.assert_array_equal(again.gather(np.array([3])), first)
+    assert again.clip_ids.tolist() == store.clip_ids.tolist() and again.skipped == []
+
+
+@pytest.mark.parametrize("task", ["single_label", "multi_label", "regression"])
+def test_a_store_of_schema_1_is_read_and_brought_up_to_date_without_computing(dataset, tmp_path, monkeypatch, task):
+    monkeypatch.setattr(prepare, "CLIPS_PER_SHARD", 2)
+    labels = {"single_label": [("a",)] * 6, "multi_label": [("b", "a"), (), ("a",), ("b",), (), ("b",)], "regression": [()] * 6}
+    clips = tuple(
+        dataclasses.replace(clip, labels=own, values=(i / 3, -i) if task == "regression" else ())
+        for i, (clip, own) in enumerate(zip(dataset.clips, labels[task], strict=True))
+    )
+    (tmp_path / "c1.wav").write_bytes(b"")
+    dataset = dataclasses.replace(dataset, clips=clips, task=task)
+    make(dataset, tmp_path / "store")
+    new, files = known(Store.open(tmp_path / "store")), snapshot(tmp_path / "store")
+    as_schema_1(tmp_path / "store")
+    old = Store.open(tmp_path / "store")
+    assert known(old) == new
+    copy = pickle.loads(pickle.dumps(old))
+    assert known(copy) == new and copy.targets(np.array([4, 0])).tolist() == old.targets(np.array([4, 0])).tolist()
+    summary = make(dataset, tmp_path / "store")
+    assert (summary.computed, summary.reused) == (0, 6)
+    assert {name: content for name, (_, content) in snapshot(tmp_path / "store").items()} == {
+        name: content for name, (_, content) in files.items()
+    }
+
+
+def test_names_that_are_no_ascii_and_clips_without_labels_come_back(dataset, tmp_path):
+    names = ["", "é ß", "a\nb", "\udcff broken", "日本", "z" * 300]
+    columns = store_module.clip_columns(
+        ("x", "y", "z"),
+        ("test", "train"),
+        clip_id=map(str, range(6)),
+        path=names,
+        labels=[(), ("z", "x"), (), ("y",), (), ("x",)],
+        split=["train"] * 5 + ["test"],
+        group=["b", None, "a", "b", None, ""],
+        shard=np.zeros(6),
+        row=np.arange(6),
+        length=np.ones(6),
+        sha256=np.zeros((6, 32)),
+    )
+    assert columns["label"].tolist() == [2, 0, 1, 0] and columns["label_bounds"].tolist() == [0, 0, 2, 2, 3, 3, 4]
+    assert columns["group"].tolist() == [2, -1, 1, 2, -1, 0] and columns["split"].tolist() == [1, 1, 1, 1, 1, 0]
+    make(dataset, tmp_path / "store")
+    store = Store.open(tmp_path / "store")
+    store._arrays |= columns
+    store.label_names = ("x", "y", "z")
+    assert store.paths.tolist() == names and store.groups == ["b", None, "a", "b", None, ""]
+    assert store.labels == [(), ("z", "x"), (), ("y",), (), ("x",)]
+    store.dataset = store.dataset | {"task": "multi_label"}
+    assert store.targets(np.array([3, 0, 1, 1])).tolist() == [[0, 1, 0], [0, 0, 0], [1, 0, 1], [1, 0, 1]]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
+def test_damaged_columns_are_named_and_written_anew(dataset, tmp_path, damage):
+    (tmp_path / "c4.wav").write_bytes(b"")
+    make(dataset, tmp_path / "store")
+    before = snapshot(tmp_path / "store")
+    for pattern in ("clips-*.safetensors", "skipped-*.jsonl"):
+        assert make(dataset, tmp_path / "store").computed == 0
+        (file,) = (tmp_path / "store").glob(pattern)
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        if damage == "gone":
+            file.unlink()
+        else:
+            file.write_bytes(content if damage == "flip" else content[:-1])
+        with pytest.raises(UserError, match=rf"{file.name}: this part.*(missing|damaged).*prepare\.py again: it writes it anew"):
+            Store.open(tmp_path / "store")
+    assert make(dataset, tmp_path / "store").computed == 0
+    assert {k: v[1] for k, v in snapshot(tmp_path / "store").items()} == {k: v[1] for k, v in before.items()}
+
+
+def test_who_has_a_store_open_keeps_the_columns_that_it_opened(dataset, tmp_path):
+    make(dataclasses.replace(dataset, clips=dataset.clips[1:]), tmp_path / "store")
+    first = Store.open(tmp_path / "store")
+    make(dataset, tmp_path / "store")
+    assert columns_file(tmp_path / "store").name == read_json(tmp_path / "store/manifest.json")["clips"]["file"]
+    assert first.clip_ids.tolist() == [f"c{i}" for i in range(1, 6)] and len(Store.open(tmp_path / "store")) == 6
+
+
+def test_many_threads_read_more_shards_than_are_kept_open(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "CLIPS_PER_SHARD", 1)
+    monkeypatch.setattr(store_module, "_OPEN_SHARDS", 2)
+    make(dataset, tmp_path / "store")
+    store = Store.open(tmp_path / "store")
+    expected = np.stack([np.load(tmp_path / f"store/shards/0000{i}.npy")[0] for i in range(6)])
+    orders = [np.random.default_rng(seed).integers(0, 6, 40) for seed in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        for order, x in zip(orders, pool.map(lambda order: store.gather(order, np.full(40, 7), 50), orders), strict=True):
+            np.testing.assert_array_equal(x, expected[order, 7:57])
+    if Path("/proc/self/fd").is_dir():
+        files = [os.path.realpath(place) for place in Path("/proc/self/fd").iterdir()]
+        assert len([name for name in files if name.startswith(str(tmp_path)) and name.endswith(".npy")]) == 2
+
+
+def test_what_a_shard_does_not_hold_is_never_read(dataset, tmp_path):
+    make(dataset, tmp_path / "store")
+    store = Store.open(tmp_path / "store")
+    for start in (-1, 71):
+        with pytest.raises(ValueError, match=rf"frames {start} to {start + 30} of clips of 100 frames"):
+            store.gather(np.array([1]), np.array([start]), 30)
+    assert store.gather(np.array([], np.int64)).shape == (0, 100, 20)
+    shard = tmp_path / "store/shards/00000.npy"
+    os.truncate(shard, shard.stat().st_size - 1)
+    store.gather(np.array([4]))
+    with pytest.raises(UserError, match=r"00000\.npy: this shard is damaged \(it ends early\)"):
+        store.gather(np.array([5]))
+    shard.unlink()
+    with pytest.raises(UserError, match=r"00000\.npy: this shard of the store cannot be read \(No such file"):
+        pickle.loads(pickle.dumps(store)).gather(np.array([0]))
+
+
+def test_a_quick_run_trusts_the_checksums(dataset, tmp_path):
+    make(dataset, tmp_path / "store")
+    shard = tmp_path / "store/shards/00000.npy"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert make(dataset, tmp_path / "store", verify=False).computed == 0
+    assert make(dataset, tmp_path / "store").computed == 6
 
 
 def test_an_absent_split_lists_those_that_are_there(dataset, tmp_path):
@@ -249,9 +415,9 @@ def test_a_rebuilt_shard_takes_a_new_number(dataset, tmp_path, monkeypatch):
     (tmp_path / "store/shards/00001.npy").write_bytes(b"damaged")
     assert make(dataset, tmp_path / "store").computed == 2
     assert sorted(os.listdir(tmp_path / "store/shards")) == [f"0000{n}.{end}" for n in (0, 2, 3) for end in ("json", "npy")]
-    manifest = json.loads((tmp_path / "store/manifest.json").read_text())
-    assert [shard["file"] for shard in manifest["shards"]] == ["00000.npy", "00002.npy", "00003.npy"]
-    assert manifest["clips"]["shard"] == [0, 0, 2, 2, 1, 1]
+    with safe_open(columns_file(tmp_path / "store"), "numpy") as columns:
+        assert columns.get_tensor("shard_number").tolist() == [0, 2, 3]
+        assert columns.get_tensor("shard").tolist() == [0, 0, 2, 2, 1, 1]
 
 
 def test_the_number_of_threads_does_not_decide_the_bytes(dataset, tmp_path, monkeypatch):

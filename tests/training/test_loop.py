@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from musicgenre.config import to_plain
+from musicgenre.config import store_path, to_plain
 from musicgenre.errors import UserError
 from musicgenre.inference.model import load_model
-from musicgenre.training import loop
+from musicgenre.pipeline.loader import train_batches
+from musicgenre.pipeline.store import Store
+from musicgenre.training import loop, parallel
+from musicgenre.training.parallel import Feed, Parallel
 from musicgenre.training.telemetry import Telemetry, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,15 +80,16 @@ from musicgenre.config import from_plain
 from musicgenre.training import loop
 config = from_plain(json.load(open(sys.argv[1])))
 die = int(sys.argv[3])
-if die:
-    place = loop.Parallel.place_batch
-    seen = []
+seen = [0]
+def watched(place, size):
     def placed(self, batch):
-        seen.append(0)
-        if len(seen) == die:
+        before, seen[0] = seen[0], seen[0] + size(batch)
+        if before < die <= seen[0]:
             os.kill(os.getpid(), int(sys.argv[4]))
         return place(self, batch)
-    loop.Parallel.place_batch = placed
+    return placed
+loop.Parallel.place_batch = watched(loop.Parallel.place_batch, lambda batch: 1)
+loop.Parallel.place_batches = watched(loop.Parallel.place_batches, len)
 try:
     loop.train(config, sys.argv[2], progress=False)
 except loop.Interrupted as stop:
@@ -105,15 +109,27 @@ def run_main(config, workdir, die=0, number=0):
     )
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_killed_run_ends_up_bit_identical(small_config, tmp_path, number, code):
-    config = changed(small_config, model__batch_norm=True, ema_decay=0.9, optimizer__schedule="cosine", data__crop_frames=60)
+AUGMENTED = {"augment__time_stretch": 0.1, "augment__mixup": 0.4, "augment__time_masks": 1, "data__crop_frames": 60}
+
+
+# A batch is placed while the step before its own runs. With two steps a call, an epoch's three are a call of two and one of one.
+@pytest.mark.parametrize(
+    ("number", "code", "die", "stops", "fields"),
+    [
+        (signal.SIGKILL, -9, 9, {3, 6}, {**AUGMENTED, "data__on_device": "always", "steps_per_call": 2}),
+        (signal.SIGTERM, 143, 9, {8}, {**AUGMENTED, "data__on_device": "always", "steps_per_call": 2}),
+        (signal.SIGINT, 130, 8, {7}, {"data__crop_frames": 60, "data__on_device": "never"}),
+    ],
+    ids=["killed", "terminated", "interrupted"],
+)
+def test_a_killed_run_ends_up_bit_identical(small_config, tmp_path, number, code, die, stops, fields):
+    config = changed(small_config, model__batch_norm=True, ema_decay=0.9, optimizer__schedule="cosine", **fields)
     loop.train(config, tmp_path / "whole", progress=False)
-    killed = run_main(config, tmp_path / "cut", die=8, number=number)
+    killed = run_main(config, tmp_path / "cut", die=die, number=number)
     assert killed.returncode == code, killed.stderr
-    # The eighth step was being fed: the checkpoint after step 3 or 6 is whole; a signal that can be caught saves step 8.
+    # A signal that can be caught saves the step that was running; else an epoch's checkpoint before it is whole.
     steps = [int(path.name) for path in (tmp_path / "cut" / "checkpoints").iterdir() if path.name.isdigit()]
-    assert max(steps) == (8 if code > 0 else 6) or (code < 0 and max(steps) == 3)
+    assert max(steps) in stops
     assert run_main(config, tmp_path / "cut").returncode == 0
     assert_same(parameters(tmp_path / "whole"), parameters(tmp_path / "cut"))
     whole, cut = (
@@ -125,6 +141,110 @@ def test_a_killed_run_ends_up_bit_identical(small_config, tmp_path, number, code
         for name in ("whole", "cut")
     )
     assert whole == cut
+
+
+def test_without_augmentation_a_run_is_what_it_was_before_there_was_any(small_config, tmp_path):
+    """Losses of the version before augmentation, resident clips and steps per call came, whose parameters were the same bits."""
+    loop.train(changed(small_config, model__batch_norm=True, data__crop_frames=60), tmp_path / "run", progress=False)
+    rows = read_rows(tmp_path / "run")
+    losses = [row["train_loss"] for row in rows if "train_loss" in row]
+    np.testing.assert_allclose(losses, [1.791928, 1.420284, 1.178955, 1.657368, 1.387239, 1.816752], rtol=1e-3)
+    np.testing.assert_allclose(rows[-1]["valid_loss"], 1.160520, rtol=1e-3)
+
+
+def test_where_the_clips_lie_and_how_many_steps_a_call_takes_does_not_matter(small_config, tmp_path):
+    config = changed(small_config, model__batch_norm=True, epochs=2, log_every=4, eval_every=2, **AUGMENTED)
+    runs = {
+        "plain": {"data__on_device": "never"},
+        "resident": {"data__on_device": "always"},
+        "calls": {"data__on_device": "always", "steps_per_call": 3},
+    }
+    for name, fields in runs.items():
+        loop.train(changed(config, **fields), tmp_path / name, progress=False)
+    assert_same(parameters(tmp_path / "plain"), parameters(tmp_path / "resident"))
+    # The same order of operations, but XLA may fuse them otherwise inside the loop.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        parameters(tmp_path / "plain"),
+        parameters(tmp_path / "calls"),
+    )
+    plain, calls = read_rows(tmp_path / "plain"), read_rows(tmp_path / "calls")
+    assert [row["step"] for row in plain] == [4, 6, 6]
+    for one, other in zip(plain, calls, strict=True):
+        assert one.keys() == other.keys()
+        for name in one.keys() - {"seconds"}:
+            np.testing.assert_allclose(one[name], other[name], rtol=1e-5, atol=1e-6)
+
+
+def test_only_clips_that_fit_are_put_on_the_device(small_config, monkeypatch):
+    store = Store.open(store_path(small_config))
+    spread, clips = Parallel.create("jit", jax.devices()[:1]), store.indices("train")
+    size = 24 * 64 * 16 * 2  # float16
+    monkeypatch.setattr(parallel, "_host_memory", lambda: 4 * size)
+    placed = loop.resident_clips(spread, store, clips, "auto")
+    assert placed.nbytes == size
+    np.testing.assert_array_equal(placed, store.gather(clips))
+    monkeypatch.setattr(parallel, "_host_memory", lambda: 4 * size - 1)
+    assert loop.resident_clips(spread, store, clips, "auto") is None
+    assert loop.resident_clips(spread, store, clips, "always").nbytes == size
+    monkeypatch.undo()
+    assert loop.resident_clips(spread, store, clips, "never") is None
+    assert 2**28 < parallel._host_memory() < 2**50
+
+    def full(self, array):
+        raise MemoryError
+
+    monkeypatch.setattr(Parallel, "place_whole", full)
+    with pytest.raises(UserError, match=r"on_device='always': the 24 training clips .* do not fit.*on_device=never"):
+        loop.resident_clips(spread, store, clips, "always")
+
+
+def test_reading_ahead_does_not_show_in_the_state(small_config):
+    store = Store.open(store_path(small_config))
+    spread = Parallel.create("jit", jax.devices()[:1])
+
+    def feed():
+        return Feed(train_batches(store, batch_size=4, steps=9, seed=1, resident=True), spread, stacked=True)
+
+    def clips(batch):
+        return np.asarray(batch["clip"]).tolist()
+
+    order = clips(feed().next(9))
+    ahead = feed()
+    assert clips(ahead.next(2)) == order[:2]
+    state = ahead.get_state()
+    ahead.prepare(3)
+    assert ahead.get_state() == state
+    resumed = feed()
+    resumed.set_state(state)
+    # Another number than what was prepared begins at the same place.
+    assert clips(resumed.next(3)) == clips(ahead.next(3)) == order[2:5]
+    ahead.prepare(1)
+    assert clips(ahead.next(2)) == order[5:7]
+
+
+def test_a_trace_covers_the_calls_of_its_steps(small_config, tmp_path, monkeypatch):
+    events = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: events.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("stop"))
+    take = Feed.next
+    monkeypatch.setattr(Feed, "next", lambda self, count: events.append(count) or take(self, count))
+    config = changed(small_config, epochs=1, steps_per_call=2)
+    loop.train(config, tmp_path / "run", progress=False, profile_steps=(1, 1))
+    assert events == ["start", 2, "stop", 1]
+
+
+def test_a_run_of_the_version_before_goes_on(small_config, tmp_path):
+    small_config.epochs = 1
+    loop.train(small_config, tmp_path / "run", progress=False)
+    path = tmp_path / "run" / "config.json"
+    plain = json.loads(path.read_text())
+    del plain["augment"], plain["steps_per_call"], plain["data"]["on_device"]
+    path.write_text(json.dumps(plain))
+    assert loop.train(small_config, tmp_path / "run", progress=False).step == 3
+    config = changed(small_config, augment__gain=1.0)
+    with pytest.raises(UserError, match=r"\(there -> now\): augment.gain: 0.0 -> 1.0\. Choose"):
+        loop.train(config, tmp_path / "run", progress=False)
 
 
 @pytest.mark.parametrize("item", ["model", "train", "data", "meta", "_CHECKPOINT_METADATA"])
