@@ -119,9 +119,9 @@ class _Sound:
             while len(samples := self._read(file)):
                 self.length += len(samples)
                 finite = np.isfinite(samples)
-                bad += int(samples.size - finite.sum())
+                bad += 0 if finite.all() else int(samples.size - finite.sum())
                 if not bad:
-                    mono = samples.mean(axis=1, dtype=np.float32)
+                    mono = _mixed_down(samples)
                     peak = max(peak, float(np.abs(mono).max()))
                     yield mono
         self._check(declared, log, bad, peak)
@@ -153,6 +153,19 @@ class _Sound:
     def _undecodable(self, error: Exception) -> UserError:
         reason = str(getattr(error, "error_string", error)).rstrip(".")
         return UserError(f"{self._path}: not a sound file that can be decoded ({reason}).")
+
+
+def _mixed_down(samples: np.ndarray) -> np.ndarray:
+    """Returns the mean of the channels, `[samples, channels]` to `[samples]`.
+
+    NumPy's over an axis of two takes half as long as decoding an mp3; the sum of both is the same to the bit.
+    """
+    if samples.shape[1] == 1:
+        return samples[:, 0]
+    if samples.shape[1] == 2:
+        return (samples[:, 0] + samples[:, 1]) * np.float32(0.5)
+    mono: np.ndarray = samples.mean(axis=1, dtype=np.float32)
+    return mono
 
 
 def _name(path: Path) -> str | bytes:

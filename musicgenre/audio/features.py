@@ -16,8 +16,10 @@ from musicgenre.files import fingerprint
 
 KINDS = ("logmel", "mfcc", "stft", "waveform")
 COMPRESSIONS = ("db", "log10000")
-# Frames of one block of the short-time Fourier transform: small enough that a block stays in the cache.
-_BLOCK = 64
+# Frames of one block of the short-time Fourier transform: few enough for the cache, and enough to make its calls few.
+_BLOCK = 96
+# Mel bands of one product.
+_BANDS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +92,6 @@ class FeatureSpec:
                 f"features.compression={self.compression!r} is of log-mels and the STFT, not of features.kind={self.kind!r}: "
                 "leave it at 'db'."
             )
-
         if self.resampler not in RESAMPLERS:
             raise UserError(f"features.resampler: {self.resampler!r} is not known." + did_you_mean(self.resampler, RESAMPLERS))
 
@@ -156,18 +157,67 @@ def _mel_filters(spec: FeatureSpec) -> np.ndarray:
     return np.ascontiguousarray(filters.T)
 
 
-def _power_blocks(samples: np.ndarray, spec: FeatureSpec) -> Iterator[np.ndarray]:
-    """Yields the power spectrogram of mono samples `[samples]` in blocks of frames, float64 `[block, 1 + n_fft // 2]`.
+@functools.lru_cache(maxsize=8)
+def _mel_groups(spec: FeatureSpec) -> tuple[tuple[slice, slice, np.ndarray], ...]:
+    """Returns the filter bank without most of its zeros: neighbouring bands, the frequencies that they hear, and their filters.
 
-    The transform runs in double precision as librosa's does (single precision misses it by more than 1e-4 dB in quiet
-    cells), in blocks of frames that stay in the cache.
+    Of the front end's 128 x 1025 weights two in a hundred are not zero. Small products of 16 bands each take a quarter of the
+    time of the whole one.
     """
-    padded = np.pad(samples.astype(np.float32, copy=False), spec.n_fft // 2)
-    frames = np.lib.stride_tricks.sliding_window_view(padded, spec.n_fft)[:: spec.hop_length]
-    window = scipy.signal.get_window("hann", spec.n_fft, fftbins=True)
-    for start in range(0, len(frames), _BLOCK):
-        spectrum = scipy.fft.rfft(frames[start : start + _BLOCK] * window, overwrite_x=True)
-        yield np.square(spectrum.real) + np.square(spectrum.imag)
+    filters = _mel_filters(spec)
+    groups = []
+    for first in range(0, spec.n_mels, _BANDS):
+        bands = slice(first, min(first + _BANDS, spec.n_mels))
+        heard = np.flatnonzero(filters[:, bands].any(axis=1))
+        bins = slice(heard[0], heard[-1] + 1) if len(heard) else slice(0, 1)
+        groups.append((bands, bins, np.ascontiguousarray(filters[bins, bands])))
+    return tuple(groups)
+
+
+@functools.lru_cache(maxsize=8)
+def _window(n_fft: int) -> np.ndarray:
+    """Returns the periodic Hann window, float64 `[n_fft]`."""
+    window: np.ndarray = scipy.signal.get_window("hann", n_fft, fftbins=True)
+    return window
+
+
+def _frame_count(samples: int, spec: FeatureSpec) -> int:
+    """Returns how many centred frames so many samples make."""
+    return max(1 + (samples + 2 * (spec.n_fft // 2) - spec.n_fft) // spec.hop_length, 0)
+
+
+def _power_blocks(samples: np.ndarray, spec: FeatureSpec) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yields the power spectrogram of mono samples `[samples]` a block of frames at a time.
+
+    The transform runs in double precision as librosa's does: single precision misses it by more than 1e-4 dB in quiet cells. All
+    that is between the samples and the power stays in the cache and is used again for the next block.
+
+    Yields:
+      Which frames these are, and their power, float32 `[any, 1 + n_fft // 2]`, which is valid until the next is asked for.
+    """
+    n_fft, hop, count = spec.n_fft, spec.hop_length, _frame_count(len(samples), spec)
+    stretch = np.empty((_BLOCK - 1) * hop + n_fft, np.float32)
+    frames = np.lib.stride_tricks.sliding_window_view(stretch, n_fft)[::hop]
+    windowed = np.empty((_BLOCK, n_fft))
+    spectrum = np.empty((_BLOCK, 1 + n_fft // 2), np.complex128)
+    rounded = np.empty(spectrum.shape, np.complex64)
+    power = np.empty(spectrum.shape, np.float32)
+    for start in range(0, count, _BLOCK):
+        # The first frame is centred on the first sample; there are zeros beyond both ends.
+        first = start * hop - n_fft // 2
+        before = max(-first, 0)
+        part = samples[first + before : first + len(stretch)]
+        stretch[:before] = 0
+        stretch[before : before + len(part)] = part
+        stretch[before + len(part) :] = 0
+        rows = slice(0, min(_BLOCK, count - start))
+        windowed[rows] = frames[rows]
+        np.multiply(windowed[rows], _window(n_fft), out=windowed[rows])
+        np.fft.rfft(windowed[rows], out=spectrum[rows])
+        rounded[rows] = spectrum[rows]
+        np.abs(rounded[rows], out=power[rows])
+        np.square(power[rows], out=power[rows])
+        yield slice(start, start + rows.stop), power[rows]
 
 
 def mel_power(samples: np.ndarray, spec: FeatureSpec) -> np.ndarray:
@@ -175,13 +225,19 @@ def mel_power(samples: np.ndarray, spec: FeatureSpec) -> np.ndarray:
 
     Equals `librosa.feature.melspectrogram` transposed.
     """
-    filters = _mel_filters(spec)
-    return np.concatenate([power.astype(np.float32) @ filters for power in _power_blocks(samples, spec)])
+    result = np.empty((_frame_count(len(samples), spec), spec.n_mels), np.float32)
+    for frames, power in _power_blocks(samples, spec):
+        for bands, bins, filters in _mel_groups(spec):
+            np.matmul(power[:, bins], filters, out=result[frames, bands])
+    return result
 
 
 def stft_power(samples: np.ndarray, spec: FeatureSpec) -> np.ndarray:
     """Returns the power spectrogram, float32 `[frames, 1 + n_fft // 2]`: `abs(librosa.stft(samples)) ** 2` transposed."""
-    return np.concatenate([power.astype(np.float32) for power in _power_blocks(samples, spec)])
+    result = np.empty((_frame_count(len(samples), spec), 1 + spec.n_fft // 2), np.float32)
+    for frames, power in _power_blocks(samples, spec):
+        result[frames] = power
+    return result
 
 
 def frame_waveform(samples: np.ndarray, hop_length: int) -> np.ndarray:
@@ -198,8 +254,10 @@ def to_db(power: np.ndarray, spec: FeatureSpec) -> np.ndarray:
     """Returns the power `[frames, bands]` of one clip in dB, limited to `top_db` below the clip's maximum."""
     floor = np.float32(1e-10)
     reference = power.max() if spec.db_ref == "max" else np.float32(float(spec.db_ref))
-    db = 10.0 * np.log10(np.maximum(floor, power)) - 10.0 * np.log10(np.maximum(floor, reference))
-    return np.maximum(db, db.max() - np.float32(spec.top_db)).astype(np.float32)
+    db = np.log10(np.maximum(floor, power), dtype=np.float32)
+    db *= 10
+    db -= 10 * np.log10(np.maximum(floor, reference))
+    return np.maximum(db, db.max() - np.float32(spec.top_db), out=db)
 
 
 def compress(power: np.ndarray, spec: FeatureSpec) -> np.ndarray:

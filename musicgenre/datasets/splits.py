@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.model_selection import StratifiedKFold, train_test_split
 
 from musicgenre.errors import UserError
 
@@ -21,6 +20,8 @@ def random_split(count: int, seed: int = 42, share: float = 0.33) -> list[str]:
     """
     if count < 2:
         raise UserError(f"a random split needs at least 2 clips, not {count}.")
+    from sklearn.model_selection import train_test_split  # takes its time to load, and most splits do not need it
+
     _, held_out = train_test_split(np.arange(count), test_size=share, random_state=seed)
     splits = np.full(count, "train", object)
     splits[held_out] = "valid"
@@ -39,6 +40,8 @@ def stratified_kfold(labels: Sequence[str], folds: int, fold: int, seed: int) ->
     label, count = min(Counter(labels).items(), key=lambda item: item[1])
     if count < folds:
         raise UserError(f"the label {label!r} has {count} clips, fewer than the {folds} folds.")
+    from sklearn.model_selection import StratifiedKFold
+
     parts = [part for _, part in StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels)]
     splits = np.full(len(labels), "train", object)
     splits[parts[(fold + 1) % folds]] = "valid"

@@ -3,9 +3,11 @@ import dataclasses
 import librosa
 import numpy as np
 import pytest
+import scipy.fft
 
+from musicgenre.audio import features
 from musicgenre.audio.decode import load_audio
-from musicgenre.audio.features import FeatureSpec, compress, compute_features, frame_waveform, mel_power
+from musicgenre.audio.features import FeatureSpec, compress, compute_features, frame_waveform, mel_power, stft_power
 from musicgenre.errors import UserError
 
 
@@ -60,6 +62,48 @@ def test_the_arrays_are_what_this_front_end_gives_on_their_audio(real_data, clip
     distance = np.stack([np.abs(stored[:, [frame]] - ours).mean(axis=0) for frame in range(387)])
     assert distance.min(axis=1).mean() < 0.1
     assert set(np.diff(distance.argmin(axis=1))) == {3, 4}
+
+
+def test_quiet_cells_beside_loud_ones_equal_librosa():
+    """Noise 60 to 80 dB below a tone. The rounding of a transform in single precision moves such cells by more than 1e-3 dB."""
+    spec = FeatureSpec()
+    time = np.arange(3 * 22050) / 22050
+    noise = np.random.default_rng(0).standard_normal(len(time))
+    samples = (0.9 * np.sin(2 * np.pi * 6000 * time) + 1e-3 * noise).astype(np.float32)
+    expected = librosa_log_mel(samples, spec)
+    assert ((expected > -80) & (expected < -60)).mean() > 0.9
+    np.testing.assert_allclose(compute_features(samples, spec), expected, rtol=0, atol=2e-5)
+    frames = np.lib.stride_tricks.sliding_window_view(np.pad(samples, 1024), 2048)[::1024]
+    spectrum = scipy.fft.rfft(frames * features._window(2048).astype(np.float32))
+    single = features.to_db(np.abs(spectrum) ** 2 @ features._mel_filters(spec), spec)
+    assert np.abs(single - expected).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["logmel", "stft"])
+@pytest.mark.parametrize("frames", [1, 95, 96, 97, 192, 193])
+def test_blocks_of_frames_follow_each_other(kind, frames):
+    """Of signals that end within, at and beyond a block, against one transform of all frames."""
+    assert features._BLOCK == 96
+    spec = FeatureSpec(kind=kind, n_fft=64, hop_length=20, n_mels=12)
+    samples = np.random.default_rng(0).standard_normal(20 * (frames - 1) + 7).astype(np.float32)
+    cut = np.lib.stride_tricks.sliding_window_view(np.pad(samples, 32), 64)[::20]
+    expected = np.abs(np.fft.rfft(cut * np.hanning(65)[:64])) ** 2
+    found = stft_power(samples, spec) if kind == "stft" else mel_power(samples, spec)
+    assert found.shape == (frames, spec.bands) and found.dtype == np.float32
+    np.testing.assert_allclose(
+        found, expected if kind == "stft" else expected @ features._mel_filters(spec), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("spec", [*SPECS, FeatureSpec(n_fft=256, n_mels=100), FeatureSpec(n_mels=17, fmin=2000.0, fmax=9000.0)])
+def test_groups_of_bands_leave_nothing_out(spec):
+    """Put together they are the filter bank; some bands of a short transform hear no frequency at all."""
+    whole = features._mel_filters(spec)
+    together = np.zeros_like(whole)
+    for bands, bins, filters in features._mel_groups(spec):
+        together[bins, bands] += filters
+    np.testing.assert_array_equal(together, whole)
+    assert sum(filters.size for _, _, filters in features._mel_groups(spec)) < 0.6 * whole.size
 
 
 def test_mfcc_equals_librosa():
@@ -178,3 +222,20 @@ def test_the_compression_is_part_of_what_a_spec_is():
     assert spec.fingerprint != dataclasses.replace(spec, compression="db").fingerprint
     # A spec that was saved before there was this field is one in dB.
     assert FeatureSpec.from_dict({k: v for k, v in FeatureSpec().to_dict().items() if k != "compression"}) == FeatureSpec()
+
+
+def test_the_resampler_is_part_of_what_a_spec_is():
+    spec = FeatureSpec(resampler="kaiser_best")
+    assert spec.describe() == "logmel 128 bands, 22050 Hz by kaiser_best, n_fft 2048, hop 1024, 0-11025 Hz, dB re max, top 80 dB"
+    assert FeatureSpec(kind="waveform", resampler="kaiser_best").describe() == (
+        "waveform, 22050 Hz by kaiser_best, frames of 1024 samples"
+    )
+    assert FeatureSpec.from_dict(spec.to_dict()) == spec != FeatureSpec() and spec.fingerprint != FeatureSpec().fingerprint
+    with pytest.raises(UserError, match=r"features.resampler: 'kaiser_fast' is not known.*Did you mean 'kaiser_best'"):
+        FeatureSpec(resampler="kaiser_fast")
+
+
+def test_what_was_made_before_there_was_a_choice_of_resampler_stays_valid():
+    """The saved fields and the fingerprint of the default are those of then; the field may also be given."""
+    assert "resampler" not in FeatureSpec().to_dict() and FeatureSpec().fingerprint == "6e4898e1"
+    assert FeatureSpec.from_dict(FeatureSpec().to_dict() | {"resampler": "soxr_hq"}) == FeatureSpec()
