@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
+# Processes that run the tests.
+JOBS ?= 2
 
 .PHONY: demo test lint lock clean
 
@@ -12,7 +14,7 @@ demo: $(VENV)/installed
 	$(BIN)/python experiments/evaluate.py --workdir=$(RUN) --split=test
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

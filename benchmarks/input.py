@@ -3,16 +3,20 @@ r"""Does the device wait for data? A training step fed by the real pipeline agai
     python -m benchmarks.input                                  # the five networks, clips on the device; then Grain alone
     python -m benchmarks.input --nets=conv1d,crnn --feed=read   # batches read from the store and sent over
     python -m benchmarks.input --nets=conv1d --augment          # with SpecAugment, mixup and noise in the fed step
+    python -m benchmarks.input --nets=none                      # Grain alone
     python -m benchmarks.input --tiny                           # a dry run of seconds
 
 The fed step is the training loop's: Grain's iterator, the next batch placed while a step runs, crops and normalisation inside the
 step. Bars: a fed step takes at most 1.03 times a step on the batch that lies ready; Grain's random crops come at 0.8 or more
-of the rate of a bare loop over the memory map. The clips are noise, in a store of its own in a temporary folder.
+of the rate of a bare loop over NumPy's memory maps, which copies each crop into its row of the batch. Beside it, without a bar:
+`np.stack` of slices of the maps, and the bare loop over plain arrays that view the maps, which spares np.memmap's bookkeeping
+of each slice. The clips are noise, in a store of its own in a temporary folder.
 """
 
 import argparse
 import collections
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,7 +60,7 @@ NETS = {
     "fcn4": Net({"name": "fcn"}, 1366, 0, 96, 4),
     "crnn": Net({"name": "crnn"}, 1366, 0, 96, 8),
     "short_chunk_res": Net({"name": "short_chunk", "residual": True}, 647, 231, 128, 16),
-    "resnet18": Net({"name": "resnet"}, 647, 0, 128, 8),
+    "resnet18": Net({"name": "resnet", "blocks": (2, 2, 2, 2)}, 647, 0, 128, 8),
 }
 TINY = {"conv1d": Net({"name": "conv1d", "filters": (4, 8), "dense": (8,)}, 100, 64, 16, 8)}
 
@@ -131,32 +135,46 @@ def step_runners(store: Store, net: Net, *, feed: str, augment: bool, steps: int
 
 
 def crop_readers(store: Store, crop_frames: int, batch_size: int, batches: int) -> dict[str, Callable[[], None]]:
-    """Returns two functions, "grain" and "bare loop", that each read `batches` batches of random crops of the store."""
+    """Returns functions that each read `batches` batches of random crops of the store: "Grain", and three loops without it."""
     source = train_batches(store, batch_size=batch_size, steps=2**40, seed=0, crop_frames=crop_frames)
     files = sorted((store.path / "shards").glob("*.npy"))
-    maps = [np.load(file, mmap_mode="r") for file in files]
+    maps: list[np.ndarray] = [np.load(file, mmap_mode="r") for file in files]
+    arrays = [memory_map.view(np.ndarray) for memory_map in maps]
     generator = np.random.default_rng(0)
+
+    def crops() -> Iterator[tuple[int, int, int]]:
+        """Yields shard, row and first frame of each crop of a batch."""
+        clips = generator.integers(0, len(store), batch_size)
+        starts = generator.integers(0, store.layout.frames - crop_frames + 1, batch_size)
+        for clip, start in zip(clips.tolist(), starts.tolist(), strict=True):
+            yield clip // CLIPS_PER_SHARD, clip % CLIPS_PER_SHARD, start
 
     def grain() -> None:
         for _ in range(batches):
             next(source)
 
-    def bare() -> None:
+    def loop(sources: list[np.ndarray]) -> None:
         for _ in range(batches):
             result = np.empty((batch_size, crop_frames, store.bands), np.float16)
-            clips = generator.integers(0, len(store), batch_size)
-            starts = generator.integers(0, store.layout.frames - crop_frames + 1, batch_size)
-            for row, (clip, start) in enumerate(zip(clips, starts, strict=True)):
-                shard, place = divmod(int(clip), CLIPS_PER_SHARD)
-                result[row] = maps[shard][place, start : start + crop_frames]
+            for number, (shard, row, start) in enumerate(crops()):
+                result[number] = sources[shard][row, start : start + crop_frames]
 
-    return {"grain": grain, "bare loop": bare}
+    def stack() -> None:
+        for _ in range(batches):
+            np.stack([maps[shard][row, start : start + crop_frames] for shard, row, start in crops()])
+
+    return {
+        "Grain": grain,
+        "bare loop": functools.partial(loop, maps),
+        "np.stack": stack,
+        "loop over arrays": functools.partial(loop, arrays),
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures, prints, and returns 0 whether or not the bars are met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nets", default="", help=f"of {','.join(NETS)}; default: all")
+    parser.add_argument("--nets", default="", help=f"of {','.join(NETS)}, or none, for Grain alone; default: all")
     parser.add_argument("--feed", choices=["resident", "read"], default="resident", help="default: %(default)s")
     parser.add_argument("--augment", action="store_true", help="the fed step also augments")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each side (default: %(default)s)")
@@ -165,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="a small network and few rounds: whether it runs, not how fast")
     options = parser.parse_args(arguments)
     nets = TINY if options.tiny else NETS
-    chosen = [name for name in options.nets.split(",") if name] or list(nets)
+    chosen = [] if options.nets == "none" else [name for name in options.nets.split(",") if name] or list(nets)
     if unknown := [name for name in chosen if name not in nets]:
         parser.error(f"--nets: {unknown[0]!r} is none of {', '.join(nets)}")
     clips, rounds, steps, batches = options.clips, options.rounds, options.steps, 200
@@ -191,12 +209,16 @@ def main(arguments: list[str] | None = None) -> int:
                 print(timing.line())
             print(ratio(timings["fed"], timings["ready"]).line("fed / ready", at_most=FED_BAR), flush=True)
 
-        net = TINY["conv1d"] if options.tiny else dataclasses.replace(NETS["short_chunk_res"], batch_size=32)
-        print(f"Grain: random crops of {net.crop_frames} frames x {net.bands} bands, batches of {net.batch_size}")
-        timings = alternate(crop_readers(store_of(net), net.crop_frames, net.batch_size, batches), rounds=rounds, units=batches)
-        for timing in timings.values():
-            print(timing.line())
-        print(ratio(timings["bare loop"], timings["grain"]).line("Grain's rate / bare loop's", at_least=GRAIN_BAR))
+        net = TINY["conv1d"] if options.tiny else NETS["short_chunk_res"]
+        for batch_size in (8,) if options.tiny else (16, 32, 64):
+            print(f"Grain: random crops of {net.crop_frames} frames x {net.bands} bands, batches of {batch_size}")
+            readers = crop_readers(store_of(net), net.crop_frames, batch_size, batches)
+            timings = alternate(readers, rounds=rounds, units=batches)
+            for timing in timings.values():
+                print(timing.line())
+            print(ratio(timings["bare loop"], timings["Grain"]).line("Grain's rate / bare loop's", at_least=GRAIN_BAR))
+            for name in ("np.stack", "loop over arrays"):
+                print(ratio(timings[name], timings["Grain"]).line(f"Grain's rate / {name}'s"))
     return 0
 
 

@@ -30,7 +30,7 @@ from musicgenre.audio.decode import load_audio
 from musicgenre.audio.features import FeatureSpec, compute_features
 from musicgenre.audio.resample import resample
 from musicgenre.datasets.base import Clip, Dataset, make_dataset
-from musicgenre.files import sha256, write_json
+from musicgenre.files import sha256, write_text
 from musicgenre.pipeline.loader import normalisation, train_batches
 from musicgenre.pipeline.prepare import CLIPS_PER_SHARD, ClipFeatures, Recipe, ShardTask, StorePlan, one_thread, write_shard
 from musicgenre.pipeline.store import ClipLayout, Store
@@ -239,7 +239,7 @@ def start(folder: Path, batches: int) -> dict[str, float]:
         "sha256": store.hashes[clips].tolist(),
         "group": [store.groups[i] for i in clips],
     }
-    write_json(folder / "train_clips.json", record)
+    write_text(folder / "train_clips.json", json.dumps(record, ensure_ascii=False) + "\n")
     lap("train_clips_s")
     return result | {"train_clips_GB": _peak_gb()}
 
@@ -262,8 +262,10 @@ def _against_maps(store: Store, batches: int) -> dict[str, float]:
 
     seconds: dict[str, list[float]] = {"gather": [], "maps": []}
     ways: list[tuple[str, Callable[[np.ndarray], np.ndarray]]] = [("gather", store.gather), ("maps", mapped)]
+    # Fills the page cache by maps of its own; of a large store a run comes back to a clip only an epoch later.
+    other = Store.open(store.path, verify=False)
     for indices in chosen:
-        store.gather(indices)  # fills the page cache; of a large store a run comes back to a clip only an epoch later
+        other.gather(indices)
     for indices in chosen:
         ways.reverse()  # who comes second finds the clips in the processor's cache
         for name, function in ways:

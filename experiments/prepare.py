@@ -11,6 +11,7 @@ from musicgenre.pipeline.prepare import prepare_store
 
 _WORKERS = flags.DEFINE_integer("workers", 0, "Processes; 0 is one for each core.", lower_bound=0)
 _PROGRESS = flags.DEFINE_bool("progress", True, "Draw a progress bar.")
+_VERIFY = flags.DEFINE_bool("verify", True, "Compare the shards that are there with their checksums, not only their sizes.")
 
 
 def main() -> None:
@@ -28,6 +29,7 @@ def main() -> None:
         min_seconds=settings.data.min_seconds,
         array_layout=settings.data.array_layout,
         progress=_PROGRESS.value,
+        verify=_VERIFY.value,
     )
     if dataset.synthetic:
         print("SYNTHETIC: this data set is made-up audio; numbers on it say nothing about real music.")

@@ -16,6 +16,7 @@ from musicgenre.datasets import load_dataset
 from musicgenre.pipeline.beam import prepare_store_beam
 
 _PROGRESS = flags.DEFINE_bool("progress", True, "Draw a progress bar.")
+_VERIFY = flags.DEFINE_bool("verify", True, "Compare the shards that are there with their checksums, not only their sizes.")
 
 
 def main(beam_flags: list[str]) -> None:
@@ -33,6 +34,7 @@ def main(beam_flags: list[str]) -> None:
         min_seconds=settings.data.min_seconds,
         array_layout=settings.data.array_layout,
         progress=_PROGRESS.value,
+        verify=_VERIFY.value,
     )
     if dataset.synthetic:
         print("SYNTHETIC: this data set is made-up audio; numbers on it say nothing about real music.")

@@ -1,6 +1,8 @@
 """Shared settings and fixtures; data are made on the fly."""
 
+import atexit
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,9 @@ from musicgenre.pipeline.prepare import PrepareSummary, prepare_store
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Many tests train the same small network: compile it once a session.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="musicgenre-xla-"))
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="musicgenre-xla-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 flags.FLAGS.mark_as_parsed()

@@ -54,6 +54,7 @@ def test_every_config_takes_one_step(path, monkeypatch):
     )
     frames, bands = config.data.crop_frames or config.data.frames, feature_spec(config).bands
     module = models.build(config.model.to_dict(), num_classes=classes, frames=frames, bands=bands, kind=config.features.kind)
+    config.optimizer.warmup_steps = 0  # at whose first step the rate is 0
     optimizer = make_optimizer(config.optimizer, 100)
     norm = {"mean": np.zeros((1, bands), np.float32), "std": np.ones((1, bands), np.float32)}
     state = create_state(module, optimizer, norm, seed=0, frames=frames, bands=bands, ema=config.ema_decay > 0)
@@ -119,6 +120,7 @@ def test_the_stores_place_differs_for_what_it_is_made_from():
         ("optimizer.accumulate", 5, "does not divide by optimizer.accumulate"),
         ("optimizer.learning_rate", -1.0, "config.optimizer.learning_rate must be above 0"),
         ("data.pad", "mirror", "data.pad must be"),
+        ("data.normalise_clips", -1, "config.data.normalise_clips must not be negative, but is -1"),
         ("features.n_fft", 0, "features.n_fft must be at least 1"),
         ("optimizer.schedule", "kosine", "Did you mean 'cosine'"),
     ],

@@ -194,7 +194,8 @@ def _trained_clips(record: dict[str, Any]) -> tuple[dict[str, Any], str]:
     if record["init_from"] is None:
         return record, "the model that this run started from does not list them"
     before, unknown = _trained_clips(record["init_from"])
-    new = [i for i, clip_id in enumerate(before["clip_id"]) if clip_id not in set(record["clip_id"])]
+    own = set(record["clip_id"])
+    new = [i for i, clip_id in enumerate(before["clip_id"]) if clip_id not in own]
     return record | {name: record[name] + [before[name][i] for i in new] for name in ("clip_id", "sha256", "group")}, unknown
 
 

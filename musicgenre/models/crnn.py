@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from musicgenre.errors import UserError, did_you_mean
-from musicgenre.models.layers import batch_norm, check_lengths, max_pool
+from musicgenre.models.layers import Conv, batch_norm, check_lengths, max_pool
 from musicgenre.models.registry import InputLimits, register
 
 # Frames of the public code's input. Its input normalisation has a scale for each of them.
@@ -158,7 +158,7 @@ class CRNN(nn.Module):
         x = x.astype(self.dtype)[..., None]
         pools = zip(self.filters, self.time_pools, self.band_pools, strict=True)
         for i, (filters, frames, bands) in enumerate(pools, start=1):
-            x = nn.Conv(filters, (3, 3), use_bias=self.conv_bias, kernel_init=init, dtype=self.dtype, name=f"conv{i}")(x)
+            x = Conv(filters, 3, train=train, use_bias=self.conv_bias, kernel_init=init, dtype=self.dtype, name=f"conv{i}")(x)
             x = nn.elu(batch_norm(train, self.axis_name, self.dtype, name=f"norm{i}")(x))
             x = max_pool(x, (frames, bands))
             x = nn.Dropout(self.conv_dropout, deterministic=not train, name=f"dropout{i}")(x)

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from musicgenre.models.layers import batch_norm, check_lengths, global_max, max_pool
+from musicgenre.models.layers import Conv, batch_norm, check_lengths, global_max, max_pool
 from musicgenre.models.registry import InputLimits, register
 
 _FIVE = {
@@ -85,11 +85,10 @@ class FCN(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Returns logits, float32 `[batch, num_classes]`, of `x` `[batch, frames, bands]`."""
         init = nn.initializers.glorot_uniform()
-        size = (self.width, self.width)
         x = x.astype(self.dtype)[..., None]
         pools = zip(self.filters, self.time_pools, self.band_pools, strict=True)
         for i, (filters, frames, bands) in enumerate(pools, start=1):
-            x = nn.Conv(filters, size, use_bias=False, kernel_init=init, dtype=self.dtype, name=f"conv{i}")(x)
+            x = Conv(filters, self.width, train=train, kernel_init=init, dtype=self.dtype, name=f"conv{i}")(x)
             x = nn.relu(batch_norm(train, self.axis_name, self.dtype, name=f"norm{i}")(x))
             x = max_pool(x, (frames, bands))
             if i == len(self.filters):

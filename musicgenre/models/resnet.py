@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from musicgenre.errors import UserError
-from musicgenre.models.layers import batch_norm
+from musicgenre.models.layers import Conv, batch_norm, max_pool_overlapping
 from musicgenre.models.registry import InputLimits, register
 
 RESNET_SIZES: dict[str, dict[str, Any]] = {
@@ -78,23 +78,18 @@ class ResNet(nn.Module):
         """Returns logits, float32 `[batch, num_classes]`, of `x` `[batch, frames, bands]`."""
 
         def conv(x: jax.Array, filters: int, size: int, stride: int, name: str) -> jax.Array:
-            return nn.Conv(
-                filters,
-                (size, size),
-                (stride, stride),
-                padding=size // 2,
-                use_bias=False,
-                kernel_init=nn.initializers.he_normal(),
-                dtype=self.dtype,
-                name=name,
-            )(x)
+            init = nn.initializers.he_normal()
+            return Conv(filters, size, stride, train=train, kernel_init=init, dtype=self.dtype, name=name)(x)
 
         def norm(x: jax.Array, name: str) -> jax.Array:
             return batch_norm(train, self.axis_name, self.dtype, name=f"{name}_norm")(x)
 
         x = conv(x.astype(self.dtype)[..., None], self.filters, 7, 2, "stem")
         x = nn.relu(norm(x, "stem"))
-        x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        if train:
+            x = max_pool_overlapping(x)
+        else:
+            x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for stage, units in enumerate(self.blocks):
             width = self.filters * 2**stage
             for unit in range(units):

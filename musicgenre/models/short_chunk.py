@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from musicgenre.models.layers import batch_norm, global_max, max_pool
+from musicgenre.models.layers import Conv, batch_norm, global_max, max_pool
 from musicgenre.models.registry import InputLimits, register
 
 
@@ -59,16 +59,8 @@ class ShortChunk(nn.Module):
 
         def conv(x: jax.Array, filters: int, name: str, stride: int = 1) -> jax.Array:
             # One zero on every side whatever the size, as in the public code; SAME would put none before an even axis.
-            x = nn.Conv(
-                filters,
-                (3, 3),
-                (stride, stride),
-                padding=1,
-                use_bias=False,
-                kernel_init=nn.initializers.he_normal(),
-                dtype=self.dtype,
-                name=name,
-            )(x)
+            init = nn.initializers.he_normal()
+            x = Conv(filters, stride=stride, train=train, kernel_init=init, dtype=self.dtype, name=name)(x)
             return batch_norm(train, self.axis_name, self.dtype, name=f"{name}_norm")(x)
 
         x = x[..., None]

@@ -1,4 +1,4 @@
-"""The spectrogram store to batches, with Grain: one whole batch a step, gathered straight from the memory map."""
+"""The spectrogram store to batches, with Grain: one whole batch a step, gathered straight from the shards."""
 
 import dataclasses
 import functools
@@ -20,7 +20,6 @@ class _MakeBatch:
 
     store: Store
     clips: np.ndarray
-    targets: np.ndarray
     batch_size: int
     frames: int
     window: int
@@ -33,15 +32,18 @@ class _MakeBatch:
     def __call__(self, step: int) -> Batch:
         # Drawn for the whole batch, of which each process takes its slice: the crops do not depend on the processes.
         places = self._places(np.arange(step * self.batch_size, (step + 1) * self.batch_size))
-        # A stream for each (seed, step): the same crops however the run was cut up by restarts.
-        generator = np.random.default_rng((self.seed, step, 0))
-        lengths = self.store.lengths[self.clips[places]]
-        starts = generator.integers(0, np.maximum(lengths - self.frames, 0) + 1)
-        starts = np.minimum(starts, self.store.layout.frames - self.frames)
+        clips = self.clips[places]
+        lengths = self.store.lengths[clips].astype(np.int64)  # what the draws are made in
+        if self.frames == self.store.layout.frames:
+            starts = np.zeros(self.batch_size, np.int64)
+        else:
+            # A stream for each (seed, step): the same crops however the run was cut up by restarts.
+            generator = np.random.default_rng((self.seed, step, 0))
+            starts = generator.integers(0, np.maximum(lengths - self.frames, 0) + 1)
         local = self.batch_size // self.process_count
         mine = slice(self.process_index * local, (self.process_index + 1) * local)
-        places, starts, lengths = places[mine], starts[mine], lengths[mine]
-        batch = {"y": self.targets[places], "mask": np.ones(local, np.float32)}
+        places, clips, starts, lengths = places[mine], clips[mine], starts[mine], lengths[mine]
+        batch = {"y": self.store.targets(clips), "mask": np.ones(local, np.float32)}
         first = starts
         if self.windowed:
             # What can be used of a clip: its real frames, or as many filled ones as a crop takes.
@@ -51,7 +53,7 @@ class _MakeBatch:
             batch["length"] = np.minimum(usable - first, self.window).astype(np.int32)
         if self.resident:
             return batch | {"clip": places.astype(np.int32), "start": first.astype(np.int32)}
-        return batch | {"x": self.store.gather(self.clips[places], first, self.window)}
+        return batch | {"x": self.store.gather(clips, first, self.window)}
 
     def _places(self, positions: np.ndarray) -> np.ndarray:
         """The clips at positions of the endless row of shuffled epochs."""
@@ -122,12 +124,10 @@ def train_batches(
         raise UserError(
             f"window_frames={window} is not between the crop's {frames} and the store's {store.layout.frames} frames."
         )
-    targets = store.targets(clips)
-    make = _MakeBatch(
-        store, clips, targets, batch_size, frames, window, window_frames > 0, seed, resident, process_index, process_count
-    )
-    # A thread of its own reads ahead; numbers are made sooner than they are handed over.
-    options = grain.ReadOptions(num_threads=0 if resident else 1, prefetch_buffer_size=0 if resident else 4)
+    make = _MakeBatch(store, clips, batch_size, frames, window, window_frames > 0, seed, resident, process_index, process_count)
+    # Read where it is asked for, which `musicgenre.training.parallel.Feed` does while the device is at work. Handing batches
+    # over from a reading thread takes longer than reading most of them, and the memory of those that wait is not reused.
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     dataset = grain.MapDataset.range(steps).map(make).to_iter_dataset(options)
     if workers:
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
@@ -180,7 +180,7 @@ def eval_batches(
         yield {"x": store.gather(indices[clip[rows]], starts[rows], frames), "mask": mask, "clip": clip[rows]}
 
 
-def normalisation(store: Store, mode: str, split: str = "train", block: int = 64) -> dict[str, Any]:
+def normalisation(store: Store, mode: str, split: str = "train", block: int = 64, clips: int = 0) -> dict[str, Any]:
     """Returns the mean and standard deviation of the training split, for `(x - mean) / std`.
 
     Args:
@@ -189,6 +189,7 @@ def normalisation(store: Store, mode: str, split: str = "train", block: int = 64
         "global" (one of each) or "none".
       split: the split that they are taken from; nothing else is looked at.
       block: clips read at a time.
+      clips: how many are read, evenly spaced over the split in order of their ids; 0 reads all.
 
     Returns:
       `mean` and `std`, float32 `[frames, bands]` ("position") or `[1, bands]`. A deviation of zero becomes one.
@@ -202,6 +203,8 @@ def normalisation(store: Store, mode: str, split: str = "train", block: int = 64
     if mode == "none":
         return {"mean": np.zeros(shape, np.float32), "std": np.ones(shape, np.float32)}
     indices = store.indices(split)
+    if 0 < clips < len(indices):
+        indices = indices[np.arange(clips) * len(indices) // clips]
     total = np.zeros((store.layout.frames, store.bands))
     squares = np.zeros_like(total)
     count = np.zeros((store.layout.frames, 1))

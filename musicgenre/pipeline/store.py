@@ -21,6 +21,7 @@ import functools
 import hashlib
 import itertools
 import json
+import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +41,7 @@ SCHEMA = 2
 SHARD_SCHEMA = 1
 # Stores up to this size have their checksums verified whenever they are opened for training or evaluation.
 _ALWAYS_VERIFY_BYTES = 4 * 2**30
-# Shards kept open for reading: macOS allows a process 256 files by default, Linux 1,024.
+# Shards kept open for reading: macOS allows a process 256 files by default, Linux 1,024. A store of no more is mapped.
 _OPEN_SHARDS = 128
 # What a pickled store is made of; the rest is read again.
 _PICKLED = ("path", "features", "layout", "dataset", "label_names", "_split_names", "_index", "_skipped", "_arrays")
@@ -121,7 +122,6 @@ class Store:
         else:
             self._split_names, self._index = tuple(manifest["splits"]), manifest["clips"]
         self._reader: Any = None
-        self._open = _opener(path / "shards")
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: self.__dict__[name] for name in _PICKLED}
@@ -130,7 +130,6 @@ class Store:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._reader = None
-        self._open = _opener(self.path / "shards")
 
     @classmethod
     def open(cls, path: str | Path, verify: bool | None = None) -> "Store":
@@ -293,20 +292,37 @@ class Store:
         # In the file a clip's frames are followed by the next clip's.
         if len(first) and not (first.min() >= 0 and first.max() + frames <= self.layout.frames):
             raise ValueError(f"frames {first.min()} to {first.max() + frames} of clips of {self.layout.frames} frames")
-        shards = self._column("shard")[indices]
-        frame_bytes = 2 * self.bands
-        clip_bytes = frame_bytes * self.layout.frames
-        # What a file holds before its clips is NumPy's header.
-        headers = self._column("shard_bytes")[shards] - clip_bytes * self._column("shard_rows")[shards].astype(np.int64)
-        places = headers + clip_bytes * self._column("row")[indices].astype(np.int64) + frame_bytes * first
+        shards, begins = self._places
         result = np.empty((len(indices), frames, self.bands), np.float16)
         if result.size:
             rows = result.reshape(len(indices), -1).view(np.uint8)
-            # Reading leaves the pages to the system, where mapping would count them to this process; and it needs one open
-            # file a shard for a moment only, where thousands of maps are more than a process may have.
-            for row, number, place in zip(rows, self._column("shard_number")[shards].tolist(), places.tolist(), strict=True):
-                self._open(number).read(row.data, place)
+            numbers, places = shards[indices].tolist(), (begins[indices] + 2 * self.bands * first).tolist()
+            opened = {number: self._open(number) for number in set(numbers)}
+            for shard in opened.values():
+                shard.check()
+            for row, number, place in zip(rows, numbers, places, strict=True):
+                opened[number].read(row, place)
         return result
+
+    @functools.cached_property
+    def _places(self) -> tuple[np.ndarray, np.ndarray]:
+        """The number of each clip's shard, int32 `[clips]`, and the byte of its file where the clip begins, int64 `[clips]`."""
+        clip_bytes = 2 * self.bands * self.layout.frames
+        # What a file holds before its clips is NumPy's header.
+        headers = self._column("shard_bytes") - clip_bytes * self._column("shard_rows").astype(np.int64)
+        shards, rows = self._column("shard"), self._column("row").astype(np.int64)
+        return self._column("shard_number")[shards], headers[shards] + clip_bytes * rows
+
+    @functools.cached_property
+    def _open(self) -> "Callable[[int], _MappedShard | _OpenShard]":
+        """A function that opens a shard by its number and keeps those used last.
+
+        A map is the quickest to copy from once its pages have been seen. Of many shards they hardly ever have: then reading is
+        quicker, counts no pages to this process, and leaves no more files open than it may have.
+        """
+        kind = _MappedShard if len(self._column("shard_number")) <= _OPEN_SHARDS else _OpenShard
+        opener: Callable[[int], _MappedShard | _OpenShard] = functools.partial(kind, f"{self.path}/shards")
+        return functools.lru_cache(_OPEN_SHARDS)(opener)
 
     def _column(self, name: str) -> np.ndarray:
         """Returns one of the arrays that `clip_columns` and `write_manifest` describe."""
@@ -329,6 +345,37 @@ class Store:
             yield {"file": f"{number:05d}.npy", "bytes": int(size), "sha256": digest.tobytes().hex()}
 
 
+class _MappedShard:
+    """A shard mapped into memory, until nothing refers to it any more."""
+
+    def __init__(self, folder: str, number: int) -> None:
+        self.path = f"{folder}/{number:05d}.npy"
+        try:
+            with open(self.path, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:
+            raise UserError(_cut_short(self.path)) from None  # an empty file
+        except OSError as error:
+            raise UserError(_unreadable(self.path, error)) from error
+        self._bytes = np.frombuffer(self._map, np.uint8)
+
+    def check(self) -> None:
+        """Raises UserError where the file has been cut since it was mapped: to touch what it lost would end the process."""
+        if self._map.size() < len(self._bytes):
+            raise UserError(_cut_short(self.path))
+
+    def read(self, target: np.ndarray, offset: int) -> None:
+        """Fills `target`, uint8 `[n]`, with the bytes from `offset` on.
+
+        Raises:
+          UserError: the file ends before.
+        """
+        end = offset + len(target)
+        if end > len(self._bytes):
+            raise UserError(_cut_short(self.path))
+        target[:] = self._bytes[offset:end]
+
+
 class _OpenShard:
     """A shard open for reading. It is closed when nothing refers to it any more, so no other thread's reading is cut off."""
 
@@ -337,34 +384,38 @@ class _OpenShard:
         try:
             self._number = os.open(self.path, os.O_RDONLY)
         except OSError as error:
-            raise UserError(
-                f"{self.path}: this shard of the store cannot be read ({error.strerror}). Run experiments/prepare.py again."
-            ) from error
+            raise UserError(_unreadable(self.path, error)) from error
         self._close = os.close  # at Python's end the module may go first
 
     def __del__(self) -> None:
         if hasattr(self, "_close"):
             self._close(self._number)
 
-    def read(self, target: memoryview, offset: int) -> None:
-        """Fills `target`, which is of bytes, with those from `offset` on.
+    def check(self) -> None:
+        """Nothing to look after: reading itself meets the end of the file."""
+
+    def read(self, target: np.ndarray, offset: int) -> None:
+        """Fills `target`, uint8 `[n]`, with the bytes from `offset` on.
 
         Raises:
           UserError: the file ends before, or cannot be read.
         """
         try:
             # One call nearly always does; the system may return less when it is interrupted.
-            while (count := os.preadv(self._number, [target], offset)) < len(target):
+            while (count := os.preadv(self._number, [target.data], offset)) < len(target):
                 if count == 0:
-                    raise UserError(f"{self.path}: this shard is damaged (it ends early). Run experiments/prepare.py again.")
+                    raise UserError(_cut_short(self.path))
                 target, offset = target[count:], offset + count
         except OSError as error:
-            raise UserError(f"{self.path}: this shard of the store cannot be read ({error.strerror}).") from error
+            raise UserError(_unreadable(self.path, error)) from error
 
 
-def _opener(folder: Path) -> Callable[[int], _OpenShard]:
-    """Returns a function that opens a shard by its number and keeps those used last."""
-    return functools.lru_cache(_OPEN_SHARDS)(functools.partial(_OpenShard, os.fspath(folder)))
+def _cut_short(path: str) -> str:
+    return f"{path}: this shard is damaged (it ends early). Run experiments/prepare.py again."
+
+
+def _unreadable(path: str, error: OSError) -> str:
+    return f"{path}: this shard of the store cannot be read ({error.strerror}). Run experiments/prepare.py again."
 
 
 def clip_columns(

@@ -1,18 +1,22 @@
 """Checkpoints with Orbax: the latest two and the best, each with all that is needed to go on or to be used."""
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import grain.checkpoint
+import grain.python as grain_python
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from musicgenre.errors import UserError
+from musicgenre.training.hosts import ProcessLost, is_lost
 from musicgenre.training.state import TrainState
 
 # What one step holds: the model (variables and normalisation, enough to use it), the rest of the state, the Grain iterator,
@@ -40,6 +44,7 @@ class Checkpoints:
     def __init__(self, folder: Path, *, lower_is_better: bool = False) -> None:
         self._folder = folder.absolute()
         self._lower_is_better = lower_is_better
+        self._abandoned = False
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -91,8 +96,14 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             raise self._save_failed(error) from error
 
+    def abandon(self) -> None:
+        """Has `close` not wait for a save that is under way: the other processes, which have a part in it, are gone."""
+        self._abandoned = True
+
     def close(self) -> None:
         """Waits and releases the manager's threads."""
+        if self._abandoned:
+            return
         self.wait()
         self._manager.close()
 
@@ -109,6 +120,8 @@ class Checkpoints:
           state: a state of the same shape, placed on the devices as the restored one is to be.
           iterator: Grain's iterator, set to the place of the checkpoint.
 
+        The checkpoint may be of another number of devices or processes, and of another `--parallel`.
+
         Returns:
           The state and notes, or None where no checkpoint is there.
 
@@ -124,10 +137,10 @@ class Checkpoints:
                     args=ocp.args.Composite(
                         model=ocp.args.StandardRestore(abstract[0]),
                         train=ocp.args.StandardRestore(abstract[1]),
-                        data=grain.checkpoint.CheckpointRestore(iterator),
                         meta=ocp.args.JsonRestore(),
                     ),
                 )
+                _restore_iterator(self._folder / str(step) / "data", iterator)
             except Exception as error:  # Orbax and TensorStore raise many kinds for a file that is cut short.
                 self._set_aside(step, error)
                 continue
@@ -156,13 +169,24 @@ class Checkpoints:
         self._manager.close()
         if jax.process_index() == 0:
             shutil.move(self._folder / str(step), target)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("a damaged checkpoint is set aside")
         self._manager = self._open()
 
     def _save_failed(self, error: Exception) -> UserError:
+        if is_lost(error):
+            return ProcessLost(error)
         return UserError(
             f"{self._folder}: the checkpoint could not be written ({_first_line(error)}). Free some space and run "
             "the same command again: it goes on from the last whole checkpoint."
         )
+
+
+def _restore_iterator(folder: Path, iterator: Any) -> None:
+    """Sets an iterator to the place that Grain saved: it is the same on every process, of however many there were."""
+    text = min(folder.glob("process_*-of-*.json")).read_bytes()
+    iterator.set_state(json.loads(text) if isinstance(iterator, grain_python.DatasetIterator) else text)
+    iterator.start_prefetch()
 
 
 def read_model(folder: Path, which: str, abstract_model: Callable[[dict[str, Any]], Any]) -> Restored:

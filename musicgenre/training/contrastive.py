@@ -27,6 +27,7 @@ from musicgenre.errors import UserError
 from musicgenre.models.rbm import UnrolledRBMs
 from musicgenre.pipeline.loader import normalisation, train_batches
 from musicgenre.pipeline.store import Store
+from musicgenre.training.augment import Augmentation
 from musicgenre.training.checkpoints import Checkpoints
 from musicgenre.training.loop import MOST_STEPS_IN_FLIGHT, Interrupted, catch_signals, check_store, claim_workdir
 from musicgenre.training.parallel import Parallel
@@ -302,6 +303,8 @@ def pretrain(
     )
     if config.init_from:
         raise UserError("config.init_from has no effect on pretraining: give it to experiments/train.py.")
+    if Augmentation.from_config(config, frames) is not None:
+        raise UserError("config.augment has no effect on pretraining: leave it off.")
     # The mark keeps `train` with the same config out of this folder, whose checkpoints it could not go on from.
     claim_workdir(workdir, ConfigDict({**config.to_dict(), "stage": "pretrain"}), store)
 
@@ -322,7 +325,7 @@ def pretrain(
         create_stack(
             module,
             optimizer,
-            normalisation(store, config.data.normalise),
+            normalisation(store, config.data.normalise, clips=config.data.normalise_clips),
             seed=config.seed,
             frames=frames,
             bands=store.bands,

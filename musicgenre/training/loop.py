@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import signal
@@ -23,11 +24,12 @@ from musicgenre import models
 from musicgenre.config import check_config, completed, differences, feature_spec, store_path, to_plain
 from musicgenre.errors import UserError
 from musicgenre.evaluation.metrics import multi_label_metrics, regression_metrics, single_label_metrics
-from musicgenre.files import read_json, write_json
+from musicgenre.files import read_json, write_json, write_text
 from musicgenre.pipeline.loader import normalisation, train_batches
 from musicgenre.pipeline.store import Store
 from musicgenre.training.augment import Augmentation, window_frames
 from musicgenre.training.checkpoints import Checkpoints
+from musicgenre.training.hosts import is_lost
 from musicgenre.training.losses import balanced_weights
 from musicgenre.training.optimisers import learning_rate_schedule, make_optimizer
 from musicgenre.training.parallel import Feed, Parallel
@@ -92,7 +94,7 @@ def train(
     Args:
       config: from `musicgenre.config.base_config`.
       workdir: the run's folder; gets `config.json`, `train_clips.json`, `metrics.jsonl` and `checkpoints/`.
-      parallel: "jit" (sharding) or "pmap".
+      parallel: "jit", "pmap" or "fsdp", see `musicgenre.training.parallel`; any of them goes on with any other's run.
       progress: draw a progress bar.
       profile_steps: (first step, count) to trace.
       devices: devices to use; all if None.
@@ -161,6 +163,7 @@ def train(
         axis_name=spread.axis_name,
         augmentation=augmentation,
         window_frames=window,
+        gather=spread.gather,
     )
     stacked = config.steps_per_call > 1
     step_function = spread.train_step(
@@ -172,7 +175,7 @@ def train(
     state = create_state(
         module,
         optimizer,
-        normalisation(store, config.data.normalise),
+        normalisation(store, config.data.normalise, clips=config.data.normalise_clips),
         seed=config.seed,
         frames=frames,
         bands=store.bands,
@@ -259,7 +262,13 @@ def train(
         """Steps of the call that begins at `step`: no evaluation lies within one, so a resumed run is cut up alike."""
         return min(config.steps_per_call, evaluation_steps - step % evaluation_steps, total_steps - step)
 
-    with contextlib.closing(telemetry), contextlib.closing(checkpoints), contextlib.closing(profiler), catch_signals() as signals:
+    with (
+        contextlib.closing(telemetry),
+        contextlib.closing(checkpoints),
+        contextlib.closing(profiler),
+        catch_signals() as signals,
+        _all_processes(checkpoints),
+    ):
         while step < total_steps and not progress_so_far.exhausted:
             count = call_steps(step)
             for number in range(step, step + count):
@@ -434,8 +443,20 @@ def claim_workdir(workdir: Path, config: ConfigDict, store: Store) -> None:
             raise UserError(f"{workdir}: the store's training clips have changed since this run began. Choose another --workdir.")
         return
     if jax.process_index() == 0:
-        write_json(workdir / "train_clips.json", record)
+        # On one line: of a million clips indenting takes longer than all the rest.
+        write_text(workdir / "train_clips.json", json.dumps(record, ensure_ascii=False) + "\n")
         write_json(path, plain)
+
+
+@contextlib.contextmanager
+def _all_processes(checkpoints: Checkpoints) -> Iterator[None]:
+    """Has nothing wait for a checkpoint that another process has left."""
+    try:
+        yield
+    except Exception as error:
+        if is_lost(error):
+            checkpoints.abandon()
+        raise
 
 
 class _Signals:

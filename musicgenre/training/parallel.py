@@ -1,4 +1,9 @@
-"""One step over many devices: jit with sharding by default, pmap by choice. Both give the single device's result."""
+"""One step over many devices: jit with sharding by default, pmap or a cut-up state by choice. All give one device's result.
+
+The cut-up state ("fsdp", as in fully sharded data parallelism; Rajbhandari et al. 2020, "ZeRO", stage 3) keeps one part of each
+large array on each device: parameters, their average and the optimiser's state. A step puts a layer's parameters together where
+it uses them, and each device updates its own part.
+"""
 
 import dataclasses
 import json
@@ -19,14 +24,17 @@ from musicgenre.training.step import StepFunction
 AXIS = "data"
 # The largest share of a device's memory that resident clips may take; on CPU devices, of the machine's, by all copies together.
 DEVICE_SHARE, HOST_SHARE = 0.5, 0.25
+KINDS = ("jit", "pmap", "fsdp")
+# Numbers in the smallest array that "fsdp" cuts up: less is not worth a message to the other devices.
+CUT_FROM = 65_536
 
 
 @dataclasses.dataclass(frozen=True)
 class Parallel:
-    """How a step is spread over devices: the state on each of them, the batch cut along its first axis.
+    """How a step is spread over devices: the state on each of them, or cut up, and the batch cut along its first axis.
 
     Attributes:
-      kind: "jit" or "pmap".
+      kind: of KINDS: "jit" and "pmap" have the state on every device, "fsdp" has its large arrays cut up.
       mesh: all devices of all processes in one row.
     """
 
@@ -40,8 +48,8 @@ class Parallel:
         Raises:
           UserError: the kind is unknown.
         """
-        if kind not in ("jit", "pmap"):
-            raise UserError(f"--parallel must be 'jit' or 'pmap', not {kind!r}.")
+        if kind not in KINDS:
+            raise UserError(f"--parallel must be one of {', '.join(KINDS)}, not {kind!r}.")
         devices = jax.devices() if devices is None else devices
         # Explicit axes, the default of make_mesh, make Linen's Dropout raise.
         return cls(kind, jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices))
@@ -74,9 +82,31 @@ class Parallel:
         """Returns the next batch size that divides by the devices."""
         return -(-batch_size // self.mesh.size) * self.mesh.size
 
+    def state_shardings(self, state: Any) -> Any:
+        """Returns where each array of a state lies: on every device or, of "fsdp"'s large ones, a part on each.
+
+        They are cut along the longest axis that divides by the devices; where none does, each device has the whole.
+        """
+
+        def of(array: Any) -> NamedSharding:
+            axes = [axis for axis in range(array.ndim) if array.shape[axis] % self.mesh.size == 0]
+            if self.kind != "fsdp" or array.size < CUT_FROM or not axes:
+                return self.replicated
+            longest = max(axes, key=lambda axis: array.shape[axis])
+            return NamedSharding(self.mesh, PartitionSpec(*[None] * longest, AXIS))
+
+        return jax.tree.map(of, state)
+
+    def gather(self, tree: Any) -> Any:
+        """Inside a compiled function, has each device hold whole arrays; their gradients are whole, too.
+
+        Left to itself, XLA gathers some activations instead, and each device then computes some channels of the whole batch.
+        """
+        return jax.lax.with_sharding_constraint(tree, self.replicated) if self.kind == "fsdp" else tree
+
     def place_state(self, state: Any) -> Any:
-        """Copies a state to every device."""
-        return jax.device_put(state, self.replicated)
+        """Puts a state onto the devices, see `state_shardings`."""
+        return jax.device_put(state, self.state_shardings(state))
 
     def place_batch(self, batch: Batch) -> dict[str, Any]:
         """Puts this process's slice of a batch onto its devices."""
@@ -131,17 +161,28 @@ class Parallel:
                 donate_argnums=(0,),
                 devices=list(self.mesh.devices.flat),
             )
+
+        def placed_step(state: Any, *batch: Any) -> tuple[Any, Any]:
+            state, metrics = step(state, *batch)
+            return jax.lax.with_sharding_constraint(state, self.state_shardings(state)), metrics
+
         batch = NamedSharding(self.mesh, PartitionSpec(None, AXIS)) if stacked else self.sharded
+        # A cut-up state says itself where it lies.
+        before, after = (None, None) if self.kind == "fsdp" else (self.replicated, self.replicated)
         return jax.jit(
-            step,
-            in_shardings=(self.replicated, batch, self.replicated) if resident else (self.replicated, batch),
-            out_shardings=(self.replicated, self.replicated),
+            placed_step if self.kind == "fsdp" else step,
+            in_shardings=(before, batch, self.replicated) if resident else (before, batch),
+            out_shardings=(after, self.replicated),
             donate_argnums=(0,),
         )
 
     def score_step(self, step: Callable[..., Any]) -> Callable[[Any, np.ndarray], np.ndarray]:
         """Compiles a scoring step that takes this process's rows `[b, ...]` and returns theirs, on the host."""
-        compiled = jax.jit(step, in_shardings=(self.replicated, self.sharded), out_shardings=self.sharded)
+        compiled = jax.jit(
+            lambda model, x: step(self.gather(model), x),
+            in_shardings=(None if self.kind == "fsdp" else self.replicated, self.sharded),
+            out_shardings=self.sharded,
+        )
 
         def score(model: Any, x: np.ndarray) -> np.ndarray:
             placed = jax.make_array_from_process_local_data(self.sharded, x)

@@ -37,6 +37,7 @@ def make_train_step(
     axis_name: str | None = None,
     augmentation: Augmentation | None = None,
     window_frames: int = 0,
+    gather: Callable[[Any], Any] | None = None,
 ) -> StepFunction:
     """Returns `train_step(state, batch, clips=None) -> (state, metrics)`, to be jitted or pmapped.
 
@@ -53,6 +54,7 @@ def make_train_step(
       axis_name: the device axis when the step runs under pmap.
       augmentation: what is done to the batch first; its key at a step is derived from dropout's.
       window_frames: with resident clips, frames to take of each; 0 takes whole clips.
+      gather: puts parameters together that are cut up over the devices: `Parallel.gather`.
 
     The step takes `x` `[batch, frames, bands]`, `y` and `mask` `[batch]`, and what the augmentation needs. With resident
     `clips` `[clips, frames of the store, bands]`, it takes `clip` and `start` `[batch]` instead of `x`. Its metrics are
@@ -62,7 +64,7 @@ def make_train_step(
 
     def loss_function(params: Any, collections: Any, norm: Any, key: jax.Array, batch: Any) -> tuple[jax.Array, Any]:
         logits, updated = module.apply(
-            {"params": params, **collections},
+            {"params": params if gather is None else gather(params), **collections},
             normalise(batch["x"], norm),
             train=True,
             rngs={"dropout": key},

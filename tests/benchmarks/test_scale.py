@@ -48,7 +48,8 @@ def test_a_store_of_sparse_shards_is_a_store(scale, tmp_path):
     found = scale.start(tmp_path / "store", 2)
     parts = found["open_s"] + found["iterator_s"] + found["batch_s"]
     assert found["first_batch_s"] == pytest.approx(parts) and 0 < parts < 10
-    assert found["before_GB"] <= found["first_batch_GB"] < 2
+    # The peak of this process, whatever ran in it before.
+    assert 0 <= found["first_batch_GB"] - found["before_GB"] < 0.5
 
 
 def test_the_steps_of_a_clip_are_measured(scale, tmp_path):

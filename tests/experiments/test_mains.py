@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,17 @@ def test_from_nothing_to_a_report(trained, place):
     assert metrics["n"] == 10 and metrics["synthetic"] and metrics["split"] == "test"
     assert (out / "report.html").stat().st_size > 20_000
     assert len((out / "predictions.csv").read_text().splitlines()) == 11
+
+
+def test_prepare_can_trust_the_shards_that_are_there(trained, place, flags_of_a_small_run):
+    copy = place / "copy"
+    shutil.copytree(next((place / "stores").iterdir()), copy)
+    shard = copy / "shards/00000.npy"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    done = run("prepare.py", *flags_of_a_small_run, f"--config.data.store={copy}", "--noverify", cwd=place)
+    assert done.returncode == 0 and "50 clips (test 10, train 30, valid 10); 0 computed" in done.stdout, done.stderr
 
 
 def test_several_seeds_have_a_common_report(trained, place, flags_of_a_small_run):

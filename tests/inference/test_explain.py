@@ -104,7 +104,7 @@ def test_every_model_can_be_explained(name, base):
     explainer = Explainer(model)
     found = explain.first_filters(model, explainer.layers)
     assert found and all(np.isfinite(part.kernels).all() and part.kernels.ndim == 3 for part in found)
-    expected = {"musicnn": {"timbral1", "timbral2", "temporal1"}, "rbm": {"layer1"}, "resnet": {"stem"}}
+    expected = {"modulation": {"dense1"}, "musicnn": {"timbral1", "timbral2", "temporal1"}, "rbm": {"layer1"}, "resnet": {"stem"}}
     assert {part.layer for part in found} == expected.get(name, {"conv1"})
     if name in ("conv1d", "spotify", "k2c1", "rbm"):
         assert found[0].form == "bands" and found[0].kernels.shape[1] == bands

@@ -143,6 +143,10 @@ def test_statistics_are_those_of_the_training_split(store):
     everything = normalisation(store, "global")
     np.testing.assert_allclose(everything["std"], np.full((1, 16), x.std()), rtol=1e-4)
     assert (normalisation(store, "none")["std"] == 1).all()
+    # Of 24 clips, 5 at even distances: every 4.8th.
+    some = normalisation(store, "position", block=2, clips=5)
+    np.testing.assert_allclose(some["mean"], x[[0, 4, 9, 14, 19]].mean(axis=0), rtol=1e-5)
+    np.testing.assert_array_equal(normalisation(store, "position", block=5, clips=24)["std"], position["std"])
     store.lengths[:] = 10
     np.testing.assert_allclose(normalisation(store, "band")["mean"][0], x[:, :10].mean(axis=(0, 1)), rtol=1e-5)
 

@@ -247,7 +247,7 @@ def test_it_pickles_small_and_reads_after(dataset, tmp_path):
     # What was read of the clips stays behind: a copy of a million clips is as small.
     assert store.clip_ids[3] == "c3" and store.hashes[3] == sha256(tmp_path / "c3.wav")
     copy = pickle.dumps(store)
-    assert len(copy) < 2000 and b"c3" not in copy
+    assert len(copy) < 2000 and b"c3.wav" not in copy
     again = pickle.loads(copy)
     np.testing.assert_array_equal(again.gather(np.array([3])), first)
     assert again.clip_ids.tolist() == store.clip_ids.tolist() and again.skipped == []
@@ -362,6 +362,27 @@ def test_what_a_shard_does_not_hold_is_never_read(dataset, tmp_path):
     shard.unlink()
     with pytest.raises(UserError, match=r"00000\.npy: this shard of the store cannot be read \(No such file"):
         pickle.loads(pickle.dumps(store)).gather(np.array([0]))
+
+
+@pytest.mark.parametrize("most_mapped", [0, 128], ids=["read", "mapped"])
+def test_shards_read_or_mapped_give_the_same_and_one_cut_while_in_use_is_named(dataset, tmp_path, monkeypatch, most_mapped):
+    monkeypatch.setattr(store_module, "_OPEN_SHARDS", most_mapped)
+    monkeypatch.setattr(prepare, "CLIPS_PER_SHARD", 4)
+    make(dataset, tmp_path / "store")
+    store, copy = Store.open(tmp_path / "store"), pickle.loads(pickle.dumps(Store.open(tmp_path / "store")))
+    whole = np.concatenate([np.load(tmp_path / f"store/shards/0000{i}.npy") for i in range(2)])
+    clips, starts = np.array([5, 0, 3, 0]), np.array([0, 70, 31, 2])
+    expected = np.stack([whole[clip, start : start + 30] for clip, start in zip(clips, starts, strict=True)])
+    for opened in (store, copy):
+        np.testing.assert_array_equal(opened.gather(clips, starts, 30), expected)
+    # A page and more is gone, which a map still has room for: touching it would be the end of the process.
+    os.truncate(tmp_path / "store/shards/00001.npy", 128)
+    with pytest.raises(UserError, match=r"00001\.npy: this shard is damaged \(it ends early\)"):
+        store.gather(np.array([5]))
+    np.testing.assert_array_equal(store.gather(np.array([3])), whole[3:4])
+    os.truncate(tmp_path / "store/shards/00000.npy", 0)
+    with pytest.raises(UserError, match=r"00000\.npy: this shard is damaged \(it ends early\)"):
+        pickle.loads(pickle.dumps(store)).gather(np.array([3]))
 
 
 def test_a_quick_run_trusts_the_checksums(dataset, tmp_path):

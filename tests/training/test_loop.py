@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from musicgenre.config import store_path, to_plain
 from musicgenre.errors import UserError
 from musicgenre.inference.model import load_model
-from musicgenre.pipeline.loader import train_batches
+from musicgenre.pipeline.loader import normalisation, train_batches
 from musicgenre.pipeline.store import Store
 from musicgenre.training import loop, parallel
 from musicgenre.training.parallel import Feed, Parallel
@@ -56,6 +56,8 @@ def test_it_learns_and_writes_what_a_run_needs(small_config, tmp_path):
     model = load_model(tmp_path / "run")
     assert (model.step, model.label_names, model.task) == (45, ("low", "middle", "high"), "single_label")
     assert model.features.n_mels == 16 and model.config.model.filters == (8, 16)
+    (line,) = (tmp_path / "run" / "train_clips.json").read_text().splitlines()
+    assert len(json.loads(line)["clip_id"]) == 24
     # The normalisation is the training split's alone: about -40 dB plus the share of raised bands.
     assert model.model["norm"]["mean"].shape == (1, 16)
     np.testing.assert_allclose(np.asarray(model.model["norm"]["mean"])[0, :15].mean(), -36.0, atol=0.5)
@@ -324,7 +326,7 @@ def test_the_best_checkpoint_is_kept_beside_the_latest(small_config, tmp_path, m
             "optimizer__schedule": "cosine",
             "optimizer__warmup_steps": 2,
         },
-        {"optimizer__name": "lamb", "optimizer__clip_norm": 1.0, "loss__label_smoothing": 0.1},
+        {"optimizer__name": "lamb", "optimizer__clip_norm": 1.0, "loss__label_smoothing": 0.1, "data__normalise_clips": 5},
         {"dtype": "bfloat16", "loss__class_weights": "balanced", "optimizer__accumulate": 2},
     ],
     ids=["momentum", "adamw", "lamb", "bfloat16"],
@@ -332,6 +334,8 @@ def test_the_best_checkpoint_is_kept_beside_the_latest(small_config, tmp_path, m
 def test_every_option_trains(small_config, tmp_path, fields):
     result = loop.train(changed(small_config, epochs=2, **fields), tmp_path / "run", progress=False)
     assert result.step == 6 and result.last is not None and 0 <= result.last <= 1
+    statistics = normalisation(Store.open(store_path(small_config)), "band", clips=fields.get("data__normalise_clips", 0))
+    assert_same(parameters(tmp_path / "run")["norm"], statistics)
 
 
 def test_a_full_disk_is_named_and_what_was_there_stays(small_config, tmp_path):

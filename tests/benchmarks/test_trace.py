@@ -1,0 +1,65 @@
+import importlib.util
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "trace.py"
+
+
+@pytest.fixture(scope="module")
+def trace():
+    spec = importlib.util.spec_from_file_location("benchmark_trace", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_own_times_are_worked_by_hand(trace):
+    # "outer" holds "first" and "second", which holds "inner"; "after" begins where "outer" ends, and goes on beside "beside".
+    events = [(0, 100, "outer"), (10, 20, "first"), (40, 50, "second"), (45, 5, "inner"), (100, 7, "after"), (105, 10, "beside")]
+    own = {"outer": 30, "first": 20, "second": 45, "inner": 5, "after": 5, "beside": 10}
+    assert dict(trace.own_times(events)) == own and sum(own.values()) == 115
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "primitive"),
+    [
+        ("jit(train_step)/jvp(Conv1D)/conv1/conv_general_dilated", "forward conv1", "conv_general_dilated"),
+        ("jit(train_step)/transpose(jvp(Net))/block/dense1/dot_general", "backward block/dense1", "dot_general"),
+        ("jit(many)/while/body/jvp(Net)/max_pool/jit(_where)/select_n", "forward max_pool", "select_n"),
+        ("jit(train_step)/integer_pow", "the rest of the step", "integer_pow"),
+    ],
+)
+def test_a_name_says_where_in_the_network(trace, name, place, primitive):
+    assert trace.place(name) == (place, primitive)
+
+
+def test_a_real_trace_names_its_layers(trace, tmp_path, capsys):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(1, name="small")(nn.relu(nn.Dense(512, name="large")(x)))
+
+    x = jnp.ones((256, 512))
+    params = Net().init(jax.random.key(0), x)
+    step = jax.jit(jax.grad(lambda params: Net().apply(params, x).sum()))
+    jax.block_until_ready(step(params))
+    with jax.profiler.trace(tmp_path):
+        for _ in range(3):
+            jax.block_until_ready(step(params))
+    rows = trace.operations(trace.newest(tmp_path))
+    # By far the longest: one product forward and one backward (x needs no gradient), three times each.
+    assert {row.place: row.count for row in rows[:2]} == {"forward large": 3, "backward large": 3}
+    assert rows == sorted(rows, key=lambda row: -row.typical) and 0 < rows[0].typical < 5
+    assert trace.main([str(tmp_path), "--top=1"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 4 and printed[1].endswith(f"{rows[0].count}  {rows[0].place}: {rows[0].operation}")
+    assert printed[2].endswith(f"{len(rows) - 1} more") and printed[3].endswith(f"{sum(row.count for row in rows)}  together")
+
+
+def test_without_a_trace_it_says_what_to_do(trace, tmp_path, capsys):
+    assert trace.main([str(tmp_path)]) == 2
+    assert "no *.xplane.pb there. Train with --profile_steps=20,5" in capsys.readouterr().err

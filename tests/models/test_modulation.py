@@ -1,0 +1,218 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.fft
+
+from musicgenre import models
+from musicgenre.errors import UserError
+from musicgenre.models.modulation import (
+    Modulation,
+    band_correlations,
+    bin_matrix,
+    deviation,
+    modulation_features,
+    modulation_spectrum,
+)
+
+# A small front: 2 blocks of 6 bands in windows of 8 frames, one block of 12 in windows of 4.
+SMALL = {"regions": (2, 1), "windows": (8, 4), "scale_edges": (0, 1, 3), "rate_edges": (0, 1, 2, 4), "groups": 3, "cepstra": 5}
+ALL = {name: getattr(Modulation, name) for name in SMALL}
+
+features = jax.jit(lambda x: modulation_features(x, **SMALL))
+spectrum = jax.jit(modulation_spectrum, static_argnums=(1, 2, 3, 4))
+correlations = jax.jit(band_correlations, static_argnums=1)
+
+
+def build(frames=64, bands=128, **fields):
+    return models.build({"name": "modulation", **fields}, num_classes=10, frames=frames, bands=bands)
+
+
+def clips(batch=2, frames=21, bands=13, seed=0):
+    return np.float32(-40 + 10 * np.random.default_rng(seed).standard_normal((batch, frames, bands)))
+
+
+def binned(values, edges, axis):
+    """Means between edges, with NumPy; the last bin takes the rest."""
+    size = values.shape[axis]
+    ends = [edge for edge in edges if edge < size] + [size]
+    parts = [values.take(range(a, b), axis).mean(axis, keepdims=True) for a, b in itertools.pairwise(ends)]
+    return np.concatenate(parts, axis)
+
+
+def worked_spectrum(x, regions, window, scale_edges, rate_edges):
+    """The spectrum of one clip in float64, by SciPy's DCT and NumPy's FFT, window by window."""
+    width = x.shape[1] // regions
+    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(window) / window)
+    found = []
+    for r in range(regions):
+        block = scipy.fft.dct(x[:, r * width : (r + 1) * width], norm="ortho", axis=1)
+        starts = range(0, len(x) - window + 1, window // 2)
+        magnitude = np.mean([np.abs(np.fft.rfft(block[s : s + window] * hann[:, None], axis=0)) for s in starts], axis=0)
+        found.append(np.log(binned(binned(magnitude.T, scale_edges, 0), rate_edges, 1) + 0.1))
+    return np.stack(found)
+
+
+def test_the_front_is_the_one_described():
+    """All features of a clip, worked in float64; 21 frames and 13 bands leave some over in every direction."""
+    x = clips()
+    got = [np.asarray(block) for block in features(x)]
+    for row, clip in enumerate(np.float64(x)):
+        clip = clip - clip.max()
+        difference = np.diff(clip, axis=0)
+        edges = SMALL["scale_edges"], SMALL["rate_edges"]
+        level = clip[:, :12].reshape(21, 3, 4).mean(axis=2)
+        expected = [
+            clip.mean(axis=0),
+            np.log(difference.std(axis=0) + 0.1),
+            worked_spectrum(clip, 2, 8, *edges).ravel(),
+            worked_spectrum(clip, 1, 4, *edges).ravel(),
+            # The floor under the variance takes about 1 % of a correlation of levels this lively.
+            np.corrcoef(level.T)[np.triu_indices(3, 1)] * np.prod(np.sqrt([level.var(0) / (level.var(0) + 0.05)]), axis=0).mean(),
+            scipy.fft.dct(difference, norm="ortho", axis=1)[:, :5].std(axis=0),
+        ]
+        for block, want in zip(got, expected, strict=True):
+            np.testing.assert_allclose(block[row], want, atol=2e-3, rtol=1e-4)
+    assert [block.shape for block in got] == [(2, 13), (2, 13), (2, 2 * 3 * 4), (2, 3 * 3), (2, 3), (2, 5)]
+
+
+def test_a_regular_beat_lies_in_its_rate_and_a_regular_comb_in_its_scale():
+    edges = tuple(range(17))
+    time, band = np.arange(128), np.arange(32)
+    # 5 cycles in each window of 32 frames, alike on all bands: rate 5, scale 0.
+    beat = np.tile(np.cos(2 * np.pi * 5 * time / 32)[None, :, None], (1, 1, 32)).astype(np.float32)
+    found = np.asarray(spectrum(20 * beat, 1, 32, edges, edges))[0, 0]
+    assert np.unravel_index(found.argmax(), found.shape) == (0, 5)
+    # A Hann window sums to 16 and a cosine has half of it; the DCT of a constant 20 over 32 bands is 20 * sqrt(32).
+    np.testing.assert_allclose(np.exp(found[0, 5]), 20 * np.sqrt(32) * 8 + 0.1, rtol=1e-3)
+    # Its neighbours get half of the amplitude, the next ones nothing.
+    np.testing.assert_allclose(np.exp(found[0, [4, 6]]), 20 * np.sqrt(32) * 4 + 0.1, rtol=1e-3)
+    np.testing.assert_allclose(found[0, [3, 7]], np.log(0.1), atol=0.02)
+    # The 7th DCT pattern, still over time: scale 7 (3.5 cycles over the bands), rate 0.
+    comb = np.tile(np.cos(np.pi * 7 * (band + 0.5) / 32)[None, None, :], (1, 128, 1)).astype(np.float32)
+    found = np.asarray(spectrum(20 * comb, 1, 32, edges, edges))[0, 0]
+    assert np.unravel_index(found.argmax(), found.shape) == (7, 0)
+    # A pattern on the upper half of the bands is found in the upper of two regions.
+    half = np.concatenate([np.zeros_like(beat[:, :, :16]), beat[:, :, :16]], axis=2)
+    found = np.asarray(spectrum(20 * half, 2, 32, edges, edges))[0]
+    assert found[1].argmax() == 5 and found[1].max() > 5 and found[0].max() < -2
+
+
+def test_neither_level_nor_place_in_time_matters():
+    x = clips(1, 64, 12)
+    for block, louder in zip(features(x), features(x + 12.5), strict=True):
+        np.testing.assert_allclose(block, louder, atol=1e-3)
+    # A beat of 2 cycles a window gives the same from any frame on; a slower one does not.
+    time = np.arange(48)
+    edges = ((0, 1, 2), (0, 1, 2, 3))
+
+    def beat(cycles, shift):
+        level = 20 * np.cos(2 * np.pi * cycles * (time + shift) / 8)
+        return spectrum(np.tile(np.float32(level)[None, :, None], (1, 1, 12)), 2, 8, *edges)
+
+    for shift in (1, 2.5, 7):
+        np.testing.assert_allclose(beat(2, shift), beat(2, 0), atol=1e-3)
+    assert np.abs(beat(1.5, 0) - beat(2, 0)).max() > 0.1
+
+
+def test_bands_that_move_together_correlate():
+    x = np.random.default_rng(0).standard_normal((1, 400, 3)).astype(np.float32) * 10
+    x[:, :, 1] = 3 * x[:, :, 0]
+    x[:, :, 2] = -x[:, :, 0] + 7
+    np.testing.assert_allclose(correlations(x, 3)[0], [1, -1, -1], atol=2e-3)
+    # What does not move has no correlation, rather than an undefined one.
+    np.testing.assert_allclose(correlations(np.ones((1, 400, 3), np.float32), 3)[0], 0)
+    np.testing.assert_allclose(jax.jit(deviation)(x)[0], x[0].std(axis=0), rtol=1e-5)
+
+
+def test_bins_average_and_the_last_takes_the_rest():
+    np.testing.assert_allclose(
+        bin_matrix((0, 1, 3, 7, 9), 6), [[1, 0, 0], [0, 0.5, 0], [0, 0.5, 0], [0, 0, 1 / 3], [0, 0, 1 / 3], [0, 0, 1 / 3]]
+    )
+
+
+def test_the_sizes(variable_shapes, count, layer_shapes):
+    shapes = variable_shapes(build(387), 387, 128)
+    # Bands, their onsets, 4 x 10 x 11, 4 x 10 x 9 and 13 x 9 modulations, 32 * 31 / 2 correlations, 40 cepstra.
+    size = 128 + 128 + 440 + 360 + 117 + 496 + 40
+    assert size == 1709 and shapes["batch_stats"]["feature_norm"]["mean"].shape == (size,)
+    assert count(shapes["params"]) == size * 256 + 256 + 256 * 10 + 10 == 440_330
+    # As many parameters for any length, so that a model trained on crops scores whole clips.
+    assert variable_shapes(build(64), 64, 128) == shapes
+    assert layer_shapes(build(hidden=(8, 6)), 64, 128)["embedding"] == (2, 6)
+    assert layer_shapes(build(hidden=()), 64, 128)["embedding"] == (2, size)
+
+
+def test_each_kind_of_feature_has_the_same_weight(filled):
+    """In training every feature has a variance of 1 times its weight, and each block the same in all."""
+    module = build(16, 12, **SMALL, hidden=(), dropout=0.0, input_dropout=0.0)
+    variables = filled(module, 16, 12)
+    x = clips(64, 16, 12)
+    run = jax.jit(lambda x: module.apply(variables, x, train=True, mutable=["batch_stats", "intermediates"])[1])
+    updated = run(x)
+    embedding = np.asarray(updated["intermediates"]["embedding"][0])
+    assert np.abs(embedding.mean(axis=0)).max() < 1e-3
+    ends = np.cumsum([12, 12, 24, 9, 3, 5])
+    totals = [part.sum() for part in np.split(embedding.var(axis=0), ends[:-1])]
+    np.testing.assert_allclose(totals, ends[-1] / 6, rtol=1e-2)
+    # The running statistics move a hundredth of the way.
+    old, new = variables["batch_stats"]["feature_norm"], updated["batch_stats"]["feature_norm"]
+    raw = np.concatenate([np.asarray(block) for block in features(x)], axis=1)
+    np.testing.assert_allclose(new["mean"], 0.99 * old["mean"] + 0.01 * raw.mean(axis=0), rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_are_finite_even_of_silence(filled):
+    module = build(16, 12, **SMALL, hidden=(4,))
+    variables = filled(module, 16, 12)
+    gradient = jax.jit(jax.grad(lambda x: models.apply_model(module, variables, x)[0].sum()))
+    assert np.isfinite(gradient(np.zeros((2, 16, 12), np.float32))).all()
+    found = np.asarray(gradient(clips(2, 16, 12)))
+    assert np.isfinite(found).all() and (np.abs(found).max(axis=(1, 2)) > 0).all()
+
+
+def test_a_clips_logits_do_not_depend_on_its_batch(filled, apply):
+    """A CPU takes four clips at once and then the rest; seven are one such part and three."""
+    module = build(16, 12, **SMALL, hidden=(4,))
+    variables, x = filled(module, 16, 12), clips(7, 16, 12)
+    logits = np.asarray(apply(module, variables, x)[0])
+    np.testing.assert_allclose(logits[:4], apply(module, variables, x[:4])[0], atol=1e-4)
+    np.testing.assert_allclose(logits[3:], apply(module, variables, x[3:])[0], atol=1e-4)
+    assert np.ptp(logits, axis=0).min() > 0.01
+
+
+def test_the_front_stays_in_float32(filled, apply):
+    """Rounding dB to bfloat16 would move the features by tenths; only the layers after them are rounded."""
+    fields = {"hidden": (), **SMALL}
+    full, half = (
+        models.build({"name": "modulation", **fields}, num_classes=3, frames=16, bands=12, dtype=dtype)
+        for dtype in ("float32", "bfloat16")
+    )
+    variables, x = filled(full, 16, 12), clips(2, 16, 12)
+    one, other = (np.asarray(apply(module, variables, x)[1]) for module in (full, half))
+    np.testing.assert_array_equal(other, one.astype(jnp.bfloat16).astype(np.float32))
+
+
+def test_the_smallest_inputs_run_and_one_below_is_refused(check_runs):
+    with pytest.raises(UserError, match=r"at least 64 frames.*63 frames x 128 bands"):
+        build(63, 128)
+    with pytest.raises(UserError, match=r"at least 32 bands.*64 frames x 31 bands"):
+        build(64, 31)
+    check_runs(build(64, 32, hidden=(4,)), (2, 64, 32), (2, 10))
+    check_runs(build(2, 1, regions=(1,), windows=(2,), groups=0, cepstra=0, hidden=(4,)), (2, 2, 1), (2, 10))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"windows": (64, 32)}, "one value for each layer"),
+        ({"windows": (64, 32, 31)}, r"model.windows=\(64, 32, 31\) of 'modulation' must be even"),
+        ({"regions": (4, 4, 0)}, "model.regions"),
+        ({"rate_edges": (1, 2)}, r"model.rate_edges=\(1, 2\) of 'modulation' must rise from 0"),
+        ({"scale_edges": (0, 2, 2)}, "model.scale_edges"),
+    ],
+)
+def test_fields_that_do_not_fit_are_named(fields, message):
+    with pytest.raises(UserError, match=message):
+        build(**fields)
