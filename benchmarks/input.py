@@ -15,7 +15,6 @@ of each slice. The clips are noise, in a store of its own in a temporary folder.
 
 import argparse
 import collections
-import dataclasses
 import functools
 import tempfile
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks._nets import CLASSES, DEFAULT_NETS, NETS, TINY, Net
 from benchmarks._timing import alternate, machine, ratio
 from musicgenre import models
 from musicgenre.audio.features import FeatureSpec
@@ -41,28 +41,6 @@ from musicgenre.training.state import create_state
 from musicgenre.training.step import make_train_step
 
 FED_BAR, GRAIN_BAR = 1.03, 0.8
-CLASSES = 10
-
-
-@dataclasses.dataclass(frozen=True)
-class Net:
-    """A network with the input it is meant for: frames of a clip in the store, of a crop (0 is the whole clip), bands."""
-
-    model: dict[str, Any]
-    frames: int
-    crop_frames: int
-    bands: int
-    batch_size: int
-
-
-NETS = {
-    "conv1d": Net({"name": "conv1d"}, 647, 0, 128, 32),
-    "fcn4": Net({"name": "fcn"}, 1366, 0, 96, 4),
-    "crnn": Net({"name": "crnn"}, 1366, 0, 96, 8),
-    "short_chunk_res": Net({"name": "short_chunk", "residual": True}, 647, 231, 128, 16),
-    "resnet18": Net({"name": "resnet", "blocks": (2, 2, 2, 2)}, 647, 0, 128, 8),
-}
-TINY = {"conv1d": Net({"name": "conv1d", "filters": (4, 8), "dense": (8,)}, 100, 64, 16, 8)}
 
 
 def noise_store(folder: Path, clips: int, frames: int, bands: int) -> Store:
@@ -91,7 +69,7 @@ def step_runners(store: Store, net: Net, *, feed: str, augment: bool, steps: int
       augment: the fed step also augments.
       steps: of one call.
     """
-    frames = net.crop_frames or net.frames
+    frames = net.frames
     spread = Parallel.create("jit", jax.devices()[:1])
     module = models.build(net.model, num_classes=CLASSES, frames=frames, bands=net.bands)
     optimizer = optax.adam(1e-4)
@@ -116,7 +94,7 @@ def step_runners(store: Store, net: Net, *, feed: str, augment: bool, steps: int
                 jax.block_until_ready(flying.popleft())
         jax.block_until_ready(state[0])
 
-    settings: dict[str, Any] = {"batch_size": net.batch_size, "seed": 0, "crop_frames": net.crop_frames}
+    settings: dict[str, Any] = {"batch_size": net.cpu_batch, "seed": 0, "crop_frames": net.crop_frames}
     fed_step, fed_state = make(augmentation, clips is not None)
     source = Feed(train_batches(store, steps=2**40, resident=clips is not None, **settings), spread)
 
@@ -183,7 +161,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="a small network and few rounds: whether it runs, not how fast")
     options = parser.parse_args(arguments)
     nets = TINY if options.tiny else NETS
-    chosen = [] if options.nets == "none" else [name for name in options.nets.split(",") if name] or list(nets)
+    chosen = (
+        []
+        if options.nets == "none"
+        else [name for name in options.nets.split(",") if name] or list(TINY if options.tiny else DEFAULT_NETS)
+    )
     if unknown := [name for name in chosen if name not in nets]:
         parser.error(f"--nets: {unknown[0]!r} is none of {', '.join(nets)}")
     clips, rounds, steps, batches = options.clips, options.rounds, options.steps, 200
@@ -195,21 +177,21 @@ def main(arguments: list[str] | None = None) -> int:
         stores: dict[tuple[int, int], Store] = {}
 
         def store_of(net: Net) -> Store:
-            shape = (net.frames, net.bands)
+            shape = (net.clip_frames, net.bands)
             if shape not in stores:
-                stores[shape] = noise_store(Path(folder) / f"{net.frames}x{net.bands}", clips, *shape)
+                stores[shape] = noise_store(Path(folder) / f"{net.clip_frames}x{net.bands}", clips, *shape)
             return stores[shape]
 
         for name in chosen:
             net = nets[name]
-            print(f"{name}, batch {net.batch_size} x {net.crop_frames or net.frames} frames x {net.bands} bands, {options.feed}")
+            print(f"{name}, batch {net.cpu_batch} x {net.frames} frames x {net.bands} bands, {options.feed}")
             runners = step_runners(store_of(net), net, feed=options.feed, augment=options.augment, steps=steps)
             timings = alternate(runners, rounds=rounds, units=steps)
             for timing in timings.values():
                 print(timing.line())
             print(ratio(timings["fed"], timings["ready"]).line("fed / ready", at_most=FED_BAR), flush=True)
 
-        net = TINY["conv1d"] if options.tiny else NETS["short_chunk_res"]
+        net = TINY["tiny"] if options.tiny else NETS["short_chunk_res"]
         for batch_size in (8,) if options.tiny else (16, 32, 64):
             print(f"Grain: random crops of {net.crop_frames} frames x {net.bands} bands, batches of {batch_size}")
             readers = crop_readers(store_of(net), net.crop_frames, batch_size, batches)

@@ -206,7 +206,7 @@ class ResNet(nn.Module):
 
 
 def build(name: str, num_classes: int, frames: int, bands: int) -> nn.Module:
-    """Returns a benchmarked network by its name in `benchmarks.train_step.NETS`; "tiny" is that of the dry run."""
+    """Returns a benchmarked network by its name in `benchmarks._nets.NETS`; "tiny" is that of the dry run."""
     if name == "conv1d":
         return Conv1D(num_classes, frames, bands)
     if name == "tiny":

@@ -18,7 +18,6 @@ A CPU's batch is smaller for the larger networks, so that a turn takes seconds; 
 """
 
 import argparse
-import dataclasses
 import gc
 import json
 import os
@@ -31,35 +30,12 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks._nets import CLASSES, DEFAULT_NETS, NETS, TINY, Net
 from benchmarks._timing import alternate, machine, ratio
 
-CLASSES = 10
 GPU_BATCH = 32
 GPU_BAR = 1.2
 DTYPES = ("float32", "bfloat16")
-
-
-@dataclasses.dataclass(frozen=True)
-class Net:
-    """A network: its model section, its input, a CPU's batch, and how many times PyTorch's time it may take there."""
-
-    model: dict[str, Any]
-    frames: int
-    bands: int
-    cpu_batch: int
-    bar: float
-
-
-NETS = {
-    "conv1d": Net({"name": "conv1d"}, 647, 128, 32, 1.0),
-    "fcn4": Net({"name": "fcn"}, 1366, 96, 4, 1.15),
-    "crnn": Net({"name": "crnn"}, 1366, 96, 8, 1.15),
-    "short_chunk_res": Net({"name": "short_chunk", "residual": True}, 231, 128, 16, 1.15),
-    "resnet18": Net({"name": "resnet", "blocks": (2, 2, 2, 2)}, 647, 128, 8, 1.15),
-    "short_chunk": Net({"name": "short_chunk"}, 231, 128, 8, 1.15),
-}
-DEFAULT_NETS = tuple(NETS)[:5]
-TINY = {"tiny": Net({"name": "conv1d", "filters": (4, 8), "dense": (8,)}, 100, 16, 8, 1.0)}
 
 
 def batch_of(net: Net, batch: int) -> dict[str, np.ndarray]:

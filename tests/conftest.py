@@ -37,6 +37,18 @@ def real_data() -> Path:
     return REAL_DATA
 
 
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of an untrained model of three labels."""
+    from tiny_model import tiny_model
+
+    from musicgenre.inference.bundle import save_bundle
+
+    path = tmp_path_factory.mktemp("bundle") / "tiny.safetensors"
+    save_bundle(tiny_model(), path)
+    return path
+
+
 @pytest.fixture
 def small_arrays(tmp_path: Path) -> Path:
     """A folder with train, valid and test arrays of three easily told classes: 24 + 9 + 9 clips, 64 frames x 16 mels."""

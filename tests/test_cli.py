@@ -2,7 +2,6 @@ import csv
 import io
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 import soundfile
 from mutagen.easyid3 import EasyID3
 from PIL import Image
+from tiny_model import tiny_model
 
 from musicgenre import cli
 from musicgenre.commands import _genre
@@ -22,14 +22,6 @@ from musicgenre.inference.model import load_model
 from musicgenre.inference.predict import predict_files
 
 ROOT = Path(__file__).resolve().parents[1]
-tiny_model = runpy.run_path(str(ROOT / "tests" / "inference" / "tiny_model.py"))["tiny_model"]
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    path = tmp_path_factory.mktemp("bundle") / "tiny.safetensors"
-    save_bundle(tiny_model(), path)
-    return path
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import numpy as np
 import scipy.fft
 import scipy.signal
 
-from musicgenre.audio.features import FeatureSpec, _mel_filters
+from musicgenre.audio.features import FeatureSpec, frame_count, mel_filters
 from musicgenre.errors import UserError, did_you_mean
 
 TRANSFORMS = ("auto", "rfft64", "rfft32", "matmul")
@@ -50,18 +50,11 @@ def features(samples: jax.Array, spec: FeatureSpec, *, frames: int = 0, transfor
         return frame_waveform(samples, spec.hop_length, frames=frames)
     power = stft_power(samples, spec, frames=frames, transform=transform)
     if spec.kind != "stft":
-        power = _product(power, _mel_filters(spec))
+        power = _product(power, mel_filters(spec))
     scaled = compress(power, spec)
     if spec.kind != "mfcc":
         return scaled
     return _product(scaled, _cosines(spec.n_mels, spec.n_mfcc))
-
-
-def frame_count(samples: int, spec: FeatureSpec) -> int:
-    """Returns how many frames so many samples make."""
-    if spec.kind == "waveform":
-        return max(samples // spec.hop_length, 1)
-    return 1 + (samples + 2 * (spec.n_fft // 2) - spec.n_fft) // spec.hop_length
 
 
 def stft_power(samples: jax.Array, spec: FeatureSpec, *, frames: int = 0, transform: str = "auto") -> jax.Array:

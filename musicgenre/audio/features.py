@@ -151,7 +151,7 @@ class FeatureSpec:
 
 
 @functools.lru_cache(maxsize=8)
-def _mel_filters(spec: FeatureSpec) -> np.ndarray:
+def mel_filters(spec: FeatureSpec) -> np.ndarray:
     """Returns the transposed filter bank, float32 `[1 + n_fft // 2, n_mels]`."""
     filters = mel_filter_bank(sr=spec.sample_rate, n_fft=spec.n_fft, n_mels=spec.n_mels, fmin=spec.fmin, fmax=spec.top_frequency)
     return np.ascontiguousarray(filters.T)
@@ -164,7 +164,7 @@ def _mel_groups(spec: FeatureSpec) -> tuple[tuple[slice, slice, np.ndarray], ...
     Of the front end's 128 x 1025 weights two in a hundred are not zero. Small products of 16 bands each take a quarter of the
     time of the whole one.
     """
-    filters = _mel_filters(spec)
+    filters = mel_filters(spec)
     groups = []
     for first in range(0, spec.n_mels, _BANDS):
         bands = slice(first, min(first + _BANDS, spec.n_mels))
@@ -181,8 +181,10 @@ def _window(n_fft: int) -> np.ndarray:
     return window
 
 
-def _frame_count(samples: int, spec: FeatureSpec) -> int:
-    """Returns how many centred frames so many samples make."""
+def frame_count(samples: int, spec: FeatureSpec) -> int:
+    """Returns how many frames so many samples make."""
+    if spec.kind == "waveform":
+        return max(samples // spec.hop_length, 1)
     return max(1 + (samples + 2 * (spec.n_fft // 2) - spec.n_fft) // spec.hop_length, 0)
 
 
@@ -195,7 +197,7 @@ def _power_blocks(samples: np.ndarray, spec: FeatureSpec) -> Iterator[tuple[slic
     Yields:
       Which frames these are, and their power, float32 `[any, 1 + n_fft // 2]`, which is valid until the next is asked for.
     """
-    n_fft, hop, count = spec.n_fft, spec.hop_length, _frame_count(len(samples), spec)
+    n_fft, hop, count = spec.n_fft, spec.hop_length, frame_count(len(samples), spec)
     stretch = np.empty((_BLOCK - 1) * hop + n_fft, np.float32)
     frames = np.lib.stride_tricks.sliding_window_view(stretch, n_fft)[::hop]
     windowed = np.empty((_BLOCK, n_fft))
@@ -225,7 +227,7 @@ def mel_power(samples: np.ndarray, spec: FeatureSpec) -> np.ndarray:
 
     Equals `librosa.feature.melspectrogram` transposed.
     """
-    result = np.empty((_frame_count(len(samples), spec), spec.n_mels), np.float32)
+    result = np.empty((frame_count(len(samples), spec), spec.n_mels), np.float32)
     for frames, power in _power_blocks(samples, spec):
         for bands, bins, filters in _mel_groups(spec):
             np.matmul(power[:, bins], filters, out=result[frames, bands])
@@ -234,7 +236,7 @@ def mel_power(samples: np.ndarray, spec: FeatureSpec) -> np.ndarray:
 
 def stft_power(samples: np.ndarray, spec: FeatureSpec) -> np.ndarray:
     """Returns the power spectrogram, float32 `[frames, 1 + n_fft // 2]`: `abs(librosa.stft(samples)) ** 2` transposed."""
-    result = np.empty((_frame_count(len(samples), spec), 1 + spec.n_fft // 2), np.float32)
+    result = np.empty((frame_count(len(samples), spec), 1 + spec.n_fft // 2), np.float32)
     for frames, power in _power_blocks(samples, spec):
         result[frames] = power
     return result

@@ -14,13 +14,8 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from musicgenre.evaluation.plots import _INK as INK
-from musicgenre.evaluation.plots import _MUTED as MUTED
-from musicgenre.evaluation.plots import BLUE, TimePanel
-from musicgenre.evaluation.plots import _figure as new_figure
-from musicgenre.evaluation.plots import _save as save
-from musicgenre.evaluation.plots import _short as short
-from musicgenre.evaluation.report import _page as rendered
+from musicgenre.evaluation.plots import BLUE, INK, MUTED, TimePanel, new_figure, save, short
+from musicgenre.evaluation.report import rendered
 from musicgenre.files import write_text
 
 _TICKS = "#374151"

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
@@ -24,7 +25,7 @@ from musicgenre.files import replacing
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, PURPLE, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00"
 _CURVES = (BLUE, ORANGE, GREEN, PURPLE, RED, "#56B4E9", "#8C6D00", "#444444", "#8DA0B3", "#7A3E9D")
-_INK, _MUTED, _GRID = "#222222", "#6b7280", "#e5e7eb"
+INK, MUTED, _GRID = "#222222", "#6b7280", "#e5e7eb"
 _DPI = 130
 # With more classes the numbers in the cells of a confusion matrix could not be read.
 _MOST_CLASSES_WITH_NUMBERS = 25
@@ -65,14 +66,14 @@ def confusion_matrix(
     rows = counts.sum(axis=1, keepdims=True)
     share = counts / np.maximum(rows, 1)
     side = float(np.clip(0.62 * classes, 3.2, 11.5)) + 1.8
-    figure = _figure(side + 0.9, side, layout="compressed")
+    figure = new_figure(side + 0.9, side, layout="compressed")
     axes = figure.subplots()
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="equal")
     few = classes <= _MOST_CLASSES_WITH_NUMBERS
     size = 9 if few else 6.5
     axes.set_xticks(
         range(classes),
-        [_short(name) for name in label_names],
+        [short(name) for name in label_names],
         fontsize=size,
         rotation=45 if few else 90,
         ha="right" if few else "center",
@@ -96,13 +97,13 @@ def confusion_matrix(
                 ha="center",
                 va="center",
                 fontsize=number,
-                color="white" if share[i, j] > 0.55 else _INK,
+                color="white" if share[i, j] > 0.55 else INK,
             )
     bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
     bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=["0 %", "25 %", "50 %", "75 %", "100 %"])
     bar.outline.set_visible(False)
-    bar.set_label("share of the true class", color=_MUTED)
-    _save(figure, path, title)
+    bar.set_label("share of the true class", color=MUTED)
+    save(figure, path, title)
 
 
 def per_class_bars(
@@ -122,7 +123,7 @@ def per_class_bars(
       title: what was evaluated.
     """
     classes = len(label_names)
-    figure = _figure(3.2 + 3.4 * len(measures), 1.5 + 0.27 * max(classes, 4))
+    figure = new_figure(3.2 + 3.4 * len(measures), 1.5 + 0.27 * max(classes, 4))
     panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
     positions = np.arange(classes)
     colours = (BLUE, GREEN, PURPLE) * len(measures)
@@ -131,19 +132,19 @@ def per_class_bars(
         axes.barh(positions, [value or 0 for value in values], color=colour, height=0.68)
         for position, value in zip(positions, values, strict=True):
             axes.text(
-                1.13, position, "n/a" if value is None else f"{value:.2f}", ha="right", va="center", fontsize=8.5, color=_MUTED
+                1.13, position, "n/a" if value is None else f"{value:.2f}", ha="right", va="center", fontsize=8.5, color=MUTED
             )
         if known:
             mean = float(np.mean(known))
-            axes.axvline(mean, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
-            axes.set_title(f"{name}, mean {mean:.3f}", fontsize=10, color=_INK)
+            axes.axvline(mean, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+            axes.set_title(f"{name}, mean {mean:.3f}", fontsize=10, color=INK)
         axes.set_xlim(0, 1.14)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
         axes.set_ylim(classes - 0.4, -0.6)
         _tidy(axes, "x")
     panels[0].set_yticks(positions, _with_counts(label_names, support), fontsize=9)
     panels[0].set_ylabel("label (clips)")
-    _save(figure, path, title)
+    save(figure, path, title)
 
 
 def reliability_diagram(
@@ -165,12 +166,12 @@ def reliability_diagram(
       observed: what is held against the probability, such as "accuracy" or "share of clips with the tag".
       counted: what the bins hold.
     """
-    figure = _figure(5.8, 5.8)
+    figure = new_figure(5.8, 5.8)
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
     edges = np.array([row["low"] for row in bins])
     width = bins[0]["high"] - bins[0]["low"]
     full = [row for row in bins if row["n"]]
-    top.plot([0, 1], [0, 1], color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), label="perfect calibration")
+    top.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="perfect calibration")
     top.bar(
         [row["low"] for row in full],
         [row["accuracy"] for row in full],
@@ -194,13 +195,13 @@ def reliability_diagram(
         alignment="left",
         title=f"expected calibration error {100 * ece:.1f} %",
     )
-    below.bar(edges, [row["n"] for row in bins], width=width * 0.92, align="edge", color=_MUTED)
+    below.bar(edges, [row["n"] for row in bins], width=width * 0.92, align="edge", color=MUTED)
     below.set(xlabel="probability", ylabel=counted)
     if max(row["n"] for row in bins) > 100 * max(1, min(row["n"] for row in full)):
         below.set_yscale("log")
     _tidy(top, "both")
     _tidy(below, "y")
-    _save(figure, path, title)
+    save(figure, path, title)
 
 
 def learning_curves(
@@ -221,7 +222,7 @@ def learning_curves(
       metric: the metric of the second panel.
       evaluated_step: the checkpoint's step.
     """
-    figure = _figure(9.6, 3.9)
+    figure = new_figure(9.6, 3.9)
     panels = figure.subplots(1, 2)
     for axes, name in zip(panels, ("loss", metric), strict=True):
         drawn = False
@@ -235,8 +236,8 @@ def learning_curves(
                 evaluated_step, color=RED, linewidth=1.2, linestyle=(0, (4, 3)), label=f"evaluated: step {evaluated_step}"
             )
         if not drawn:
-            axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=_MUTED)
-        axes.set_title(measure_name(name), fontsize=10, color=_INK)
+            axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=MUTED)
+        axes.set_title(measure_name(name), fontsize=10, color=INK)
         axes.set_xlabel("step")
         _tidy(axes, "both")
         axes.margins(x=0.02)
@@ -244,7 +245,7 @@ def learning_curves(
     handles, names = panels[0].get_legend_handles_labels()
     if handles:
         panels[0].legend(handles, names, frameon=False, fontsize=8.5)
-    _save(figure, path, title)
+    save(figure, path, title)
 
 
 def roc_curves(
@@ -263,9 +264,9 @@ def roc_curves(
       label_names: `[labels]`.
       title: what was evaluated.
     """
-    figure = _figure(5.8, 5.8)
+    figure = new_figure(5.8, 5.8)
     axes = figure.subplots()
-    axes.plot([0, 1], [0, 1], color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     for column, (name, colour) in enumerate(zip(label_names, _CURVES, strict=False)):
         truth = targets[:, column]
         if 0 < truth.sum() < len(truth):
@@ -276,14 +277,14 @@ def roc_curves(
                 hits,
                 color=colour,
                 linewidth=1.5,
-                label=f"{area:.2f}  {_short(name)}",
+                label=f"{area:.2f}  {short(name)}",
                 linestyle="-" if column % 2 == 0 else (0, (5, 1)),
             )
     axes.set(xlim=(-0.01, 1), ylim=(0, 1.01), xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(edgecolor="none", framealpha=0.9, fontsize=8.5, loc="lower right", title="area, label", alignment="left")
     _tidy(axes, "both")
-    _save(figure, path, title)
+    save(figure, path, title)
 
 
 def comparison_plot(
@@ -305,7 +306,7 @@ def comparison_plot(
       percent: show the numbers in percent.
     """
     factor, digits = (100, 1) if percent else (1, 3)
-    figure = _figure(8.6, 1.9 + 0.42 * max(len(rows), 2))
+    figure = new_figure(8.6, 1.9 + 0.42 * max(len(rows), 2))
     axes = figure.subplots()
     interval_drawn = dots_drawn = False
     for position, row in enumerate(rows):
@@ -349,15 +350,15 @@ def comparison_plot(
             va="center",
             fontsize=9,
             xycoords=("axes fraction", "data"),
-            color=_INK,
+            color=INK,
         )
-    axes.set_yticks(range(len(rows)), [_short(row["name"], 44) for row in rows], fontsize=9)
+    axes.set_yticks(range(len(rows)), [short(row["name"], 44) for row in rows], fontsize=9)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel(f"{measure} (%)" if percent else measure)
     axes.margins(x=0.08)
     figure.legend(frameon=False, fontsize=8.5, ncols=3, loc="outside lower center")
     _tidy(axes, "x")
-    _save(figure, path, title)
+    save(figure, path, title)
 
 
 def label_distribution(
@@ -388,7 +389,7 @@ def label_distribution(
     table, totals, names = table[:, order], totals[order], [label_names[i] for i in order]
     # Font size and inches a label: it lies on its side, so that it takes the height of a line.
     size, room = (9.0, 0.36) if len(names) <= 30 else (8.0, 0.168) if len(names) <= 80 else (7.0, 0.115)
-    figure = _figure(max(6.5, 1.6 + len(names) * room), 5.2)
+    figure = new_figure(max(6.5, 1.6 + len(names) * room), 5.2)
     axes = figure.subplots()
     positions = np.arange(len(names))
     bottom = np.zeros(len(names), int)
@@ -413,10 +414,10 @@ def label_distribution(
                 va="bottom",
                 fontsize=7 if len(names) > 12 else 8.5,
                 rotation=90 if len(names) > 12 else 0,
-                color=_MUTED,
+                color=MUTED,
             )
         axes.margins(y=0.12)
-    axes.set_xticks(positions, [_short(name) for name in names], fontsize=size, rotation=90 if len(names) > 12 else 35)
+    axes.set_xticks(positions, [short(name) for name in names], fontsize=size, rotation=90 if len(names) > 12 else 35)
     if len(names) <= 12:
         for text in axes.get_xticklabels():
             text.set(ha="right", rotation_mode="anchor")
@@ -426,7 +427,7 @@ def label_distribution(
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     _tidy(axes, "y")
     axes.tick_params(axis="x", length=0)
-    _save(figure, path, title, palette=True)
+    save(figure, path, title, palette=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -463,7 +464,7 @@ def time_panels(path: str | os.PathLike[str], panels: Sequence[TimePanel], title
       title: of which clip.
     """
     heights = [1.0 if panel.values.ndim == 1 else 2.6 for panel in panels]
-    figure = _figure(8.4, 1.1 + 1.1 * sum(heights))
+    figure = new_figure(8.4, 1.1 + 1.1 * sum(heights))
     column = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for axes, panel in zip(column, panels, strict=True):
         count = len(panel.values)
@@ -472,18 +473,8 @@ def time_panels(path: str | os.PathLike[str], panels: Sequence[TimePanel], title
             axes.plot(*_envelope(panel.values, panel.seconds, panel.start), color=BLUE, linewidth=0.6)
             _tidy(axes, "both")
         else:
-            low, high = panel.limits or (float(panel.values.min()), float(panel.values.max()))
-            bands = panel.values.shape[1]
-            image = axes.imshow(
-                panel.values.T,
-                origin="lower",
-                aspect="auto",
-                cmap="magma",
-                interpolation="nearest",
-                vmin=low,
-                vmax=high,
-                extent=(panel.start, end, -0.5, bands - 0.5),
-            )
+            image = _spectrogram(axes, panel)
+            low, high = image.get_clim()
             beyond = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
             bar = figure.colorbar(
                 image,
@@ -493,7 +484,7 @@ def time_panels(path: str | os.PathLike[str], panels: Sequence[TimePanel], title
                 extend=beyond[bool(panel.values.min() < low), bool(panel.values.max() > high)],
             )
             bar.outline.set_visible(False)
-            bar.set_label(panel.unit, color=_MUTED)
+            bar.set_label(panel.unit, color=MUTED)
             bar.ax.tick_params(colors="#374151", length=3)
             axes.tick_params(colors="#374151", length=3)
             axes.spines[:].set_visible(False)
@@ -502,10 +493,10 @@ def time_panels(path: str | os.PathLike[str], panels: Sequence[TimePanel], title
             axes.set_yticks(list(panel.yticks), list(panel.yticks.values()))
         axes.set_ylabel(panel.ylabel)
         if panel.name:
-            axes.set_title(panel.name, fontsize=10, color=_INK, loc="left")
+            axes.set_title(panel.name, fontsize=10, color=INK, loc="left")
         axes.set_xlim(max(panel.start, 0), end)
     column[-1].set_xlabel("time (s)")
-    _save(figure, path, title, palette=True)
+    save(figure, path, title, palette=True)
 
 
 def taggram(
@@ -541,36 +532,26 @@ def taggram(
     middles = (starts + ends) / 2
     edges = np.concatenate([starts[:1], (middles[1:] + middles[:-1]) / 2, ends[-1:]])
     height = 0.23 * len(shown) + 0.5
-    figure = _figure(8.4, 3.4 + height)
+    figure = new_figure(8.4, 3.4 + height)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2.4, height])
-    low, high = sound.limits or (float(sound.values.min()), float(sound.values.max()))
+    image = _spectrogram(above, sound)
     end = sound.start + len(sound.values) * sound.seconds
-    image = above.imshow(
-        sound.values.T,
-        origin="lower",
-        aspect="auto",
-        cmap="magma",
-        interpolation="nearest",
-        vmin=low,
-        vmax=high,
-        extent=(sound.start, end, -0.5, sound.values.shape[1] - 0.5),
-    )
     if sound.yticks:
         above.set_yticks(list(sound.yticks), list(sound.yticks.values()))
     above.set_ylabel(sound.ylabel)
-    above.set_title(sound.name, fontsize=10, color=_INK, loc="left")
+    above.set_title(sound.name, fontsize=10, color=INK, loc="left")
     limits = (0.0, 1.0) if unit == "probability" else (float(scores.min()), float(scores.max()))
     mesh = below.pcolormesh(
         edges, np.arange(len(shown) + 1) - 0.5, scores[:, shown].T, cmap="magma", vmin=limits[0], vmax=limits[1], rasterized=True
     )
     # White lines keep the rows apart without a grid over the times.
     below.hlines(np.arange(len(shown) - 1) + 0.5, 0, edges[-1], color="white", linewidth=1.2)
-    below.set_yticks(np.arange(len(shown)), [_short(label_names[i]) for i in shown.tolist()])
-    below.set_title(f"{unit} over {len(starts)} window{'s' if len(starts) != 1 else ''}", fontsize=10, color=_INK, loc="left")
+    below.set_yticks(np.arange(len(shown)), [short(label_names[i]) for i in shown.tolist()])
+    below.set_title(f"{unit} over {len(starts)} window{'s' if len(starts) != 1 else ''}", fontsize=10, color=INK, loc="left")
     for axes, drawn, name in ((above, image, sound.unit), (below, mesh, unit)):
         bar = figure.colorbar(drawn, ax=axes, pad=0.012, fraction=0.045)
         bar.outline.set_visible(False)
-        bar.set_label(name, color=_MUTED)
+        bar.set_label(name, color=MUTED)
         bar.ax.tick_params(colors="#374151", length=3)
         axes.tick_params(colors="#374151", length=3)
         axes.spines[:].set_visible(False)
@@ -581,7 +562,7 @@ def taggram(
     if minutes:
         below.xaxis.set_major_formatter(lambda value, _: f"{int(value) // 60}:{int(value) % 60:02d}")
     below.set_xlabel("time (min:s)" if minutes else "time (s)")
-    _save(figure, path, title, palette=True)
+    save(figure, path, title, palette=True)
 
 
 def architecture(path: str | os.PathLike[str], layers: Sequence[Mapping[str, Any]], title: str) -> None:
@@ -614,7 +595,7 @@ def architecture(path: str | os.PathLike[str], layers: Sequence[Mapping[str, Any
     tall = max(sum(heights[number] for number in column) for column in folded) + 0.35
     wide = _COLUMN * len(folded)
     head = 0.35 + 0.19 * len(_wrapped(title, wide))
-    figure = _figure(wide, tall + head, layout=None)
+    figure = new_figure(wide, tall + head, layout=None)
     axes = figure.add_axes((0, 0, 1, tall / (tall + head)))
     axes.set(xlim=(0, wide), ylim=(tall, 0))
     axes.set_axis_off()
@@ -628,7 +609,7 @@ def architecture(path: str | os.PathLike[str], layers: Sequence[Mapping[str, Any
             for i in stack:
                 y = _draw_box(axes, i, layers[i], left, y)
             ends[stack[-1]] = (left + _ARROW, y)
-    _save(figure, path, title)
+    save(figure, path, title)
 
 
 def measure_name(key: str) -> str:
@@ -730,13 +711,13 @@ def _draw_arrow(
         return bottom
     if not from_before:
         # It begins at its text, not at the box above.
-        axes.plot([x - 0.08, x + 0.08], [y + 0.05, y + 0.05], color=_INK, linewidth=1)
+        axes.plot([x - 0.08, x + 0.08], [y + 0.05, y + 0.05], color=INK, linewidth=1)
     elif ends:
         column_x, end = ends[i - 1]
         gutter = column_x - _ARROW + (_COLUMN + _BOX) / 2
         way = [(column_x, end), (column_x, end + 0.12), (gutter, end + 0.12), (gutter, 0.02), (x, 0.02), (x, y + 0.05)]
-        axes.plot(*zip(*way, strict=True), color=_INK, linewidth=1)
-    style = {"arrowstyle": "-|>", "color": _INK, "shrinkA": 0, "shrinkB": 0}
+        axes.plot(*zip(*way, strict=True), color=INK, linewidth=1)
+    style = {"arrowstyle": "-|>", "color": INK, "shrinkA": 0, "shrinkB": 0}
     axes.annotate("", (x, bottom), (x, y + (0 if from_before else 0.05)), arrowprops=style)
     for number, line in enumerate(lines):
         axes.text(x + 0.16, y + 0.05 + _LINE * (number + 0.5), line, va="center", fontsize=7.5, color="#374151")
@@ -752,19 +733,19 @@ def _draw_box(axes: Axes, i: int, layer: Mapping[str, Any], left: float, y: floa
     name = _tail(layer["name"], (26 if _is_strip(layer) else 30) - len(str(i)))
     start, end, middle = left + 0.13, left + _BOX - 0.07, y + (height / 2 if _is_strip(layer) else 0.145)
     if not _is_strip(layer):
-        axes.text(start, middle, f"{i}  {name}", va="center", fontsize=8.5, color=_INK, fontweight="bold")
+        axes.text(start, middle, f"{i}  {name}", va="center", fontsize=8.5, color=INK, fontweight="bold")
         for number, line in enumerate(_words(layer)):
             axes.text(start, y + 0.31 + _LINE * number, line, va="center", fontsize=7.5, color="#374151")
     elif group == "none":
         # An end of the network, or a place where arrays meet.
         shape = f"   {layer['output']}" if layer["kind"] == "Input" else ""
-        axes.text(start, middle, f"{i}  {name}{shape}", va="center", fontsize=8.5, color=_INK)
+        axes.text(start, middle, f"{i}  {name}{shape}", va="center", fontsize=8.5, color=INK)
     else:
-        axes.text(start, middle, f"{i}  {name}", va="center", fontsize=8, color=_INK)
+        axes.text(start, middle, f"{i}  {name}", va="center", fontsize=8, color=INK)
         what = layer["kind"] if group == "norm" else ", ".join(filter(None, (layer["kind"], layer["settings"])))
-        axes.text(left + 1.98, middle, _short(what, 20), va="center", fontsize=7, color="#374151")
+        axes.text(left + 1.98, middle, short(what, 20), va="center", fontsize=7, color="#374151")
     if layer["parameters"]:
-        axes.text(end, middle, f"{layer['parameters']:,}", ha="right", va="center", fontsize=7.5, color=_MUTED)
+        axes.text(end, middle, f"{layer['parameters']:,}", ha="right", va="center", fontsize=7.5, color=MUTED)
     return y + height
 
 
@@ -782,15 +763,33 @@ def _envelope(values: np.ndarray, seconds: float, start: float, most: int = 4000
     return start + seconds * np.repeat(bounds, 2), extremes.ravel()
 
 
-def _short(name: str, most: int = 28) -> str:
+def _spectrogram(axes: Axes, panel: TimePanel) -> AxesImage:
+    """Draws a panel's `[n, bands]`."""
+    low, high = panel.limits or (float(panel.values.min()), float(panel.values.max()))
+    end = panel.start + len(panel.values) * panel.seconds
+    return axes.imshow(
+        panel.values.T,
+        origin="lower",
+        aspect="auto",
+        cmap="magma",
+        interpolation="nearest",
+        vmin=low,
+        vmax=high,
+        extent=(panel.start, end, -0.5, panel.values.shape[1] - 0.5),
+    )
+
+
+def short(name: str, most: int = 28) -> str:
+    """Returns a name that is cut to the room there is."""
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def _with_counts(label_names: Sequence[str], counts: Sequence[int] | np.ndarray) -> list[str]:
-    return [f"{_short(name)}  ({count})" for name, count in zip(label_names, counts, strict=True)]
+    return [f"{short(name)}  ({count})" for name, count in zip(label_names, counts, strict=True)]
 
 
-def _figure(width: float, height: float, layout: Literal["constrained", "compressed"] | None = "constrained") -> Figure:
+def new_figure(width: float, height: float, layout: Literal["constrained", "compressed"] | None = "constrained") -> Figure:
+    """Returns an empty figure, in inches, that is drawn without a display."""
     figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
@@ -808,14 +807,14 @@ def _wrapped(title: str, inches: float) -> list[str]:
     return textwrap.wrap(title, int(10.5 * inches))
 
 
-def _save(figure: Figure, path: str | os.PathLike[str], title: str, *, palette: bool = False) -> None:
+def save(figure: Figure, path: str | os.PathLike[str], title: str, *, palette: bool = False) -> None:
     """Sets the title and writes the PNG atomically; its bytes depend on the drawing alone.
 
     With a `palette` the file of a large or noisy picture has a third of the bytes; it has magma's colours, the greys and the
     first four of the curves.
     """
     lines = _wrapped(title, figure.get_figwidth())
-    heading = figure.suptitle("\n".join(lines), fontsize=11, fontweight="bold", color=_INK, x=0.01, ha="left")
+    heading = figure.suptitle("\n".join(lines), fontsize=11, fontweight="bold", color=INK, x=0.01, ha="left")
     if figure.get_layout_engine() is None:
         heading.set_y(1 - 0.12 / figure.get_figheight())
     for text in figure.findobj(Text):

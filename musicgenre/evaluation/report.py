@@ -222,7 +222,7 @@ def write_report(
     )
     write_text(out_dir / "predictions.csv", _predictions(evaluation))
     figures = _figures(out_dir, evaluation, metrics)
-    page = _page(
+    page = rendered(
         "report.html.j2",
         evaluation=evaluation,
         metrics=metrics,
@@ -363,7 +363,7 @@ def _write_summary(
     write_json(out_dir / "summary.json", {**summary, "notes": list(notes), "command": command})
     title = ("SYNTHETIC · " if summary["synthetic"] else "") + summary["title"]
     plots.comparison_plot(out_dir / figure, rows, title, measure=plots.measure_name(main), percent=main in _IN_PERCENT)
-    page = _page(
+    page = rendered(
         "summary.html.j2",
         summary=summary,
         tables=tables,
@@ -616,7 +616,8 @@ def _data_uri(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-def _page(template: str, **values: Any) -> str:
+def rendered(template: str, **values: Any) -> str:
+    """Returns the page that a template of this package makes of values, which are escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,

@@ -32,7 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from musicgenre import __version__
-from musicgenre.audio.device import features, frame_count
+from musicgenre.audio.device import features
+from musicgenre.audio.features import frame_count
 from musicgenre.errors import UserError, did_you_mean
 from musicgenre.files import replacing
 from musicgenre.inference.bundle import model_card
@@ -81,6 +82,9 @@ def export_model(
     tolerance: float = TOLERANCE,
 ) -> Exported:
     """Writes a model as a program and its notes, both atomically, after the program has been run and compared with the model.
+
+    ONNX has the input "samples" and the output "probabilities". StableHLO is serialised by `jax.export` for CPUs, CUDA and TPUs,
+    and run by `jax.export.deserialize(bytes).call(samples)` with JAX alone, of the version that wrote it or a later one.
 
     Args:
       model: a trained model.
@@ -136,19 +140,6 @@ def check_format(path: str | os.PathLike[str], form: str = "") -> str:
     if missing := [name for name in _NEEDED[form] if importlib.util.find_spec(name) is None]:
         raise UserError(f"{form}: the package {missing[0]!r} is missing: pip install 'musicgenre[export]'.")
     return form
-
-
-def export_stablehlo(model: TrainedModel, path: str | os.PathLike[str], *, seconds: float = 0.0) -> Exported:
-    """Writes a model as StableHLO, serialised by `jax.export`, for CPUs, CUDA and TPUs; see `export_model`.
-
-    It is run by `jax.export.deserialize(bytes).call(samples)`, with JAX alone, of the version that wrote it or a later one.
-    """
-    return export_model(model, path, "stablehlo", seconds=seconds)
-
-
-def export_onnx(model: TrainedModel, path: str | os.PathLike[str], *, seconds: float = 0.0) -> Exported:
-    """Writes a model as ONNX, with the input "samples" and the output "probabilities"; see `export_model`."""
-    return export_model(model, path, "onnx", seconds=seconds)
 
 
 def input_samples(model: TrainedModel, seconds: float = 0.0) -> int:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from musicgenre.audio.decode import load_audio
-from musicgenre.audio.device import TRANSFORMS, features, frame_count, frame_waveform, stft_power
-from musicgenre.audio.features import FeatureSpec, compute_features, mel_power, to_db
+from musicgenre.audio.device import TRANSFORMS, features, frame_waveform, stft_power
+from musicgenre.audio.features import FeatureSpec, compute_features, frame_count, mel_power, to_db
 from musicgenre.errors import UserError
 
 # Hops that divide the window and do not, an odd and a prime length of it, every kind, compression and reference.

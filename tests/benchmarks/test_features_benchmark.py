@@ -1,6 +1,5 @@
 import importlib
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +8,7 @@ from musicgenre.audio.features import FeatureSpec, compute_features
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2])
+def benchmark():
     return importlib.import_module("benchmarks.features")
 
 

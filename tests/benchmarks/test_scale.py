@@ -1,27 +1,16 @@
 import dataclasses
-import importlib.util
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
+from benchmarks import scale
 from musicgenre.audio.features import FeatureSpec
 from musicgenre.pipeline.store import Store
 
-FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "scale.py"
 
-
-@pytest.fixture(scope="module")
-def scale():
-    spec = importlib.util.spec_from_file_location("benchmark_scale", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_what_a_million_tracks_take_is_worked_by_hand(scale):
+def test_what_a_million_tracks_take_is_worked_by_hand():
     gtzan, mtat, million = scale.KINDS
     # 647 frames of 128 float16 are 165,632 bytes; 7,813 shards have a header each.
     made = scale.project(million, 0.09, 128, price_core_hour=0.04, price_gb_month=0.02)
@@ -35,7 +24,7 @@ def test_what_a_million_tracks_take_is_worked_by_hand(scale):
     assert [1 + round(kind.seconds * 22_050) // 1024 for kind in scale.KINDS] == [647, 628, 646]
 
 
-def test_a_store_of_sparse_shards_is_a_store(scale, tmp_path):
+def test_a_store_of_sparse_shards_is_a_store(tmp_path):
     made = scale.build(tmp_path / "store", 300, 647)
     assert made["todo"] == 0
     store = Store.open(tmp_path / "store", verify=True)
@@ -52,7 +41,7 @@ def test_a_store_of_sparse_shards_is_a_store(scale, tmp_path):
     assert 0 <= found["first_batch_GB"] - found["before_GB"] < 0.5
 
 
-def test_the_steps_of_a_clip_are_measured(scale, tmp_path):
+def test_the_steps_of_a_clip_are_measured(tmp_path):
     short = dataclasses.replace(scale.KINDS[2], seconds=1.5, frames=32)
     seconds = scale.measure_clip(short, FeatureSpec(), 2, tmp_path)
     assert list(seconds) == ["hash", "decode", "resample", "mel", "write", "process_clip"]
@@ -63,7 +52,7 @@ def test_the_steps_of_a_clip_are_measured(scale, tmp_path):
     assert np.load(tmp_path / "shards/00000.npy").shape == (128, 32, 128)
 
 
-def test_the_tables_are_printed(scale, capsys, monkeypatch):
+def test_the_tables_are_printed(capsys, monkeypatch):
     monkeypatch.setattr(
         scale, "_in_own_process", lambda step, *rest: scale.build(*rest) if step == "build" else scale.start(*rest)
     )

@@ -1,13 +1,9 @@
 import importlib
 import re
-import runpy
-from pathlib import Path
 
 import pytest
 import soundfile
-
-ROOT = Path(__file__).resolve().parents[2]
-tiny_model = runpy.run_path(str(ROOT / "tests/inference/tiny_model.py"))["tiny_model"]
+from tiny_model import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +13,6 @@ def model():
 
 @pytest.fixture
 def benchmark(monkeypatch, model):
-    monkeypatch.syspath_prepend(ROOT)
     module = importlib.import_module("benchmarks.tag")
     monkeypatch.setattr(module, "load_model", lambda name: model)
     return module

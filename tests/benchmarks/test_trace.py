@@ -1,23 +1,12 @@
-import importlib.util
-from pathlib import Path
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 
-FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "trace.py"
+from benchmarks import trace
 
 
-@pytest.fixture(scope="module")
-def trace():
-    spec = importlib.util.spec_from_file_location("benchmark_trace", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_own_times_are_worked_by_hand(trace):
+def test_own_times_are_worked_by_hand():
     # "outer" holds "first" and "second", which holds "inner"; "after" begins where "outer" ends, and goes on beside "beside".
     events = [(0, 100, "outer"), (10, 20, "first"), (40, 50, "second"), (45, 5, "inner"), (100, 7, "after"), (105, 10, "beside")]
     own = {"outer": 30, "first": 20, "second": 45, "inner": 5, "after": 5, "beside": 10}
@@ -33,11 +22,11 @@ def test_own_times_are_worked_by_hand(trace):
         ("jit(train_step)/integer_pow", "the rest of the step", "integer_pow"),
     ],
 )
-def test_a_name_says_where_in_the_network(trace, name, place, primitive):
+def test_a_name_says_where_in_the_network(name, place, primitive):
     assert trace.place(name) == (place, primitive)
 
 
-def test_a_real_trace_names_its_layers(trace, tmp_path, capsys):
+def test_a_real_trace_names_its_layers(tmp_path, capsys):
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -60,6 +49,6 @@ def test_a_real_trace_names_its_layers(trace, tmp_path, capsys):
     assert printed[2].endswith(f"{len(rows) - 1} more") and printed[3].endswith(f"{sum(row.count for row in rows)}  together")
 
 
-def test_without_a_trace_it_says_what_to_do(trace, tmp_path, capsys):
+def test_without_a_trace_it_says_what_to_do(tmp_path, capsys):
     assert trace.main([str(tmp_path)]) == 2
     assert "no *.xplane.pb there. Train with --profile_steps=20,5" in capsys.readouterr().err

@@ -1,7 +1,6 @@
 import importlib
 import re
 import types
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,6 @@ torch = pytest.importorskip("torch", reason="the peers' extra (PyTorch) is not i
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2])
     module = importlib.import_module("benchmarks.train_step")
     # PyTorch's threads wait in a loop, which takes minutes where other tests run beside this one.
     monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: {0})

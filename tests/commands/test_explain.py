@@ -1,7 +1,5 @@
 import csv
 import re
-import runpy
-from pathlib import Path
 from urllib.parse import unquote
 
 import jax
@@ -10,14 +8,13 @@ import pytest
 import soundfile
 from ml_collections import ConfigDict
 from PIL import Image
+from tiny_model import tiny_model
 
 from musicgenre import cli
 from musicgenre.commands import explain
 from musicgenre.evaluation import explain_plots, plots
 from musicgenre.inference.bundle import save_bundle
 from musicgenre.inference.tagger import Tagger
-
-tiny_model = runpy.run_path(str(Path(__file__).parents[1] / "inference" / "tiny_model.py"))["tiny_model"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -26,13 +23,6 @@ def compiled_quickly():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    path = tmp_path_factory.mktemp("bundle") / "tiny.safetensors"
-    save_bundle(tiny_model(), path)
-    return path
 
 
 @pytest.fixture

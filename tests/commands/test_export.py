@@ -1,16 +1,13 @@
 import importlib.util
 import json
-import runpy
-from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_model import tiny_model
 
 from musicgenre.cli import main
 from musicgenre.inference import export
 from musicgenre.inference.bundle import save_bundle
-
-tiny_model = runpy.run_path(str(Path(__file__).parents[1] / "inference" / "tiny_model.py"))["tiny_model"]
 
 needs_stablehlo = pytest.mark.skipif(
     importlib.util.find_spec("flatbuffers") is None, reason="needs pip install 'musicgenre[export]' (flatbuffers)"

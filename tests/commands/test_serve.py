@@ -1,7 +1,6 @@
 import http.client
 import json
 import os
-import runpy
 import signal
 import socket
 import subprocess
@@ -19,17 +18,8 @@ pytest.importorskip("uvicorn", reason="the extra demo is not installed")
 import uvicorn
 
 from musicgenre import Tagger, cli
-from musicgenre.inference.bundle import save_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
-tiny_model = runpy.run_path(str(ROOT / "tests" / "inference" / "tiny_model.py"))["tiny_model"]
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    path = tmp_path_factory.mktemp("bundle") / "tiny.safetensors"
-    save_bundle(tiny_model(), path)
-    return path
 
 
 def run(*arguments):

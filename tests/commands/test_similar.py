@@ -2,7 +2,6 @@ import csv
 import io
 import json
 import os
-import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -12,19 +11,10 @@ import pytest
 import soundfile
 
 from musicgenre import cli
-from musicgenre.inference.bundle import save_bundle
 from musicgenre.inference.similar import EmbeddingIndex
 from musicgenre.inference.tagger import Tagger
 
 ROOT = Path(__file__).resolve().parents[2]
-tiny_model = runpy.run_path(str(ROOT / "tests" / "inference" / "tiny_model.py"))["tiny_model"]
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    path = tmp_path_factory.mktemp("bundle") / "tiny.safetensors"
-    save_bundle(tiny_model(), path)
-    return path
 
 
 @pytest.fixture(scope="module")

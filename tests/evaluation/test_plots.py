@@ -27,7 +27,7 @@ def drawn(monkeypatch):
         figure.canvas.draw()
         figures.append(figure)
 
-    monkeypatch.setattr(plots, "_save", catch)
+    monkeypatch.setattr(plots, "save", catch)
     return figures
 
 
@@ -55,7 +55,7 @@ def test_confusion_matrix_of_any_size(tmp_path, classes):
 
 def test_confusion_matrix_has_numbers_up_to_25_classes(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path, title: drawn.append(len(figure.axes[0].texts)))
+    monkeypatch.setattr(plots, "save", lambda figure, path, title: drawn.append(len(figure.axes[0].texts)))
     for classes in (10, 25, 26):
         plots.confusion_matrix(tmp_path / "c.png", np.ones((classes, classes), int), ["x"] * classes, "")
     assert drawn == [100, 625, 0]
@@ -63,7 +63,7 @@ def test_confusion_matrix_has_numbers_up_to_25_classes(tmp_path, monkeypatch):
 
 def test_per_class_bars_keep_the_label_order(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path, title: figures.append(figure))
+    monkeypatch.setattr(plots, "save", lambda figure, path, title: figures.append(figure))
     plots.per_class_bars(tmp_path / "b.png", ["z", "a", "m"], {"F1": [0.2, None, 0.6]}, [3, 0, 5], "")
     axes = figures[0].axes[0]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["z  (3)", "a  (0)", "m  (5)"]
@@ -74,7 +74,7 @@ def test_per_class_bars_keep_the_label_order(tmp_path, monkeypatch):
 
 def test_learning_curves_mark_the_evaluated_step(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path, title: figures.append(figure))
+    monkeypatch.setattr(plots, "save", lambda figure, path, title: figures.append(figure))
     rows = [{"step": 10, "train_loss": 2.0}, {"step": 20, "valid_loss": 1.5, "valid_accuracy": 0.4}]
     plots.learning_curves(tmp_path / "l.png", rows, "", evaluated_step=20)
     loss, accuracy = figures[0].axes
@@ -254,8 +254,8 @@ def test_few_colours_look_the_same(tmp_path, monkeypatch):
     panels = [plots.TimePanel(np.sin(np.arange(300.0)), 0.1), plots.TimePanel(values, 0.25, unit="dB")]
     plots.time_panels(tmp_path / "few.png", panels, "title")
     plots.time_panels(tmp_path / "again.png", panels, "title")
-    save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path, title, palette: save(figure, path, title))
+    save = plots.save
+    monkeypatch.setattr(plots, "save", lambda figure, path, title, palette: save(figure, path, title))
     plots.time_panels(tmp_path / "all.png", panels, "title")
     few, full = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB"), int) for name in ("few", "all"))
     assert np.abs(few - full).max() <= 64 and np.abs(few - full).mean() < 2

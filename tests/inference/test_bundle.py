@@ -1,12 +1,11 @@
 import json
-import runpy
 import struct
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tiny_model import tiny_model
 
 from musicgenre.errors import UserError
 from musicgenre.inference.bundle import load_bundle, model_card, save_bundle
@@ -14,8 +13,6 @@ from musicgenre.inference.model import load_model
 from musicgenre.inference.windows import Network
 from musicgenre.training import bundle as bundle_module
 from musicgenre.training.bundle import packaged_models
-
-tiny_model = runpy.run_path(str(Path(__file__).with_name("tiny_model.py")))["tiny_model"]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,4 @@
 import dataclasses
-import runpy
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -8,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
+from tiny_model import tiny_model
 
 from musicgenre import models
 from musicgenre.audio.features import FeatureSpec, compute_features, mfcc_from_db
@@ -17,8 +16,6 @@ from musicgenre.inference.explain import Explainer
 from musicgenre.inference.tagger import Tagger
 from musicgenre.models.registry import input_limits
 from musicgenre.pipeline.store import ClipLayout
-
-tiny_model = runpy.run_path(str(Path(__file__).parent / "tiny_model.py"))["tiny_model"]
 
 # Fields that make each network small; one that is not here is tested at its own size.
 SMALL = {

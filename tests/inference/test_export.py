@@ -3,10 +3,8 @@
 import dataclasses
 import importlib.util
 import json
-import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -14,14 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
+from tiny_model import tiny_model
 
 from musicgenre import Tagger
 from musicgenre.errors import UserError
 from musicgenre.inference import export
 from musicgenre.inference.model import load_model
 from musicgenre.models.crnn import GRU
-
-tiny_model = runpy.run_path(str(Path(__file__).with_name("tiny_model.py")))["tiny_model"]
 
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("jax2onnx", "onnx", "onnxruntime")),
@@ -174,7 +171,7 @@ def test_layers_that_jax2onnx_misunderstands(tmp_path):
     stats = {"mean": np.linspace(-1, 1, 64), "var": np.linspace(0.5, 2, 64)}
     variables = {**variables, "batch_stats": {"norm": {name: np.float32(value) for name, value in stats.items()}}}
     model = dataclasses.replace(model, module=Misunderstood(), model={"variables": variables, "norm": model.model["norm"]})
-    exported = export.export_onnx(model, tmp_path / "a.onnx")
+    exported = export.export_model(model, tmp_path / "a.onnx")
     assert exported.difference < 1e-4
     # What was changed of Flax for the export is as it was.
     assert export.nn.BatchNorm.__call__ is export._FLAX_BATCH_NORM and export.nn.max_pool.__module__.startswith("flax.")
@@ -191,7 +188,7 @@ def test_layers_that_jax2onnx_misunderstands(tmp_path):
 def test_a_network_that_computes_in_bfloat16_is_exported_in_float32(tmp_path):
     model, other = tiny_model(), tiny_model(dtype="bfloat16")
     assert other.module.dtype == jnp.bfloat16
-    exported = export.export_stablehlo(other, tmp_path / "a.stablehlo", seconds=0.5)
+    exported = export.export_model(other, tmp_path / "a.stablehlo", seconds=0.5)
     signals = export.check_signals(exported.samples, 22050)
     call = jax.export.deserialize(bytearray(exported.path.read_bytes())).call
     np.testing.assert_allclose(call(signals), export.reference(model, signals), rtol=0, atol=1e-4)
@@ -200,7 +197,7 @@ def test_a_network_that_computes_in_bfloat16_is_exported_in_float32(tmp_path):
 @needs_stablehlo
 def test_the_notes_beside_a_program(tmp_path):
     model = tiny_model("multi_label", ("low", "naïve", "high/est"))
-    exported = export.export_stablehlo(model, tmp_path / "new" / "a.stablehlo")
+    exported = export.export_model(model, tmp_path / "new" / "a.stablehlo")
     assert sorted(path.name for path in exported.path.parent.iterdir()) == ["a.stablehlo", "a.stablehlo.json"]
     assert exported.notes == tmp_path / "new" / "a.stablehlo.json"
     notes = json.loads(exported.notes.read_text(encoding="utf-8"))
@@ -220,7 +217,7 @@ def test_what_differs_from_the_model_is_not_written(tmp_path, monkeypatch):
     right = export.reference
     monkeypatch.setattr(export, "reference", lambda model, signals: right(model, signals) + 2e-4)
     with pytest.raises(UserError, match=r"a.stablehlo: the exported program differs from the model by 2.0e-04 .* nothing was"):
-        export.export_stablehlo(tiny_model(), path, seconds=0.5)
+        export.export_model(tiny_model(), path, seconds=0.5)
     assert path.read_text() == "the old one" and list(tmp_path.iterdir()) == [path]
 
 
@@ -232,7 +229,7 @@ def test_a_network_that_onnx_cannot_say(tmp_path):
 
     model = dataclasses.replace(tiny_model(), module=Sorting())
     with pytest.raises(UserError, match=r"the network 'conv1d' cannot be written as ONNX .* Take StableHLO"):
-        export.export_onnx(model, tmp_path / "a.onnx")
+        export.export_model(model, tmp_path / "a.onnx")
     assert not list(tmp_path.iterdir())
 
 
@@ -245,7 +242,7 @@ def test_bad_requests(tmp_path, monkeypatch):
             export.input_samples(model, seconds)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"onnx: the package 'jax2onnx' is missing: pip install 'musicgenre\[export\]'"):
-        export.export_onnx(model, tmp_path / "a.onnx")
+        export.export_model(model, tmp_path / "a.onnx")
     with pytest.raises(UserError, match="'flatbuffers' is missing"):
-        export.export_stablehlo(model, tmp_path / "a.stablehlo")
+        export.export_model(model, tmp_path / "a.stablehlo")
     assert not list(tmp_path.iterdir())

@@ -1,13 +1,12 @@
 import csv
 import dataclasses
 import json
-import runpy
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 from ml_collections import ConfigDict
+from tiny_model import tiny_model
 
 from musicgenre.audio.features import compute_features, mel_power, to_db
 from musicgenre.config import store_path
@@ -21,8 +20,6 @@ from musicgenre.inference.predict import Prediction, predict_files, render
 from musicgenre.inference.windows import file_inputs
 from musicgenre.pipeline.store import Store
 from musicgenre.training.loop import train
-
-tiny_model = runpy.run_path(str(Path(__file__).with_name("tiny_model.py")))["tiny_model"]
 
 
 @pytest.fixture

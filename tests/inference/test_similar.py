@@ -2,7 +2,6 @@ import dataclasses
 import json
 import os
 import resource
-import runpy
 from pathlib import Path
 
 import flax.linen as nn
@@ -13,6 +12,7 @@ import soundfile
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from sklearn.neighbors import NearestNeighbors
+from tiny_model import tiny_model
 
 from musicgenre.config import store_path
 from musicgenre.errors import UserError
@@ -25,7 +25,6 @@ from musicgenre.inference.tagger import Tagger
 from musicgenre.inference.windows import Network
 from musicgenre.pipeline.store import Store
 
-tiny_model = runpy.run_path(str(Path(__file__).with_name("tiny_model.py")))["tiny_model"]
 NO_TEXT = os.fsdecode(b"/music/caf\xe9.mp3")
 
 

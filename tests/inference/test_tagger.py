@@ -1,22 +1,19 @@
 import dataclasses
-import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 import soundfile
+from tiny_model import tiny_model
 
 import musicgenre
 from musicgenre import Tagger
 from musicgenre.errors import UserError
 from musicgenre.inference.bundle import save_bundle
 from musicgenre.inference.predict import predict_files
-
-tiny_model = runpy.run_path(str(Path(__file__).with_name("tiny_model.py")))["tiny_model"]
 
 
 @pytest.fixture(scope="module")

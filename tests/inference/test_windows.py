@@ -1,10 +1,9 @@
 import dataclasses
-import runpy
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from tiny_model import tiny_model
 
 from musicgenre.audio.decode import load_audio, stream_audio
 from musicgenre.audio.features import FeatureSpec, frame_waveform, mel_power, stft_power
@@ -14,8 +13,6 @@ from musicgenre.errors import UserError
 from musicgenre.inference import windows
 from musicgenre.inference.windows import Network, file_inputs, overview, score_files, stream_power, stream_windows
 from musicgenre.pipeline.prepare import process_clip
-
-tiny_model = runpy.run_path(str(Path(__file__).with_name("tiny_model.py")))["tiny_model"]
 
 
 def noise(count, seed=0):

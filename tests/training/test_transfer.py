@@ -1,6 +1,4 @@
 import json
-import runpy
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from ml_collections import ConfigDict
+from tiny_model import tiny_model
 
 from musicgenre import models
 from musicgenre.config import base_config
@@ -19,8 +18,6 @@ from musicgenre.pipeline.store import Store
 from musicgenre.training.loop import train
 from musicgenre.training.optimisers import make_optimizer
 from musicgenre.training.transfer import layer_order, layer_rates
-
-tiny_model = runpy.run_path(str(Path(__file__).parents[1] / "inference" / "tiny_model.py"))["tiny_model"]
 
 
 def changed(config, **fields):

@@ -3,11 +3,9 @@ import dataclasses
 import errno
 import http.client
 import io
-import runpy
 import socket
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,12 +16,11 @@ pytest.importorskip("fastapi", reason="the extra demo is not installed")
 pytest.importorskip("httpx2", reason="the tests of the page need httpx2")
 
 from fastapi.testclient import TestClient
+from tiny_model import tiny_model
 
 from musicgenre import Tagger
 from musicgenre.web import analysis, app
 from musicgenre.web.app import NAME_HEADER, Limits, create_app
-
-tiny_model = runpy.run_path(str(Path(__file__).parents[1] / "inference" / "tiny_model.py"))["tiny_model"]
 
 
 @pytest.fixture(scope="module")
