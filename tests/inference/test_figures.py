@@ -28,7 +28,7 @@ def drawn(monkeypatch):
     found = {}
     monkeypatch.setattr(
         plots,
-        "_save",
+        "save",
         lambda figure, path, title, **kwargs: found.update({Path(path).name: SimpleNamespace(axes=figure.axes, title=title)}),
     )
     return found
@@ -167,7 +167,7 @@ def test_cepstra_and_waveforms_have_axes_of_their_own(tmp_path, drawn):
 )
 def test_networks_are_drawn_readably(tmp_path, monkeypatch, fields, frames, bands):
     caught = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path, title: caught.append((figure, title)))
+    monkeypatch.setattr(plots, "save", lambda figure, path, title: caught.append((figure, title)))
     module = models.build(fields, num_classes=50, frames=frames, bands=bands)
     path, layers = figures.architecture_figure(module, frames, bands, tmp_path, fields["name"], "an experiment")
     assert path == tmp_path / f"architecture_{fields['name']}.png"
