@@ -1,25 +1,30 @@
 r"""Measures trained models on a split and writes a report; several --workdir are seeds of one experiment.
 
+Of several, <out>/ensemble is the report of the mean of their scores, beside the summary over them and each one's own report.
+
 A bundle, or the name of a packaged model, needs --store or --arrays, and --out. What it was trained on is not known, so its audit
 cannot say that there is no leak.
 
 python experiments/evaluate.py --workdir=runs/conv1d --split=valid
 python experiments/evaluate.py --workdir=runs/a/seed0 --workdir=runs/a/seed1 --arrays=test.npz --split=test --out=runs/a/test
+python experiments/evaluate.py --workdir=runs/conv1d --split=test --temperature=valid
 """
 
 import shlex
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags
 
 from musicgenre import app
 from musicgenre.errors import UserError
-from musicgenre.evaluation.report import headline, measure, summarise_seeds, write_report
+from musicgenre.evaluation.ensemble import ensemble
+from musicgenre.evaluation.report import Evaluation, calibration_line, headline, measure, summarise_seeds, write_report
 from musicgenre.files import write_json
-from musicgenre.inference.evaluate import evaluate_model, store_of_arrays, training_store
+from musicgenre.inference.evaluate import evaluate_model, store_of_arrays, temperature_source, training_store
 from musicgenre.inference.model import load_model
 from musicgenre.inference.similar import neighbour_report, neighbour_table
 from musicgenre.pipeline.store import Store
@@ -35,6 +40,12 @@ _STORE = flags.DEFINE_string("store", "", "Store to evaluate on; the one that th
 _ARRAYS = flags.DEFINE_string("arrays", "", "File of spectrograms (.npz or .npy) to evaluate on instead, all of it as --split.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "last, best (by the validation measure) or a step.")
 _OUT = flags.DEFINE_string("out", "", "Folder of the report; <workdir>/evaluation-<split> if empty.")
+_TEMPERATURE = flags.DEFINE_string(
+    "temperature",
+    "",
+    "Also: what the probabilities are worth after temperature scaling (classes only): the temperature itself, or where it is "
+    "fitted, a split (train, valid, test) or a file of spectrograms (.npz or .npy).",
+)
 _FATAL = flags.DEFINE_bool(
     "fatal_leakage", False, "Exit with 4 when the audit finds leaks from the training clips, or these are not known."
 )
@@ -51,7 +62,7 @@ def main() -> int:
     if len(workdirs) > 1 and not _OUT.value:
         raise UserError("several --workdir need a place for their common report: --out=...")
     command = shlex.join(["python", *sys.argv])
-    runs, evaluations = [], []
+    runs, evaluations, calibrations = [], [], []
     leaks = False
     with tempfile.TemporaryDirectory() as scratch:
         for number, workdir in enumerate(workdirs):
@@ -64,22 +75,34 @@ def main() -> int:
                 store = Store.open(_STORE.value or training_store(workdir))
             evaluation = evaluate_model(model, store, _SPLIT.value, command=command)
             out = Path(_OUT.value) if _OUT.value else workdir / f"evaluation-{_SPLIT.value}"
-            metrics = measure(evaluation)
+            calibration = None
+            if _TEMPERATURE.value:
+                place = Path(scratch) / f"temperature{number}"
+                calibration = temperature_source(_TEMPERATURE.value, evaluation, model, store, place, alone=bool(_ARRAYS.value))
+                if calibration is None:
+                    print(f"--temperature is left out: it is for classes, and the task is {evaluation.task}.")
+            metrics = measure(evaluation, calibration=calibration)
             report = write_report(out / f"run{number}" if len(workdirs) > 1 else out, evaluation, metrics=metrics)
             runs.append((str(workdir), metrics))
             evaluations.append(evaluation)
+            calibrations.append(calibration)
             if _NEIGHBOURS.value:
                 found = neighbour_report(model, store, _SPLIT.value, ks=_NEIGHBOURS.value)
                 write_json(report.parent / "neighbours.json", found)
                 print(neighbour_table(found))
-            print(f"{'SYNTHETIC audio, ' if evaluation.synthetic else ''}{workdir}, {_SPLIT.value}: {headline(metrics)}")
+            _say(str(workdir), evaluation, metrics)
             if evaluation.audit is not None:
                 print("\n".join(evaluation.audit.summary()))
                 leaks |= not evaluation.audit.clean
     first = evaluations[0]
     if len(workdirs) > 1:
-        if any(other.clip_ids != first.clip_ids for other in evaluations):
-            raise UserError("the runs were not evaluated on the same clips, so they are no seeds of one experiment.")
+        names = [name for name, _ in runs]
+        together = ensemble(evaluations, names)
+        fitted_on = [calibration for calibration in calibrations if isinstance(calibration, Evaluation)]
+        calibration = ensemble(fitted_on, names) if fitted_on else calibrations[0]
+        metrics = measure(together, calibration=calibration)
+        of_ensemble = write_report(Path(_OUT.value) / "ensemble", together, metrics=metrics)
+        _say(f"ensemble of {len(runs)} (mean of their scores)", together, metrics)
         correct = None
         if first.task == "single_label":
             correct = np.stack([evaluation.scores.argmax(axis=1) == evaluation.targets for evaluation in evaluations])
@@ -90,10 +113,12 @@ def main() -> int:
             correct=correct,
             groups=first.groups,
             group_name=first.group_name,
+            ensemble=metrics,
             synthetic=first.synthetic,
             command=command,
         )
         print((Path(_OUT.value) / "summary.json").read_text(encoding="utf-8"))
+        print(f"report of the ensemble: {of_ensemble}")
     print(f"report: {report}")
     if leaks and _FATAL.value:
         print(
@@ -102,6 +127,12 @@ def main() -> int:
         )
         return LEAKAGE
     return 0
+
+
+def _say(name: str, evaluation: Evaluation, metrics: dict[str, Any]) -> None:
+    print(f"{'SYNTHETIC audio, ' if evaluation.synthetic else ''}{name}, {evaluation.split}: {headline(metrics)}")
+    if line := calibration_line(metrics):
+        print(line)
 
 
 if __name__ == "__main__":

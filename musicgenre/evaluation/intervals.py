@@ -64,7 +64,7 @@ def bootstrap(
     Raises:
       UserError: no clips, another number of groups than clips, or a level outside (0, 1).
     """
-    cluster = _clusters(n, groups)
+    cluster = clusters(n, groups)
     draws = _draws(cluster.max() + 1, resamples, seed)
     values = np.array([statistic(counts[cluster]) for block in draws for counts in block], float)
     return [None if cluster.max() == 0 else _percentiles(column, level) for column in values.T]
@@ -80,7 +80,7 @@ def bootstrap_mean(
 ) -> tuple[float, float] | None:
     """Returns the interval of `bootstrap` for the mean of `values` `[n]` (so for accuracy), much faster."""
     values = np.asarray(values, float)
-    cluster = _clusters(len(values), groups)
+    cluster = clusters(len(values), groups)
     if cluster.max() == 0:
         return None
     sums, sizes = np.bincount(cluster, values), np.bincount(cluster)
@@ -114,13 +114,16 @@ def seeds_summary(values: Sequence[float], level: float = 0.95) -> dict[str, Any
     return {"n": n, "mean": mean, "std": std, "interval": [mean - half, mean + half], "values": numbers}
 
 
-def _check_level(level: float) -> None:
-    if not 0 < level < 1:
-        raise UserError(f"a confidence level lies between 0 and 1, such as 0.95, but is {level}.")
+def clusters(n: int, groups: Sequence[str | None] | None) -> np.ndarray:
+    """Returns the number of each clip's group, int `[n]`, from 0 in the order of their first clips.
 
+    Args:
+      n: clips.
+      groups: `[n]`; a clip with None is a group of its own, and each is without groups.
 
-def _clusters(n: int, groups: Sequence[str | None] | None) -> np.ndarray:
-    """Returns the number of each clip's group, `[n]`."""
+    Raises:
+      UserError: no clips, or another number of groups.
+    """
     if n < 1:
         raise UserError("an interval needs at least one clip.")
     if groups is None:
@@ -130,6 +133,11 @@ def _clusters(n: int, groups: Sequence[str | None] | None) -> np.ndarray:
     names = [(True, str(i)) if group is None else (False, str(group)) for i, group in enumerate(groups)]
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
     return np.array([numbers[name] for name in names])
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise UserError(f"a confidence level lies between 0 and 1, such as 0.95, but is {level}.")
 
 
 def _draws(groups: int, resamples: int, seed: int) -> list[np.ndarray]:

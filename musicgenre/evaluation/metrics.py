@@ -25,11 +25,10 @@ def single_label_metrics(scores: np.ndarray, labels: np.ndarray, label_names: Se
     Returns:
       `n`, `accuracy`, `balanced_accuracy`, `top3_accuracy` (None for three classes or fewer),
       `macro_precision`, `macro_recall`, `macro_f1`, `macro_roc_auc` and `macro_pr_auc` (each class against
-      the rest; PR-AUC is average precision), `nll` (mean negative log likelihood in nats, probabilities
-      clipped at 1e-12), `ece` (expected calibration error of the highest probability, Guo 2017,
-      arXiv:1706.04599), `reliability` (its bins), `confusion` (counts, rows are the truth), `per_class` (one
-      dict a class) and `undefined`, the names of the classes without a clip, or with all of them, with their
-      count in `undefined_count`. Those are left out of the means they have no value for. What is not defined
+      the rest; PR-AUC is average precision), `nll`, `ece`, `brier` and `reliability` (see
+      `calibration_metrics`), `confusion` (counts, rows are the truth), `per_class` (one dict a class) and
+      `undefined`, the names of the classes without a clip, or with all of them, with their count in
+      `undefined_count`. Those are left out of the means they have no value for. What is not defined
       is None, never NaN. A class that is never predicted has the precision 0 in `macro_precision`, as in
       scikit-learn, and None in `per_class`.
 
@@ -57,7 +56,8 @@ def single_label_metrics(scores: np.ndarray, labels: np.ndarray, label_names: Se
     per_class = _per_label(scores, targets, np.equal.outer(predicted, np.arange(classes)), label_names)
     present = [row for row in per_class if row["support"]]
     top3 = np.argsort(-scores, axis=1, kind="stable")[:, :3]
-    ece, reliability = _calibration(scores.max(axis=1), predicted == labels)
+    calibration = calibration_metrics(scores, labels)
+    reliability = calibration.pop("reliability")
     recall = _mean(row["recall"] for row in present)
     return {
         "n": clips,
@@ -69,13 +69,48 @@ def single_label_metrics(scores: np.ndarray, labels: np.ndarray, label_names: Se
         "macro_f1": _mean(row["f1"] for row in present),
         "macro_roc_auc": _mean(row["roc_auc"] for row in per_class),
         "macro_pr_auc": _mean(row["pr_auc"] for row in per_class),
-        "nll": float(-np.mean(np.log(np.clip(scores[np.arange(clips), labels], 1e-12, 1)))),
-        "ece": ece,
+        **calibration,
         **_undefined(per_class),
         "per_class": per_class,
         "confusion": confusion.tolist(),
         "reliability": reliability,
     }
+
+
+def calibration_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Returns how far a classifier's probabilities can be believed.
+
+    Args:
+      scores: probabilities, `[clips, classes]`.
+      labels: true class numbers, integers `[clips]`.
+
+    Returns:
+      `nll` (mean negative log likelihood in nats, probabilities clipped at 1e-12), `ece` (expected calibration error of the
+      highest probability, Guo 2017, arXiv:1706.04599), `brier` (mean over the clips of the squared differences from 0 and 1
+      summed over the classes, from 0 to 2; Brier 1950) and `reliability` (the bins of `ece`).
+    """
+    truth = np.equal.outer(labels, np.arange(scores.shape[1]))
+    ece, reliability = _calibration(scores.max(axis=1), scores.argmax(axis=1) == labels)
+    return {
+        "nll": float(-np.mean(np.log(np.clip(scores[truth], 1e-12, 1)))),
+        "ece": ece,
+        "brier": float(np.square(scores - truth).sum(axis=1).mean()),
+        "reliability": reliability,
+    }
+
+
+def ece_by_chance(confidence: np.ndarray, *, draws: int = 200, seed: int = 0) -> float:
+    """Returns the mean `ece` of a classifier whose probabilities are exactly right, which is above 0 as clips are few.
+
+    Each draw has each clip right with its own probability (Vaicenavicius et al. 2019, arXiv:1902.06977).
+
+    Args:
+      confidence: the highest probability of each clip, `[clips]`.
+      draws: over which the mean is taken.
+      seed: of the draws.
+    """
+    generator = np.random.default_rng(seed)
+    return float(np.mean([_calibration(confidence, generator.random(len(confidence)) < confidence)[0] for _ in range(draws)]))
 
 
 def multi_label_metrics(scores: np.ndarray, targets: np.ndarray, label_names: Sequence[str]) -> dict[str, Any]:

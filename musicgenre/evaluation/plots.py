@@ -204,6 +204,45 @@ def reliability_diagram(
     save(figure, path, title)
 
 
+def coverage_curve(path: str | os.PathLike[str], abstention: Mapping[str, Any], title: str) -> None:
+    """Draws the accuracy on the surest clips against their share, with intervals where it is told in numbers.
+
+    Args:
+      path: PNG file.
+      abstention: from `musicgenre.evaluation.calibration.risk_coverage`.
+      title: what was evaluated.
+    """
+    figure = new_figure(5.8, 4.8)
+    axes = figure.subplots()
+    coverage, accuracy = abstention["curve"]["coverage"], abstention["curve"]["accuracy"]
+    axes.plot(coverage, accuracy, color=BLUE, linewidth=1.8, label=f"surest clips first (AURC {abstention['aurc']:.3f})")
+    everything = f"all clips: {100 * accuracy[-1]:.1f} %"
+    axes.plot([0, 1], [accuracy[-1]] * 2, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label=everything)
+    for number, row in enumerate(abstention["at"]):
+        low, high = row["wilson"]
+        axes.plot([row["coverage"]] * 2, [low, high], color=RED, linewidth=1.6, label=None if number else "95 % Wilson interval")
+        axes.plot(row["coverage"], row["accuracy"], "o", color=RED, markersize=5, markeredgecolor="white")
+        axes.annotate(
+            f"{100 * row['accuracy']:.1f} %",
+            (row["coverage"], low),
+            (0, -4),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            fontsize=8.5,
+            color=INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )
+    # The axis leaves room for the legend below all that is drawn.
+    lowest = min(*accuracy, *(row["wilson"][0] for row in abstention["at"]))
+    axes.set_ylim(max(np.floor(10 * lowest - 2) / 10, -0.2), 1.02)
+    axes.set_yticks([tick for tick in np.linspace(0, 1, 11) if tick >= axes.get_ylim()[0] - 1e-9])
+    axes.set(xlim=(0, 1.01), xlabel="coverage: share of the clips that are named", ylabel="accuracy on these")
+    axes.legend(edgecolor="none", framealpha=0.9, fontsize=8.5, loc="lower left")
+    _tidy(axes, "both")
+    save(figure, path, title)
+
+
 def learning_curves(
     path: str | os.PathLike[str],
     rows: Sequence[Mapping[str, Any]],
@@ -622,6 +661,7 @@ def measure_name(key: str) -> str:
         "top3_accuracy": "top-3 accuracy",
         "nll": "negative log likelihood",
         "ece": "calibration error",
+        "brier": "Brier score",
     }
     return names.get(key, key.replace("_", " "))
 

@@ -16,8 +16,11 @@ import numpy as np
 from musicgenre.errors import UserError
 from musicgenre.evaluation import plots
 from musicgenre.evaluation.audit import AuditResult
+from musicgenre.evaluation.calibration import cross_fitted, fit_temperature, risk_coverage, tempered
 from musicgenre.evaluation.intervals import bootstrap, bootstrap_mean, seeds_summary, wilson
 from musicgenre.evaluation.metrics import (
+    calibration_metrics,
+    ece_by_chance,
     multi_label_metrics,
     regression_metrics,
     single_label_metrics,
@@ -40,6 +43,7 @@ _MEASURES = (
     "micro_f1",
     "nll",
     "ece",
+    "brier",
     "r2",
     "mse",
     "mae",
@@ -77,6 +81,9 @@ class Evaluation:
       versions: version by package.
       notes: sentences shown under the headline.
       group_name: what a group is.
+      windows: probabilities of each window (and each model of an ensemble), whose mean the scores are,
+        `[clips, windows, classes]`; None where each clip has one, its scores.
+      temperature: that the scores were made with, see `musicgenre.inference.model.TrainedModel`.
     """
 
     title: str
@@ -100,13 +107,19 @@ class Evaluation:
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     notes: Sequence[str] = ()
     group_name: str = "artist"
+    windows: np.ndarray | None = None
+    temperature: float = 1.0
 
 
-def measure(evaluation: Evaluation, *, resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
+def measure(
+    evaluation: Evaluation, *, calibration: Evaluation | float | None = None, resamples: int = 2000, seed: int = 0
+) -> dict[str, Any]:
     """Returns the metrics of an evaluation, with intervals.
 
     Args:
       evaluation: what was scored.
+      calibration: the same model's evaluation that a temperature is fitted on, which may be this one, or a temperature; also says
+        what its probabilities are then worth. None for neither, and of no effect on tags and regressions.
       resamples: draws of the bootstrap.
       seed: of the bootstrap.
 
@@ -114,7 +127,13 @@ def measure(evaluation: Evaluation, *, resamples: int = 2000, seed: int = 0) -> 
       What `single_label_metrics`, `multi_label_metrics` or `regression_metrics` returns, with `task` and `intervals`: `level`,
       `bootstrap_unit` (what was resampled, such as "artist"; "clip" where no group is known),
       `bootstrap_units` (how many there are) and for each headline measure a dict with `bootstrap` and, for
-      accuracy, `wilson`, each [low, high] or None.
+      accuracy, `wilson`, each [low, high] or None. Each class or tag has `recall_wilson`, the interval of its recall.
+      A classifier of single labels has `ece_by_chance` (see there), `abstention`, see
+      `musicgenre.evaluation.calibration.risk_coverage`, and, where it was asked for, `calibration`: `temperature`, `fitted_on`
+      (in words), `shared` (how many of the clips that it was fitted on are evaluated here), `before` and `after`
+      (`calibration_metrics` without and with it), and `cross_fitted`, the same measures where each fold of the groups has the
+      temperature fitted on the others, with these `temperatures`; None unless it was fitted on the evaluated clips. All other
+      measures are of the probabilities as they are, without the temperature.
 
     Raises:
       UserError: fields that do not fit together, a clip id twice, or what the metrics raise.
@@ -138,10 +157,17 @@ def measure(evaluation: Evaluation, *, resamples: int = 2000, seed: int = 0) -> 
             "wilson": list(wilson(int(correct.sum()), n, LEVEL)),
             "bootstrap": over_clips and list(over_clips),
         }
+        metrics["ece_by_chance"] = ece_by_chance(scores.max(axis=1))
+        metrics["abstention"] = risk_coverage(scores.max(axis=1), correct, LEVEL)
+        if calibration is not None:
+            metrics["calibration"] = _calibrated(evaluation, calibration)
     elif evaluation.task == "multi_label":
         metrics = multi_label_metrics(scores, targets, evaluation.label_names)
     else:
         metrics = regression_metrics(scores, targets, evaluation.label_names)
+    for row in metrics["per_class"] if evaluation.task != "regression" else ():
+        support = row["support"]
+        row["recall_wilson"] = list(wilson(round(row["recall"] * support), support, LEVEL)) if support else None
     if evaluation.task == "regression":
         names, statistic = _MAIN["regression"], weighted_r2(scores, targets)
     else:
@@ -171,6 +197,18 @@ def headline(metrics: Mapping[str, Any]) -> str:
     if metrics.get("undefined_count"):
         parts.append(f"{what} left out of the means: {metrics['undefined_count']}")
     return ", ".join(parts)
+
+
+def calibration_line(metrics: Mapping[str, Any]) -> str:
+    """Returns what a temperature does, in one line, or "" where none was asked for."""
+    if (found := metrics.get("calibration")) is None:
+        return ""
+    rows = [f"{name.replace('_', '-')} {_value('ece', found[name]['ece'])}" for name in ("before", "after")]
+    nll = f"negative log likelihood {found['before']['nll']:.3f}, {found['after']['nll']:.3f}"
+    if found["cross_fitted"]:
+        rows.append(f"cross-fitted {_value('ece', found['cross_fitted']['ece'])}")
+        nll += f", {found['cross_fitted']['nll']:.3f}"
+    return f"temperature {found['temperature']:.3f}, {found['fitted_on']}: calibration error {', '.join(rows)}; {nll}"
 
 
 def write_report(
@@ -247,6 +285,7 @@ def summarise_seeds(
     correct: np.ndarray | None = None,
     groups: Sequence[str | None] | None = None,
     group_name: str = "artist",
+    ensemble: Mapping[str, Any] | None = None,
     synthetic: bool = False,
     command: str = "",
     notes: Sequence[str] = (),
@@ -261,6 +300,7 @@ def summarise_seeds(
         interval over clips, which the spread of the seeds says nothing about.
       groups: the group of each clip for that interval, `[clips]`.
       group_name: what a group is.
+      ensemble: the metrics of all together, from `measure`, to be set beside them.
       synthetic: the sound is made up.
       command: what was typed.
       notes: sentences shown under the headline.
@@ -305,6 +345,10 @@ def summarise_seeds(
                 "values": [],
             }
         )
+    if ensemble is not None and ensemble.get(main) is not None:
+        summary["ensemble"] = {name: ensemble[name] for name in measures} | {"intervals": ensemble["intervals"]}
+        row = {"name": "ensemble: mean of all scores", "mean": ensemble[main], "values": []}
+        rows.append({**row, "interval": _best_interval(ensemble, main)})
     tables = [("", runs, measures)]
     return _write_summary(Path(out_dir), "seeds.png", summary, rows, main, tables, command, notes)
 
@@ -402,6 +446,43 @@ def _check(evaluation: Evaluation) -> None:
             raise UserError(f"{clips} clip ids but {len(getattr(evaluation, name))} {name}.")
     if twice := [clip for clip, count in Counter(evaluation.clip_ids).items() if count > 1]:
         raise UserError(f"the clip id {twice[0]!r} occurs more than once; ids must be unique.")
+
+
+def _calibrated(evaluation: Evaluation, source: Evaluation | float) -> dict[str, Any]:
+    """Returns the `calibration` of the metrics of a single-label evaluation."""
+    windows, labels = _windows(evaluation), np.asarray(evaluation.targets)
+    fold_temperatures = None
+    shared = 0
+    if isinstance(source, Evaluation):
+        # On top of the one that the scores have already; what is told is both in one.
+        factor = fit_temperature(_windows(source), np.asarray(source.targets))
+        shared = len(set(source.clip_ids) & set(evaluation.clip_ids))
+        fitted_on = f"fitted on {source.split} ({len(source.clip_ids)} clips of {source.dataset})"
+        if source.split == "train":
+            fitted_on += ", clips that models are trained on, of which they are too sure"
+        if shared == len(evaluation.clip_ids):
+            fold_temperatures = cross_fitted(windows, labels, evaluation.groups)
+    else:
+        factor, fitted_on = source / evaluation.temperature, "given"
+    found = {
+        "temperature": factor * evaluation.temperature,
+        "fitted_on": fitted_on,
+        "shared": shared,
+        "before": calibration_metrics(tempered(windows, 1), labels),
+        "after": calibration_metrics(tempered(windows, factor), labels),
+        "cross_fitted": None,
+    }
+    if fold_temperatures is not None:
+        scores, factors = fold_temperatures
+        found["cross_fitted"] = calibration_metrics(scores, labels) | {
+            "temperatures": [factor * evaluation.temperature for factor in factors]
+        }
+    return found
+
+
+def _windows(evaluation: Evaluation) -> np.ndarray:
+    """Returns the probabilities whose means are the scores, `[clips, windows, classes]`."""
+    return np.asarray(evaluation.scores)[:, None] if evaluation.windows is None else evaluation.windows
 
 
 def _one_hot(evaluation: Evaluation) -> np.ndarray:
@@ -505,6 +586,16 @@ def _own_notes(evaluation: Evaluation, metrics: Mapping[str, Any]) -> list[str]:
             f"{metrics['undefined_count']} of {len(metrics['per_class'])} {what} "
             f"({', '.join(metrics['undefined'])})."
         )
+    if calibration := metrics.get("calibration"):
+        shared, clips = calibration["shared"], metrics["n"]
+        if calibration["cross_fitted"]:
+            notes.append(
+                "The temperature was fitted on the evaluated clips themselves, so what it gains is a little too good. The "
+                f"cross-fitted numbers are not: in these each of {len(calibration['cross_fitted']['temperatures'])} parts of "
+                f"the {metrics['intervals']['bootstrap_unit']}s has the temperature that was fitted on the others."
+            )
+        elif shared:
+            notes.append(f"The temperature was fitted on {shared} of the {clips} evaluated clips, so what it gains is too good.")
     unknown = sum(group is None for group in evaluation.groups)
     if unknown:
         notes.append(
@@ -552,15 +643,24 @@ def _figures(out_dir: Path, evaluation: Evaluation, metrics: Mapping[str, Any]) 
     if len(names) <= _MOST_ROC_CURVES:
         paths["roc"] = out_dir / "roc.png"
         plots.roc_curves(paths["roc"], np.asarray(evaluation.scores), _one_hot(evaluation), names, f"ROC · {title}")
-    paths["reliability"] = out_dir / "reliability.png"
-    plots.reliability_diagram(
-        paths["reliability"],
-        metrics["reliability"],
-        metrics["ece"],
-        f"Calibration · {title}",
-        observed="accuracy" if single else "share with the tag",
-        counted="clips" if single else "entries",
-    )
+    if single:
+        paths["abstention"] = out_dir / "abstention.png"
+        plots.coverage_curve(paths["abstention"], metrics["abstention"], f"Abstention · {title}")
+    diagrams = {"reliability": ("Calibration", metrics)}
+    if calibration := metrics.get("calibration"):
+        kind = "cross_fitted" if calibration["cross_fitted"] else "after"
+        name = f"Calibration, {'cross-fitted temperature' if calibration['cross_fitted'] else 'temperature'}"
+        diagrams["reliability_after"] = (f"{name} {calibration['temperature']:.2f}", calibration[kind])
+    for key, (name, found) in diagrams.items():
+        paths[key] = out_dir / f"{key}.png"
+        plots.reliability_diagram(
+            paths[key],
+            found["reliability"],
+            found["ece"],
+            f"{name} · {title}",
+            observed="accuracy" if single else "share with the tag",
+            counted="clips" if single else "entries",
+        )
     return paths
 
 
@@ -626,5 +726,5 @@ def rendered(template: str, **values: Any) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["number"] = lambda value: "n/a" if value is None else f"{value:.3f}"
-    environment.globals.update(show_value=_value, show_range=_range, measure_name=plots.measure_name)
+    environment.globals.update(show_value=_value, show_range=_range, show_intervals=_intervals, measure_name=plots.measure_name)
     return environment.get_template(template).render(**values)

@@ -61,6 +61,8 @@ def save_bundle(model: TrainedModel, path: str | os.PathLike[str], card: str = "
         "card": card or model.card,
         "sha256": digest(arrays),
     }
+    if model.temperature != 1:
+        notes["temperature"] = model.temperature
     text = json.dumps(notes, ensure_ascii=False, allow_nan=False, sort_keys=True)
     with replacing(path) as temporary:
         temporary.write_bytes(save(arrays, metadata={KEY: text}))
@@ -110,6 +112,7 @@ def model_card(model: TrainedModel, remarks: str = "") -> str:
         f"- Front end: {model.features.describe()}",
         f"- Training: seed {config.seed}, {config.epochs} epochs, batch {config.batch_size}, {config.optimizer.name} "
         f"{config.optimizer.learning_rate:g}",
+        *([f"- Temperature: {model.temperature:.4g}, by which the logits are divided"] if model.temperature != 1 else []),
         f"- Labels in the order of the outputs: {', '.join(model.label_names)}",
         "- Limits: it knows these labels only and names one of them for any sound, speech and noise too. A measure holds for "
         "music like that of its data set.",

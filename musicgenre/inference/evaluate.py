@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import math
 import os
 import platform
 from pathlib import Path
@@ -17,12 +18,12 @@ from musicgenre.evaluation.audit import AuditResult, AuditSide, audit, fingerpri
 from musicgenre.evaluation.report import Evaluation
 from musicgenre.files import read_json
 from musicgenre.inference.model import TrainedModel
+from musicgenre.pipeline.loader import eval_batches
 from musicgenre.pipeline.prepare import prepare_store
 from musicgenre.pipeline.store import Store
 from musicgenre.training.bundle import resolve_source
 from musicgenre.training.parallel import Parallel
-from musicgenre.training.scoring import score_clips
-from musicgenre.training.step import make_score_step
+from musicgenre.training.step import normalise
 from musicgenre.training.telemetry import read_rows
 
 # What is known of the training clips of a bundle.
@@ -46,18 +47,8 @@ def evaluate_model(
     """
     _check_fits(model, store)
     indices = store.indices(split)
-    spread = Parallel.create()
-    score = spread.score_step(make_score_step(model.module, model.task))
     config = model.config
-    scores = score_clips(
-        score,
-        spread.place_state(model.model),
-        store,
-        indices,
-        batch_size=spread.round_up(int(config.batch_size)),
-        crop_frames=int(config.data.crop_frames),
-        chunks=int(config.data.eval_chunks),
-    )
+    windows = _score_windows(model, store, indices)
     targets = _targets(model, store, indices)
     metric, value = model.measure
     rows = [row for row in read_rows(model.workdir) if row["step"] <= model.step or model.which != "last"]
@@ -82,7 +73,7 @@ def evaluate_model(
         clip_ids=store.clip_ids[indices].tolist(),
         paths=store.paths[indices].tolist(),
         groups=[store.groups[i] for i in indices],
-        scores=scores,
+        scores=windows.mean(axis=1),
         targets=targets,
         curves=rows,
         config=to_plain(config),
@@ -94,6 +85,8 @@ def evaluate_model(
         versions=versions(),
         notes=notes,
         group_name=store.group_name,
+        windows=windows,
+        temperature=model.temperature,
     )
 
 
@@ -116,6 +109,41 @@ def store_of_arrays(model: TrainedModel, file: str | os.PathLike[str], split: st
     return Store.open(folder)
 
 
+def temperature_source(
+    asked: str, evaluation: Evaluation, model: TrainedModel, store: Store, folder: Path, *, alone: bool = False
+) -> Evaluation | float | None:
+    """Returns what `musicgenre.evaluation.report.measure` takes a temperature from; None for tags and regressions.
+
+    Args:
+      asked: a split, a file of spectrograms (`.npz` or `.npy`), or the temperature itself.
+      evaluation: what is evaluated.
+      model: its model.
+      store: its store.
+      folder: where the store of a file is written.
+      alone: the store holds the evaluated split alone; others are those of the store that the model was trained on.
+
+    Raises:
+      UserError: it is none of these, or cannot be used.
+    """
+    fitted = asked in ("train", "valid", "test") or Path(asked).suffix in (".npz", ".npy")
+    try:
+        temperature = 1.0 if fitted else float(asked)
+    except ValueError:
+        temperature = math.nan
+    if not 0 < temperature < math.inf:
+        raise UserError(f"--temperature={asked}: must be a split, a file named .npz or .npy, or a number above 0.")
+    if evaluation.task != "single_label":
+        return None
+    if not fitted:
+        return temperature
+    if asked == evaluation.split:
+        return evaluation
+    if asked in ("train", "valid", "test"):
+        other = Store.open(training_store(model.workdir)) if alone else store
+        return evaluate_model(model, other, asked, compare_spectrograms=False)
+    return evaluate_model(model, store_of_arrays(model, asked, "valid", folder), "valid", compare_spectrograms=False)
+
+
 def training_store(workdir: str | os.PathLike[str]) -> Path:
     """Returns the store that a run was trained on, wherever the command is run from.
 
@@ -135,6 +163,26 @@ def versions() -> dict[str, str]:
         "device": jax.devices()[0].device_kind,
         **{name: importlib.metadata.version(name) for name in packages},
     }
+
+
+def _score_windows(model: TrainedModel, store: Store, indices: np.ndarray) -> np.ndarray:
+    """Returns what the model says of each window that an evaluation takes of each clip, float64 `[clips, windows, classes]`."""
+    spread = Parallel.create()
+
+    def step(saved: Any, x: jax.Array) -> jax.Array:
+        return model.probabilities(model.module.apply(saved["variables"], normalise(x, saved["norm"]), train=False))
+
+    score, placed, data = spread.score_step(step), spread.place_state(model.model), model.config.data
+    batches = eval_batches(
+        store,
+        indices,
+        batch_size=spread.round_up(int(model.config.batch_size)),
+        crop_frames=int(data.crop_frames),
+        chunks=int(data.eval_chunks),
+    )
+    # A clip's windows follow each other; what fills up the last batch does not count.
+    scores = np.concatenate([score(placed, batch["x"])[batch["mask"] > 0] for batch in batches])
+    return scores.reshape(len(indices), -1, scores.shape[-1]).astype(np.float64)
 
 
 def _check_fits(model: TrainedModel, store: Store) -> None:

@@ -646,8 +646,6 @@ def strongest_moments(
     Raises:
       UserError: an unknown unit.
     """
-    from musicgenre.training.losses import probabilities
-
     model = explainer.model
     for layer, unit in units:
         explainer.check_unit(layer, unit)
@@ -661,7 +659,7 @@ def strongest_moments(
             for batch in _batches(path, model, samples, min_seconds):
                 found = explainer.activations(_filled([window.inputs for window in batch]), names)
                 if OUTPUT in found:
-                    found[OUTPUT] = np.asarray(probabilities(jnp.asarray(found[OUTPUT]), model.task))
+                    found[OUTPUT] = np.asarray(model.probabilities(jnp.asarray(found[OUTPUT])))
                 for row, window in enumerate(batch):
                     for number, (layer, unit) in enumerate(units):
                         value, step = _peak(found[layer][row, ..., unit], window.length / model.frames)

@@ -171,7 +171,6 @@ def waveform_function(model: TrainedModel, samples: int, *, transform: str = "au
       transform: see `musicgenre.audio.device.features`.
     """
     from musicgenre.pipeline.loader import chunk_starts  # brings Grain
-    from musicgenre.training.losses import probabilities
     from musicgenre.training.step import normalise
 
     spec, layout, frames = model.features, model.layout, model.frames
@@ -187,7 +186,7 @@ def waveform_function(model: TrainedModel, samples: int, *, transform: str = "au
         windows = jnp.concatenate([stored[:, start : start + frames] for start in starts], axis=1)
         windows = windows.reshape(waveform.shape[0] * len(starts), frames, spec.bands)
         logits = model.module.apply(saved["variables"], normalise(windows, saved["norm"]), train=False)
-        each = probabilities(logits, model.task)
+        each = model.probabilities(logits)
         return each.reshape(waveform.shape[0], len(starts), each.shape[-1]).mean(axis=1) if len(starts) > 1 else each
 
     return scores
@@ -232,6 +231,7 @@ def _notes(model: TrainedModel, samples: int, form: str, card: str) -> dict[str,
         "dataset": {key: model.dataset[key] for key in ("name", "protocol", "synthetic") if key in model.dataset},
         "step": model.step,
         "checkpoint": model.which,
+        "temperature": model.temperature,
         "card": card or model.card or model_card(model),
         "musicgenre": __version__,
         "jax": jax.__version__,

@@ -1,12 +1,14 @@
 """A trained model, out of a workdir, a bundle or this package, with everything that travels with it."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
 from ml_collections import ConfigDict
 
 from musicgenre.audio.features import FeatureSpec
@@ -35,6 +37,7 @@ class TrainedModel:
       layout: frames per clip, padding, excerpt.
       dataset: what it was trained on: name, protocol, and whether the audio was synthetic.
       card: what people should know of it, Markdown; "" for a workdir.
+      temperature: what the logits are divided by (Guo et al. 2017, arXiv:1706.04599); 1 as it was trained.
     """
 
     workdir: Path
@@ -50,11 +53,29 @@ class TrainedModel:
     layout: ClipLayout
     dataset: dict[str, Any]
     card: str = ""
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuses a temperature that has no meaning."""
+        if not 0 < self.temperature < math.inf:
+            raise UserError(f"{self.workdir}: a temperature must be a number above 0, not {self.temperature}.")
+        if self.temperature != 1 and self.task == "regression":
+            raise UserError(f"{self.workdir}: a temperature belongs to probabilities, and a regression has none.")
 
     @property
     def frames(self) -> int:
         """Frames of one input of the network."""
         return int(self.config.data.crop_frames) or self.layout.frames
+
+    def probabilities(self, logits: jax.Array) -> jax.Array:
+        """Returns what the network's logits say, `[batch, classes]`: probabilities, or a regression's outputs as they are.
+
+        Whatever shows probabilities of a trained model takes them from here, so that its temperature is in all of them.
+        """
+        # Loaded here and not above: it brings Optax, which tagging needs for nothing else.
+        from musicgenre.training.losses import probabilities
+
+        return probabilities(logits if self.temperature == 1 else logits / self.temperature, self.task)
 
 
 def load_model(source: str | os.PathLike[str], which: str = "last") -> TrainedModel:
@@ -125,4 +146,5 @@ def model_of_notes(
         layout=ClipLayout(**meta["layout"]),
         dataset=meta["dataset"],
         card=card,
+        temperature=float(meta.get("temperature", 1.0)),
     )

@@ -94,10 +94,9 @@ class Network:
 
     def __init__(self, model: TrainedModel) -> None:
         # Loaded here and not above: it brings Optax, which tagging needs for nothing else.
-        from musicgenre.training.losses import probabilities
         from musicgenre.training.step import normalise
 
-        module, task = model.module, model.task
+        module = model.module
 
         def scores(saved: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
             normalised = normalise(x, saved["norm"])
@@ -106,7 +105,7 @@ class Network:
             except KeyError:  # a network of the user's own that sows no embedding
                 logits = module.apply(saved["variables"], normalised, train=False)
                 embedding = jnp.zeros((len(x), 0))
-            return probabilities(logits, task), embedding
+            return model.probabilities(logits), embedding
 
         self._scores = jax.jit(scores)
         self._saved = jax.device_put(model.model)

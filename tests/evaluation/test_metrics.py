@@ -8,6 +8,7 @@ from sklearn import metrics as sk
 
 from musicgenre.errors import UserError
 from musicgenre.evaluation.metrics import (
+    ece_by_chance,
     multi_label_metrics,
     regression_metrics,
     single_label_metrics,
@@ -44,6 +45,8 @@ def test_single_label_by_hand():
     assert measured["macro_precision"] == 0.75
     assert measured["macro_f1"] == pytest.approx((1 / 2 + 2 / 3) / 2)
     assert measured["nll"] == pytest.approx(-np.mean(np.log([0.7, 0.35, 0.8, 0.05])))
+    # Squared differences, clip by clip: .09 + .04 + .01; .16 + .4225 + .0625; .01 + .04 + .01; .9025 + .0625 + .49.
+    assert measured["brier"] == pytest.approx((0.14 + 0.645 + 0.06 + 1.455) / 4)
     assert measured["undefined"] == ["c"]
     assert measured["undefined_count"] == 1
     assert measured["per_class"][2] == {
@@ -70,6 +73,13 @@ def test_calibration_error_by_hand():
     assert (bins[10]["low"], bins[10]["high"]) == (10 / 15, 11 / 15)
     assert (bins[10]["confidence"], bins[10]["accuracy"]) == (pytest.approx(0.7), 0.5)
     assert bins[0]["accuracy"] is None
+
+
+def test_few_clips_show_a_calibration_error_by_chance():
+    # Of one clip of 0.5 it is 0.5 whether it is right or not; of n in one bin it is the mean deviation of a binomial share.
+    assert ece_by_chance(np.array([0.5])) == 0.5
+    assert ece_by_chance(np.full(400, 0.5)) == pytest.approx(np.sqrt(2 * 0.25 / (np.pi * 400)), rel=0.15)
+    assert ece_by_chance(np.ones(50)) == 0
 
 
 def test_single_label_agrees_with_scikit_learn():

@@ -7,6 +7,7 @@ from PIL import Image
 
 from musicgenre.errors import UserError
 from musicgenre.evaluation import plots
+from musicgenre.evaluation.calibration import risk_coverage
 from musicgenre.evaluation.metrics import single_label_metrics
 
 
@@ -80,6 +81,22 @@ def test_learning_curves_mark_the_evaluated_step(tmp_path, monkeypatch):
     loss, accuracy = figures[0].axes
     assert [list(line.get_xdata()) for line in loss.lines] == [[10], [20], [20, 20]]
     assert list(accuracy.lines[0].get_ydata()) == [0.4]
+
+
+def test_the_coverage_curve_shows_what_the_table_says(tmp_path, drawn):
+    confidence = np.linspace(0.2, 0.9, 60)
+    found = risk_coverage(confidence, np.arange(60) % 4 > 0)
+    plots.coverage_curve(tmp_path / "c.png", found, "")
+    plots.coverage_curve(tmp_path / "c.png", risk_coverage(confidence, np.zeros(60)), "")
+    axes, worst = (figure.axes[0] for figure in drawn)
+    assert list(axes.lines[0].get_ydata()) == found["curve"]["accuracy"] and list(axes.lines[1].get_ydata()) == [0.75, 0.75]
+    assert [list(line.get_ydata()) for line in axes.lines[2::2]] == [row["wilson"] for row in found["at"]]
+    assert [text.get_text() for text in axes.texts] == [f"{100 * row['accuracy']:.1f} %" for row in found["at"]]
+    for one in (axes, worst):
+        # Nothing lies under the legend or the axis.
+        legend = one.get_legend().get_window_extent()
+        assert overlap([legend, *boxes(one.texts)]) == 0 and min(box.y0 for box in boxes(one.texts)) > 0
+        assert legend.y1 < one.transData.transform((0, min(min(line.get_ydata()) for line in one.lines)))[1] + 1
 
 
 def test_the_other_figures_are_drawn(tmp_path):

@@ -8,8 +8,10 @@ import pytest
 
 from musicgenre.errors import UserError
 from musicgenre.evaluation.audit import AuditSide, audit
+from musicgenre.evaluation.intervals import wilson
 from musicgenre.evaluation.report import (
     Evaluation,
+    calibration_line,
     headline,
     measure,
     summarise_seeds,
@@ -77,6 +79,7 @@ def test_files_and_numbers(tmp_path):
         "per_class.png",
         "roc.png",
         "reliability.png",
+        "abstention.png",
     }
     text = (path.parent / "metrics.json").read_text(encoding="utf-8")
     assert "NaN" not in text and "Infinity" not in text
@@ -101,6 +104,7 @@ def test_html_stands_alone_and_escapes(tmp_path):
     assert "prefers-color-scheme: dark" in page
     assert "80.0 %" in page and "49.0-94.3" in page.replace("\u2011", "-")
     assert "SYNTHETIC" not in page
+    assert re.search(r'0\.800\s*<span class="small">0\.376-0\.964</span>', page)
 
 
 def test_predictions_are_sorted_and_readable(tmp_path):
@@ -135,6 +139,78 @@ def test_multi_label(tmp_path):
         ("c", "", "rock", "0"),
         ("d", "rock|vocal", "rock|vocal", "1"),
     ]
+
+
+def quick(evaluation, **arguments):
+    return measure(evaluation, resamples=10, **arguments)
+
+
+def test_each_class_has_an_interval_of_its_recall():
+    # Both have five clips and four right; of the tags "rock" has 1 of 2, and "never" has none.
+    assert [row["recall_wilson"] for row in quick(single())["per_class"]] == [pytest.approx(wilson(4, 5))] * 2
+    found = [row["recall_wilson"] for row in quick(tagging())["per_class"]]
+    assert found == [pytest.approx(wilson(1, 2)), pytest.approx(wilson(2, 2)), None]
+
+
+def test_abstention_is_measured_where_there_is_one_label():
+    found = quick(single())["abstention"]
+    # The surest is wrong, then come the eight that are right.
+    assert found["curve"]["accuracy"] == pytest.approx([0, *(i / (i + 1) for i in range(1, 9)), 0.8])
+    assert [row["n"] for row in found["at"]] == [9, 9, 9] and found["at"][0]["threshold"] == 0.8
+
+
+def test_a_temperature_fitted_on_the_evaluated_clips_says_so(tmp_path):
+    metrics = quick(single(), calibration=single())
+    found = metrics["calibration"]
+    assert found["shared"] == 10 and found["fitted_on"] == "fitted on valid (10 clips of gtzan)"
+    assert found["before"]["nll"] == pytest.approx(metrics["nll"]) and found["before"]["ece"] == pytest.approx(metrics["ece"])
+    # Fitted on the very clips it can only gain, and more than one that is fitted on others.
+    assert found["after"]["nll"] < found["before"]["nll"] and found["after"]["nll"] < found["cross_fitted"]["nll"]
+    assert len(found["cross_fitted"]["temperatures"]) == 5
+    page = write_report(tmp_path, single(), metrics=metrics).read_text(encoding="utf-8")
+    assert "fitted on the evaluated clips themselves" in page and "5 parts of the artists" in page
+    assert (tmp_path / "reliability_after.png").is_file() and page.count("data:image/png") == 7
+    said = calibration_line(metrics)
+    assert said.startswith(
+        f"temperature {found['temperature']:.3f}, fitted on valid (10 clips of gtzan): calibration error before "
+    )
+    # All other measures are without it.
+    plain = quick(single())
+    assert {key: value for key, value in metrics.items() if key != "calibration"} == plain and calibration_line(plain) == ""
+
+
+def test_a_temperature_fitted_elsewhere_or_given(tmp_path):
+    other = single(clip_ids=[f"other{i}" for i in range(10)], split="test")
+    found = quick(single(), calibration=other)["calibration"]
+    assert (found["shared"], found["cross_fitted"], found["fitted_on"]) == (0, None, "fitted on test (10 clips of gtzan)")
+    trained = quick(single(), calibration=single(split="train", clip_ids=other.clip_ids))["calibration"]
+    assert "too sure" in trained["fitted_on"]
+    some = single(clip_ids=[*(f"clip{i}" for i in range(1, 4)), *(f"other{i}" for i in range(7))])
+    page = write_report(tmp_path, single(), metrics=quick(single(), calibration=some)).read_text(encoding="utf-8")
+    assert "fitted on 3 of the 10 evaluated clips" in page and "evaluated clips themselves" not in page
+    found = quick(single(), calibration=2.0)["calibration"]
+    assert (found["temperature"], found["fitted_on"]) == (2.0, "given")
+    # 0.8 becomes 2/3, as sqrt(0.8) and sqrt(0.2) are as 2 to 1; the two that are wrong likewise.
+    before = np.array([0.8] * 8 + [0.3, 0.05])
+    assert found["after"]["nll"] == pytest.approx(-np.log(before**0.5 / (before**0.5 + (1 - before) ** 0.5)).mean())
+
+
+def test_a_temperature_comes_on_top_of_the_models_own():
+    scored = single(temperature=1.5)
+    plain, on_top = (quick(one, calibration=one)["calibration"] for one in (single(), scored))
+    assert on_top["temperature"] == pytest.approx(1.5 * plain["temperature"])
+    assert on_top["after"] == plain["after"]
+    assert on_top["cross_fitted"]["temperatures"] == pytest.approx([1.5 * t for t in plain["cross_fitted"]["temperatures"]])
+    # The one that it has already changes nothing.
+    found = quick(scored, calibration=1.5)
+    assert found["calibration"]["after"]["nll"] == pytest.approx(found["nll"])
+
+
+def test_tags_and_numbers_take_no_temperature():
+    numbers = tagging(task="regression")
+    for one in (tagging(), numbers):
+        found = quick(one, calibration=one)
+        assert found == quick(one) and not {"abstention", "calibration", "ece_by_chance", "brier"} & found.keys()
 
 
 def test_headline():
@@ -220,6 +296,16 @@ def test_summary_over_seeds(tmp_path):
     assert saved["over_clips"]["bootstrap_unit"] == "artist"
     assert "50.0 %" in page and "25.2-74.8" in page and "SYNTHETIC" in page and "&lt;b&gt;seeds" in page
     assert not re.search(r'(src|href)="(?!data:|#)', page)
+    assert "ensemble" not in page and "ensemble" not in saved
+
+
+def test_the_ensemble_stands_beside_its_seeds(tmp_path):
+    metrics = quick(single())
+    page = summarise_seeds(tmp_path, [("s0", metrics), ("s1", metrics)], title="x", ensemble=metrics).read_text(encoding="utf-8")
+    saved = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))["ensemble"]
+    assert saved["accuracy"] == 0.8 and saved["brier"] == metrics["brier"]
+    assert saved["intervals"]["accuracy"]["wilson"] == pytest.approx([0.4901625, 0.9433178], abs=1e-6)
+    assert re.search(r"accuracy of the ensemble.*\s*<b>80\.0 %</b><span class=\"small\">95 % Wilson 49\.0-94\.3 ·", page)
 
 
 def test_summary_of_variants(tmp_path):

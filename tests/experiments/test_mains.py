@@ -1,3 +1,4 @@
+import csv
 import json
 import re
 import shutil
@@ -21,6 +22,11 @@ def run(script, *arguments, cwd=ROOT):
         text=True,
         check=False,
     )
+
+
+def csv_rows(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +86,19 @@ def test_prepare_can_trust_the_shards_that_are_there(trained, place, flags_of_a_
 def test_several_seeds_have_a_common_report(trained, place, flags_of_a_small_run):
     done = run("train.py", *flags_of_a_small_run, "--config.seed=1", f"--workdir={place}/run1", cwd=place)
     assert done.returncode == 0, done.stderr
-    done = run(
-        "evaluate.py", f"--workdir={trained}", f"--workdir={place}/run1", "--split=valid", f"--out={place}/seeds", cwd=place
-    )
+    workdirs = [f"--workdir={trained}", f"--workdir={place}/run1"]
+    done = run("evaluate.py", *workdirs, "--split=valid", f"--out={place}/seeds", "--temperature=test", cwd=place)
     assert done.returncode == 0, done.stderr
     summary = json.loads((place / "seeds" / "summary.json").read_text())
     assert summary["measures"]["accuracy"]["n"] == 2
+    metrics = json.loads((place / "seeds" / "ensemble" / "metrics.json").read_text())
+    assert metrics["config"]["seed"] == [0, 1] and metrics["accuracy"] == summary["ensemble"]["accuracy"]
+    assert f"ensemble of 2 (mean of their scores), valid: {metrics['headline']}" in done.stdout
+    assert metrics["calibration"]["fitted_on"].startswith("fitted on test (10 clips of ")
+    assert done.stdout.count("temperature ") == 3
+    tables = [csv_rows(place / "seeds" / name / "predictions.csv") for name in ("run0", "run1", "ensemble")]
+    one, other, both = (float(rows[0]["p_pulsar"]) for rows in tables)
+    assert both == pytest.approx((one + other) / 2, abs=2e-6) and one != other
     done = run("evaluate.py", f"--workdir={trained}", f"--workdir={place}/run1", cwd=place)
     assert done.returncode == 2 and "--out" in done.stderr
 

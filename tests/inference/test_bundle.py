@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import struct
 
@@ -5,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from scipy.special import expit, softmax
 from tiny_model import tiny_model
 
 from musicgenre.errors import UserError
@@ -39,6 +41,28 @@ def test_a_bundle_gives_the_same_model_to_the_bit(model, bundle):
     jax.tree.map(np.testing.assert_array_equal, loaded.model, model.model)
     for one, other in zip(Network(loaded)(inputs()), Network(model)(inputs()), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("task", ["single_label", "multi_label"])
+def test_a_temperature_divides_the_logits(task, tmp_path):
+    plain = tiny_model(task)
+    save_bundle(dataclasses.replace(plain, temperature=12.5), tmp_path / "tiny.safetensors")
+    loaded = load_model(tmp_path / "tiny.safetensors")
+    assert loaded.temperature == 12.5 and "- Temperature: 12.5" in model_card(loaded) and "Temperature" not in model_card(plain)
+    network = jax.jit(lambda x: plain.module.apply(plain.model["variables"], x, train=False))
+    logits = np.asarray(network((inputs().astype(np.float32) + 30) / 15), np.float64)
+    expected = {"single_label": softmax(logits / 12.5, axis=1), "multi_label": expit(logits / 12.5)}[task]
+    found, embedding = Network(loaded)(inputs())
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    before, same = Network(plain)(inputs())
+    assert np.abs(found - before).max() > 0.1
+    np.testing.assert_array_equal(same, embedding)
+
+
+def test_a_model_without_a_temperature_is_written_as_ever(model, bundle):
+    assert b"temperature" not in bundle.read_bytes() and load_bundle(bundle).temperature == 1
+    with pytest.raises(UserError, match="a regression has none"):
+        dataclasses.replace(tiny_model("regression"), temperature=2.0)
 
 
 def test_no_place_of_this_machine_is_in_it(bundle):
@@ -97,6 +121,7 @@ def flipped(path):
         (lambda path: save_file({"a": np.zeros(3)}, path), "not a model of this package"),
         (flipped, "its arrays are not those that were saved"),
         (lambda path: changed_notes(path, schema=2), "schema 2 is not the one"),
+        (lambda path: changed_notes(path, temperature=-1), "a temperature must be a number above 0, not -1"),
         (lambda path: changed_notes(path, label_names=None), "its notes lack 'label_names'"),
         (lambda path: changed_notes(path, label_names=["one", "two"]), r"has the shape \(3,\) where \(2,\) is needed"),
         (lambda path: changed_notes(path, features={"bands": 3}), "features.bands is not a field"),

@@ -132,6 +132,17 @@ def test_shorter_clips_are_filled_up_as_tagger_fills_them(seconds, changes):
     np.testing.assert_allclose(found, export.reference(model, signals), rtol=0, atol=1e-4)
 
 
+def test_the_temperature_is_inside():
+    model = tiny_model()
+    samples = export.input_samples(model)
+    signals = export.check_signals(samples, 22050)
+    before = export.reference(model, signals)
+    found = jax.jit(export.waveform_function(dataclasses.replace(model, temperature=3.0), samples))(signals)
+    roots = np.cbrt(before)
+    np.testing.assert_allclose(found, roots / roots.sum(axis=1, keepdims=True), rtol=0, atol=1e-4)
+    assert np.abs(found - before).max() > 0.01
+
+
 def test_the_features_are_rounded_as_the_store_rounds_them():
     """A network that returns one of its cells shows a value that float16 has."""
     model = tiny_model("regression", ("cell",))

@@ -2,6 +2,7 @@ import csv
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 import soundfile
@@ -12,14 +13,17 @@ from musicgenre.audio.features import compute_features, mel_power, to_db
 from musicgenre.config import store_path
 from musicgenre.datasets.base import find_audio
 from musicgenre.errors import UserError
+from musicgenre.evaluation.calibration import tempered
 from musicgenre.evaluation.report import write_report
 from musicgenre.inference.bundle import save_bundle
-from musicgenre.inference.evaluate import evaluate_model, store_of_arrays, training_store
+from musicgenre.inference.evaluate import evaluate_model, store_of_arrays, temperature_source, training_store
 from musicgenre.inference.model import load_model
 from musicgenre.inference.predict import Prediction, predict_files, render
 from musicgenre.inference.windows import file_inputs
 from musicgenre.pipeline.store import Store
 from musicgenre.training.loop import train
+from musicgenre.training.scoring import score_clips
+from musicgenre.training.step import make_score_step
 
 
 @pytest.fixture
@@ -135,6 +139,46 @@ def test_a_bundle_is_evaluated_and_never_said_to_have_no_leak(small_config, tmp_
     assert trained.audit.unknown and trained.notes == []
     with pytest.raises(UserError, match=r"tiny.safetensors: a bundle does not say which store .* --store="):
         training_store(tmp_path / "tiny.safetensors")
+
+
+def test_each_window_is_scored_with_the_temperature(small_config, tmp_path):
+    model = tiny_model(data__crop_frames=60, data__eval_chunks=3, batch_size=4)
+    # Evaluated as a bundle is, which lists no training clips.
+    (tmp_path / "bundle").touch()
+    model = dataclasses.replace(model, label_names=("high", "low", "middle"), workdir=tmp_path / "bundle")
+    store = Store.open(store_path(small_config))
+    plain = evaluate_model(model, store, "valid")
+    assert plain.windows.shape == (9, 3, 3) and plain.temperature == 1
+    # As training scores clips: 27 windows in 7 batches, the last of them filled up.
+    score = jax.jit(make_score_step(model.module, model.task))
+    expected = score_clips(score, model.model, store, store.indices("valid"), batch_size=4, crop_frames=60, chunks=3)
+    np.testing.assert_allclose(plain.scores, expected, rtol=1e-5, atol=1e-7)
+    warm = evaluate_model(dataclasses.replace(model, temperature=1.7), store, "valid")
+    np.testing.assert_allclose(warm.scores, tempered(plain.windows, 1.7), rtol=1e-4)
+    assert warm.temperature == 1.7 and np.abs(warm.scores - plain.scores).max() > 0.01
+
+
+def test_where_a_temperature_comes_from(small_config, tmp_path):
+    save_bundle(tiny_model(labels=("high", "low", "middle")), tmp_path / "tiny.safetensors")
+    model, store = load_model(tmp_path / "tiny.safetensors"), Store.open(store_path(small_config))
+    evaluation = evaluate_model(model, store, "valid")
+
+    def source(asked, one=evaluation, **arguments):
+        return temperature_source(asked, one, model, store, tmp_path / "scratch", **arguments)
+
+    assert source("1.5") == 1.5 and source("valid") is evaluation
+    other = source("test")
+    assert other.split == "test" and other.clip_ids[0] == "test.0"
+    file = source(str(tmp_path / "test.npz"))
+    assert file.clip_ids == other.clip_ids and file.split == "valid"
+    np.testing.assert_allclose(file.scores, other.scores, atol=1e-6)
+    # A file's store has no other split, and a bundle does not say what it was trained on.
+    with pytest.raises(UserError, match="a bundle does not say which store"):
+        source("test", alone=True)
+    assert source("valid", dataclasses.replace(evaluation, task="multi_label")) is None
+    for wrong in ("lukewarm", "0", "-1", "inf"):
+        with pytest.raises(UserError, match=f"--temperature={wrong}: must be a split"):
+            source(wrong)
 
 
 def test_stores_that_do_not_fit_are_refused(model, small_config):

@@ -1,0 +1,146 @@
+"""How sure a classifier may be: one temperature that makes its probabilities honest, and its accuracy where it may abstain."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from sklearn.model_selection import GroupKFold
+
+from musicgenre.errors import UserError
+from musicgenre.evaluation.intervals import clusters, wilson
+
+# Between which a temperature is sought.
+BOUNDS = (0.1, 10.0)
+FOLDS = 5
+# Shares of the clips for which the accuracy is told.
+COVERAGES = (0.5, 0.8, 0.9)
+_MOST_POINTS = 200
+
+
+def tempered(windows: np.ndarray, temperature: float) -> np.ndarray:
+    """Returns the probabilities of clips whose networks' logits are divided by a temperature.
+
+    A clip's probabilities are the mean over its windows (and over the models of an ensemble). The logits need not be known:
+    up to a constant they are the logarithms of the probabilities.
+
+    >>> tempered(np.array([[[0.8, 0.2]]]), 2.0).round(3).tolist()
+    [[0.667, 0.333]]
+
+    Args:
+      windows: probabilities of each window, `[clips, windows, classes]`.
+      temperature: above 1 makes them less sure, 1 leaves them as they are.
+
+    Returns:
+      float64 `[clips, classes]`.
+    """
+    windows = np.asarray(windows, np.float64)
+    if temperature != 1:
+        logits = np.log(np.maximum(windows, np.finfo(np.float32).tiny)) / temperature
+        windows = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        windows /= windows.sum(axis=-1, keepdims=True)
+    mean: np.ndarray = windows.mean(axis=1)
+    return mean
+
+
+def fit_temperature(windows: np.ndarray, labels: np.ndarray) -> float:
+    """Returns the temperature, within `BOUNDS`, of the smallest negative log likelihood (Guo et al. 2017, arXiv:1706.04599).
+
+    Args:
+      windows: see `tempered`.
+      labels: true class numbers, integers `[clips]`.
+
+    Raises:
+      UserError: no clips, or another number of labels.
+    """
+    labels = np.asarray(labels)
+    if not len(labels) or len(windows) != len(labels):
+        raise UserError(f"a temperature cannot be fitted on {len(windows)} clips with {len(labels)} labels.")
+    rows = np.arange(len(labels))
+
+    def loss(log_temperature: float) -> float:
+        return float(-np.log(np.clip(tempered(windows, np.exp(log_temperature))[rows, labels], 1e-12, 1)).mean())
+
+    found = minimize_scalar(loss, bounds=np.log(BOUNDS), method="bounded", options={"xatol": 1e-5})
+    return float(np.exp(found.x))
+
+
+def cross_fitted(
+    windows: np.ndarray, labels: np.ndarray, groups: Sequence[str | None] | None = None
+) -> tuple[np.ndarray, list[float]] | None:
+    """Returns probabilities in which no clip has a say in its own temperature.
+
+    The clips are dealt into `FOLDS` folds, whole groups at a time, and each fold has the temperature fitted on the others.
+
+    Args:
+      windows: see `tempered`.
+      labels: true class numbers, integers `[clips]`.
+      groups: such as the artist of each clip, `[clips]`; a clip with None is a group of its own, as all are without groups.
+
+    Returns:
+      Probabilities, float64 `[clips, classes]`, and the temperature of each fold; None where there is a single group.
+    """
+    cluster = clusters(len(labels), groups)
+    folds = min(FOLDS, int(cluster.max()) + 1)
+    if folds < 2:
+        return None
+    scores, temperatures = np.zeros((len(labels), windows.shape[-1])), []
+    for others, fold in GroupKFold(folds).split(windows, groups=cluster):
+        temperatures.append(fit_temperature(windows[others], labels[others]))
+        scores[fold] = tempered(windows[fold], temperatures[-1])
+    return scores, temperatures
+
+
+def risk_coverage(confidence: np.ndarray, correct: np.ndarray, level: float = 0.95) -> dict[str, Any]:
+    """Returns how accurate a classifier is where it may abstain: on the clips that it is surest of, and silent on the rest.
+
+    The curve is that of Geifman and El-Yaniv (2017, arXiv:1705.08500). Clips of equal confidence come in any order; the curve
+    is the mean over these.
+
+    Args:
+      confidence: the highest probability of each clip, `[clips]`.
+      correct: whether it was right, 0/1 `[clips]`.
+      level: of the intervals.
+
+    Returns:
+      `aurc`, the area under the curve of risk (share of wrong clips among those kept) against coverage (share kept), which is the
+      mean over 1, 2, ... all clips kept (Geifman et al. 2019, arXiv:1805.08206); `aurc_best`, what it would be if every wrong
+      clip were less sure than every right one; `curve`, `coverage` and `accuracy` of up to 200 points; and `at`, for each of
+      `COVERAGES` the clips of at least the confidence that so many of them reach: `target`, `coverage`, `n`, `accuracy`,
+      `wilson` (its interval) and `threshold` (the confidence).
+
+    Raises:
+      UserError: no clips.
+    """
+    confidence, correct = np.asarray(confidence, np.float64), np.asarray(correct, np.float64)
+    clips = len(confidence)
+    if not clips:
+        raise UserError("a curve of accuracy against coverage needs at least one clip.")
+    order = np.argsort(-confidence, kind="stable")
+    ordered = confidence[order]
+    _, tied, sizes = np.unique(-ordered, return_inverse=True, return_counts=True)
+    kept = np.arange(1, clips + 1)
+    accuracy = np.cumsum((np.bincount(tied, correct[order]) / sizes)[tied]) / kept
+    best = np.minimum(correct.sum() / kept, 1)
+    points = np.unique(np.linspace(0, clips - 1, min(clips, _MOST_POINTS)).round().astype(int))
+    at = []
+    for target in COVERAGES:
+        threshold = ordered[int(np.ceil(round(target * clips, 9))) - 1]
+        n = int((confidence >= threshold).sum())
+        hits = int(correct[confidence >= threshold].sum())
+        at.append(
+            {
+                "target": target,
+                "coverage": n / clips,
+                "n": n,
+                "accuracy": hits / n,
+                "wilson": list(wilson(hits, n, level)),
+                "threshold": float(threshold),
+            }
+        )
+    return {
+        "aurc": float(1 - accuracy.mean()),
+        "aurc_best": float(1 - best.mean()),
+        "curve": {"coverage": (kept[points] / clips).tolist(), "accuracy": accuracy[points].tolist()},
+        "at": at,
+    }
