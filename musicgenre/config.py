@@ -25,7 +25,8 @@ def base_config() -> ConfigDict:
     data.root = ""  # folder or file of the data set
     data.store = ""  # folder of its spectrogram store; "" derives one below stores_root
     data.stores_root = "stores"
-    # gtzan: fault_filtered, artist_folds, random or stratified_kfold; mtat: clean, all, report or grouped
+    # gtzan: fault_filtered, artist_folds, random or stratified_kfold; mtat: clean, all, report or grouped; arrays: files (which
+    # fault_filtered means as well), artist_kfold, random_kfold or segment_leaked
     data.protocol = "fault_filtered"
     data.top_k = 50  # mtat and msd: the most frequent tags, which are the labels
     data.fold = 0
@@ -321,6 +322,7 @@ def dataset_options(config: ConfigDict) -> dict[str, Any]:
         "top_k",
         "clips_per_style",
         "seconds",
+        "frames",
     )
     return {name: data[name] for name in names} | {"seed": data["split_seed"], "layout": data["array_layout"]}
 
@@ -335,6 +337,7 @@ def store_path(config: ConfigDict) -> Path:
         "features": feature_spec(config).to_dict(),
         "layout": vars(clip_layout(config)),
     }
+    del made_from["frames"]  # it is in the layout
     made_from["root"] = os.path.abspath(config.data.root) if config.data.root else ""
     return Path(config.data.stores_root) / f"{config.data.dataset}-{fingerprint(made_from)}"
 

@@ -55,5 +55,16 @@ def load_dataset(options: Mapping[str, Any]) -> Dataset:
     if name == "csv":
         return load_csv(root, task=options["task"], seed=seed, fractions=fractions, allow_missing=options["allow_missing"])
     if name == "arrays":
-        return load_arrays(root, options["files"], options["layout"])
+        protocol = options["protocol"]
+        return load_arrays(
+            root,
+            options["files"],
+            options["layout"],
+            # The config's default is GTZAN's own; arrays are split as their files then.
+            "files" if protocol == "fault_filtered" else protocol,
+            fold=options["fold"],
+            folds=options["folds"],
+            seed=seed,
+            frames=options["frames"],
+        )
     return load_synthetic(root, seed=seed, clips_per_style=options["clips_per_style"], seconds=options["seconds"])

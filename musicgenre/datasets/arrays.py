@@ -13,8 +13,13 @@ import numpy as np
 
 from musicgenre.datasets.base import Clip, Dataset, make_dataset
 from musicgenre.datasets.gtzan import artist_groups
-from musicgenre.errors import UserError
+from musicgenre.datasets.splits import kfold_split
+from musicgenre.errors import UserError, did_you_mean
 
+FOLD_PROTOCOLS = ("artist_kfold", "random_kfold", "segment_leaked")
+PROTOCOLS = ("files", *FOLD_PROTOCOLS)
+# Between the id of a clip and the number of a segment of it.
+_SEGMENT = "#"
 # An archive that unpacks to more than this is refused before it is unpacked.
 MAX_BYTES = 8 * 2**30
 
@@ -49,15 +54,27 @@ class ArrayFile:
         a, b = self.values.shape[1:]
         return (b, a) if self.layout == "mel_time" else (a, b)
 
+    def segment_row(self, row: int, index: int, count: int) -> int:
+        """Returns the number by which `spectrogram` knows segment `index` (from 0) of the `count` that a clip is cut into.
+
+        After the rows of whole clips come those of the first halves of all clips, their second halves, first thirds and so on.
+        """
+        return row + len(self.values) * (count * (count - 1) // 2 + index)
+
     def spectrogram(self, row: int) -> np.ndarray:
-        """Returns a clip's log-mel spectrogram in dB, float32 `[frames, mels]`.
+        """Returns a clip's log-mel spectrogram in dB, float32 `[frames, mels]`, or that of a segment, see `segment_row`.
 
         uint8 step s stands for `db_min * (1 - (s + 0.5) / 256)`, so that 0 dB is the clip's maximum.
 
         Raises:
           UserError: a value is NaN or infinite.
         """
+        block, row = divmod(row, len(self.values))
+        count = (1 + math.isqrt(1 + 8 * block)) // 2
+        index, frames = block - count * (count - 1) // 2, self.frames_and_bands[0] // count
+        part = slice(index * frames, (index + 1) * frames) if count > 1 else slice(None)
         values: np.ndarray = np.asarray(self.values[row], np.float32)
+        values = values[:, part] if self.layout == "mel_time" else values[part]
         if self.db_min is not None:
             values = np.float32(self.db_min[row]) * (1 - (values + np.float32(0.5)) / 256)
         if not np.isfinite(values).all():
@@ -65,7 +82,17 @@ class ArrayFile:
         return np.ascontiguousarray(values.T if self.layout == "mel_time" else values)
 
 
-def load_arrays(root: str | Path, files: Mapping[str, str], layout: str = "mel_time") -> Dataset:
+def load_arrays(
+    root: str | Path,
+    files: Mapping[str, str],
+    layout: str = "mel_time",
+    protocol: str = "files",
+    *,
+    fold: int = 0,
+    folds: int = 10,
+    seed: int = 42,
+    frames: int = 0,
+) -> Dataset:
     """Reads a data set of arrays.
 
     An `.npz` holds `spectrogram` (uint8 with `db_min`, or floats in dB), `label` (numbers into `genres` or `label_names`, or
@@ -76,17 +103,35 @@ def load_arrays(root: str | Path, files: Mapping[str, str], layout: str = "mel_t
       root: the folder that the files are relative to.
       files: the file of each split; "" leaves a split out.
       layout: order of the axes after the clips, "mel_time" or "time_mel".
+      protocol: "files" splits as the files do. The others deal the clips of the train and valid files out again, in stratified
+        folds of which one is "valid" and the rest "train"; the test file stays the test split. "artist_kfold" keeps each
+        artist in one fold. "random_kfold" does not look at artists. "segment_leaked" cuts the clips into segments and deals
+        these out, so that nearly every clip is on both sides: to show what such an evaluation is worth, not to be believed.
+      fold: which fold is "valid".
+      folds: number of folds.
+      seed: of the folds.
+      frames: of a segment; a clip is cut into as many equal parts as have so many.
 
     Raises:
-      UserError: no file, an unknown split, or files that cannot be used or do not fit together.
+      UserError: no file, an unknown split or protocol, files that cannot be used or do not fit together, folds that cannot be
+        made (see `kfold_split`), or clips too short for two segments.
     """
+    if protocol not in PROTOCOLS:
+        raise UserError(f"data.protocol: arrays have no protocol {protocol!r}." + did_you_mean(protocol, PROTOCOLS))
     given = {split: Path(root) / name for split, name in files.items() if name}
     if not given:
         raise UserError("data set 'arrays': no files. Set --config.data.files.train=... (and valid, test).")
     opened = {split: open_array_file(path, layout) for split, path in given.items()}
     first = next(iter(opened.values()))
     names = first.label_names or tuple(sorted({label for file in opened.values() for label in file.labels}))
-    clips = []
+    segments = 1
+    if protocol == "segment_leaked":
+        segments = first.frames_and_bands[0] // frames if frames > 0 else 0
+        if segments < 2:
+            raise UserError(
+                f"{first.path}: clips of {first.frames_and_bands[0]} frames do not hold two segments of data.frames={frames}."
+            )
+    clips: list[Clip] = []
     for split, file in opened.items():
         if file.frames_and_bands != first.frames_and_bands:
             raise UserError(
@@ -97,8 +142,53 @@ def load_arrays(root: str | Path, files: Mapping[str, str], layout: str = "mel_t
                 f"{file.path}: its label names {', '.join(file.label_names)} are not those of {first.path} ({', '.join(names)})."
             )
         for row, (clip_id, label, group) in enumerate(zip(file.clip_ids, file.labels, file.groups, strict=True)):
-            clips.append(Clip(clip_id, file.path, (label,), split, group, row))
-    return make_dataset(Dataset("arrays", Path(root), "files given", "single_label", names, tuple(clips)))
+            clip = Clip(clip_id, file.path, (label,), split, group, row)
+            clips += [clip] if segments == 1 else _cut(clip, file, segments)
+    described = "files given"
+    if protocol != "files":
+        clips = _dealt_out(clips, folds, fold, seed, by_artist=protocol == "artist_kfold")
+        cut = f", {segments} segments a clip" if segments > 1 else ""
+        described = f"{protocol} fold {fold} of {folds}, seed {seed}{cut}"
+    return make_dataset(Dataset("arrays", Path(root), described, "single_label", names, tuple(clips)))
+
+
+def _cut(clip: Clip, file: ArrayFile, segments: int) -> list[Clip]:
+    """Returns a clip's segments; those of a clip by an unknown artist are a group of their own, for they belong together."""
+    group = clip.group or _own_group(clip.clip_id)
+    return [
+        dataclasses.replace(
+            clip,
+            clip_id=f"{clip.clip_id}{_SEGMENT}{index}",
+            group=group,
+            row=file.segment_row(clip.row or 0, index, segments),
+        )
+        for index in range(segments)
+    ]
+
+
+def _dealt_out(clips: list[Clip], folds: int, fold: int, seed: int, by_artist: bool) -> list[Clip]:
+    """Returns the clips, those of train and valid split anew by `kfold_split`."""
+    pool = [clip for clip in clips if clip.split != "test"]
+    if not pool:
+        raise UserError("data set 'arrays': folds are made of the train and valid files. Set --config.data.files.train=...")
+    groups = [clip.group for clip in pool] if by_artist else None
+    splits = kfold_split([clip.labels[0] for clip in pool], folds, fold, seed, groups)
+    dealt = [dataclasses.replace(clip, split=split) for clip, split in zip(pool, splits, strict=True)]
+    return dealt + [clip for clip in clips if clip.split == "test"]
+
+
+def _own_group(clip_id: str) -> str:
+    return f"clip {clip_id}"
+
+
+def artist_known(clip_id: str, group: str | None) -> bool:
+    """Returns whether a clip or segment is by an artist that is known."""
+    return group is not None and group != _own_group(whole_clip(clip_id))
+
+
+def whole_clip(clip_id: str) -> str:
+    """Returns the id of the clip that a segment was cut from, or that of a whole clip as it is."""
+    return clip_id.rsplit(_SEGMENT, 1)[0]
 
 
 @functools.lru_cache(maxsize=8)

@@ -49,6 +49,46 @@ def stratified_kfold(labels: Sequence[str], folds: int, fold: int, seed: int) ->
     return splits.tolist()
 
 
+def kfold_split(labels: Sequence[str], folds: int, fold: int, seed: int, groups: Sequence[str | None] | None = None) -> list[str]:
+    """Returns one turn of a stratified cross-validation: fold k is "valid", the rest "train".
+
+    Args:
+      labels: one label for each clip.
+      folds: at least 2.
+      fold: 0 .. folds - 1.
+      seed: of the random order.
+      groups: the artist of each clip, who then is in one fold only; a clip with None is a group of its own. None for all: clip
+        by clip.
+
+    Raises:
+      UserError: fewer than 2 folds, no such fold, a label with fewer clips than folds, fewer groups than folds, or all clips of
+        a label in one group, so that a fold would be trained without it.
+    """
+    check_fold(fold, folds)
+    if folds < 2:
+        raise UserError(f"data.folds must be at least 2 (valid and train), not {folds}.")
+    label, count = min(Counter(labels).items(), key=lambda item: item[1])
+    if count < folds:
+        raise UserError(f"the label {label!r} has {count} clips, fewer than the {folds} folds.")
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+    if groups is None:
+        parts = [part for _, part in StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels)]
+    else:
+        numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+        together = [len(groups) + i if group is None else numbers[group] for i, group in enumerate(groups)]
+        if len(set(together)) < folds:
+            raise UserError(f"the clips are of {len(set(together))} artists or other groups, fewer than the {folds} folds.")
+        of_label = Counter(label for label, _ in set(zip(labels, together, strict=True)))
+        if alone := [label for label, count in of_label.items() if count < 2]:
+            raise UserError(f"all clips of the label {alone[0]!r} are of one artist or group, so it cannot be held out.")
+        splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+        parts = [part for _, part in splitter.split(labels, labels, together)]
+    splits = np.full(len(labels), "train", object)
+    splits[parts[fold]] = "valid"
+    return splits.tolist()
+
+
 def check_fold(fold: int, folds: int) -> None:
     """Raises UserError unless `fold` is one of 0 .. folds - 1."""
     if not 0 <= fold < folds:
