@@ -9,8 +9,10 @@ r"""How fast is a training step? This project's networks against the same networ
 One process, in turns: a call of some steps on this side, one on each of the other. Both libraries have as many threads as the
 process has cores (narrow it with taskset). One batch of noise lies ready on the device. This side is the training loop's own
 step, which also normalises the batch and measures accuracy and the gradient's norm; PyTorch's does nothing besides. PyTorch runs
-eagerly, eagerly with channels last, and compiled (channels last); bfloat16 there is autocast. Peak memory is each side's
-in a process of its own.
+eagerly, eagerly with channels last, and compiled (channels last); bfloat16 there is autocast.
+
+Memory is each side's in a process of its own, as the process grows from when its library is imported: while it takes steps, after
+the free memory that compiling and the first steps have left is handed back; and in all, which is mostly compiling for JAX.
 
 Bars on CPU, in float32, against the fastest of PyTorch's: Conv1D takes at most its time, the others 1.15 times that, and no
 more memory. On a GPU: 1.2 times the throughput of PyTorch compiled, in bfloat16; the shares of the card's rates are printed.
@@ -18,6 +20,9 @@ A CPU's batch is smaller for the larger networks, so that a turn takes seconds; 
 """
 
 import argparse
+import contextlib
+import ctypes
+import dataclasses
 import gc
 import json
 import os
@@ -139,31 +144,58 @@ def contestants(name: str, net: Net, batch: int, dtype: str, *, compiled: bool) 
     return sides
 
 
-def measure_memory(side: str, name: str, batch: int, dtype: str, *, tiny: bool = False) -> float:
-    """Returns the peak memory of three steps in a process of its own, MB: of the process, or on a GPU of the card."""
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Memory of a process, MB, beyond what its library takes when imported; or all that is allocated on a GPU.
+
+    Attributes:
+      steps: peak while it takes steps, once the program is compiled.
+      peak: peak of all, with compiling.
+    """
+
+    steps: float
+    peak: float
+
+
+def measure_memory(side: str, name: str, batch: int, dtype: str, *, tiny: bool = False) -> Memory:
+    """Returns what a side takes in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.train_step", f"--memory_of={side}", f"--nets={name}", f"--batch={batch}"]
     command += [f"--dtypes={dtype}"] + ["--tiny"] * tiny
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).resolve().parents[1])
-    return float(json.loads(result.stdout.splitlines()[-1])["peak_MB"])
+    return Memory(**json.loads(result.stdout.splitlines()[-1]))
 
 
-def _peak_memory(side: str, name: str, net: Net, batch: int, dtype: str) -> float:
-    """Takes three steps in this process and returns its peak memory, MB."""
+def _memory(side: str, name: str, net: Net, batch: int, dtype: str) -> Memory:
+    """Takes five steps in this process and returns its memory."""
+    import jax
+
+    jax.devices()
+    start = _status("VmRSS")
     if side == "jax":
-        Jax(net, batch, dtype).run(3)
-        import jax
-
-        if stats := jax.devices()[0].memory_stats():
-            return float(stats["peak_bytes_in_use"]) / 1e6
+        one: Any = Jax(net, batch, dtype)
     else:
-        peer = Torch(name, net, batch, dtype, channels_last=side == "torch channels last", compiled=side == "torch compiled")
-        peer.run(3)
-        if peer.device == "cuda":
-            import torch
+        one = Torch(name, net, batch, dtype, channels_last=side == "torch channels last", compiled=side == "torch compiled")
+    one.run(3)
+    peak = _status("VmHWM")
+    if side == "jax" and (stats := jax.devices()[0].memory_stats()):
+        allocated = float(stats["peak_bytes_in_use"]) / 1e6
+        return Memory(allocated, allocated)
+    if side != "jax" and one.device == "cuda":
+        import torch
 
-            return float(torch.cuda.max_memory_allocated()) / 1e6
-    # The process's own high-water mark; getrusage's begins at that of the process that started it.
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        allocated = float(torch.cuda.max_memory_allocated()) / 1e6
+        return Memory(allocated, allocated)
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # of glibc
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    one.run(2)
+    return Memory(_status("VmHWM") - start, peak - start)
+
+
+def _status(field: str) -> float:
+    """Of this process, MB. getrusage's high-water mark begins at that of the process that started it."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return float(line.split()[1]) * 1024 / 1e6
 
 
@@ -228,8 +260,11 @@ def compare(name: str, net: Net, batch: int, dtype: str, options: argparse.Names
     gc.collect()
     if not options.no_memory:
         peaks = {side: measure_memory(side, name, batch, dtype, tiny=options.tiny) for side in timings}
-        print("  peak memory, MB: " + ", ".join(f"{side} {peak:.0f}" for side, peak in peaks.items()))
-        print(f"  memory, jax / {best}: {peaks['jax'] / peaks[best]:.3f}; bar: at most 1", flush=True)
+        for what in ("steps", "peak"):
+            values = {side: getattr(memory, what) for side, memory in peaks.items()}
+            text = ", ".join(f"{side} {value:.0f}" for side, value in values.items())
+            print(f"  memory, {'steps' if what == 'steps' else 'with compiling'}, MB: {text}")
+            print(f"    jax / {best}: {values['jax'] / values[best]:.3f}; bar: at most 1", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -262,8 +297,8 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     if options.memory_of:
         net = nets[chosen[0]]
-        peak = _peak_memory(options.memory_of, chosen[0], net, options.batch or net.cpu_batch, dtypes[0])
-        print(json.dumps({"peak_MB": peak}))
+        memory = _memory(options.memory_of, chosen[0], net, options.batch or net.cpu_batch, dtypes[0])
+        print(json.dumps(dataclasses.asdict(memory)))
         return 0
 
     import jax

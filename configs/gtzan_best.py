@@ -1,22 +1,23 @@
-r"""Modulation features and one hidden layer on precomputed GTZAN spectrograms, 387 frames x 128 mels at an effective hop of 1710.
+r"""Modulation features of three views and one wide layer on precomputed GTZAN spectrograms, 387 frames x 128 mels, hop 1710.
 
     python experiments/prepare.py --config=configs/gtzan_best.py --config.data.root=<folder with train.npz, valid.npz>
     python experiments/train.py --config=configs/gtzan_best.py --config.data.root=<the same> --workdir=runs/gtzan_best/seed0
     python experiments/evaluate.py --workdir=runs/gtzan_best/seed0 --split=valid
 
-Five seeds at once, and the same without augmentation:
+Five seeds at once:
 
-    python experiments/ablate.py --config=configs/ablations/gtzan_best.py --workdir=runs/gtzan_best --seeds=5
+    python experiments/ablate.py --config=configs/ablations/gtzan_best.py --workdir=runs/gtzan_best --seeds=5 --only=recipe
 
 Result (442 clips of the fault-filtered train list to train on, the 197 of its valid list to evaluate on; seeds 0-4, 86 epochs,
-last checkpoint; jax 0.10.2, one to three minutes a run on a busy machine of 2 cores):
+last checkpoint; jax 0.10.2, three minutes a run on one CPU core):
 
-    accuracy 63.9 % +- 0.8 (t interval of the mean over seeds 62.9-64.8; bootstrap by artist of seed 0 53.4-74.4)
-    mean of the five seeds' probabilities: 64.0 %
+    accuracy 66.2 % +- 0.6 (t interval of the mean over seeds 65.5-66.9; bootstrap by artist of seed 0 55.5-77.1)
+    mean of the five seeds' probabilities: 67.0 %
 
-The recipe was chosen by cross-validation by artist inside the train list (about 72 %). The kinds of features were chosen in part
-on the valid list, where some 200 sets of them were compared, so its number may be too high. The test list (290 clips) was not
-evaluated.
+The recipe was chosen by cross-validation by artist inside the train list (five folds 76.9 %; its first form, which had 63.9 % +-
+0.8 on the valid list, 74.2 %). The kinds of features were chosen in part on the valid list, where some 200 sets of them were
+compared, so its number may be too high; docs/results/gtzan_best/search.md has all that was tried. The test list (290 clips) was
+not evaluated.
 """
 
 from ml_collections import ConfigDict
@@ -27,10 +28,23 @@ from configs import gtzan_mels_conv1d
 def get_config() -> ConfigDict:
     """Returns the config."""
     config = gtzan_mels_conv1d.get_config()
-    config.model = ConfigDict({"name": "modulation", "module": ""})
+    # Three views: as it is, with the quiet filled up, and against the mean of each band. A wide layer that learns slowly and
+    # without dropout is a smooth function of them, close to kernel regression; dropout with a fast rate costs points.
+    config.model = ConfigDict(
+        {
+            "name": "modulation",
+            "module": "",
+            "floors": (50.0,),
+            "contrasts": (8.0,),
+            "hidden": (512,),
+            "dropout": 0.0,
+            "momentum": 0.98,
+        }
+    )
     # The front works on dB, and normalises its own features.
     config.data.normalise = "none"
-    # Half of the clips stay as they are, for each of the three.
+    # Half of the clips stay as they are, for each of the three. Trained for long enough it costs no accuracy, and answers change
+    # less when a spectrogram is stretched or moved (docs/results/gtzan_best/search.md).
     config.augment.time_stretch = 0.16
     config.augment.pitch_shift = 2.0
     config.augment.eq = 4.0
@@ -39,9 +53,9 @@ def get_config() -> ConfigDict:
     config.epochs = 86  # of 7 steps
     config.eval_every = 86
     config.optimizer.name = "adamw"
-    config.optimizer.learning_rate = 4e-3
+    config.optimizer.learning_rate = 5e-4
     config.optimizer.weight_decay = 0.5
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 30
-    config.loss.label_smoothing = 0.1
+    config.loss.label_smoothing = 0.3
     return config

@@ -5,10 +5,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 
-import librosa
 import numpy as np
-import scipy.signal
-import scipy.special
 
 RESAMPLERS = ("soxr_hq", "kaiser_best")
 # resampy 0.4's "kaiser_best": zero crossings on each side, the Kaiser window's shape, and the cutoff as a fraction of Nyquist's.
@@ -36,8 +33,10 @@ def resample(samples: np.ndarray, rate: int, wanted: int, resampler: str = "soxr
     if rate == wanted:
         return np.ascontiguousarray(samples, np.float32)
     if resampler == "soxr_hq":
-        resampled = librosa.resample(samples, orig_sr=rate, target_sr=wanted, res_type=resampler)
-        return np.ascontiguousarray(resampled, np.float32)
+        import soxr  # takes its time to load, and most files do not need it
+
+        resampled = soxr.resample(np.asarray(samples, np.float32), rate, wanted, quality="HQ")
+        return _of_length(resampled, math.ceil(len(samples) * (wanted / rate)))
     return np.concatenate(list(_by_kaiser([samples], rate, wanted)))
 
 
@@ -62,7 +61,7 @@ def resample_stream(blocks: Iterable[np.ndarray], rate: int, wanted: int, resamp
 
 
 def _by_soxr(blocks: Iterable[np.ndarray], rate: int, wanted: int) -> Iterator[np.ndarray]:
-    import soxr  # takes its time to load, and most files do not need it
+    import soxr
 
     stream = soxr.ResampleStream(rate, wanted, 1, dtype="float32", quality="HQ")
     taken = made = 0
@@ -73,15 +72,21 @@ def _by_soxr(blocks: Iterable[np.ndarray], rate: int, wanted: int) -> Iterator[n
             taken += len(block)
         else:
             # librosa's length, whatever the filter's tail gives.
-            rest = math.ceil(taken * (float(wanted) / rate)) - made
-            resampled = np.pad(resampled, (0, max(rest - len(resampled), 0)))[: max(rest, 0)]
+            resampled = _of_length(resampled, max(math.ceil(taken * (wanted / rate)) - made, 0))
         made += len(resampled)
         yield resampled
+
+
+def _of_length(samples: np.ndarray, length: int) -> np.ndarray:
+    """Returns samples cut or filled up with zeros."""
+    return samples if len(samples) == length else np.pad(samples, (0, max(length - len(samples), 0)))[:length]
 
 
 @functools.lru_cache(maxsize=2)
 def _filter(rate: int, wanted: int) -> np.ndarray:
     """Returns the filter at the rate that is a multiple of both, float64 `[2 * half + 1]`, its centre in the middle."""
+    import scipy.special
+
     divisor = math.gcd(rate, wanted)
     up, down = wanted // divisor, rate // divisor
     # Below the lower of the two rates' Nyquist frequencies; in its zero crossings, the far end at _ZEROS.
@@ -98,6 +103,8 @@ def _by_kaiser(blocks: Iterable[np.ndarray], rate: int, wanted: int) -> Iterator
     A block's own sums are made in the same order wherever it is cut, since it starts at such a multiple and reaches as far to
     both sides as the filter does.
     """
+    import scipy.signal  # takes half a second to load
+
     divisor = math.gcd(rate, wanted)
     up, down = wanted // divisor, rate // divisor
     kernel = _filter(rate, wanted)

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import scipy.fft
-import scipy.signal
 import soundfile
 from tqdm import tqdm
 
@@ -668,6 +666,8 @@ def _note(
 
 def _drum(name: str, parameters: Parameters, sample_rate: int, generator: np.random.Generator) -> np.ndarray:
     """Returns one stroke of a drum, float64 `[samples]`; the kit is tuned with the instruments."""
+    import scipy.signal  # takes half a second to load
+
     time = np.arange(round(0.3 * sample_rate)) / sample_rate
     pitch = 2 ** (parameters.detune / 2)
     if name == "kick":
@@ -691,6 +691,8 @@ def _add(mix: np.ndarray, sound: np.ndarray, time: float, gain: float, sample_ra
 
 def _record(mix: np.ndarray, parameters: Parameters, sample_rate: int, generator: np.random.Generator) -> np.ndarray:
     """Puts the mix into the artist's room and onto the artist's tape: echo, spectral tilt, cutoff and noise."""
+    import scipy.fft
+
     echo_time = np.arange(1, round(parameters.reverb * sample_rate), dtype=np.float32) / np.float32(sample_rate)
     echo = generator.standard_normal(len(echo_time), np.float32) * np.exp(echo_time * (math.log(1e-3) / parameters.reverb))
     room = np.concatenate([[1 - parameters.wet], parameters.wet * echo / np.linalg.norm(echo)]).astype(np.float32)

@@ -2,7 +2,8 @@
 
 The front has no parameters. It cuts a log-mel spectrogram into blocks of neighbouring bands and windows of frames, takes the
 2-D spectrum of each block (how fine the pattern is over frequency, its scale; how fast it repeats, its rate) and averages the
-magnitudes over time. Few clips suffice for what is left to learn: one hidden layer.
+magnitudes over time. It can do so for several views of one spectrogram that differ in how loudness counts. Few clips suffice
+for what is left to learn: one hidden layer.
 
 The idea is that of spectro-temporal modulation filters (T. Chi, P. Ru, S. Shamma, "Multiresolution spectrotemporal analysis of
 complex sounds", JASA 2005), of the joint time-frequency scattering transform (J. Andén, S. Mallat, "Deep scattering spectrum",
@@ -30,6 +31,8 @@ from musicgenre.models.registry import InputLimits, register
 _TINY_POWER = 1e-6
 _FLOOR = 0.1
 _CORRELATION_FLOOR = 0.05
+# A frame is silent whose loudest band is so many dB under the clip's maximum; the front end's floor lies at 80.
+_SILENCE = 75.0
 # Clips that a CPU takes at once: what lies between two operations on them stays in its cache, 3.5 times as fast as 64.
 _CPU_CLIPS = 4
 
@@ -61,17 +64,44 @@ def fourier_matrix(window: int) -> np.ndarray:
     return np.asarray(hann[:, None] * np.concatenate([np.cos(angle), np.sin(angle)], axis=1), np.float32)
 
 
+def sounding(x: jax.Array) -> jax.Array:
+    """Returns 1 for the frames from the first that is not silent to the last, and 0 for those around, float32 `[batch, frames]`.
+
+    What is silent between them counts: a rest is music, the wait before a song and the padding after it are not.
+
+    Args:
+      x: dB, `[batch, frames, bands]`.
+    """
+    loudest = x.max(axis=2)
+    heard = loudest > loudest.max(axis=1, keepdims=True) - _SILENCE
+    frame = jnp.arange(x.shape[1], dtype=jnp.float32)
+    first = jnp.where(heard, frame, jnp.inf).min(axis=1, keepdims=True)
+    last = jnp.where(heard, frame, -jnp.inf).max(axis=1, keepdims=True)
+    return ((frame >= first) & (frame <= last)).astype(jnp.float32)
+
+
+def weighted_mean(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Returns the mean over frames, float32 `[batch, 1, n]`, of `x` `[batch, frames, n]` by `weight` `[batch, frames]`.
+
+    Where all weights are 0 it is 0.
+    """
+    total = jnp.maximum(weight.sum(axis=1), _TINY_POWER)
+    return (x * weight[:, :, None]).sum(axis=1, keepdims=True) / total[:, None, None]
+
+
 def modulation_spectrum(
-    x: jax.Array, regions: int, window: int, scale_edges: Sequence[int], rate_edges: Sequence[int]
+    x: jax.Array, weight: jax.Array, regions: int, window: int, scale_edges: Sequence[int], rate_edges: Sequence[int]
 ) -> jax.Array:
     """Returns the log mean magnitude of local 2-D spectra, float32 `[batch, regions, scales, rates]`.
 
     The bands are cut into `regions` blocks that do not overlap (bands left over at the top are not used), the frames into
     windows that overlap by half (frames left over at the end are not used). Over bands a DCT is taken, over frames a Fourier
-    transform under a Hann window. Magnitudes are averaged over windows and within bins.
+    transform under a Hann window. Magnitudes are averaged over windows and within bins. Windows that reach into frames of weight
+    0 are left out, unless all do.
 
     Args:
       x: dB, float32 `[batch, frames, bands]`, at least `window` frames and `regions` bands.
+      weight: 0 or 1 for each frame, float32 `[batch, frames]`.
       regions: blocks of bands.
       window: frames, even.
       scale_edges: first DCT index of each bin; half as many cycles fit into a block.
@@ -88,7 +118,12 @@ def modulation_spectrum(
     parts = jnp.einsum("nrkht,tf->nrkhf", blocks, fourier, precision=jax.lax.Precision.HIGHEST)
     first, second = jnp.split(parts, 2, axis=-1)
     real, imaginary = jnp.split(first[:, :, :, :-1] + second[:, :, :, 1:], 2, axis=-1)
-    magnitude = jnp.sqrt(jnp.square(real) + jnp.square(imaginary) + _TINY_POWER).mean(axis=3)
+    magnitude = jnp.sqrt(jnp.square(real) + jnp.square(imaginary) + _TINY_POWER)
+    inside = weight[:, : halves * hop].reshape(batch, halves, hop).min(axis=2)
+    inside = inside[:, :-1] * inside[:, 1:]
+    total = inside.sum(axis=1, keepdims=True)
+    inside = jnp.where(total > 0, inside / jnp.maximum(total, 1.0), 1.0 / (halves - 1))
+    magnitude = jnp.einsum("nrkwf,nw->nrkf", magnitude, inside, precision=jax.lax.Precision.HIGHEST)
     pooled = jnp.einsum(
         "nrkf,ks,fq->nrsq",
         magnitude,
@@ -99,24 +134,55 @@ def modulation_spectrum(
     return jnp.log(pooled + _FLOOR)
 
 
-def deviation(x: jax.Array) -> jax.Array:
-    """Returns the standard deviation over frames, `[batch, frames, n]` to `[batch, n]`, with a gradient where it is 0."""
-    return jnp.sqrt(jnp.square(x - x.mean(axis=1, keepdims=True)).mean(axis=1) + _TINY_POWER)
+def loudness_views(x: jax.Array, weight: jax.Array, floors: Sequence[float], contrasts: Sequence[float]) -> list[jax.Array]:
+    """Returns `x` under a maximum of 0 dB, and other views of it, float32 `[batch, frames, bands]` each.
+
+    In dB what is hardly heard moves as much as what is loud. A floor takes the quiet out; a contrast keeps whether a band is
+    louder or softer than it is on average, and forgets by how much and how loud the bands are.
+
+    Args:
+      x: dB, `[batch, frames, bands]`.
+      weight: of each frame in the mean, float32 `[batch, frames]`.
+      floors: dB below the maximum of a clip; a view has the power of a noise of this level added to every value.
+      contrasts: dB; a view has the difference of each value from its band's mean over frames, bent to lie within this.
+    """
+    x = x.astype(jnp.float32)
+    x -= x.max(axis=(1, 2), keepdims=True)
+    level = x - weighted_mean(x, weight)
+    nepers = math.log(10.0) / 10.0
+    return [
+        x,
+        *(jnp.log(jnp.exp(nepers * x) + math.exp(-nepers * floor)) / nepers for floor in floors),
+        *(contrast * jnp.tanh(level / contrast) for contrast in contrasts),
+    ]
 
 
-def band_correlations(x: jax.Array, groups: int) -> jax.Array:
+def deviation(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Returns the standard deviation over frames, `[batch, frames, n]` to `[batch, n]`, with a gradient where it is 0.
+
+    Args:
+      x: float32 `[batch, frames, n]`.
+      weight: of each frame, float32 `[batch, frames]`.
+    """
+    variance = weighted_mean(jnp.square(x - weighted_mean(x, weight)), weight)
+    return jnp.sqrt(variance[:, 0] + _TINY_POWER)
+
+
+def band_correlations(x: jax.Array, weight: jax.Array, groups: int) -> jax.Array:
     """Returns how the levels of groups of bands move together, float32 `[batch, groups * (groups - 1) / 2]`.
 
     Args:
       x: dB, float32 `[batch, frames, bands]`, at least `groups` bands; those left over at the top are not used.
+      weight: of each frame, float32 `[batch, frames]`.
       groups: groups of neighbouring bands, which are averaged.
     """
     batch, frames, bands = x.shape
     width = bands // groups
     level = x[:, :, : groups * width].reshape(batch, frames, groups, width).mean(axis=3)
-    level -= level.mean(axis=1, keepdims=True)
-    level /= jnp.sqrt(jnp.square(level).mean(axis=1, keepdims=True) + _CORRELATION_FLOOR)
-    matrix = jnp.einsum("nti,ntj->nij", level, level, precision=jax.lax.Precision.HIGHEST) / frames
+    level -= weighted_mean(level, weight)
+    level /= jnp.sqrt(weighted_mean(jnp.square(level), weight) + _CORRELATION_FLOOR)
+    share = weight / weight.sum(axis=1, keepdims=True)
+    matrix = jnp.einsum("nti,ntj,nt->nij", level, level, share, precision=jax.lax.Precision.HIGHEST)
     rows, columns = np.triu_indices(groups, 1)
     return matrix[:, rows, columns]
 
@@ -130,11 +196,14 @@ def modulation_features(
     rate_edges: Sequence[int],
     groups: int,
     cepstra: int,
+    floors: Sequence[float] = (),
+    contrasts: Sequence[float] = (),
 ) -> list[jax.Array]:
-    """Returns the blocks of features of a clip, float32 `[batch, n]` each; none changes with the level of the clip.
+    """Returns the blocks of features of a clip, float32 `[batch, n]` each; none changes with its level or with silence around it.
 
-    They are the mean of each band, the log deviation of its frame-to-frame differences, the modulation spectra, the
-    correlations of groups of bands, and the deviation of the differences of the first cepstral coefficients.
+    They are, for each view (`loudness_views`), the mean of each band, the log deviation of its frame-to-frame differences, the
+    modulation spectra, the correlations of groups of bands, and the deviation of the differences of the first cepstral
+    coefficients.
 
     Args:
       x: dB, `[batch, frames, bands]`.
@@ -144,19 +213,24 @@ def modulation_features(
       rate_edges: see `modulation_spectrum`.
       groups: groups of bands that are correlated; 0 leaves them out.
       cepstra: cepstral coefficients, at most as many as bands; 0 leaves them out.
+      floors: see `loudness_views`.
+      contrasts: see `loudness_views`.
     """
-    x = x.astype(jnp.float32)
-    x -= x.max(axis=(1, 2), keepdims=True)
-    difference = x[:, 1:] - x[:, :-1]
-    features = [x.mean(axis=1), jnp.log(deviation(difference) + _FLOOR)]
-    for count, window in zip(regions, windows, strict=True):
-        spectrum = modulation_spectrum(x, count, window, scale_edges, rate_edges)
-        features.append(spectrum.reshape(x.shape[0], -1))
-    if groups:
-        features.append(band_correlations(x, groups))
-    if cepstra:
-        matrix = cosine_matrix(x.shape[2])[:, :cepstra]
-        features.append(deviation(jnp.einsum("ntb,bk->ntk", difference, matrix, precision=jax.lax.Precision.HIGHEST)))
+    weight = sounding(x)
+    of_difference = weight[:, 1:] * weight[:, :-1]
+    features = []
+    for view in loudness_views(x, weight, floors, contrasts):
+        difference = view[:, 1:] - view[:, :-1]
+        features += [weighted_mean(view, weight)[:, 0], jnp.log(deviation(difference, of_difference) + _FLOOR)]
+        for count, window in zip(regions, windows, strict=True):
+            spectrum = modulation_spectrum(view, weight, count, window, scale_edges, rate_edges)
+            features.append(spectrum.reshape(view.shape[0], -1))
+        if groups:
+            features.append(band_correlations(view, weight, groups))
+        if cepstra:
+            matrix = cosine_matrix(view.shape[2])[:, :cepstra]
+            cepstral = jnp.einsum("ntb,bk->ntk", difference, matrix, precision=jax.lax.Precision.HIGHEST)
+            features.append(deviation(cepstral, of_difference))
     return features
 
 
@@ -166,7 +240,8 @@ class Modulation(nn.Module):
 
     For 128 bands the defaults make 1,709 features; with 10 classes there are 440,330 parameters. The front takes dB (or any
     logarithmic unit near it), so `data.normalise` should be "none"; the level of the input as a whole does not matter. It is
-    computed in float32 whatever `dtype`. Frames may be of any number from the longest window on.
+    computed in float32 whatever `dtype`. Frames may be of any number from the longest window on. Each floor and each contrast
+    adds as many features again; these two count in dB.
 
     Attributes:
       num_classes: outputs.
@@ -176,6 +251,8 @@ class Modulation(nn.Module):
       rate_edges: the first index of each bin over time, in cycles a window.
       groups: groups of bands whose correlations are features; 0 leaves them out.
       cepstra: cepstral coefficients whose movement is a feature; 0 leaves them out.
+      floors: for each, a further view of the input whose quiet parts are filled up, so many dB below its maximum.
+      contrasts: for each, a further view of the input relative to the mean of its bands, bent to lie within so many dB.
       momentum: of the running mean and variance of the features.
       hidden: units of the hidden layers.
       input_dropout: rate of the features.
@@ -191,6 +268,8 @@ class Modulation(nn.Module):
     rate_edges: tuple[int, ...] = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
     groups: int = 32
     cepstra: int = 40
+    floors: tuple[float, ...] = ()
+    contrasts: tuple[float, ...] = ()
     momentum: float = 0.99
     hidden: tuple[int, ...] = (256,)
     input_dropout: float = 0.2
@@ -214,6 +293,9 @@ class Modulation(nn.Module):
             raise UserError(f"model.windows={tuple(fields['windows'])} of 'modulation' must be even numbers from 2 on.")
         if min(fields["regions"]) < 1:
             raise UserError(f"model.regions={tuple(fields['regions'])} of 'modulation' must be at least 1.")
+        for name in ("floors", "contrasts"):
+            if any(value <= 0 for value in fields[name]):
+                raise UserError(f"model.{name}={tuple(fields[name])} of 'modulation' must be above 0 (dB).")
         return InputLimits(
             min_frames=max(fields["windows"]),
             min_bands=max(*fields["regions"], fields["groups"]),
@@ -233,6 +315,8 @@ class Modulation(nn.Module):
                 rate_edges=self.rate_edges,
                 groups=self.groups,
                 cepstra=self.cepstra,
+                floors=self.floors,
+                contrasts=self.contrasts,
             )
 
         def in_parts(x: jax.Array) -> list[jax.Array]:

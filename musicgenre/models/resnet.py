@@ -81,11 +81,11 @@ class ResNet(nn.Module):
             init = nn.initializers.he_normal()
             return Conv(filters, size, stride, train=train, kernel_init=init, dtype=self.dtype, name=name)(x)
 
-        def norm(x: jax.Array, name: str) -> jax.Array:
-            return batch_norm(train, self.axis_name, self.dtype, name=f"{name}_norm")(x)
+        def norm(x: jax.Array, name: str, plus: jax.Array | None = None, *, relu: bool = True) -> jax.Array:
+            return batch_norm(train, self.axis_name, self.dtype, name=f"{name}_norm")(x, plus=plus, relu=relu)
 
         x = conv(x.astype(self.dtype)[..., None], self.filters, 7, 2, "stem")
-        x = nn.relu(norm(x, "stem"))
+        x = norm(x, "stem")
         if train:
             x = max_pool_overlapping(x)
         else:
@@ -105,21 +105,18 @@ class ResNet(nn.Module):
                 if self.preactivation:
                     # What comes from the stem is normalised already.
                     if stage or unit:
-                        y = nn.relu(norm(x, f"{name}_in"))
+                        y = norm(x, f"{name}_in")
                     if changes:
                         x = conv(y, layers[-1][0], 1, stride, f"{name}_shortcut")
                 elif changes:
-                    x = norm(conv(x, layers[-1][0], 1, stride, f"{name}_shortcut"), f"{name}_shortcut")
+                    x = norm(conv(x, layers[-1][0], 1, stride, f"{name}_shortcut"), f"{name}_shortcut", relu=False)
                 for i, (filters, size, step) in enumerate(layers, start=1):
                     y = conv(y, filters, size, step, f"{name}_conv{i}")
-                    last = i == len(layers)
-                    if not (self.preactivation and last):
+                    if i < len(layers):
                         y = norm(y, f"{name}_conv{i}")
-                    if not last:
-                        y = nn.relu(y)
-                x = x + y if self.preactivation else nn.relu(x + y)
+                x = x + y if self.preactivation else norm(y, f"{name}_conv{len(layers)}", plus=x)
         if self.preactivation:
-            x = nn.relu(norm(x, "last"))
+            x = norm(x, "last")
         x = x.mean(axis=(1, 2))
         self.sow("intermediates", "embedding", x)
         return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x).astype(jnp.float32)

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from musicgenre.models.layers import Conv, batch_norm, global_max, max_pool
+from musicgenre.models.layers import BatchNorm, Conv, batch_norm, convolve_together, global_max, max_pool
 from musicgenre.models.registry import InputLimits, register
 
 
@@ -57,11 +57,13 @@ class ShortChunk(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Returns logits, float32 `[batch, num_classes]`, of `x` `[batch, frames, bands]`."""
 
-        def conv(x: jax.Array, filters: int, name: str, stride: int = 1) -> jax.Array:
+        def conv(filters: int, name: str, stride: int = 1) -> Conv:
             # One zero on every side whatever the size, as in the public code; SAME would put none before an even axis.
             init = nn.initializers.he_normal()
-            x = Conv(filters, stride=stride, train=train, kernel_init=init, dtype=self.dtype, name=name)(x)
-            return batch_norm(train, self.axis_name, self.dtype, name=f"{name}_norm")(x)
+            return Conv(filters, stride=stride, train=train, kernel_init=init, dtype=self.dtype, name=name)
+
+        def norm(name: str) -> BatchNorm:
+            return batch_norm(train, self.axis_name, self.dtype, name=f"{name}_norm")
 
         x = x[..., None]
         if self.input_norm:
@@ -69,14 +71,16 @@ class ShortChunk(nn.Module):
             x = batch_norm(train, self.axis_name, jnp.float32, name="input_norm", affine=False)(x)
         x = x.astype(self.dtype)
         for i, filters in enumerate(self.filters, start=1):
+            name = f"conv{i}"
             if self.residual:
-                y = conv(nn.relu(conv(x, filters, f"conv{i}a", stride=2)), filters, f"conv{i}b")
-                x = nn.relu(conv(x, filters, f"conv{i}_shortcut", stride=2) + y)
+                y, x = convolve_together(x, conv(filters, f"{name}a", 2), conv(filters, f"{name}_shortcut", 2))
+                y = conv(filters, f"{name}b")(norm(f"{name}a")(y, relu=True))
+                x = norm(f"{name}b")(y, plus=norm(f"{name}_shortcut")(x), relu=True)
             else:
-                x = max_pool(nn.relu(conv(x, filters, f"conv{i}")), (2, 2))
+                x = max_pool(norm(name)(conv(filters, name)(x), relu=True), (2, 2))
         x = global_max(x)
         x = nn.Dense(self.dense, use_bias=False, dtype=self.dtype, name="dense")(x)
-        x = nn.relu(batch_norm(train, self.axis_name, self.dtype, name="dense_norm")(x))
+        x = norm("dense")(x, relu=True)
         self.sow("intermediates", "embedding", x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x).astype(jnp.float32)

@@ -12,11 +12,16 @@ from musicgenre.errors import UserError
 from musicgenre.pipeline.store import Store
 
 Batch = dict[str, np.ndarray]
+# Steps whose crops are drawn together.
+_STEPS_DRAWN = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class _MakeBatch:
-    """Step number -> training batch. A picklable function of (store, settings, step) alone."""
+    """Step number -> training batch. A picklable function of (store, settings, step) alone.
+
+    What it drew last it keeps: many steps at once take less time. `stride` is from one step that it is asked for to the next.
+    """
 
     store: Store
     clips: np.ndarray
@@ -28,21 +33,20 @@ class _MakeBatch:
     resident: bool
     process_index: int
     process_count: int
+    stride: int = 1
+    _kept: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def __call__(self, step: int) -> Batch:
+        some, offset = divmod(step, _STEPS_DRAWN * self.stride)
+        row, first_step = offset // self.stride, some * _STEPS_DRAWN * self.stride + offset % self.stride
+        drawn_for, drawn = self._kept.get("drawn", (None, None))
+        if drawn is None or drawn_for != first_step:
+            drawn = self._draw(first_step)
+            self._kept["drawn"] = first_step, drawn
         # Drawn for the whole batch, of which each process takes its slice: the crops do not depend on the processes.
-        places = self._places(np.arange(step * self.batch_size, (step + 1) * self.batch_size))
-        clips = self.clips[places]
-        lengths = self.store.lengths[clips].astype(np.int64)  # what the draws are made in
-        if self.frames == self.store.layout.frames:
-            starts = np.zeros(self.batch_size, np.int64)
-        else:
-            # A stream for each (seed, step): the same crops however the run was cut up by restarts.
-            generator = np.random.default_rng((self.seed, step, 0))
-            starts = generator.integers(0, np.maximum(lengths - self.frames, 0) + 1)
         local = self.batch_size // self.process_count
         mine = slice(self.process_index * local, (self.process_index + 1) * local)
-        places, clips, starts, lengths = places[mine], clips[mine], starts[mine], lengths[mine]
+        places, clips, lengths, starts = drawn[:, row, mine]
         batch = {"y": self.store.targets(clips), "mask": np.ones(local, np.float32)}
         first = starts
         if self.windowed:
@@ -55,6 +59,24 @@ class _MakeBatch:
             return batch | {"clip": places.astype(np.int32), "start": first.astype(np.int32)}
         return batch | {"x": self.store.gather(clips, first, self.window)}
 
+    def _draw(self, first_step: int) -> np.ndarray:
+        """Draws the crops of every `stride`-th step from one on.
+
+        Returns:
+          Places among the split's clips, clips, lengths and first frames, int64 `[4, steps, batch]`.
+        """
+        steps = first_step + self.stride * np.arange(_STEPS_DRAWN)
+        places = self._places((steps[:, None] * self.batch_size + np.arange(self.batch_size)).ravel())
+        clips = self.clips[places]
+        lengths = self.store.lengths[clips].astype(np.int64)  # what the draws are made in
+        drawn = np.stack([places, clips, lengths, np.zeros_like(lengths)]).reshape(4, _STEPS_DRAWN, self.batch_size)
+        if self.frames < self.store.layout.frames:
+            ends = np.maximum(drawn[2] - self.frames, 0) + 1
+            for step, end, starts in zip(steps.tolist(), ends, drawn[3], strict=True):
+                # A stream for each (seed, step): the same crops however the run was cut up by restarts.
+                starts[:] = np.random.default_rng((self.seed, step, 0)).integers(0, end)
+        return drawn
+
     def _places(self, positions: np.ndarray) -> np.ndarray:
         """The clips at positions of the endless row of shuffled epochs."""
         epochs, offsets = np.divmod(positions, len(self.clips))
@@ -65,6 +87,32 @@ class _MakeBatch:
             chosen = epochs == epoch
             places[chosen] = _permutation(self.seed, int(epoch), len(self.clips))[offsets[chosen]]
         return places
+
+
+class _InPlace(grain.DatasetIterator[Batch]):
+    """Makes each batch where it is asked for: Grain's own reader without its threads, with the same state.
+
+    That one's bookkeeping takes as long as a quarter of a small batch.
+    """
+
+    def __init__(self, make: _MakeBatch, steps: int) -> None:
+        super().__init__()
+        self._make, self._steps, self._next = make, steps, 0
+
+    def __next__(self) -> Batch:
+        if self._next >= self._steps:
+            raise StopIteration
+        batch = self._make(self._next)
+        self._next += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the number of the next batch."""
+        return {"next_index": self._next}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to the batch of a state."""
+        self._next = state["next_index"]
 
 
 @functools.lru_cache(maxsize=4)
@@ -124,14 +172,16 @@ def train_batches(
         raise UserError(
             f"window_frames={window} is not between the crop's {frames} and the store's {store.layout.frames} frames."
         )
-    make = _MakeBatch(store, clips, batch_size, frames, window, window_frames > 0, seed, resident, process_index, process_count)
+    share = (process_index, process_count)
+    # Of several workers each is asked for every so many-th step.
+    make = _MakeBatch(store, clips, batch_size, frames, window, window_frames > 0, seed, resident, *share, max(workers, 1))
     # Read where it is asked for, which `musicgenre.training.parallel.Feed` does while the device is at work. Handing batches
     # over from a reading thread takes longer than reading most of them, and the memory of those that wait is not reused.
+    if not workers:
+        return _InPlace(make, steps)
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     dataset = grain.MapDataset.range(steps).map(make).to_iter_dataset(options)
-    if workers:
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return iter(dataset)
+    return iter(dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)))
 
 
 def chunk_starts(length: int, frames: int, chunks: int) -> np.ndarray:

@@ -289,19 +289,17 @@ class Store:
         """
         frames = frames or self.layout.frames
         first = np.zeros(len(indices), np.int64) if starts is None else np.asarray(starts, np.int64)
+        low, high = min(listed := first.tolist(), default=0), max(listed, default=0)
         # In the file a clip's frames are followed by the next clip's.
-        if len(first) and not (first.min() >= 0 and first.max() + frames <= self.layout.frames):
-            raise ValueError(f"frames {first.min()} to {first.max() + frames} of clips of {self.layout.frames} frames")
-        shards, begins = self._places
+        if not (low >= 0 and high + frames <= self.layout.frames):
+            raise ValueError(f"frames {low} to {high + frames} of clips of {self.layout.frames} frames")
+        numbers, begins = self._places
         result = np.empty((len(indices), frames, self.bands), np.float16)
         if result.size:
-            rows = result.reshape(len(indices), -1).view(np.uint8)
-            numbers, places = shards[indices].tolist(), (begins[indices] + 2 * self.bands * first).tolist()
-            opened = {number: self._open(number) for number in set(numbers)}
-            for shard in opened.values():
-                shard.check()
-            for row, number, place in zip(rows, numbers, places, strict=True):
-                opened[number].read(row, place)
+            rows = result.view(np.uint8).reshape(len(indices), -1)
+            shards: list[Any] = list(map(self._open, numbers[indices].tolist()))
+            places = (begins[indices] + 2 * self.bands * first).tolist()
+            type(shards[0]).read(rows, shards, places)
         return result
 
     @functools.cached_property
@@ -359,21 +357,25 @@ class _MappedShard:
             raise UserError(_unreadable(self.path, error)) from error
         self._bytes = np.frombuffer(self._map, np.uint8)
 
-    def check(self) -> None:
-        """Raises UserError where the file has been cut since it was mapped: to touch what it lost would end the process."""
-        if self._map.size() < len(self._bytes):
-            raise UserError(_cut_short(self.path))
-
-    def read(self, target: np.ndarray, offset: int) -> None:
-        """Fills `target`, uint8 `[n]`, with the bytes from `offset` on.
+    @staticmethod
+    def read(rows: np.ndarray, shards: "Sequence[_MappedShard]", places: Sequence[int]) -> None:
+        """Fills `rows`, uint8 `[n, bytes]`, each from its shard and the byte at its place on.
 
         Raises:
-          UserError: the file ends before.
+          UserError: a shard's file ends before.
         """
-        end = offset + len(target)
-        if end > len(self._bytes):
-            raise UserError(_cut_short(self.path))
-        target[:] = self._bytes[offset:end]
+        for shard in set(shards):
+            # To touch what a file has lost since it was mapped would end the process.
+            if shard._map.size() < len(shard._bytes):
+                raise UserError(_cut_short(shard.path))
+        size = rows.shape[1]
+        parts = [shard._bytes[place : place + size] for shard, place in zip(shards, places, strict=True)]
+        try:
+            # One call for all of them takes a quarter less time than one for each.
+            np.concatenate(parts, out=rows.reshape(-1))
+        except ValueError:
+            short = next(shard for shard, part in zip(shards, parts, strict=True) if len(part) < size)
+            raise UserError(_cut_short(short.path)) from None
 
 
 class _OpenShard:
@@ -391,15 +393,17 @@ class _OpenShard:
         if hasattr(self, "_close"):
             self._close(self._number)
 
-    def check(self) -> None:
-        """Nothing to look after: reading itself meets the end of the file."""
-
-    def read(self, target: np.ndarray, offset: int) -> None:
-        """Fills `target`, uint8 `[n]`, with the bytes from `offset` on.
+    @staticmethod
+    def read(rows: np.ndarray, shards: "Sequence[_OpenShard]", places: Sequence[int]) -> None:
+        """Fills `rows`, uint8 `[n, bytes]`, each from its shard and the byte at its place on.
 
         Raises:
-          UserError: the file ends before, or cannot be read.
+          UserError: a shard's file ends before, or cannot be read.
         """
+        for row, shard, place in zip(rows, shards, places, strict=True):
+            shard._read(row, place)
+
+    def _read(self, target: np.ndarray, offset: int) -> None:
         try:
             # One call nearly always does; the system may return less when it is interrupted.
             while (count := os.preadv(self._number, [target.data], offset)) < len(target):

@@ -204,7 +204,7 @@ def train(
         progress_so_far.load(restored.meta)
         logging.info("going on from step %d of %d", step, total_steps)
     telemetry = Telemetry(workdir, step, total_steps, progress and step < total_steps)
-    profiler = Profiler(workdir, profile_steps)
+    profiler = Profiler(workdir, profile_steps, range(step, total_steps))
     notes = run_notes(config, store)
 
     def evaluate() -> dict[str, float]:

@@ -94,12 +94,18 @@ class Profiler:
     Args:
       workdir: the run's folder.
       steps: (first, count) of the steps to trace, or None.
+      trains: the steps that this call trains. A first step that is none of them is warned of: nothing would be written.
     """
 
-    def __init__(self, workdir: Path, steps: tuple[int, int] | None) -> None:
+    def __init__(self, workdir: Path, steps: tuple[int, int] | None, trains: range | None = None) -> None:
         self._folder = os.fspath(workdir / "profile")
         self._steps = steps
         self._running = False
+        if steps and trains is not None and steps[0] not in trains:
+            there = (
+                f"trains steps {trains[0]} to {trains[-1]}" if trains else f"trains none: the run has its {trains.start} steps"
+            )
+            logging.warning("--profile_steps=%d,%d: no trace will be written; this call %s", *steps, there)
 
     def before(self, step: int) -> None:
         """Is called before each step."""

@@ -4,6 +4,7 @@ import librosa
 import numpy as np
 import pytest
 import scipy.fft
+import scipy.signal
 
 from musicgenre.audio import features
 from musicgenre.audio.decode import load_audio
@@ -80,10 +81,10 @@ def test_quiet_cells_beside_loud_ones_equal_librosa():
 
 
 @pytest.mark.parametrize("kind", ["logmel", "stft"])
-@pytest.mark.parametrize("frames", [1, 95, 96, 97, 192, 193])
+@pytest.mark.parametrize("frames", [1, 53, 54, 55, 215, 216, 217, 290])
 def test_blocks_of_frames_follow_each_other(kind, frames):
-    """Of signals that end within, at and beyond a block, against one transform of all frames."""
-    assert features._BLOCK == 96
+    """Of signals that end within, at and beyond a block and a part of one, against one transform of all frames."""
+    assert features._PART == 54 and features._BLOCK == 216
     spec = FeatureSpec(kind=kind, n_fft=64, hop_length=20, n_mels=12)
     samples = np.random.default_rng(0).standard_normal(20 * (frames - 1) + 7).astype(np.float32)
     cut = np.lib.stride_tricks.sliding_window_view(np.pad(samples, 32), 64)[::20]
@@ -93,6 +94,47 @@ def test_blocks_of_frames_follow_each_other(kind, frames):
     np.testing.assert_allclose(found, expected if kind == "stft" else expected @ features.mel_filters(spec), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("hop", [100, 256, 300])
+def test_frames_that_need_no_zeros_are_those_that_do(monkeypatch, hop):
+    """Whatever the hop: frames are taken from the samples themselves or from a padded copy, cut into many parts or few."""
+    spec = FeatureSpec(kind="stft", n_fft=256, hop_length=hop)
+    samples = np.random.default_rng(0).standard_normal(4000)
+    whole = stft_power(samples, spec)
+    expected = np.abs(librosa.stft(samples.astype(np.float32), n_fft=256, hop_length=hop)).T ** 2
+    np.testing.assert_allclose(whole, expected, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(features, "_PART", 3)
+    monkeypatch.setattr(features, "_BLOCK", 6)
+    np.testing.assert_array_equal(stft_power(samples, spec), whole)
+
+
+BANKS = [
+    *SPECS,
+    FeatureSpec(sample_rate=12000, n_fft=511, n_mels=96),
+    FeatureSpec(n_mels=20, fmax=800.0),
+    FeatureSpec(n_mels=17, fmin=2000.0, fmax=9000.0),
+]
+
+
+@pytest.mark.parametrize("spec", BANKS)
+def test_the_filter_bank_is_librosas(spec):
+    bank = librosa.filters.mel(sr=spec.sample_rate, n_fft=spec.n_fft, n_mels=spec.n_mels, fmin=spec.fmin, fmax=spec.top_frequency)
+    ours = features.mel_filters(spec)
+    assert ours.dtype == np.float32 and ours.flags.c_contiguous
+    np.testing.assert_allclose(ours, bank.T, rtol=2e-7, atol=1e-11)
+
+
+def test_the_mel_scale_by_hand():
+    """15 mels to 1 kHz and 27 more to 6.4 kHz; the window is SciPy's."""
+    np.testing.assert_allclose(features.mel_frequencies(0, 6400, 15)[[1, 5, 14]], [200, 1000, 6400], rtol=1e-12)
+    np.testing.assert_allclose(features._window(2048), scipy.signal.get_window("hann", 2048), rtol=0, atol=1e-15)
+
+
+def test_bands_that_hear_nothing_are_told():
+    with pytest.warns(UserWarning, match=r"8 of 100 mel bands .* lower features.n_mels or raise features.n_fft"):
+        features.mel_filters(FeatureSpec(n_fft=256, n_mels=100, top_db=79.0))
+
+
+@pytest.mark.filterwarnings("ignore:8 of 100 mel bands")
 @pytest.mark.parametrize("spec", [*SPECS, FeatureSpec(n_fft=256, n_mels=100), FeatureSpec(n_mels=17, fmin=2000.0, fmax=9000.0)])
 def test_groups_of_bands_leave_nothing_out(spec):
     """Put together they are the filter bank; some bands of a short transform hear no frequency at all."""

@@ -60,10 +60,11 @@ def test_a_stream_gives_the_same_bits(resampler, rate, wanted, size):
     assert len(whole) == (20_007 * wanted // rate if resampler == "kaiser_best" else -(-20_007 * wanted // rate))
 
 
-def test_the_default_is_librosas():
-    samples = noise(5_000)
-    expected = librosa.resample(samples, orig_sr=22050, target_sr=16000, res_type="soxr_hq")
-    np.testing.assert_array_equal(resample(samples, 22050, 16000), expected)
+@pytest.mark.parametrize(("rate", "wanted"), [(22_050, 16_000), (44_100, 22_050), (8_000, 22_050), (44_099, 11_025)])
+def test_the_default_is_librosas(rate, wanted):
+    samples = noise(5_001)
+    expected = librosa.resample(samples, orig_sr=rate, target_sr=wanted, res_type="soxr_hq")
+    np.testing.assert_array_equal(resample(samples, rate, wanted), expected)
 
 
 def test_a_stream_holds_no_more_than_the_filter_reaches():

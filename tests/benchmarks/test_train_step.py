@@ -96,21 +96,23 @@ def test_memory_is_measured_in_a_process_of_its_own(benchmark, monkeypatch):
 
     def run(command, **_):
         commands.append(command[2:])
-        return types.SimpleNamespace(stdout='a warning\n{"peak_MB": 123.5}\n')
+        return types.SimpleNamespace(stdout='a warning\n{"steps": 123.5, "peak": 200}\n')
 
     monkeypatch.setattr(benchmark.subprocess, "run", run)
-    assert benchmark.measure_memory("torch eager", "tiny", 8, "float32", tiny=True) == 123.5
+    assert benchmark.measure_memory("torch eager", "tiny", 8, "float32", tiny=True) == benchmark.Memory(123.5, 200)
     expected = ["benchmarks.train_step", "--memory_of=torch eager", "--nets=tiny", "--batch=8", "--dtypes=float32", "--tiny"]
     assert commands == [expected]
 
 
 def test_a_dry_run_prints_every_figure(benchmark, capsys, monkeypatch):
-    monkeypatch.setattr(benchmark, "measure_memory", lambda side, *_, **__: {"jax": 300.0}.get(side, 200.0))
+    sizes = {"jax": (300, 500)}
+    monkeypatch.setattr(benchmark, "measure_memory", lambda side, *_, **__: benchmark.Memory(*sizes.get(side, (200, 250))))
     assert benchmark.main(["--tiny", "--no_compile"]) == 0
     printed = capsys.readouterr().out
     assert len(re.findall(r"jax / torch eager: [\d.]+ \(quartiles", printed)) == 2  # of both types
     assert printed.count("bar: at most 1, ") == 1  # in float32 alone
-    assert "peak memory, MB: jax 300, torch eager 200" in printed and "memory, jax / torch eager: 1.500" in printed
+    assert "memory, steps, MB: jax 300, torch eager 200\n    jax / torch eager: 1.500" in printed
+    assert "memory, with compiling, MB: jax 500, torch eager 250\n    jax / torch eager: 2.000" in printed
     assert len(re.findall(r"the device: [\d.]+ TFLOP/s in products of 1024\^3, [\d.]+ GB/s in copies", printed)) == 2
     with pytest.raises(SystemExit):
         benchmark.main(["--nets=conv3d"])

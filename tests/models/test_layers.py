@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from musicgenre import models
+from musicgenre.models import fast_conv as fast
 from musicgenre.models import layers
-from musicgenre.models.layers import Conv, batch_norm, fast_conv, lax_conv, max_pool_overlapping
+from musicgenre.models.fast_conv import fast_conv, fast_convs, lax_conv
+from musicgenre.models.layers import Conv, batch_norm, convolve_together, max_pool_overlapping
 
 
 def drawn(*shape):
@@ -26,15 +28,18 @@ def product_and_gradients(conv, x, kernel, stride, dy):
     return y, *gradients(dy)
 
 
-# Batch, frames, bands, channels, filters, size, stride: Winograd with a clip a turn, and with several; both strides' gradients
-# at odd and at even sizes; one channel; 1 x 1; sizes that XLA keeps.
+# Batch, frames, bands, channels, filters, size, stride: Winograd with a clip a turn, with several and with all; stride 2 at odd
+# and at even sizes; too few positions for Winograd; one channel; 1 x 1; other sizes.
 CASES = [
     (2, 47, 35, 128, 128, 3, 1),
     (6, 15, 18, 24, 16, 3, 1),
+    (2, 47, 25, 16, 24, 3, 2),
+    (2, 4, 3, 32, 16, 3, 1),
     (3, 17, 12, 8, 16, 3, 2),
     (2, 16, 13, 128, 24, 3, 2),
     (2, 21, 14, 1, 16, 3, 1),
     (2, 21, 14, 1, 16, 7, 2),
+    (2, 47, 50, 1, 8, 3, 2),
     (2, 10, 9, 1, 8, 2, 1),
     (2, 13, 10, 16, 32, 1, 2),
     (2, 9, 10, 8, 4, 5, 3),
@@ -56,15 +61,80 @@ def test_fast_products_are_the_plain_ones(case):
     assert [worst(a, b) < 2e-6 for a, b in zip(found, expected, strict=True)] == [True] * 3
 
 
+def test_several_kernels_are_one_after_the_other():
+    """Kernels on one input, by rows and of one channel; the input's gradient is their sum."""
+    for shape, stride, count in [((3, 31, 44, 16), 2, 2), ((2, 15, 18, 1), 2, 3)]:
+        x = np.float32(drawn(*shape))
+        kernels = tuple(np.float32(i + drawn(3, 3, shape[3], 16)) for i in range(count))
+        dys = tuple((i + 1) * lax_conv(x, kernel, stride) for i, kernel in enumerate(kernels))
+        ys, back = jax.vjp(lambda x, kernels, stride=stride: fast_convs(x, kernels, stride), x, kernels)
+        dx, gradients = back(dys)
+        expected = [product_and_gradients(lax_conv, x, kernel, stride, dy) for kernel, dy in zip(kernels, dys, strict=True)]
+        assert worst(ys, [y for y, _, _ in expected]) < 2e-6
+        assert worst(gradients, [gradient for _, _, gradient in expected]) < 2e-6
+        assert worst(dx, sum(dx for _, dx, _ in expected)) < 2e-6
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("plus", [True, False])
+def test_the_fast_normalisation_is_flax_s(relu, plus):
+    """Values, running statistics and all gradients at a real width, in float32 against nn.BatchNorm in float64."""
+    x, added = drawn(2, 23, 15, 128) * 2 + 0.5, np.random.default_rng(1).standard_normal((2, 23, 15, 128))
+    scale = np.linspace(-1, 2, 128)
+    params = {"scale": scale, "bias": scale[::-1] / 3}
+    stats = {"mean": np.zeros(128), "var": np.ones(128)}
+
+    def plain(params, stats, x, added):
+        norm = nn.BatchNorm(use_running_average=False, momentum=0.9, epsilon=1e-5, dtype=x.dtype)
+        y, updated = norm.apply({"params": params, "batch_stats": stats}, x, mutable=["batch_stats"])
+        y = y + added if plus else y
+        return nn.relu(y) if relu else y, updated["batch_stats"]
+
+    def ours(params, stats, x, added):
+        norm = batch_norm(True, None, jnp.float32)
+        variables = {"params": params, "batch_stats": stats}
+        y, updated = norm.apply(variables, x, plus=added if plus else None, relu=relu, mutable=["batch_stats"])
+        return y, updated["batch_stats"]
+
+    def with_gradients(function, params, stats, x, added, dy):
+        y, back = jax.vjp(lambda *differentiated: function(differentiated[0], stats, *differentiated[1:]), params, x, added)
+        return y, back((dy, jax.tree.map(lambda a: 0.3 + a, stats)))
+
+    run = jax.jit(with_gradients, static_argnums=0)
+    dy = 1 + np.random.default_rng(2).standard_normal(x.shape)
+    with jax.enable_x64(True):
+        expected = jax.tree.map(np.asarray, run(plain, params, stats, x, added, dy))
+    found = run(ours, *jax.tree.map(np.float32, (params, stats, x, added, dy)))
+    assert expected[0][0].dtype == np.float64 and found[0][0].dtype == np.float32
+    (_, (of_params, of_x, of_added)), (_, (expected_params, expected_x, expected_added)) = found, expected
+    assert worst(found[0], expected[0]) < 1e-6
+    assert worst((of_params, of_x), (expected_params, expected_x)) < 1e-5
+    if plus:
+        assert worst(of_added, expected_added) < 1e-5
+
+
 def test_which_products_are_winograd():
     shapes = [jnp.zeros(shape) for shape in ((2, 16, 16, 128), (2, 8, 8, 128), (2, 16, 16, 1))]
     kernels = [jnp.zeros((size, size, x.shape[3], 32)) for x, size in zip(shapes, (3, 3, 3), strict=True)]
-    found = [layers._suits_winograd(x, kernel, 1) for x, kernel in zip(shapes, kernels, strict=True)]
+    found = [fast._suits_winograd(x, kernel, 1) for x, kernel in zip(shapes, kernels, strict=True)]
     assert found == [True, False, False]  # 128 tiles, 32 tiles, one channel
-    assert not layers._suits_winograd(shapes[0], kernels[0], 2)
-    assert not layers._suits_winograd(shapes[0], jnp.zeros((5, 5, 128, 32)), 1)
-    assert layers._turns(jnp.zeros((6, 4)), 200).shape == (3, 2, 4)
-    assert layers._turns(jnp.zeros((6, 4)), 600).shape == (6, 1, 4)
+    assert not fast._suits_winograd(shapes[0], kernels[0], 2)
+    assert not fast._suits_winograd(shapes[0], jnp.zeros((5, 5, 128, 32)), 1)
+
+
+@pytest.mark.parametrize(("positions", "clips"), [(80, 6), (200, 2), (600, 1)])
+def test_clips_are_taken_by_turns(positions, clips):
+    seen = []
+
+    def turn(parts, sums):
+        seen.append(parts[0].shape[0])
+        return [2 * parts[0]], [sums[0] + parts[0].sum()]
+
+    x = jnp.arange(24.0).reshape(6, 4)
+    (doubled,), (total,) = fast._by_turns(turn, [x], positions, [x.shape], [jnp.zeros(())])
+    assert set(seen) == {clips}  # 512 positions a turn, and a divisor of the batch
+    np.testing.assert_array_equal(doubled, 2 * x)
+    assert total == 276
 
 
 class Block(nn.Module):
@@ -104,42 +174,79 @@ def test_a_layer_is_nn_conv_with_batch_normalisation_under_jit():
     assert worst(found, expected) < 1e-5
 
 
-def test_fast_products_are_for_training_on_one_cpu_in_float32(monkeypatch):
+@pytest.fixture
+def fast_calls(monkeypatch):
+    """The strides of the fast convolutions, one for each kernel, and "norm" for the normalisations."""
     calls = []
-    monkeypatch.setattr(layers, "fast_conv", lambda x, kernel, stride: calls.append(x.dtype) or lax_conv(x, kernel, stride))
+
+    def convs(x, kernels, stride):
+        assert x.dtype == jnp.float32
+        calls.extend([stride] * len(kernels))
+        return tuple(lax_conv(x, kernel, stride) for kernel in kernels)
+
+    norm = layers.fast_norm
+    monkeypatch.setattr(layers, "fast_convs", convs)
+    monkeypatch.setattr(layers, "fast_norm", lambda *arguments: calls.append("norm") or norm(*arguments))
+    return calls
+
+
+def test_fast_products_are_for_training_on_one_cpu_in_float32(monkeypatch, fast_calls):
     x = jnp.zeros((1, 8, 8, 2))
 
-    def used(train, dtype=jnp.float32, features=32):
-        calls.clear()
-        jax.eval_shape(lambda: Conv(features, train=train, dtype=dtype).init(jax.random.key(0), x))
-        return len(calls)
+    def used(train, dtype=jnp.float32, features=32, axis_name=None):
+        def run():
+            y, _ = Conv(features, train=train, dtype=dtype).init_with_output(jax.random.key(0), x)
+            return batch_norm(train, axis_name, dtype).init_with_output(jax.random.key(0), y, plus=y, relu=True)
+
+        fast_calls.clear()
+        jax.eval_shape(run)
+        return fast_calls.copy()
 
     assert jax.device_count() == 1
-    assert (used(True), used(False), used(True, jnp.bfloat16), used(True, features=31)) == (1, 0, 0, 0)
-    monkeypatch.setattr(jax, "device_count", lambda: 2)
-    assert used(True) == 0
-    monkeypatch.undo()
-    monkeypatch.setattr(layers, "fast_conv", lambda x, kernel, stride: calls.append(x.dtype) or lax_conv(x, kernel, stride))
+    assert used(True) == [1, "norm"]
+    assert used(True, axis_name="devices") == [1]
+    assert (used(False), used(True, jnp.bfloat16), used(True, features=31)) == ([], [], [])
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: 2)
+        assert used(True) == []
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert used(True) == 0
+    assert used(True) == []
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_convolutions_together_are_each_of_them(train):
+    class Pair(nn.Module):
+        together: bool
+
+        @nn.compact
+        def __call__(self, x):
+            convs = [Conv(32, stride=2, train=train, name=name) for name in ("one", "other")]
+            return convolve_together(x, *convs) if self.together else tuple(conv(x) for conv in convs)
+
+    x = np.float32(drawn(2, 9, 7, 3))
+    variables = Pair(True).init(jax.random.key(0), x)
+    jax.tree.map(np.testing.assert_array_equal, variables, Pair(False).init(jax.random.key(0), x))
+    found, expected = (Pair(together).apply(variables, x) for together in (True, False))
+    assert worst(found, expected) < 1e-6
+    assert not np.allclose(*found)
 
 
 @pytest.mark.parametrize(
     ("model", "frames", "bands", "count"),
     [
-        ({"name": "short_chunk", "residual": True}, 231, 128, 21),
-        ({"name": "resnet", "blocks": (2, 2, 2, 2)}, 64, 32, 20),
-        ({"name": "fcn"}, 1366, 96, 4),
-        ({"name": "crnn"}, 1366, 96, 4),
+        ({"name": "short_chunk", "residual": True}, 231, 128, (21, 22)),
+        ({"name": "resnet", "blocks": (2, 2, 2, 2)}, 64, 32, (20, 17)),
+        ({"name": "fcn"}, 1366, 96, (4, 4)),
+        ({"name": "crnn"}, 1366, 96, (4, 4)),
     ],
 )
-def test_the_two_dimensional_networks_train_with_it(monkeypatch, model, frames, bands, count):
-    calls = []
-    monkeypatch.setattr(layers, "fast_conv", lambda x, kernel, stride: calls.append(stride) or lax_conv(x, kernel, stride))
+def test_the_two_dimensional_networks_train_with_it(fast_calls, model, frames, bands, count):
+    """Convolutions and normalisations; those of an input's frames or of all its numbers stay Flax's."""
     module = models.build(model, num_classes=3, frames=frames, bands=bands)
     key = jax.random.key(0)
     jax.eval_shape(lambda: module.init({"params": key, "dropout": key}, jnp.zeros((2, frames, bands)), train=True))
-    assert len(calls) == count
+    norms = fast_calls.count("norm")
+    assert (len(fast_calls) - norms, norms) == count
 
 
 @pytest.mark.parametrize("shape", [(2, 9, 6, 3), (1, 12, 7, 2), (2, 33, 17, 128)])

@@ -13,8 +13,10 @@ from musicgenre.models.modulation import (
     band_correlations,
     bin_matrix,
     deviation,
+    loudness_views,
     modulation_features,
     modulation_spectrum,
+    sounding,
 )
 
 # A small front: 2 blocks of 6 bands in windows of 8 frames, one block of 12 in windows of 4.
@@ -22,8 +24,9 @@ SMALL = {"regions": (2, 1), "windows": (8, 4), "scale_edges": (0, 1, 3), "rate_e
 ALL = {name: getattr(Modulation, name) for name in SMALL}
 
 features = jax.jit(lambda x: modulation_features(x, **SMALL))
-spectrum = jax.jit(modulation_spectrum, static_argnums=(1, 2, 3, 4))
-correlations = jax.jit(band_correlations, static_argnums=1)
+spectrum = jax.jit(lambda x, *sizes: modulation_spectrum(x, jnp.ones(x.shape[:2]), *sizes), static_argnums=(1, 2, 3, 4))
+correlations = jax.jit(lambda x, groups: band_correlations(x, jnp.ones(x.shape[:2]), groups), static_argnums=1)
+views = jax.jit(lambda x, *values: loudness_views(x, jnp.ones(x.shape[:2]), *values), static_argnums=(1, 2))
 
 
 def build(frames=64, bands=128, **fields):
@@ -100,6 +103,33 @@ def test_a_regular_beat_lies_in_its_rate_and_a_regular_comb_in_its_scale():
     assert found[1].argmax() == 5 and found[1].max() > 5 and found[0].max() < -2
 
 
+def test_views_count_loudness_differently():
+    """Worked in float64: a noise of -10 dB added to every power, and the distance from the mean of the band under a tanh."""
+    x = clips(2, 9, 3)
+    plain, floor, contrast = (np.asarray(view) for view in views(x, (10.0,), (4.0,)))
+    under = np.float64(x) - np.float64(x).max(axis=(1, 2), keepdims=True)
+    np.testing.assert_allclose(plain, under, atol=1e-4)
+    np.testing.assert_allclose(floor, 10 * np.log10(10 ** (under / 10) + 0.1), atol=1e-4)
+    np.testing.assert_allclose(contrast, 4 * np.tanh((under - under.mean(axis=1, keepdims=True)) / 4), atol=1e-4)
+    # The loudest value stays within half a dB of 0; nothing sinks below the floor, however quiet.
+    assert 0.4 < floor.max() < 0.42 and floor.min() >= -10
+    silence = views(np.array([[[0.0], [-400.0], [-np.float32(1e30)]]], np.float32), (50.0,), (8.0,))
+    np.testing.assert_allclose(silence[1][0, :, 0], [0, -50, -50], atol=1e-3)
+    assert np.isfinite(silence[2]).all() and np.abs(silence[2]).max() <= 8
+
+
+def test_each_view_has_the_features_of_its_own():
+    x = clips()
+    several = jax.jit(lambda x: modulation_features(x, **SMALL, floors=(20.0,), contrasts=(8.0,)))(x)
+    assert len(several) == 18
+    for got, plain in zip(several, features(x), strict=False):
+        np.testing.assert_allclose(got, plain, atol=1e-3)
+    for view, blocks in zip(views(x, (20.0,), (8.0,))[1:], (several[6:12], several[12:]), strict=True):
+        np.testing.assert_allclose(blocks[0], view.mean(axis=1), atol=1e-4)
+        np.testing.assert_allclose(blocks[2].ravel(), spectrum(view, 2, 8, (0, 1, 3), (0, 1, 2, 4)).ravel(), atol=1e-3)
+        np.testing.assert_allclose(blocks[4], correlations(view, 3), atol=1e-3)
+
+
 def test_neither_level_nor_place_in_time_matters():
     x = clips(1, 64, 12)
     for block, louder in zip(features(x), features(x + 12.5), strict=True):
@@ -117,6 +147,26 @@ def test_neither_level_nor_place_in_time_matters():
     assert np.abs(beat(1.5, 0) - beat(2, 0)).max() > 0.1
 
 
+def test_silence_around_a_clip_does_not_count():
+    x = clips(2, 40, 12)
+    quiet = np.tile(x.max(axis=(1, 2), keepdims=True) - 79, (1, 8, 12))
+    with_silence = np.concatenate([quiet, x, quiet[:, :4]], axis=1)
+    np.testing.assert_array_equal(sounding(with_silence), [[0.0] * 8 + [1.0] * 40 + [0.0] * 4] * 2)
+    several = jax.jit(lambda x: modulation_features(x, **SMALL, floors=(20.0,), contrasts=(8.0,)))
+    # The silence is a multiple of half a window, so that the windows which lie inside are the same.
+    for block, plain in zip(several(with_silence), several(x), strict=True):
+        np.testing.assert_allclose(block, plain, atol=1e-3)
+    # A rest inside counts, and so does a clip that is all silence.
+    rest = np.concatenate([x[:, :20], quiet, x[:, 20:]], axis=1)
+    assert np.asarray(sounding(rest)).all() and np.asarray(sounding(quiet)).all()
+    # Sound that no window fits into is taken with the silence around it, rather than not at all.
+    short = np.concatenate([np.tile(quiet, (1, 6, 1)), x[:, :4]], axis=1)
+    found = several(short)
+    assert all(np.isfinite(block).all() for block in found)
+    under = short - short.max(axis=(1, 2), keepdims=True)
+    np.testing.assert_allclose(found[2], spectrum(under, 2, 8, (0, 1, 3), (0, 1, 2, 4)).reshape(2, -1), atol=1e-3)
+
+
 def test_bands_that_move_together_correlate():
     x = np.random.default_rng(0).standard_normal((1, 400, 3)).astype(np.float32) * 10
     x[:, :, 1] = 3 * x[:, :, 0]
@@ -124,7 +174,7 @@ def test_bands_that_move_together_correlate():
     np.testing.assert_allclose(correlations(x, 3)[0], [1, -1, -1], atol=2e-3)
     # What does not move has no correlation, rather than an undefined one.
     np.testing.assert_allclose(correlations(np.ones((1, 400, 3), np.float32), 3)[0], 0)
-    np.testing.assert_allclose(jax.jit(deviation)(x)[0], x[0].std(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(deviation)(x, np.ones((1, 400)))[0], x[0].std(axis=0), rtol=1e-5)
 
 
 def test_bins_average_and_the_last_takes_the_rest():
@@ -139,6 +189,8 @@ def test_the_sizes(variable_shapes, count, layer_shapes):
     size = 128 + 128 + 440 + 360 + 117 + 496 + 40
     assert size == 1709 and shapes["batch_stats"]["feature_norm"]["mean"].shape == (size,)
     assert count(shapes["params"]) == size * 256 + 256 + 256 * 10 + 10 == 440_330
+    # A floor and a contrast make three views of it.
+    assert count(variable_shapes(build(387, floors=(50.0,), contrasts=(8.0,)), 387, 128)["params"]) == 3 * size * 256 + 2826
     # As many parameters for any length, so that a model trained on crops scores whole clips.
     assert variable_shapes(build(64), 64, 128) == shapes
     assert layer_shapes(build(hidden=(8, 6)), 64, 128)["embedding"] == (2, 6)
@@ -164,7 +216,7 @@ def test_each_kind_of_feature_has_the_same_weight(filled):
 
 
 def test_gradients_are_finite_even_of_silence(filled):
-    module = build(16, 12, **SMALL, hidden=(4,))
+    module = build(16, 12, **SMALL, hidden=(16,), floors=(20.0,), contrasts=(8.0,))
     variables = filled(module, 16, 12)
     gradient = jax.jit(jax.grad(lambda x: models.apply_model(module, variables, x)[0].sum()))
     assert np.isfinite(gradient(np.zeros((2, 16, 12), np.float32))).all()
@@ -211,6 +263,8 @@ def test_the_smallest_inputs_run_and_one_below_is_refused(check_runs):
         ({"regions": (4, 4, 0)}, "model.regions"),
         ({"rate_edges": (1, 2)}, r"model.rate_edges=\(1, 2\) of 'modulation' must rise from 0"),
         ({"scale_edges": (0, 2, 2)}, "model.scale_edges"),
+        ({"floors": (50.0, 0.0)}, r"model.floors=\(50.0, 0.0\) of 'modulation' must be above 0"),
+        ({"contrasts": (-8.0,)}, "model.contrasts"),
     ],
 )
 def test_fields_that_do_not_fit_are_named(fields, message):

@@ -1,9 +1,10 @@
+import grain.python as grain
 import numpy as np
 import pytest
 
 from musicgenre.config import store_path
 from musicgenre.errors import UserError
-from musicgenre.pipeline.loader import chunk_starts, eval_batches, normalisation, train_batches
+from musicgenre.pipeline.loader import _MakeBatch, chunk_starts, eval_batches, normalisation, train_batches
 from musicgenre.pipeline.store import Store
 
 
@@ -44,6 +45,38 @@ def test_the_seed_decides_and_the_state_resumes(store):
     resumed.set_state(state)
     for expected in one[5:]:
         np.testing.assert_array_equal(next(resumed)["x"], expected["x"])
+
+
+@pytest.mark.parametrize(("seed", "step"), [(3, 0), (3, 31), (3, 32), (0, 5000), (2**33, 2**32 - 5)])
+@pytest.mark.parametrize("stride", [1, 3])
+def test_steps_drawn_together_are_those_drawn_one_by_one(store, seed, step, stride):
+    """Each step has the stream of (seed, step, 0) and its places in the endless row of shuffled epochs."""
+    store.lengths[::2] = 30
+    train = store.indices("train")
+    make = _MakeBatch(store, train, 7, 20, 20, False, seed, True, 0, 1, stride)
+    for number in (step, step + stride, step + 2 * stride, step + 1):
+        places = []
+        for position in range(number * 7, (number + 1) * 7):
+            epoch, place = divmod(position, len(train))
+            places.append(int(np.random.default_rng((seed, 0x5EED, epoch)).permutation(len(train))[place]))
+        ends = store.lengths[train[places]].astype(np.int64) - 20 + 1
+        batch = make(number)
+        assert batch["clip"].tolist() == places
+        np.testing.assert_array_equal(batch["start"], np.random.default_rng((seed, number, 0)).integers(0, ends))
+
+
+def test_a_state_is_that_of_grains_own_reader(store):
+    ours = train_batches(store, batch_size=4, steps=6, seed=1, crop_frames=20)
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    make = _MakeBatch(store, store.indices("train"), 4, 20, 20, False, 1, False, 0, 1)
+    theirs = iter(grain.MapDataset.range(6).map(make).to_iter_dataset(options))
+    for _ in range(4):
+        next(theirs)
+    ours.set_state(theirs.get_state())
+    rest = list(ours)
+    assert len(rest) == 2 and ours.get_state() == {"next_index": 6}
+    for batch, other in zip(rest, theirs, strict=True):
+        np.testing.assert_array_equal(batch["x"], other["x"])
 
 
 def test_crops_stay_inside_the_real_frames(store):

@@ -3,6 +3,8 @@ import errno
 import json
 import os
 import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -160,11 +162,21 @@ def test_an_interrupted_run_goes_on_after_its_last_shard(dataset, tmp_path, monk
 
 
 def test_two_processes_give_the_same_bytes_as_one(tmp_path):
-    clips = [Clip(f"c{i:02d}", sound(tmp_path / f"c{i:02d}.wav", 1.5, i), ("ab"[i % 2],), "train") for i in range(9)]
+    """With more clips than the processes share memory for, and one that is skipped."""
+    clips = [Clip(f"c{i:02d}", sound(tmp_path / f"c{i:02d}.wav", 1.5, i), ("ab"[i % 2],), "train") for i in range(22)]
+    clips[5].path.write_bytes(b"")
     dataset = make_dataset(Dataset("test", tmp_path, "given", "single_label", ("a", "b"), tuple(clips)))
     make(dataset, tmp_path / "one")
     prepare_store(dataset, SPEC, LAYOUT, tmp_path / "two", workers=2, progress=False)
     assert {k: v[1] for k, v in snapshot(tmp_path / "one").items()} == {k: v[1] for k, v in snapshot(tmp_path / "two").items()}
+
+
+def test_preparing_loads_little():
+    """Worker processes load all this anew before they begin."""
+    loaded = "import sys, musicgenre.pipeline.prepare; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True).stdout.split()
+    assert "musicgenre.audio.features" in modules
+    assert not {"librosa", "numba", "soxr", "jax", "scipy.signal", "sklearn"} & set(modules)
 
 
 def test_skipped_clips_are_listed_with_their_reason_and_not_tried_again(dataset, tmp_path):
