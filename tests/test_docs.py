@@ -33,7 +33,7 @@ def test_the_readme_network_of_ones_own(tmp_path: Path) -> None:
 
     code = re.search(r"```python\n# my_pkg/my_net.py\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
     assert code
-    scope: dict[str, object] = {"__name__": "my_net"}
+    scope: dict[str, object] = {"__name__": "my_pkg.my_net"}
     before = dict(registry._MODELS)
     try:
         exec(code[1], scope)

@@ -153,7 +153,7 @@ def test_a_source_of_another_size_is_named(source, tmp_path):
         ("gtzam", "Did you mean 'gtzan'"),
         ("stores", "stores: no checkpoint found there"),
         ("train.npz", "train.npz: not a readable model"),
-        ("gtzan", "config.init_from='gtzan' holds the model 'resnet', not 'conv1d'"),
+        ("gtzan", "config.init_from='gtzan' holds the model 'modulation', not 'conv1d'"),
     ],
 )
 def test_what_is_no_source_is_named(small_config, tmp_path, monkeypatch, place, message):

@@ -67,7 +67,7 @@ def test_the_page_in_a_browser(browser, live, tmp_path):
     wait = WebDriverWait(browser, 20, poll_frequency=0.05)
     with live(create_app(tagger, limits=Limits(max_bytes=5_000_000))) as port:
         browser.get(f"http://127.0.0.1:{port}/")
-        wait.until(lambda _: "accuracy 59.9 % on its validation split" in browser.find_element(By.ID, "summary").text)
+        wait.until(lambda _: "accuracy 67.0 % on its validation split" in browser.find_element(By.ID, "summary").text)
         assert "up to 5 MB and 10 minutes each" in browser.find_element(By.ID, "limits").text
         assert not browser.find_element(By.ID, "synthetic").is_displayed()
 
@@ -128,7 +128,7 @@ def test_the_page_in_a_browser(browser, live, tmp_path):
         # The card, with its words and not its Markdown.
         browser.find_element(By.CSS_SELECTOR, "#about summary").click()
         card = browser.find_element(By.ID, "card").text
-        assert "accuracy 0.5990 on the validation split" in card and "resnet on arrays" in card and "`" not in card
+        assert "accuracy 0.6701 on the validation split" in card and "modulation on arrays" in card and "`" not in card
         assert tmp_path.joinpath("page.png").write_bytes(browser.get_screenshot_as_png()) > 20_000
 
         # On a phone nothing is wider than the screen.
