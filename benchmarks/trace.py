@@ -107,13 +107,15 @@ def _all(messages: Iterable[Any], *path: int) -> list[Any]:
 def op_names(file: Path) -> dict[tuple[str, str], str]:
     """Returns the JAX name of each instruction of the programs in a trace, by (program, instruction).
 
-    A name is such as "jit(train_step)/transpose(jvp(Conv1D))/conv_0/conv_general_dilated". A fusion goes by the convolution or
-    matrix product in it, where it has one, and else by its result.
+    A program is such as "jit_train_step(7)": others may have the same name, and another number. A name is such as
+    "jit(train_step)/transpose(jvp(Conv1D))/conv_0/conv_general_dilated". A fusion goes by the convolution or product in it,
+    where it has one, and else by its result.
     """
     names = {}
-    # XSpace.planes, XPlane.event_metadata, its value, XEventMetadata.stats, XStat.bytes_value, HloProto.hlo_module.
-    for module in _all([file.read_bytes()], 1, 4, 2, 5, 6, 1):
-        program = b"".join(_all([module], 1)).decode()
+    # XSpace.planes, XPlane.event_metadata, its value; of that its name and stats, XStat.bytes_value, HloProto.hlo_module.
+    metadata = _all([file.read_bytes()], 1, 4, 2)
+    programs = [(b"".join(_all([entry], 2)).decode(), module) for entry in metadata for module in _all([entry], 5, 6, 1)]
+    for program, module in programs:
         inside: dict[int, list[str]] = {}  # names of the instructions of a computation
         called: dict[str, set[int]] = {}
         for computation in _all([module], 3):
@@ -162,7 +164,7 @@ def operations(file: Path) -> list[Row]:
         for event in (event for line in plane.lines for event in line.events):
             stats = dict(event.stats)
             if "hlo_op" in stats:
-                instruction = (stats.get("hlo_module", ""), stats["hlo_op"])
+                instruction = (f"{stats.get('hlo_module')}({stats.get('program_id')})", stats["hlo_op"])
                 started.append((event.start_ns, event.duration_ns, stats.get("_p"), instruction))
             elif event.name.startswith("end: "):
                 ends[stats.get("_c")] = event.start_ns

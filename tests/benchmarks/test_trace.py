@@ -35,10 +35,13 @@ def test_a_real_trace_names_its_layers(tmp_path, capsys):
     x = jnp.ones((256, 512))
     params = Net().init(jax.random.key(0), x)
     step = jax.jit(jax.grad(lambda params: Net().apply(params, x).sum()))
+    # Another program of the same name, whose instructions have some of the same names.
+    other = jax.jit(lambda x: jnp.cos(jnp.sin(x) @ x.T) @ jnp.cos(x))
     jax.block_until_ready(step(params))
     with jax.profiler.trace(tmp_path):
         for _ in range(3):
             jax.block_until_ready(step(params))
+        other(x[:4]).block_until_ready()
     rows = trace.operations(trace.newest(tmp_path))
     # By far the longest: one product forward and one backward (x needs no gradient), three times each.
     assert {row.place: row.count for row in rows[:2]} == {"forward large": 3, "backward large": 3}

@@ -194,7 +194,8 @@ def test_many_devices_give_the_single_devices_result(config, tmp_path):
 def test_two_processes_give_the_single_processs_result(config, tmp_path):
     loop.train(fed(config, "never"), tmp_path / "one", progress=False, devices=jax.devices()[:1])
     port = free_port()
-    runs = [(fed(config, "auto"), tmp_path / "two", "jit", 2, 0)]
+    # The second run is stopped after two steps, and goes on in one process.
+    runs = [(fed(config, "auto"), tmp_path / "two", "jit", 2, 0), (fed(config, "auto"), tmp_path / "moved", "jit", 2, 2)]
     both = [start(runs, tmp_path, process, port, forced=1) for process in range(2)]
     try:
         for process in both:
@@ -203,6 +204,9 @@ def test_two_processes_give_the_single_processs_result(config, tmp_path):
         for process in both:
             process.kill()
     assert_close(tmp_path / "one", tmp_path / "two")
+    assert not (tmp_path / "moved" / "checkpoints" / "3").exists()
+    loop.train(fed(config, "auto"), tmp_path / "moved", progress=False, devices=jax.devices()[:1])
+    assert_close(tmp_path / "one", tmp_path / "moved")
 
 
 # A user's module, which the config names: it cuts arrays up from 64 numbers, and lets process 1 die as if its machine had gone,
