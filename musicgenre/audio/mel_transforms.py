@@ -11,7 +11,7 @@ import librosa
 import numpy as np
 import scipy.signal
 
-from musicgenre.audio.features import FeatureSpec, mel_filters
+from musicgenre.audio.features import FeatureSpec, mel_filters, mel_frequencies
 from musicgenre.audio.transforms import (
     SEMITONES,
     TEMPO,
@@ -90,7 +90,7 @@ def change_pitch(db: np.ndarray, spec: FeatureSpec, semitones: float) -> np.ndar
       spec: the front end.
       semitones: upwards.
     """
-    centres = librosa.mel_frequencies(spec.n_mels + 2, fmin=spec.fmin, fmax=spec.top_frequency)[1:-1]
+    centres = mel_frequencies(spec.fmin, spec.top_frequency, spec.n_mels + 2)[1:-1]
     source = centres * 2 ** (-semitones / 12)
     places = np.interp(librosa.hz_to_mel(source), librosa.hz_to_mel(centres), np.arange(spec.n_mels))
     lower = np.minimum(places.astype(int), spec.n_mels - 2)
@@ -109,7 +109,7 @@ def white_noise(db: np.ndarray, generator: np.random.Generator, spec: FeatureSpe
     The filters have equal areas, so that level noise is as strong in all bands, and a sound's power is the sum over bands of
     what they hear times their width. In a band of few frequencies the noise varies more, as it does in a real spectrogram.
     """
-    edges = librosa.mel_frequencies(spec.n_mels + 2, fmin=spec.fmin, fmax=spec.top_frequency)
+    edges = mel_frequencies(spec.fmin, spec.top_frequency, spec.n_mels + 2)
     widths = (edges[2:] - edges[:-2]) / 2
     power = 10 ** (db.astype(np.float64) / 10)
     level = (power.mean(axis=0) @ widths) / widths.sum() * 10 ** (-snr / 10)

@@ -30,11 +30,6 @@ def lax_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     return jax.lax.conv_general_dilated(x, kernel, (stride, stride), (pad, pad), dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def fast_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """`fast_convs` of one kernel."""
-    return fast_convs(x, (kernel,), stride)[0]
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def fast_convs(x: jax.Array, kernels: tuple[jax.Array, ...], stride: int) -> tuple[jax.Array, ...]:
     """`lax_conv` of one input and each of several kernels of one shape, forward and backward.
