@@ -16,8 +16,8 @@ last checkpoint; jax 0.10.2, three minutes a run on one CPU core):
 
 The recipe was chosen by cross-validation by artist inside the train list (five folds 76.9 %, before silence around a clip was
 left out; its first form, which had 63.9 % +- 0.8 on the valid list, 74.2 %). The kinds of features were chosen in part on the
-valid list, where some 200 sets of them were compared, so its number may be too high; docs/results/gtzan_best/search.md has all that
-was tried. The test list (290 clips) was not evaluated.
+valid list, where some 200 sets of them were compared, so its number may be too high; docs/results/gtzan_best/search.md has it
+all. The test list (290 clips) was not evaluated.
 """
 
 from ml_collections import ConfigDict
