@@ -43,9 +43,11 @@ def test_a_real_trace_names_its_layers(tmp_path, capsys):
             jax.block_until_ready(step(params))
         other(x[:4]).block_until_ready()
     rows = trace.operations(trace.newest(tmp_path))
-    # By far the longest: one product forward and one backward (x needs no gradient), three times each.
-    assert {row.place: row.count for row in rows[:2]} == {"forward large": 3, "backward large": 3}
-    assert rows == sorted(rows, key=lambda row: -row.typical) and 0 < rows[0].typical < 5
+    # One product forward and one backward (x needs no gradient), three times each. How long each takes is the machine's affair.
+    counts = {(row.place, row.operation): row.count for row in rows}
+    assert counts["forward large", "dot_general"] == 3 and counts["backward large", "transpose"] == 3
+    assert [row.typical for row in rows] == sorted((row.typical for row in rows), reverse=True)
+    assert all(0 < row.seconds and 0 < row.typical < 5 for row in rows[:5])
     assert trace.main([str(tmp_path), "--top=1"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 4 and printed[1].endswith(f"{rows[0].count}  {rows[0].place}: {rows[0].operation}")
