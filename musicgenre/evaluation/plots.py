@@ -400,6 +400,44 @@ def comparison_plot(
     save(figure, path, title)
 
 
+def folds_plot(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Draws the accuracy of each row with its interval and trainings on the left, and what leaked on the right.
+
+    Args:
+      path: PNG file.
+      rows: `name`, `mean` (accuracy over all clips), `interval` (low and high, or None), `values` (accuracy of each training),
+        `clips` (how many were held out) and `leaks` (how many of them by kind, three kinds).
+      title: heading.
+    """
+    figure = new_figure(10.5, 1.9 + 0.62 * max(len(rows), 2))
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    for position, row in enumerate(rows):
+        first = position == 0
+        values = 100 * np.array(row["values"])
+        offsets = 0.22 + (np.linspace(-0.1, 0.1, len(values)) if len(values) > 1 else np.zeros(1))
+        left.plot(values, position + offsets, "o", color=BLUE, alpha=0.6, markersize=4, label="a training" if first else None)
+        if row["interval"] is not None:
+            ends = [100 * end for end in row["interval"]]
+            left.plot(ends, [position] * 2, color=RED, linewidth=2, label="95 % interval over artists" if first else None)
+        left.plot(100 * row["mean"], position, "D", color=RED, markersize=6, label="all clips held out" if first else None)
+        left.annotate(
+            f"{100 * row['mean']:.1f}", (100 * row["mean"], position - 0.16), ha="center", va="bottom", fontsize=9, color=INK
+        )
+        for number, ((kind, count), colour) in enumerate(zip(row["leaks"].items(), (PURPLE, ORANGE, BLUE), strict=True)):
+            place, share = position + 0.26 * (number - 1), 100 * count / row["clips"]
+            right.barh(place, share, 0.22, color=colour, label=f"{kind} in training" if first else None)
+            right.annotate(f" {share:.0f}", (share, place), va="center", fontsize=7.5, color=INK)
+    left.set_yticks(range(len(rows)), [short(row["name"], 40) for row in rows], fontsize=9)
+    left.set_ylim(len(rows) - 0.4, -0.6)
+    left.set_xlabel("accuracy (%)")
+    right.set_xlabel("held-out clips (%)")
+    right.set_xlim(0, 112)
+    for axes in (left, right):
+        _tidy(axes, "x")
+    figure.legend(frameon=False, fontsize=8.5, ncols=3, loc="outside lower center")
+    save(figure, path, title)
+
+
 def label_distribution(
     path: str | os.PathLike[str],
     label_names: Sequence[str],
