@@ -11,8 +11,8 @@ process has cores (narrow it with taskset). One batch of noise lies ready on the
 step, which also normalises the batch and measures accuracy and the gradient's norm; PyTorch's does nothing besides. PyTorch runs
 eagerly, eagerly with channels last, and compiled (channels last); bfloat16 there is autocast.
 
-Memory is each side's in a process of its own, as the process grows from when its library is imported: while it takes steps, after
-the free memory that compiling and the first steps have left is handed back; and in all, which is mostly compiling for JAX.
+Memory is each side's in a process of its own, as the process grows from when all libraries are imported: while it takes steps,
+after the free memory that compiling and the first steps have left is handed back; and in all, which is mostly compiling for JAX.
 
 Bars on CPU, in float32, against the fastest of PyTorch's: Conv1D takes at most its time, the others 1.15 times that, and no
 more memory. On a GPU: 1.2 times the throughput of PyTorch compiled, in bfloat16; the shares of the card's rates are printed.
@@ -24,6 +24,7 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
+import importlib
 import json
 import os
 import subprocess
@@ -169,6 +170,15 @@ def _memory(side: str, name: str, net: Net, batch: int, dtype: str) -> Memory:
     """Takes five steps in this process and returns its memory."""
     import jax
 
+    # All that either side imports, so that no library counts for a side.
+    for module in (
+        "benchmarks.torch_nets",
+        "optax",
+        "musicgenre.models",
+        "musicgenre.training.parallel",
+        "musicgenre.training.step",
+    ):
+        importlib.import_module(module)
     jax.devices()
     start = _status("VmRSS")
     if side == "jax":

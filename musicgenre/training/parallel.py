@@ -108,6 +108,15 @@ class Parallel:
         """Puts a state onto the devices, see `state_shardings`."""
         return jax.device_put(state, self.state_shardings(state))
 
+    def create_state(self, create: Callable[[], Any]) -> Any:
+        """Has `create` make a state, and returns it placed as by `place_state`.
+
+        Each device makes its own parts of "fsdp"'s, so that none has to hold the whole.
+        """
+        if self.kind != "fsdp":
+            return self.place_state(create())
+        return jax.jit(create, out_shardings=self.state_shardings(jax.eval_shape(create)))()
+
     def place_batch(self, batch: Batch) -> dict[str, Any]:
         """Puts this process's slice of a batch onto its devices."""
         if self.kind == "pmap":

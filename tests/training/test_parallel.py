@@ -66,7 +66,10 @@ found, params = {}, []
 for kind in ("jit", "fsdp"):
     spread = parallel.Parallel.create(kind)
     step = make_train_step(Net(), optimizer, seed=0, class_weights=jnp.ones(3), accumulate=1, ema_decay=0.9, gather=spread.gather)
-    state = spread.place_state(create_state(Net(), optimizer, norm, seed=0, frames=12, bands=8, ema=True))
+    create = lambda: create_state(Net(), optimizer, norm, seed=0, frames=12, bands=8, ema=True)
+    state, whole = spread.create_state(create), create()
+    same = [np.array_equal(one, other) for one, other in zip(*map(jax.tree.leaves, (state, whole)), strict=True)]
+    places = [leaf.sharding == place for leaf, place in zip(*map(jax.tree.leaves, (state, spread.state_shardings(whole))))]
     placed = spread.place_batch(batch)
     compiled = spread.train_step(step).lower(state, placed).compile()
     for _ in range(3):
@@ -76,7 +79,11 @@ for kind in ("jit", "fsdp"):
     found[kind] = {
         "bytes": sum(shard.data.nbytes for shard in shards if shard.device == first),
         "gathers": compiled.as_text().count(" all-gather("),
+        "created": all(same) and all(places),
     }
+    if kind == "fsdp":
+        made = jax.jit(create, out_shardings=spread.state_shardings(whole)).lower().compile().memory_analysis()
+        found["making"] = made.temp_size_in_bytes + made.output_size_in_bytes
     params.append(jax.tree.map(np.asarray, (state.params, state.ema)))
 found["apart"] = max(float(abs(one - other).max()) for one, other in zip(*map(jax.tree.leaves, params)))
 
@@ -183,8 +190,10 @@ def test_many_devices_give_the_single_devices_result(config, tmp_path):
     # In numbers: the big kernel is 3 x 3 x 64 x 512, everything else 640 + 512 + 1,539; the parameters, their average and Adam's
     # two moments have all of it. Beside them: norm's 16, and three counters of steps.
     big, small = 294_912, 2_691
-    assert found["jit"] == {"bytes": 4 * (4 * (big + small) + 16 + 2), "gathers": 0}
-    assert found["fsdp"] == {"bytes": 4 * (4 * (big // 8 + small) + 16 + 2), "gathers": 1}
+    assert found["jit"] == {"bytes": 4 * (4 * (big + small) + 16 + 2), "gathers": 0, "created": True}
+    assert found["fsdp"] == {"bytes": 4 * (4 * (big // 8 + small) + 16 + 2), "gathers": 1, "created": True}
+    # What one device has while it makes its parts of the state, results and all, is less than the big kernel once, in bytes.
+    assert found["making"] < 4 * big
     assert found["apart"] < 1e-6
     # FCN-4: 17.4 M parameters, three times with Adam; its small arrays are a thousandth of it.
     whole, part = found["fcn"]
