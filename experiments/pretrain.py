@@ -1,13 +1,23 @@
-r"""Pretrains the model "rbm" without labels. The same command goes on where it was stopped, to the bit.
+r"""Pretrains a network without labels. The same command goes on where it was stopped, to the bit.
+
+By contrast of two views of each clip (SimCLR), any network:
+
+python experiments/pretrain.py --config=configs/gtzan_mels_simclr.py --workdir=runs/simclr
+python experiments/train.py --config=configs/ablations/gtzan_pretrained.py --config.init_from=runs/simclr --workdir=runs/tuned
+
+By contrastive divergence, the stacked restricted Boltzmann machines of the model "rbm":
 
 python experiments/pretrain.py --config=configs/gtzan_mels_rbm.py --workdir=runs/rbm_pretrained
 python experiments/train.py --config=configs/gtzan_mels_rbm.py --config.init_from=runs/rbm_pretrained --workdir=runs/rbm
+
+`--config.pretrain.method` says which, where it does not go by the model.
 """
 
 from absl import flags
+from tqdm import tqdm
 
 from musicgenre import app
-from musicgenre.training.contrastive import pretrain
+from musicgenre.training import contrastive, self_supervised
 from musicgenre.training.loop import Interrupted
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, metrics and checkpoints.", required=True)
@@ -17,8 +27,15 @@ _PROGRESS = flags.DEFINE_bool("progress", True, "Draw a progress bar.")
 def main() -> int:
     """Pretrains, prints how it ended, and returns the exit code."""
     config = app.get_config()
+    divergence = config.pretrain.method == "contrastive_divergence" or (
+        config.pretrain.method == "" and config.model.name == "rbm"
+    )
+    result: contrastive.PretrainResult | self_supervised.PretrainResult
     try:
-        result = pretrain(config, _WORKDIR.value, progress=_PROGRESS.value)
+        if divergence:
+            result = contrastive.pretrain(config, _WORKDIR.value, progress=_PROGRESS.value)
+        else:
+            result = self_supervised.pretrain(config, _WORKDIR.value, progress=_PROGRESS.value, say=tqdm.write)
     except Interrupted as stop:
         print(stop)
         return 128 + stop.signal_number

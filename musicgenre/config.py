@@ -74,7 +74,10 @@ def base_config() -> ConfigDict:
     augment.time_mask_share = 0.1  # widest of them, as a share of the frames
     augment.band_masks = 0  # masks over bands
     augment.band_mask_share = 0.1  # widest of them, as a share of the bands
-    augment.probability = 1.0  # chance of a clip to undergo each of these but mixing
+    augment.low_pass = 0.0  # most that is taken away at the top, as a share of the bands
+    augment.high_pass = 0.0  # the same at the bottom
+    augment.pass_share = 1.0  # chance of a clip to undergo each of these two
+    augment.probability = 1.0  # chance of a clip to undergo each of these but mixing and the passes
 
     config.features = ConfigDict(dataclasses.asdict(FeatureSpec()))
 
@@ -84,13 +87,18 @@ def base_config() -> ConfigDict:
 
     config.init_from = ""  # workdir, bundle or packaged model whose layers, all but the head, this run starts from
 
-    # Stacked restricted Boltzmann machines only: experiments/pretrain.py
+    # Learning without labels, before: experiments/pretrain.py
     config.pretrain = pretrain = ConfigDict()
-    pretrain.epochs = 20  # of each layer
-    pretrain.learning_rate = 0.01
+    # contrastive_divergence (stacked restricted Boltzmann machines) or simclr (two views of each clip; any network, by the
+    # section `optimizer`); "" takes the first for the model rbm, the second for all others
+    pretrain.method = ""
+    pretrain.epochs = 20  # contrastive_divergence: of each layer
+    pretrain.learning_rate = 0.01  # contrastive_divergence, as are the next three
     pretrain.momentum = 0.5
     pretrain.weight_decay = 2e-4
-    pretrain.cd_steps = 1  # Gibbs steps of a contrastive divergence
+    pretrain.cd_steps = 1  # Gibbs steps
+    pretrain.temperature = 0.5  # simclr: what the cosines are divided by
+    pretrain.projection = 128  # simclr: numbers that views are compared by, made of the embedding by two dense layers
 
     config.batch_size = 32  # clips of one step over all devices
     config.epochs = 100
@@ -119,6 +127,12 @@ def base_config() -> ConfigDict:
     config.loss.name = ""
     config.loss.label_smoothing = 0.0
     config.loss.class_weights = "none"  # none, or balanced by the training split
+
+    # What other models say of the training clips, in the place of a share of the labels: musicgenre/training/distill.py
+    config.distill = ConfigDict()
+    config.distill.teachers = ()  # workdirs, bundles or packaged models of the same labels and front end; () is off
+    config.distill.weight = 0.5  # share of the teachers in the targets
+    config.distill.temperature = 1.0  # their logits are divided by it: above 1 evens out what they say
 
     config.ema_decay = 0.0  # exponential moving average of the parameters, used to evaluate; 0 is off
 
@@ -173,11 +187,20 @@ def check_config(config: ConfigDict) -> None:
         "data.top_k",
         "pretrain.epochs",
         "pretrain.cd_steps",
+        "pretrain.projection",
     )
     for name in positive:
         if there[name] < 1:
             raise UserError(f"config.{name} must be at least 1, not {there[name]}.")
-    for name in ("optimizer.learning_rate", "optimizer.eps", "data.seconds", "pretrain.learning_rate"):
+    above_zero = (
+        "optimizer.learning_rate",
+        "optimizer.eps",
+        "data.seconds",
+        "pretrain.learning_rate",
+        "pretrain.temperature",
+        "distill.temperature",
+    )
+    for name in above_zero:
         if not there[name] > 0:
             raise UserError(f"config.{name} must be above 0, not {there[name]}.")
     for name in (
@@ -201,14 +224,17 @@ def check_config(config: ConfigDict) -> None:
     for name in below_one:
         if not 0 <= there[name] < 1:
             raise UserError(f"config.{name} must be at least 0 and below 1, not {there[name]}.")
-    for name, least in (("optimizer.transferred_rate", 0.0), ("optimizer.layer_decay", 1e-6)):
+    for name, least in (("optimizer.transferred_rate", 0.0), ("optimizer.layer_decay", 1e-6), ("distill.weight", 0.0)):
         if not least <= there[name] <= 1:
             raise UserError(f"config.{name} must lie between 0 and 1, not {there[name]}.")
     if there["optimizer.transferred_rate"] != 1 and not there["init_from"]:
         raise UserError("config.optimizer.transferred_rate has no effect without config.init_from, the run to start from.")
+    if unnamed := [name for name in there["distill.teachers"] if not isinstance(name, str) or not name]:
+        raise UserError(f"config.distill.teachers takes the names of models, such as ('gtzan',), not {unnamed[0]!r}.")
     choices = {
         "dtype": ("float32", "bfloat16"),
         "loss.class_weights": ("none", "balanced"),
+        "pretrain.method": ("", "contrastive_divergence", "simclr"),
         "optimizer.name": ("sgd", "momentum", "adam", "adamw", "lamb"),
         "optimizer.schedule": ("constant", "cosine", "exponential", "keras"),
         "select_metric": ("", "accuracy", "loss", "macro_f1", "macro_roc_auc", "macro_pr_auc", "r2"),
@@ -248,6 +274,8 @@ _AUGMENTED_KINDS = {
     "eq": ("logmel", "stft"),
     "noise": ("logmel", "stft"),
     "band_masks": ("logmel", "stft"),
+    "low_pass": ("logmel", "stft"),
+    "high_pass": ("logmel", "stft"),
 }
 
 
@@ -278,10 +306,13 @@ def _check_augment(config: ConfigDict) -> None:
             raise UserError(
                 f"config.augment.{name}_mask_share={share} of {size} {what} is less than one: its masks would be empty."
             )
+    for name in ("low_pass", "high_pass"):
+        if augment[name] > 1:
+            raise UserError(f"config.augment.{name} is a share of the bands, at most 1, not {augment[name]}.")
     for name, kinds in _AUGMENTED_KINDS.items():
         if augment[name] and spec.kind not in kinds:
             raise UserError(f"config.augment.{name} is for features.kind={' or '.join(kinds)}, not {spec.kind!r}: leave it at 0.")
-        if augment[name] and name in ("gain", "eq", "noise") and spec.compression != "db":
+        if augment[name] and name in ("gain", "eq", "noise", "low_pass", "high_pass") and spec.compression != "db":
             raise UserError(
                 f"config.augment.{name} is in dB, which features.compression={spec.compression!r} is not: leave it at 0."
             )

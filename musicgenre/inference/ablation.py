@@ -15,15 +15,16 @@ from musicgenre.config import check_config, clip_layout, dataset_options, featur
 from musicgenre.datasets import load_dataset
 from musicgenre.datasets.arrays import FOLD_PROTOCOLS, artist_known, whole_clip
 from musicgenre.errors import UserError
-from musicgenre.evaluation.audit import AuditResult, AuditSide, audit, fingerprint_spectrogram
+from musicgenre.evaluation.audit import BAND_CELLS, TIME_CELLS, AuditResult, AuditSide, audit, fingerprint_spectrogram
 from musicgenre.evaluation.intervals import bootstrap_mean, seeds_summary
 from musicgenre.evaluation.plots import folds_plot, measure_name
 from musicgenre.evaluation.report import summarise_variants
-from musicgenre.files import write_text
+from musicgenre.files import read_json, write_text
 from musicgenre.inference.evaluate import evaluate_model
 from musicgenre.inference.model import load_model
 from musicgenre.pipeline.prepare import prepare_store
 from musicgenre.pipeline.store import Store
+from musicgenre.training.distill import trained_clips
 from musicgenre.training.loop import TrainResult, train
 from musicgenre.training.telemetry import read_rows
 
@@ -220,15 +221,16 @@ def run_folds(
             store = Store.open(store_path(changed))
             if store.task != "single_label" or "valid" not in store.splits:
                 raise UserError(f"{store.path}: folds are for clips with one label each and need a validation split.")
-            if store.path not in audits:
-                audits[store.path] = _audited(store, segments=changed.data.protocol == "segment_leaked")
             if steps:
-                each = math.ceil(audits[store.path].trained / changed.batch_size)
+                each = math.ceil(len(store.indices("train")) / changed.batch_size)
                 changed.epochs = changed.eval_every = max(1, round(steps / each))
             fold = f"fold{changed.data.fold}" if _in_folds(changed) else ""
             results.append(train(changed, workdir / name / fold / f"seed{changed.seed}", progress=progress))
             print(results[-1].line(), flush=True)
             held_out.append(_held_out(results[-1].workdir, store))
+            if store.path not in audits:
+                learnt, _ = trained_clips(read_json(results[-1].workdir / "train_clips.json", "list of training clips"))
+                audits[store.path] = _audited(store, learnt, segments=changed.data.protocol == "segment_leaked")
         rows.append(folds_row(name, overrides, results, list(audits.values()), held_out))
         write_folds_table(workdir, rows)
         folds_plot(
@@ -237,21 +239,28 @@ def run_folds(
     return rows
 
 
-def _audited(store: Store, segments: bool) -> AuditResult:
-    """Compares the validation split with the training split; segments of one clip count as the same clip."""
+def _audited(store: Store, learnt: Mapping[str, Any], segments: bool) -> AuditResult:
+    """Compares the validation split with all that a run has learnt from; segments of one clip count as the same clip.
 
-    def side(split: str) -> AuditSide:
-        indices = store.indices(split)
-        ids = store.clip_ids[indices].tolist()
-        clips = (store.gather(np.array([i]))[0, : store.lengths[i]] for i in indices)
-        return AuditSide(
-            [whole_clip(clip_id) for clip_id in ids] if segments else ids,
-            store.hashes[indices].tolist(),
-            [store.groups[i] for i in indices],
-            np.stack([fingerprint_spectrogram(clip.astype(np.float32)) for clip in clips]),
-        )
+    Args:
+      store: the run's.
+      learnt: `clip_id`, `sha256` and `group` of the clips, from `trained_clips`; those not in the store have no spectrogram.
+      segments: the clips are segments.
+    """
+    place = {clip_id: i for i, clip_id in enumerate(store.clip_ids.tolist())}
 
-    return audit(side("valid"), side("train"), group_name=store.group_name)
+    def side(ids: list[str], hashes: list[str], groups: list[str | None]) -> AuditSide:
+        prints = np.zeros((len(ids), TIME_CELLS * BAND_CELLS), np.float32)  # zeros are like nothing
+        for row, clip_id in enumerate(ids):
+            if (i := place.get(clip_id)) is not None:
+                clip = store.gather(np.array([i]))[0, : store.lengths[i]]
+                prints[row] = fingerprint_spectrogram(clip.astype(np.float32))
+        return AuditSide([whole_clip(clip_id) for clip_id in ids] if segments else ids, hashes, groups, prints)
+
+    valid = store.indices("valid")
+    held_out = side(store.clip_ids[valid].tolist(), store.hashes[valid].tolist(), [store.groups[i] for i in valid])
+    trained = side(learnt["clip_id"], learnt["sha256"], learnt["group"])
+    return audit(held_out, trained, group_name=store.group_name)
 
 
 def _held_out(workdir: Path, store: Store) -> list[dict[str, str]]:

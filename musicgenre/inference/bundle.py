@@ -44,6 +44,8 @@ def save_bundle(model: TrainedModel, path: str | os.PathLike[str], card: str = "
         arrays = {name: _halved(value) if _may_be_halved(name) else value for name, value in arrays.items()}
     config = to_plain(model.config)
     config["init_from"] = ""
+    if "distill" in config:  # runs of earlier versions have none
+        config["distill"]["teachers"] = []
     config["data"].update(root="", store="", stores_root="stores")
     metric, measure = model.measure
     notes = {

@@ -22,6 +22,7 @@ from musicgenre.pipeline.loader import eval_batches
 from musicgenre.pipeline.prepare import prepare_store
 from musicgenre.pipeline.store import Store
 from musicgenre.training.bundle import resolve_source
+from musicgenre.training.distill import trained_clips
 from musicgenre.training.parallel import Parallel
 from musicgenre.training.step import normalise
 from musicgenre.training.telemetry import read_rows
@@ -219,7 +220,7 @@ def _audit(model: TrainedModel, store: Store, indices: np.ndarray, compare_spect
     """Compares the clips with those that this very model was trained on, wherever they are now, as far as they are known."""
     record, unknown = _NO_CLIPS, f"{model.workdir} does not list them"
     if not model.workdir.is_file():
-        record, unknown = _trained_clips(read_json(model.workdir / "train_clips.json", "list of training clips"))
+        record, unknown = trained_clips(read_json(model.workdir / "train_clips.json", "list of training clips"))
     trained = AuditSide(record["clip_id"], record["sha256"], record["group"])
     evaluated = AuditSide(store.clip_ids[indices].tolist(), store.hashes[indices].tolist(), [store.groups[i] for i in indices])
     if compare_spectrograms and record["clip_id"]:
@@ -233,18 +234,6 @@ def _audit(model: TrainedModel, store: Store, indices: np.ndarray, compare_spect
             trained = dataclasses.replace(trained, fingerprints=_fingerprints(training_store, there))
             evaluated = dataclasses.replace(evaluated, fingerprints=_fingerprints(store, indices))
     return audit(evaluated, trained, group_name=store.group_name, unknown=unknown)
-
-
-def _trained_clips(record: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """Returns a run's training clips with those of the run that it started from, each once, and whose are not known."""
-    if "init_from" not in record:
-        return record, ""
-    if record["init_from"] is None:
-        return record, "the model that this run started from does not list them"
-    before, unknown = _trained_clips(record["init_from"])
-    own = set(record["clip_id"])
-    new = [i for i, clip_id in enumerate(before["clip_id"]) if clip_id not in own]
-    return record | {name: record[name] + [before[name][i] for i in new] for name in ("clip_id", "sha256", "group")}, unknown
 
 
 def _fingerprints(store: Store, indices: np.ndarray) -> np.ndarray:

@@ -7,23 +7,33 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from musicgenre.models.layers import avg_pool_time, batch_norm, dense_head, max_pool_time
+from musicgenre.errors import UserError, did_you_mean
+from musicgenre.models.layers import avg_pool_time, batch_norm, dense_head, global_max, max_pool_time
 from musicgenre.models.registry import InputLimits, register
+
+_POOLINGS = ("flatten", "mean", "mean_max", "attention")
 
 
 @register("conv1d")
 class Conv1D(nn.Module):
-    """Three times [convolution, ReLU, max-pool], then maximum and mean side by side, and a dense head.
+    """Three times [convolution, ReLU, max-pool], then a pool over what is left of time, and a dense head.
 
-    The defaults are the report's sizes, after Dieleman's network (Spotify, 2014).
+    The defaults are the report's sizes, after Dieleman's network (Spotify, 2014). Its pool, `flatten`, ties the head to a number
+    of frames. The other ones go over all frames: the same parameters serve crops and clips of any length.
+
+    Attention weights frames by the softmax over time of one linear score (after Raffel and Ellis 2015, arXiv:1512.08756, without
+    its tanh). The score starts at 0, where it is the mean; the weights are sown as `frame_weights`, float32 `[batch, frames]`.
 
     Attributes:
       num_classes: outputs.
       filters: filters of each convolution; their number is the number of layers.
       width: frames that a filter sees.
+      widths: if there are any, each layer has filters of these widths side by side, an equal share of each, instead of `width`.
       stride: frames from one position of a filter to the next.
       pool: frames of the max-pool after each convolution.
-      final_pool: frames of the last max-pool and mean-pool, which lie side by side; 0 pools over all that is left.
+      pooling: what becomes of the frames that are left. "flatten": maxima and means of windows of `final_pool` frames, one window
+        after the other; "mean", "mean_max" (the maxima, then the means) or "attention" over all frames.
+      final_pool: frames of the last max-pool and mean-pool of `flatten`, which lie side by side; 0 pools over all that is left.
       dense: units of the hidden dense layers.
       dropout: rate after each hidden dense layer.
       batch_norm: normalise before each ReLU; the report found no gain, so it is off.
@@ -35,8 +45,10 @@ class Conv1D(nn.Module):
     num_classes: int
     filters: tuple[int, ...] = (256, 256, 256)
     width: int = 4
+    widths: tuple[int, ...] = ()
     stride: int = 2
     pool: int = 2
+    pooling: str = "flatten"
     final_pool: int = 4
     dense: tuple[int, ...] = (2048,)
     dropout: float = 0.5
@@ -47,8 +59,22 @@ class Conv1D(nn.Module):
 
     @staticmethod
     def input_limits(fields: Mapping[str, Any]) -> InputLimits:
-        """The fewest frames that leave one window for the last pool."""
-        frames = fields["final_pool"] or 1
+        """The fewest frames that leave one for the last pool, or one window where it has windows.
+
+        Raises:
+          UserError: `pooling` is unknown, a width is not a number of frames or is there twice, or the filters of a layer do not
+            divide by the number of widths.
+        """
+        if (pooling := fields["pooling"]) not in _POOLINGS:
+            raise UserError(f"model.pooling of 'conv1d': {pooling!r} is not known." + did_you_mean(pooling, _POOLINGS))
+        if widths := tuple(fields["widths"]):
+            if any(type(width) is not int or width < 1 for width in widths) or len(set(widths)) < len(widths):
+                raise UserError(f"model.widths of 'conv1d' takes different numbers of frames, from 1 on, not {widths}.")
+            if uneven := [filters for filters in fields["filters"] if filters % len(widths)]:
+                raise UserError(
+                    f"model.filters of 'conv1d' must divide by the number of model.widths={widths}: {uneven[0]} filters do not."
+                )
+        frames = (fields["final_pool"] or 1) if pooling == "flatten" else 1
         for _ in fields["filters"]:
             # SAME convolution: ceil(frames / stride) positions; the pool keeps whole windows only.
             frames = (frames * fields["pool"] - 1) * fields["stride"] + 1
@@ -59,22 +85,40 @@ class Conv1D(nn.Module):
         """Returns logits, float32 `[batch, num_classes]`, of `x` `[batch, frames, bands]`."""
         init = nn.initializers.glorot_normal()
         x = x.astype(self.dtype)
-        for i, filters in enumerate(self.filters):
-            # A bias before batch normalisation has no effect but to collect Adam's rounding noise.
-            x = nn.Conv(
-                filters,
-                (self.width,),
-                (self.stride,),
-                padding="SAME",
-                use_bias=not self.batch_norm,
-                kernel_init=init,
-                dtype=self.dtype,
-                name=f"conv{i + 1}",
-            )(x)
+        for i, filters in enumerate(self.filters, start=1):
+            scales = []
+            for width in self.widths or (self.width,):
+                # A bias before batch normalisation has no effect but to collect Adam's rounding noise.
+                conv = nn.Conv(
+                    filters // max(len(self.widths), 1),
+                    (width,),
+                    (self.stride,),
+                    padding="SAME",
+                    use_bias=not self.batch_norm,
+                    kernel_init=init,
+                    dtype=self.dtype,
+                    name=f"conv{i}_width{width}" if self.widths else f"conv{i}",
+                )
+                scales.append(conv(x))
+            x = jnp.concatenate(scales, axis=-1) if self.widths else scales[0]
             if self.batch_norm:
-                x = batch_norm(train, self.axis_name, self.dtype, name=f"norm{i + 1}")(x)
+                x = batch_norm(train, self.axis_name, self.dtype, name=f"norm{i}")(x)
             x = max_pool_time(nn.relu(x), self.pool)
+        return dense_head(self, self._pooled(x), train)
+
+    @nn.nowrap
+    def _pooled(self, x: jax.Array) -> jax.Array:
+        """Returns `[batch, features]` of `[batch, frames, channels]`."""
+        if self.pooling == "mean":
+            return x.mean(axis=1)
+        if self.pooling == "mean_max":
+            return jnp.concatenate([global_max(x), x.mean(axis=1)], axis=-1)
+        if self.pooling == "attention":
+            # A bias would move every score alike, which the softmax takes out again.
+            score = nn.Dense(1, use_bias=False, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="attention")(x)
+            weights = nn.softmax(score.astype(jnp.float32), axis=1)
+            self.sow("intermediates", "frame_weights", weights[:, :, 0])
+            return (x * weights.astype(x.dtype)).sum(axis=1)
         window = self.final_pool or x.shape[1]
         x = jnp.concatenate([max_pool_time(x, window), avg_pool_time(x, window)], axis=-1)
-        x = x.reshape(x.shape[0], -1)
-        return dense_head(self, x, train)
+        return x.reshape(x.shape[0], -1)

@@ -34,6 +34,7 @@ class _MakeBatch:
     process_index: int
     process_count: int
     stride: int = 1
+    teacher: np.ndarray | None = None
     _kept: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def __call__(self, step: int) -> Batch:
@@ -48,6 +49,8 @@ class _MakeBatch:
         mine = slice(self.process_index * local, (self.process_index + 1) * local)
         places, clips, lengths, starts = drawn[:, row, mine]
         batch = {"y": self.store.targets(clips), "mask": np.ones(local, np.float32)}
+        if self.teacher is not None:
+            batch["teacher"] = self.teacher[places]
         first = starts
         if self.windowed:
             # What can be used of a clip: its real frames, or as many filled ones as a crop takes.
@@ -129,6 +132,7 @@ def train_batches(
     crop_frames: int = 0,
     window_frames: int = 0,
     resident: bool = False,
+    teacher: np.ndarray | None = None,
     split: str = "train",
     process_index: int = 0,
     process_count: int = 1,
@@ -147,6 +151,7 @@ def train_batches(
       crop_frames: frames of a random crop in time; 0 for whole clips.
       window_frames: frames to read around each crop, for a step that cuts it out itself (time stretch); 0 reads the crop.
       resident: the clips are on the devices: say which ones and where the crops begin instead of reading them.
+      teacher: what else goes with each clip of the split, float32 `[clips of the split, classes]`, such as what teachers say.
       split: the split to train on.
       process_index: which slice of each batch is this process's.
       process_count: processes that share each batch.
@@ -156,7 +161,8 @@ def train_batches(
       An iterator over `x` float16 `[batch, frames, bands]`, `y` int32 `[batch]` or float32 `[batch, labels]` and
       `mask` float32 `[batch]` (all ones). With `resident`, instead of `x`: `clip`, int32 `[batch]`, the place among the
       split's clips, and `start`, the first frame. With `window_frames`, also int32 `[batch]` `offset`, where in the window the
-      crop begins, and `length`, the window's frames that can be used. All these are the same for any number of processes.
+      crop begins, and `length`, the window's frames that can be used. With `teacher`, its rows as `teacher`, `[batch, classes]`.
+      All these are the same for any number of processes.
 
     Raises:
       UserError: the split is empty, the crop longer than the clips, or the batch does not divide by the processes.
@@ -174,7 +180,9 @@ def train_batches(
         )
     share = (process_index, process_count)
     # Of several workers each is asked for every so many-th step.
-    make = _MakeBatch(store, clips, batch_size, frames, window, window_frames > 0, seed, resident, *share, max(workers, 1))
+    make = _MakeBatch(
+        store, clips, batch_size, frames, window, window_frames > 0, seed, resident, *share, max(workers, 1), teacher
+    )
     # Read where it is asked for, which `musicgenre.training.parallel.Feed` does while the device is at work. Handing batches
     # over from a reading thread takes longer than reading most of them, and the memory of those that wait is not reused.
     if not workers:

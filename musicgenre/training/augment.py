@@ -3,7 +3,7 @@
 Everything here runs inside the jitted step, on stored features as they are: log-mels in dB, before normalisation. The order is
 
     clips of the store -> window (the crop) -> time stretch -> time shuffle -> pitch shift -> gain -> equaliser -> noise
-    -> mixup or cutmix -> masks -> normalisation -> network
+    -> low pass and high pass -> mixup or cutmix -> masks -> normalisation -> network
 
 Each clip draws for itself: its key is `fold_in` of the step's key and its row in the whole batch, so a clip is treated alike
 on one device or eight, under jit or pmap, with or without gradient accumulation, and again after a resume.
@@ -22,6 +22,9 @@ from ml_collections import ConfigDict
 
 # Set apart from the step's other keys: dropout's and those of a batch's parts.
 AUGMENT_KEY = 0xA116
+# How fast a band limit falls beyond its edge, dB a band; drawn evenly on a logarithmic scale. Of 128 mel bands up to 11 kHz,
+# a Butterworth filter of 48 dB an octave falls by 2 to 4 from 4 kHz up, and by 10 from 300 Hz down.
+_LEAST_SLOPE, _GREATEST_SLOPE = 1.5, 12.0
 # Points of the table of a beta distribution's quantiles.
 _QUANTILES = 4096
 
@@ -39,6 +42,8 @@ class _Draw(enum.IntEnum):
     MIX = 7
     TIME_MASK = 8
     BAND_MASK = 9
+    LOW_PASS = 10
+    HIGH_PASS = 11
     CHANCE = 100  # plus the number of what the chance is of
 
 
@@ -148,6 +153,25 @@ def equalise(x: jax.Array, knots: jax.Array) -> jax.Array:
     return x + curve[:, None, :]
 
 
+def band_limit(x: jax.Array, lower: jax.Array, upper: jax.Array, slope: jax.Array, top_db: float) -> jax.Array:
+    """Takes away what lies outside of a range of bands, as an old recording or a telephone does.
+
+    The level falls in a straight line beyond either edge, down to the front end's floor.
+
+    Args:
+      x: dB, `[batch, frames, bands]`.
+      lower: the level falls below this band, float32 `[batch]`; 0 leaves all.
+      upper: and above this one; the last band leaves all.
+      slope: dB a band, below the range and above it, float32 `[batch, 2]`.
+      top_db: of the front end: no cell lies so many dB under the loudest cell of its clip.
+    """
+    band = jnp.arange(x.shape[2], dtype=jnp.float32)
+    below = jnp.maximum(lower[:, None] - band, 0.0) * slope[:, :1]
+    above = jnp.maximum(band - upper[:, None], 0.0) * slope[:, 1:]
+    x = x - (below + above)[:, None, :]
+    return jnp.maximum(x, x.max(axis=(1, 2), keepdims=True) - top_db)
+
+
 def mask(x: jax.Array, first: jax.Array, width: jax.Array, fill: jax.Array, axis: int) -> jax.Array:
     """Replaces `width` frames (axis 1) or bands (axis 2) from `first` on, both int `[batch]`, by `fill` (SpecAugment)."""
     place = jnp.arange(x.shape[axis]).reshape((1, -1, 1) if axis == 1 else (1, 1, -1))
@@ -209,7 +233,11 @@ class Augmentation:
       pitch_shift: largest shift, bands; drawn evenly from -pitch_shift to pitch_shift.
       time_stretch: rates lie between 1 / (1 + time_stretch) and 1 + time_stretch, drawn evenly on a logarithmic scale.
       time_shuffle: segments to put into another order; 0 is off.
-      probability: chance of a clip to undergo each of these but mixing, drawn for each of them.
+      low_pass: most that is taken away at the top, as a share of the bands; drawn evenly from 0 to it. See `band_limit`.
+      high_pass: the same at the bottom.
+      pass_share: chance of a clip to undergo each of these two.
+      top_db: of the front end; needed by them.
+      probability: chance of a clip to undergo each of these but mixing and the passes, drawn for each of them.
     """
 
     frames: int
@@ -228,12 +256,16 @@ class Augmentation:
     pitch_shift: float = 0.0
     time_stretch: float = 0.0
     time_shuffle: int = 0
+    low_pass: float = 0.0
+    high_pass: float = 0.0
+    pass_share: float = 1.0
+    top_db: float = 80.0
     probability: float = 1.0
 
     @classmethod
     def from_config(cls, config: ConfigDict, frames: int) -> "Augmentation | None":
         """Returns the augmentation of a config for inputs of `frames` frames, or None where all of it is off."""
-        augmentation = cls(frames, config.data.normalise == "none", **config.augment.to_dict())
+        augmentation = cls(frames, config.data.normalise == "none", top_db=config.features.top_db, **config.augment.to_dict())
         return None if augmentation.off else augmentation
 
     @property
@@ -251,6 +283,8 @@ class Augmentation:
                 self.pitch_shift,
                 self.time_stretch,
                 self.time_shuffle,
+                self.low_pass,
+                self.high_pass,
             )
         )
 
@@ -293,6 +327,8 @@ class Augmentation:
             deviation = jnp.where(self._chosen(keys, _Draw.NOISE), _uniform(keys, _Draw.NOISE), 0.0) * self.noise
             cells = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, _Draw.NOISE_CELLS), x.shape[1:]))(keys)
             x = x + deviation[:, None, None] * cells
+        if self.low_pass or self.high_pass:
+            x = self._limited(x, keys)
         if self.mixup or self.cutmix:
             x, batch["share"] = self._mixed(x, following(x, axis_name), keys)
             batch["y_other"] = following(batch["y"], axis_name)
@@ -310,6 +346,19 @@ class Augmentation:
     def _amount(self, keys: jax.Array, draw: _Draw) -> jax.Array:
         """Numbers from -1 to 1, `[batch]`; 0 for the clips that are left alone."""
         return jnp.where(self._chosen(keys, draw), 2.0 * _uniform(keys, draw) - 1.0, 0.0)
+
+    def _limited(self, x: jax.Array, keys: jax.Array) -> jax.Array:
+        bands = x.shape[2]
+        cuts, slopes, chosen = [], [], []
+        for share, draw in ((self.high_pass, _Draw.HIGH_PASS), (self.low_pass, _Draw.LOW_PASS)):
+            here = (_uniform(keys, _Draw.CHANCE + draw) < self.pass_share) & (share > 0)
+            cut, slope = jnp.moveaxis(_uniform(keys, draw, 2), 1, 0)
+            cuts.append(jnp.where(here, cut, 0.0) * share * bands)
+            slopes.append(_LEAST_SLOPE * (_GREATEST_SLOPE / _LEAST_SLOPE) ** slope)
+            chosen.append(here)
+        limited = band_limit(x, cuts[0], bands - 1 - cuts[1], jnp.stack(slopes, axis=1), self.top_db)
+        # Clips that are left alone do not get the floor either.
+        return jnp.where((chosen[0] | chosen[1])[:, None, None], limited, x)
 
     def _mixed(self, x: jax.Array, other: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
         chance, amount, place = jnp.moveaxis(_uniform(keys, _Draw.MIX, 3), 1, 0)

@@ -22,7 +22,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from musicgenre import models
-from musicgenre.config import check_config, store_path
+from musicgenre.config import base_config, check_config, store_path
 from musicgenre.errors import UserError
 from musicgenre.models.rbm import UnrolledRBMs
 from musicgenre.pipeline.loader import normalisation, train_batches
@@ -288,7 +288,8 @@ def pretrain(
     if config.model.name != "rbm" or not config.model.layers:
         raise UserError(
             f"config.model.name={config.model.name!r} has no restricted Boltzmann machines to pretrain: set "
-            "--config.model.name=rbm, with at least one number of units in --config.model.layers."
+            "--config.model.name=rbm, with at least one number of units in --config.model.layers. Any network is pretrained by "
+            "--config.pretrain.method=simclr."
         )
     store = Store.open(store_path(config))
     check_store(config, store)
@@ -303,8 +304,14 @@ def pretrain(
     )
     if config.init_from:
         raise UserError("config.init_from has no effect on pretraining: give it to experiments/train.py.")
+    if config.distill.teachers:
+        raise UserError("config.distill has no effect on pretraining: give it to experiments/train.py.")
     if Augmentation.from_config(config, frames) is not None:
         raise UserError("config.augment has no effect on pretraining: leave it off.")
+    defaults = base_config().pretrain
+    for name in ("temperature", "projection"):
+        if config.pretrain[name] != defaults[name]:
+            raise UserError(f"config.pretrain.{name} is for --config.pretrain.method=simclr and has no effect here: leave it.")
     # The mark keeps `train` with the same config out of this folder, whose checkpoints it could not go on from.
     claim_workdir(workdir, ConfigDict({**config.to_dict(), "stage": "pretrain"}), store)
 

@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,13 +29,14 @@ from musicgenre.pipeline.loader import normalisation, train_batches
 from musicgenre.pipeline.store import Store
 from musicgenre.training.augment import Augmentation, window_frames
 from musicgenre.training.checkpoints import Checkpoints
+from musicgenre.training.distill import NOTES, Teacher, distils, read_teachers, soft_targets, taught_clips
 from musicgenre.training.hosts import is_lost
 from musicgenre.training.losses import balanced_weights
 from musicgenre.training.optimisers import learning_rate_schedule, make_optimizer
 from musicgenre.training.parallel import Feed, Parallel
 from musicgenre.training.saved import run_notes
 from musicgenre.training.scoring import score_clips
-from musicgenre.training.state import create_state
+from musicgenre.training.state import TrainState, create_state
 from musicgenre.training.step import make_many_steps, make_score_step, make_train_step
 from musicgenre.training.telemetry import Profiler, Telemetry
 from musicgenre.training.transfer import layer_order, layer_rates, start_from
@@ -93,7 +94,8 @@ def train(
 
     Args:
       config: from `musicgenre.config.base_config`.
-      workdir: the run's folder; gets `config.json`, `train_clips.json`, `metrics.jsonl` and `checkpoints/`.
+      workdir: the run's folder; gets `config.json`, `train_clips.json`, `metrics.jsonl` and `checkpoints/`, with teachers also
+        `teachers.npy` and `teachers.json`.
       parallel: "jit", "pmap" or "fsdp", see `musicgenre.training.parallel`; any of them goes on with any other's run.
       progress: draw a progress bar.
       profile_steps: (first step, count) to trace.
@@ -113,7 +115,9 @@ def train(
     config.model = ConfigDict(models.resolve(config.model.to_dict()))
     store = Store.open(store_path(config))
     check_store(config, store)
-    claim_workdir(workdir, config, store)
+    # A run that goes on does so without its teachers.
+    teachers = read_teachers(config, store) if distils(config) and not (workdir / NOTES).is_file() else None
+    claim_workdir(workdir, config, store, teachers)
 
     spread = Parallel.create(parallel, devices)
     spread.check_batch_size(config.batch_size, config.optimizer.accumulate)
@@ -158,6 +162,7 @@ def train(
         task=store.task,
         loss=config.loss.name,
         label_smoothing=config.loss.label_smoothing,
+        teachers_weight=config.distill.weight,
         ema_decay=config.ema_decay,
         accumulate=config.optimizer.accumulate,
         axis_name=spread.axis_name,
@@ -172,18 +177,19 @@ def train(
     score = spread.score_step(make_score_step(module, store.task))
     metric = config.select_metric or _MAIN_METRIC[store.task]
     checkpoints = Checkpoints(workdir / "checkpoints", lower_is_better=metric == "loss")
-    state = create_state(
-        module,
-        optimizer,
-        normalisation(store, config.data.normalise, clips=config.data.normalise_clips),
-        seed=config.seed,
-        frames=frames,
-        bands=store.bands,
-        ema=config.ema_decay > 0,
-    )
+    norm = normalisation(store, config.data.normalise, clips=config.data.normalise_clips)
+
+    def create() -> TrainState:
+        return create_state(module, optimizer, norm, seed=config.seed, frames=frames, bands=store.bands, ema=config.ema_decay > 0)
+
     if config.init_from and not checkpoints.steps():
-        state = start_from(state, layers, config.init_from, model=config.model.to_dict(), features=store.features)
-    state = spread.place_state(state)
+        state = start_from(create(), layers, config.init_from, model=config.model.to_dict(), features=store.features)
+        state = spread.place_state(state)
+    else:
+        state = spread.create_state(create)
+    targets = None
+    if distils(config):
+        targets = soft_targets(config, store, workdir, spread, None if checkpoints.steps() else teachers)
     iterator = train_batches(
         store,
         batch_size=config.batch_size,
@@ -192,6 +198,7 @@ def train(
         crop_frames=config.data.crop_frames,
         window_frames=window if config.augment.time_stretch else 0,
         resident=clips is not None,
+        teacher=targets,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         workers=config.data.workers,
@@ -417,7 +424,7 @@ def resident_clips(spread: Parallel, store: Store, clips: np.ndarray, mode: str)
         ) from error
 
 
-def claim_workdir(workdir: Path, config: ConfigDict, store: Store) -> None:
+def claim_workdir(workdir: Path, config: ConfigDict, store: Store, teachers: Sequence[Teacher] | None = None) -> None:
     """Writes down what the run is, or raises UserError where the folder holds another run."""
     plain = to_plain(config)
     path = workdir / "config.json"
@@ -432,6 +439,8 @@ def claim_workdir(workdir: Path, config: ConfigDict, store: Store) -> None:
         # What the other run has learnt from counts as trained on, too, when a leak is looked for.
         source = Path(config.init_from) / "train_clips.json"
         record["init_from"] = read_json(source, "list of training clips") if source.is_file() else None
+    if teachers:
+        record["teachers"] = taught_clips(teachers, record)
     if path.is_file():
         if changed := differences(completed(read_json(path, "run configuration")), plain):
             raise UserError(

@@ -38,6 +38,21 @@ def clip_losses(
     return (optax.sigmoid_binary_cross_entropy(logits, smooth) * weight).mean(axis=-1)
 
 
+def soft_losses(logits: jax.Array, targets: jax.Array, weights: jax.Array, *, task: str) -> jax.Array:
+    """Returns the cross entropy of each clip against probabilities, float32 `[batch]`: of 0 and 1, that of `clip_losses`.
+
+    Args:
+      logits: `[batch, classes]`.
+      targets: probabilities, float `[batch, classes]`; of single_label they add up to 1.
+      weights: `[classes]`: of a class, or of a tag as far as it is present.
+      task: "single_label" or "multi_label".
+    """
+    if task == "single_label":
+        return optax.softmax_cross_entropy(logits, targets * weights)
+    absent = (1.0 - targets) * jax.nn.log_sigmoid(-logits)
+    return -(weights * targets * jax.nn.log_sigmoid(logits) + absent).mean(axis=-1)
+
+
 def probabilities(logits: jax.Array, task: str) -> jax.Array:
     """Returns softmax (single_label) or sigmoid (multi_label) scores, or a regression's outputs, float32 `[batch, classes]`."""
     if task == "regression":

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from musicgenre.training.augment import Augmentation, gather_windows
-from musicgenre.training.losses import clip_losses, probabilities
+from musicgenre.training.augment import Augmentation, following, gather_windows
+from musicgenre.training.losses import clip_losses, probabilities, soft_losses
 from musicgenre.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -32,6 +32,7 @@ def make_train_step(
     task: str = "single_label",
     loss: str = "",
     label_smoothing: float = 0.0,
+    teachers_weight: float = 0.0,
     ema_decay: float = 0.0,
     accumulate: int = 1,
     axis_name: str | None = None,
@@ -49,6 +50,7 @@ def make_train_step(
       task: "single_label", "multi_label" or "regression".
       loss: see `losses.clip_losses`.
       label_smoothing: see `losses.clip_losses`.
+      teachers_weight: share of the teachers in the targets, where batches have them.
       ema_decay: of the parameters' moving average; 0 when there is none.
       accumulate: parts of the batch whose gradients are averaged before the one update.
       axis_name: the device axis when the step runs under pmap.
@@ -57,7 +59,8 @@ def make_train_step(
       gather: puts parameters together that are cut up over the devices: `Parallel.gather`.
 
     The step takes `x` `[batch, frames, bands]`, `y` and `mask` `[batch]`, and what the augmentation needs. With resident
-    `clips` `[clips, frames of the store, bands]`, it takes `clip` and `start` `[batch]` instead of `x`. Its metrics are
+    `clips` `[clips, frames of the store, bands]`, it takes `clip` and `start` `[batch]` instead of `x`. What teachers say of the
+    clips, probabilities `[batch, classes]`, comes as `teacher`; of a mixed clip, both clips' is mixed. Its metrics are
     scalars: `loss`, `accuracy` (share of clips whose best class is right; single-label only; a mixed clip counts by the
     shares of its two) and `grad_norm`.
     """
@@ -83,6 +86,10 @@ def make_train_step(
             return batch["share"] * measure(batch["y"]) + (1.0 - batch["share"]) * measure(batch["y_other"])
 
         losses = of_labels(lambda y: clip_losses(logits, y, class_weights, label_smoothing, task=task, name=loss))
+        if "teacher" in batch:
+            # A cross entropy is linear in its targets, so this is the one against labels and teachers mixed.
+            taught = soft_losses(logits, batch["teacher"], class_weights, task=task)
+            losses = (1.0 - teachers_weight) * losses + teachers_weight * taught
         mean = (losses * batch["mask"]).sum() / batch["mask"].sum()
         metrics = {"loss": mean}
         if batch["y"].ndim == 1:
@@ -104,6 +111,9 @@ def make_train_step(
             batch["x"] = gather_windows(clips, clip, start, window_frames or clips.shape[1])
         if augmentation is not None:
             batch = augmentation(batch, key, state.norm, axis_name)
+            if "teacher" in batch and "share" in batch:
+                share, own = batch["share"][:, None], batch["teacher"]
+                batch = batch | {"teacher": share * own + (1.0 - share) * following(own, axis_name)}
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         if accumulate == 1:

@@ -10,6 +10,7 @@ from musicgenre.config import base_config, check_config
 from musicgenre.errors import UserError
 from musicgenre.training.augment import (
     Augmentation,
+    band_limit,
     beta,
     cutmix,
     equalise,
@@ -32,6 +33,8 @@ EVERYTHING = {
     "gain": 6.0,
     "eq": 4.0,
     "noise": 1.0,
+    "low_pass": 0.5,
+    "high_pass": 0.25,
     "mixup": 0.4,
     "cutmix": 1.0,
     "time_masks": 2,
@@ -111,6 +114,32 @@ def test_the_equaliser_draws_straight_lines_between_its_points():
     np.testing.assert_allclose(got[1], 1.0)
     three = np.asarray(equalise(x[:1], jnp.array([[0.0, 4.0, 0.0]])))
     np.testing.assert_allclose(three[0, 0], [0, 2, 4, 2, 0], atol=1e-6)
+
+
+def test_a_band_limit_falls_in_straight_lines_to_the_floor():
+    x = np.full((3, 2, 8), -10.0, np.float32)
+    x[:, 0, 4] = 0.0
+    slope = jnp.array([[10.0, 3.0], [10.0, 3.0], [1.0, 1.0]])
+    got = np.asarray(band_limit(x, jnp.array([2.0, 0.0, 0.0]), jnp.array([7.0, 3.5, 7.0]), slope, 25.0))
+    np.testing.assert_allclose(got[0], [[-25, -20, -10, -10, 0, -10, -10, -10], [-25, -20, -10, -10, -10, -10, -10, -10]])
+    # Band 4 lies half a band beyond the edge, and is what the floor is counted from.
+    np.testing.assert_allclose(got[1, 0], [-10, -10, -10, -10, -1.5, -14.5, -17.5, -20.5])
+    np.testing.assert_allclose(got[1, 1], [-10, -10, -10, -10, -11.5, -14.5, -17.5, -20.5])
+    np.testing.assert_array_equal(got[2], x[2])
+
+
+def test_each_end_is_limited_on_its_own_and_as_far_as_its_share():
+    size = 800
+    flat = batch(size) | {"x": np.zeros((size, 40, 8), np.float16)}
+    limit = jax.jit(Augmentation(40, low_pass=0.5, high_pass=0.25, pass_share=0.5, top_db=6.0, probability=0.1))
+    got = np.asarray(limit(flat, jax.random.key(0), NORM)["x"])
+    assert (got == got[:, :1]).all() and got.max() == 0.0 and got.min() == -6.0
+    # Of eight bands the upper four and the lower two can be touched, and no edge ever lies further in.
+    # A band loses level where its end is limited, which is half of the time, and the edge lies further in than it: evenly from 0
+    # to 4 bands at the top, from 0 to 2 at the bottom.
+    lost = (got[:, 0] < 0).mean(axis=0)
+    np.testing.assert_allclose(lost, [1 / 2, 1 / 4, 0, 0, 1 / 8, 2 / 8, 3 / 8, 1 / 2], atol=0.06)
+    np.testing.assert_allclose((got[:, 0, [0, 7]] < 0).all(axis=1).mean(), 1 / 4, atol=0.05)
 
 
 def test_masks_and_cuts_are_where_they_are_said_to_be():
@@ -219,7 +248,7 @@ def test_the_key_decides_and_each_clip_has_its_own():
 
 def test_what_no_clip_is_chosen_for_changes_nothing():
     fields = {name: value for name, value in EVERYTHING.items() if name not in ("mixup", "cutmix")}
-    x, got = augmented(probability=1e-9, **fields)
+    x, got = augmented(probability=1e-9, pass_share=1e-9, **fields)
     np.testing.assert_array_equal(got["x"], x)
     x, got = augmented(mixup=1.0, cutmix=1.0, mix_share=1e-9)
     np.testing.assert_array_equal(got["x"], x)
@@ -230,7 +259,8 @@ def test_off_is_none():
     config = base_config()
     assert Augmentation.from_config(config, 647) is None
     config.augment.eq = 1.0
-    assert Augmentation.from_config(config, 647) == Augmentation(647, eq=1.0)
+    config.features.top_db = 60.0
+    assert Augmentation.from_config(config, 647) == Augmentation(647, eq=1.0, top_db=60.0)
     config.data.normalise = "none"
     assert Augmentation.from_config(config, 647).clip_mean
 

@@ -410,10 +410,11 @@ def test_without_a_validation_split_the_training_clips_are_measured(rbm_config, 
         ({"model": {"name": "rbm", "module": "", "layers": ()}}, "at least one number of units in --config.model.layers"),
         ({"init_from": "elsewhere"}, "config.init_from has no effect on pretraining"),
         ({"augment.noise": 0.5}, "config.augment has no effect on pretraining: leave it off"),
+        ({"pretrain.temperature": 0.1}, "config.pretrain.temperature is for --config.pretrain.method=simclr"),
         ({"data.crop_frames": 65}, "crop_frames=65 is not between 1 and the store's 64"),
         ({"pretrain.learning_rate": 1e30}, r"reconstruction error became (nan|inf) at step \d+.*pretrain.learning_rate"),
     ],
-    ids=["conv1d", "no_layers", "init_from", "augment", "crop", "rate"],
+    ids=["conv1d", "no_layers", "init_from", "augment", "temperature", "crop", "rate"],
 )
 def test_mistakes_are_named(rbm_config, tmp_path, fields, message):
     for name, value in fields.items():
