@@ -1,7 +1,7 @@
 r"""A narrow residual network that learns the precomputed GTZAN spectrograms without labels, by two views of each clip (SimCLR).
 
-    python experiments/prepare.py --config=configs/gtzan_mels_simclr.py --config.data.root=<folder with train.npz, valid.npz>
-    python experiments/pretrain.py --config=configs/gtzan_mels_simclr.py --config.data.root=<the same> --workdir=runs/simclr
+python experiments/prepare.py --config=configs/gtzan_mels_simclr.py --config.data.root=<folder with train.npz, valid.npz>
+python experiments/pretrain.py --config=configs/gtzan_mels_simclr.py --config.data.root=<the same> --workdir=runs/simclr
 """
 
 from ml_collections import ConfigDict

@@ -4,6 +4,15 @@ for seed in 0 1 2; do
   python experiments/pretrain.py --config=configs/gtzan_mels_simclr.py --config.seed=$seed --workdir=runs/gtzan_simclr/seed$seed
 done
 python experiments/ablate.py --config=configs/ablations/gtzan_pretrained.py --workdir=runs/gtzan_pretrained --seeds=3
+
+Validation accuracy at the end of training, seeds 0-2, mean +- deviation (95 % t interval of the mean; fault-filtered lists, last
+checkpoint, nothing selected; jax 0.10.2, one CPU core); the table and its plot are in docs/results/gtzan_pretrained:
+
+    scratch  42.6 % +- 0.5 (41.4-43.9)    tuned  45.9 % +- 0.8 (43.9-47.8)
+                                          probe  46.4 % +- 1.9 (41.6-51.1)
+
+Pretraining helps, and a head alone on what it has learnt is as good as tuning all of it. But it takes more than twice the time of
+a training of 50 epochs: seed 0 trained with labels for 100 epochs from scratch (scratch_longer, one seed only) has 49.7 %.
 """
 
 from collections.abc import Iterator

@@ -114,6 +114,9 @@ def expand(
             runs = [{"seed": seeds[0] + i} for i in range(folds * len(seeds))]
         configs = [_changed(base, name, run) for run in runs]
         for changed in configs:
+            # Each run may start from another run of its seed, or of its fold.
+            for field, value in (("seed", changed.seed), ("fold", changed.data.fold)):
+                changed.init_from = changed.init_from.replace("{" + field + "}", str(value))
             check_config(changed)
         expanded.append((name, dict(overrides), configs))
     if not expanded:

@@ -47,7 +47,7 @@ def test_a_real_trace_names_its_layers(tmp_path, capsys):
     counts = {(row.place, row.operation): row.count for row in rows}
     assert counts["forward large", "dot_general"] == 3 and counts["backward large", "transpose"] == 3
     assert [row.typical for row in rows] == sorted((row.typical for row in rows), reverse=True)
-    assert all(0 < row.seconds and 0 < row.typical < 5 for row in rows[:5])
+    assert all(row.seconds > 0 and 0 < row.typical < 5 for row in rows[:5])
     assert trace.main([str(tmp_path), "--top=1"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 4 and printed[1].endswith(f"{rows[0].count}  {rows[0].place}: {rows[0].operation}")

@@ -30,6 +30,10 @@ def test_every_variant_is_trained_equally_often():
     runs = {name: [(c.data.fold, c.data.folds, c.seed) for c in configs] for name, _, configs in expanded}
     assert runs["artists"] == [(0, 3, 0), (0, 3, 1), (1, 3, 0), (1, 3, 1), (2, 3, 0), (2, 3, 1)] == runs["segments"]
     assert runs["as_given"] == [(0, 10, seed) for seed in range(6)]
+    [(_, _, configs)] = expand(
+        arrays_config(), [("tuned", VARIANTS[1][1] | {"init_from": "runs/{fold}/{seed}"})], [4, 5], folds=2
+    )
+    assert [c.init_from for c in configs] == ["runs/0/4", "runs/0/5", "runs/1/4", "runs/1/5"]
     assert [(c.data.folds, c.seed) for _, _, configs in expand(arrays_config(), VARIANTS[1:2], [4]) for c in configs] == [(10, 4)]
 
 
