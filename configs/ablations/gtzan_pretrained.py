@@ -12,7 +12,7 @@ checkpoint, nothing selected; jax 0.10.2, one CPU core); the table and its plot 
                                           probe  46.4 % +- 1.9 (41.6-51.1)
 
 Pretraining helps, and a head alone on what it has learnt is as good as tuning all of it. But it takes more than twice the time of
-a training of 50 epochs: seed 0 trained with labels for 100 epochs from scratch (scratch_longer, one seed only) has 49.7 %.
+a training of 50 epochs, and from scratch for 100 epochs (scratch_longer, two seeds only) 49.7 and 44.7 % were reached: no less.
 """
 
 from collections.abc import Iterator
