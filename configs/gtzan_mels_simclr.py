@@ -4,8 +4,8 @@ python experiments/prepare.py --config=configs/gtzan_mels_simclr.py --config.dat
 python experiments/pretrain.py --config=configs/gtzan_mels_simclr.py --config.data.root=<the same> --workdir=runs/simclr
 
 Result (442 training and 197 validation clips, seeds 0-2, 50 epochs; jax 0.10.2, one CPU core, 2 minutes a seed): a view's nearest
-of a batch of 128 is the other one of its clip for 56 to 62 % of the training views (chance 0.8 %) and 39 to 51 % of the validation
-clips' views. What it is worth with labels: configs/ablations/gtzan_pretrained.py.
+of a batch of 128 is the other one of its clip for 56 to 62 % of the training views (chance 0.8 %) and 39 to 51 % of the
+validation clips' views. What it is worth with labels: configs/ablations/gtzan_pretrained.py.
 """
 
 from ml_collections import ConfigDict

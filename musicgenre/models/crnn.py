@@ -159,7 +159,7 @@ class CRNN(nn.Module):
         pools = zip(self.filters, self.time_pools, self.band_pools, strict=True)
         for i, (filters, frames, bands) in enumerate(pools, start=1):
             x = Conv(filters, 3, train=train, use_bias=self.conv_bias, kernel_init=init, dtype=self.dtype, name=f"conv{i}")(x)
-            x = batch_norm(train, self.axis_name, self.dtype, name=f"norm{i}")(x, activation=nn.elu, lazy=True)
+            x = nn.elu(batch_norm(train, self.axis_name, self.dtype, name=f"norm{i}")(x))
             x = max_pool(x, (frames, bands))
             x = nn.Dropout(self.conv_dropout, deterministic=not train, name=f"dropout{i}")(x)
         x = x.reshape(*x.shape[:2], -1)

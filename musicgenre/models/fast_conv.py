@@ -4,10 +4,8 @@ XLA's gradients of convolutions run at a third of its matrix rate there, its con
 and every array that is kept for the gradients costs as much in new pages of memory as in work.
 """
 
-import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -24,8 +22,6 @@ _OF_KERNEL = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
 _OF_PRODUCTS = ((1, 1, 1, 0), (0, 1, -1, -1))
 
 Parts = Sequence[jax.Array]
-Terms = tuple[tuple[jax.Array, ...], ...]
-Activation = Callable[[jax.Array], jax.Array] | None
 
 
 def lax_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
@@ -34,42 +30,15 @@ def lax_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     return jax.lax.conv_general_dilated(x, kernel, (stride, stride), (pad, pad), dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Normed:
-    """Normalised arrays, their sum and an activation, which what takes them computes, clip by clip.
-
-    Neither the way forward nor the gradient has the result as a whole. The result is
-    `activation(sum((x - mean) * factor + offset))` over the terms; a term that is an array alone counts as it is.
-
-    Attributes:
-      terms: `(x, mean, factor, offset)` or `(x,)` each: `x` float32 `[batch, ..., channels]`, all of one shape, the rest
-        `[channels]`.
-      activation: is applied to the sum; None is none.
-    """
-
-    terms: tuple[tuple[jax.Array, ...], ...]
-    activation: Callable[[jax.Array], jax.Array] | None = dataclasses.field(default=None, metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the result."""
-        return self.terms[0][0].shape
-
-    def compute(self, then: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
-        """Returns the result, or what `then` makes of it: a function of some clips, which keeps their number and order."""
-        return _computed(self.terms, self.activation, then)
-
-
-def fast_convs(x: "jax.Array | Normed", kernels: tuple[jax.Array, ...], stride: int) -> tuple[jax.Array, ...]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def fast_convs(x: jax.Array, kernels: tuple[jax.Array, ...], stride: int) -> tuple[jax.Array, ...]:
     """`lax_conv` of one input and each of several kernels of one shape, forward and backward.
 
     - 3 x 3 of stride 1: Winograd's F(2 x 2, 3 x 3), 16 products for 36. Its relative error in float32 is some 5e-7.
     - one input channel: XLA's convolution, and as the kernel's gradient one product with the shifted inputs.
     - the rest: what a filter sees side by side in a row, and one product with all kernels.
 
-    Clip by clip, so that what is laid out anew stays in the cache. Of an input that is `Normed`, only what it is computed from is
-    kept for the gradient.
+    Clip by clip, so that what is laid out anew stays in the cache, and with one pass over a clip for both gradients.
 
     It differentiates once, in reverse, which is what training does.
 
@@ -83,162 +52,87 @@ def fast_convs(x: "jax.Array | Normed", kernels: tuple[jax.Array, ...], stride: 
     Returns:
       `[batch, ceil(frames / stride), ceil(bands / stride), out]` for each kernel.
     """
-    if not isinstance(x, Normed):
-        x = Normed(((x,),))
-    elif x.shape[3] == 1:
-        x = Normed(((x.compute(),),))
-    return _convs(x.terms, kernels, x.activation, stride)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _convs(terms: Terms, kernels: tuple[jax.Array, ...], activation: Activation, stride: int) -> tuple[jax.Array, ...]:
-    x = _Input(terms, activation)
-    if _suits_winograd(x.shape, kernels[0].shape, stride):
+    if _suits_winograd(x, kernels[0], stride):
         return tuple(_winograd(x, kernel) for kernel in kernels)
     if x.shape[3] == 1:
-        return tuple(lax_conv(terms[0][0], kernel, stride) for kernel in kernels)
+        return tuple(lax_conv(x, kernel, stride) for kernel in kernels)
     return _rows_conv(x, kernels, stride)
 
 
-def _convs_forward(terms: Terms, kernels: tuple[jax.Array, ...], activation: Activation, stride: int) -> tuple:
-    return _convs(terms, kernels, activation, stride), (terms, kernels)
+def _forward(x: jax.Array, kernels: tuple[jax.Array, ...], stride: int) -> tuple[tuple[jax.Array, ...], tuple]:
+    return fast_convs(x, kernels, stride), (x, kernels)
 
 
-def _convs_backward(activation: Activation, stride: int, saved: tuple, dys: tuple[jax.Array, ...]) -> tuple:
-    terms, kernels = saved
-    x = _Input(terms, activation)
-    if _suits_winograd(x.shape, kernels[0].shape, stride):
-        parts = [_winograd_gradients(x, kernel, dy) for kernel, dy in zip(kernels, dys, strict=True)]
+def _backward(stride: int, saved: tuple, dys: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    x, kernels = saved
+    if _suits_winograd(x, kernels[0], stride):
+        pairs = [_winograd_gradients(x, kernel, dy) for kernel, dy in zip(kernels, dys, strict=True)]
     elif x.shape[3] == 1:
-        parts = [_one_channel_gradients(terms[0][0], kernel, stride, dy) for kernel, dy in zip(kernels, dys, strict=True)]
+        pairs = [_one_channel_gradients(x, kernel, stride, dy) for kernel, dy in zip(kernels, dys, strict=True)]
     else:
-        *of_input, gradients = _rows_gradients(x, kernels, stride, dys)
-        return x.gradients(*of_input), gradients
-    (dx, sums), *others = [part[:2] for part in parts]
-    for other, more in others:
-        dx, sums = dx + other, [one + two for one, two in zip(sums, more, strict=True)]
-    return x.gradients(dx, sums), tuple(part[2] for part in parts)
+        return _rows_gradients(x, kernels, stride, dys)
+    return sum((dx for dx, _ in pairs[1:]), pairs[0][0]), tuple(gradient for _, gradient in pairs)
 
 
-_convs.defvjp(_convs_forward, _convs_backward)
+fast_convs.defvjp(_forward, _backward)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Input:
-    """The terms of a `Normed`, as turns over the clips take them."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def fast_norm(
+    x: jax.Array, scale: jax.Array, offset: jax.Array, plus: jax.Array | None, relu: bool, epsilon: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Batch normalisation over all axes but the last, and what follows it.
 
-    terms: Terms
-    activation: Activation
+    No more is kept for the gradient than `x` and the result. Flax's keeps the differences from the mean as well, and ReLU which
+    of its inputs are positive.
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.terms[0][0].shape
+    Args:
+      x: float32 `[..., channels]`.
+      scale: `[channels]`.
+      offset: `[channels]`.
+      plus: what is added to the normalised, of `x`'s shape; None is nothing.
+      relu: apply ReLU in the end.
+      epsilon: is added to the variance.
 
-    @property
-    def arrays(self) -> list[jax.Array]:
-        """What a turn takes its clips of."""
-        return [term[0] for term in self.terms]
-
-    def clips(self, parts: Parts) -> jax.Array:
-        """The result for some clips of `arrays`."""
-        total = self._sum(parts)
-        return total if self.activation is None else self.activation(total)
-
-    def _sum(self, parts: Parts) -> jax.Array:
-        pairs = zip(parts, self.terms, strict=True)
-        values = [(x - term[1]) * term[2] + term[3] if len(term) > 1 else x for x, term in pairs]
-        return sum(values[1:], values[0])
-
-    def zeros(self) -> list[jax.Array]:
-        """What the sums of `back` begin with."""
-        normed = sum(len(term) > 1 for term in self.terms)
-        return [jnp.zeros(self.shape[-1:], jnp.float32)] * (normed + 1 if normed else 0)
-
-    def back(self, parts: Parts, dy: jax.Array, sums: Parts) -> tuple[jax.Array, list[jax.Array]]:
-        """From the gradient of some clips' result to that of the sum of the terms; and adds to what `gradients` needs."""
-        if self.activation is not None:
-            dy = jax.vjp(self.activation, self._sum(parts))[1](dy)[0]
-        axes = tuple(range(dy.ndim - 1))
-        normed = [(x, term[1]) for x, term in zip(parts, self.terms, strict=True) if len(term) > 1]
-        news = [(dy * (x - mean)).sum(axes) for x, mean in normed] + [dy.sum(axes)] * bool(normed)
-        return dy, [total + new for total, new in zip(sums, news, strict=True)]
-
-    def gradients(self, dy: jax.Array, sums: Parts) -> Terms:
-        """The terms' gradients."""
-        moments = iter(sums)
-        return tuple(
-            (dy * term[2], -term[2] * sums[-1], next(moments), sums[-1]) if len(term) > 1 else (dy,) for term in self.terms
-        )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _computed(terms: Terms, activation: Activation, then: Activation) -> jax.Array:
-    x = _Input(terms, activation)
-
-    def turn(parts: Parts, sums: Parts) -> tuple[Parts, Parts]:
-        y = x.clips(parts)
-        return [y if then is None else then(y)], sums
-
-    shape = jax.eval_shape(turn, x.arrays, [])[0][0].shape
-    return _by_turns(turn, x.arrays, _positions(x.shape), [shape], [])[0][0]
-
-
-def _computed_forward(terms: Terms, activation: Activation, then: Activation) -> tuple:
-    return _computed(terms, activation, then), terms
-
-
-def _computed_backward(activation: Activation, then: Activation, terms: Terms, dy: jax.Array) -> tuple:
-    x = _Input(terms, activation)
-
-    def turn(parts: Parts, sums: Parts) -> tuple[Parts, Parts]:
-        *parts, dy = parts
-        if then is not None:
-            dy = jax.vjp(then, x.clips(parts))[1](dy)[0]
-        dy, sums = x.back(parts, dy, sums)
-        return [dy], sums
-
-    (dx,), sums = _by_turns(turn, [*x.arrays, dy], _positions(x.shape), [x.shape], x.zeros())
-    return (x.gradients(dx, sums),)
-
-
-_computed.defvjp(_computed_forward, _computed_backward)
-
-
-def _positions(shape: tuple[int, ...]) -> int:
-    return math.prod(shape[1:-1]) // 4
-
-
-@jax.custom_vjp
-def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The mean and the variance, `[channels]`, over all axes but the last of `x`, float32 `[batch, ..., channels]`."""
+    Returns:
+      The result, and the mean and the variance, `[channels]`.
+    """
     axes = tuple(range(x.ndim - 1))
+    mean = x.mean(axes)
+    variance = jnp.maximum(0.0, (x * x).mean(axes) - mean * mean)
+    y = (x - mean) * (jax.lax.rsqrt(variance + epsilon) * scale) + offset
+    y = y if plus is None else y + plus
+    return jnp.maximum(y, 0.0) if relu else y, mean, variance
 
-    def turn(parts: Parts, sums: Parts) -> tuple[Parts, Parts]:
-        return [], [sums[0] + parts[0].sum(axes), sums[1] + (parts[0] * parts[0]).sum(axes)]
 
-    _, (total, squares) = _by_turns(turn, [x], _positions(x.shape), [], [jnp.zeros(x.shape[-1:], x.dtype)] * 2)
+def _norm_forward(x: jax.Array, scale: jax.Array, offset: jax.Array, plus: jax.Array | None, relu: bool, epsilon: float) -> tuple:
+    y, mean, variance = fast_norm(x, scale, offset, plus, relu, epsilon)
+    return (y, mean, variance), (x, scale, mean, variance, y if relu else None, plus is None)
+
+
+def _norm_backward(relu: bool, epsilon: float, saved: tuple, cotangents: tuple) -> tuple:
+    x, scale, mean, variance, y, alone = saved
+    dy, dmean, dvariance = cotangents
+    axes = tuple(range(x.ndim - 1))
     count = x.size // x.shape[-1]
-    mean = total / count
-    return mean, jnp.maximum(0.0, squares / count - mean * mean)
+    if relu:
+        dy = jnp.where(y > 0, dy, 0.0)
+    inverse = jax.lax.rsqrt(variance + epsilon)
+    total, moment = dy.sum(axes), (dy * (x - mean)).sum(axes)
+    # Of the mean and the variance as results, and as what the result depends on.
+    of_mean = (dmean - inverse * scale * total) / count
+    of_variance = (2 * dvariance - inverse**3 * scale * moment) / count
+    dx = inverse * scale * dy + of_mean + (x - mean) * of_variance
+    return dx, inverse * moment, total, None if alone else dy
 
 
-def _moments_forward(x: jax.Array) -> tuple:
-    mean, variance = moments(x)
-    return (mean, variance), (x, mean)
+fast_norm.defvjp(_norm_forward, _norm_backward)
 
 
-def _moments_backward(saved: tuple, cotangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array]:
-    (x, mean), (of_mean, of_variance) = saved, cotangents
-    count = x.size // x.shape[-1]
-    return (of_mean / count + (x - mean) * (2 * of_variance / count),)
-
-
-moments.defvjp(_moments_forward, _moments_backward)
-
-
-def _suits_winograd(shape: tuple[int, ...], kernel: tuple[int, ...], stride: int) -> bool:
-    size, _, inputs, outputs = kernel
-    return size == 3 and stride == 1 and min(inputs, outputs) >= 16 and math.prod(shape[:3]) >= 4 * _LEAST_TILES
+def _suits_winograd(x: jax.Array, kernel: jax.Array, stride: int) -> bool:
+    batch, frames, bands, _ = x.shape
+    size, _, inputs, outputs = kernel.shape
+    return size == 3 and stride == 1 and min(inputs, outputs) >= 16 and batch * frames * bands >= 4 * _LEAST_TILES
 
 
 def _by_turns(
@@ -307,79 +201,46 @@ def _input_tiles(x: jax.Array) -> list[jax.Array]:
     return [place.reshape(-1, channels) for row in _both_ways(_OF_INPUT, tile) for place in row]
 
 
-def _winograd(x: _Input, kernel: jax.Array) -> jax.Array:
-    """`lax_conv(x, kernel, 1)` of a kernel of 3 x 3."""
+def _winograd(x: jax.Array, kernel: jax.Array, *, turned: bool = False) -> jax.Array:
+    """`lax_conv(x, kernel, 1)` of a kernel of 3 x 3; `turned` swaps its inputs and outputs."""
     batch, frames, bands, _ = x.shape
-    convolve = _winograd_turn(x.shape, kernel)
-
-    def turn(parts: Parts, sums: Parts) -> tuple[Parts, Parts]:
-        return [convolve(x.clips(parts))], sums
-
-    results, _ = _by_turns(turn, x.arrays, _tiles(x.shape), [(batch, frames, bands, kernel.shape[3])], [])
-    return results[0]
-
-
-def _tiles(shape: tuple[int, ...]) -> int:
-    """Of a clip."""
-    return -(-shape[1] // 2) * -(-shape[2] // 2)
-
-
-def _winograd_turn(shape: tuple[int, ...], kernel: jax.Array, *, turned: bool = False) -> Callable[[jax.Array], jax.Array]:
-    """Returns what convolves some clips, `[clips, frames, bands, in]` as `shape` has them.
-
-    `turned` swaps the kernel's inputs and outputs.
-    """
-    _, frames, bands, _ = shape
     outputs = kernel.shape[2 if turned else 3]
     # A kernel written anew with swapped axes would make its transform slow: XLA leaves it where it is and reads it across.
     product = _rows_product if turned else jnp.matmul
     rows, columns = -(-frames // 2), -(-bands // 2)
     weights = [place for row in _both_ways(_OF_KERNEL, [list(row) for row in kernel]) for place in row]
 
-    def convolve(x: jax.Array) -> jax.Array:
-        pairs = zip(_input_tiles(x), weights, strict=True)
+    def turn(parts: Parts, sums: Parts) -> tuple[Parts, Parts]:
+        pairs = zip(_input_tiles(parts[0]), weights, strict=True)
         products = [product(place, weight).reshape(-1, rows, columns, outputs) for place, weight in pairs]
         tile = _both_ways(_OF_PRODUCTS, [products[i : i + 4] for i in range(0, 16, 4)])
         y = jnp.stack([jnp.stack(row, axis=3) for row in tile], axis=2)
-        return y.reshape(-1, 2 * rows, 2 * columns, outputs)[:, :frames, :bands]
+        return [y.reshape(-1, 2 * rows, 2 * columns, outputs)[:, :frames, :bands]], sums
 
-    return convolve
+    results, _ = _by_turns(turn, [x], rows * columns, [(batch, frames, bands, outputs)], [])
+    return results[0]
 
 
-def _winograd_gradients(x: _Input, kernel: jax.Array, dy: jax.Array) -> tuple[jax.Array, Parts, jax.Array]:
-    """The gradients of `_winograd`: the input's is another, the kernel's goes by the transposed transforms.
-
-    Returns:
-      The first two are what `_Input.gradients` takes, the third is the kernel's.
-    """
+def _winograd_gradients(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The gradients of `_winograd`: the input's is another, the kernel's goes by the transposed transforms."""
     frames, bands, inputs = x.shape[1:]
     outputs = dy.shape[3]
     rows, columns = -(-frames // 2), -(-bands // 2)
 
-    def of_kernel(parts: Parts, sums: Parts) -> tuple[Parts, Parts]:
-        *parts, dy = parts
+    def turn(parts: Parts, sums: Parts) -> tuple[Parts, Parts]:
+        x, dy = parts
         dy = jnp.pad(dy, ((0, 0), (0, 2 * rows - frames), (0, 2 * columns - bands), (0, 0)))
         dy = dy.reshape(-1, rows, 2, columns, 2, outputs)
         tile = [[dy[:, :, i, :, j].reshape(-1, outputs) for j in range(2)] for i in range(2)]
         places = [place for row in _both_ways(_transposed(_OF_PRODUCTS), tile) for place in row]
-        tiles = _input_tiles(x.clips(parts))
-        return [], [total + _columns_product(d, e) for total, d, e in zip(sums, tiles, places, strict=True)]
+        return [], [total + _columns_product(d, e) for total, d, e in zip(sums, _input_tiles(x), places, strict=True)]
 
-    zeros = [jnp.zeros((inputs, outputs), jnp.float32)] * 16
-    _, sums = _by_turns(of_kernel, [*x.arrays, dy], rows * columns, [], zeros)
+    _, sums = _by_turns(turn, [x, dy], rows * columns, [], [jnp.zeros((inputs, outputs), x.dtype)] * 16)
     tile = _both_ways(_transposed(_OF_KERNEL), [list(sums[i : i + 4]) for i in range(0, 16, 4)])
     gradient = jnp.stack([jnp.stack(row) for row in tile])
     # The kernel's first, after which the other may take dy's place.
     dy, gradient = jax.lax.optimization_barrier((dy, gradient))
-    convolve = _winograd_turn(dy.shape, kernel[::-1, ::-1], turned=True)
-
-    def of_input(parts: Parts, sums: Parts) -> tuple[Parts, Parts]:
-        *parts, dy = parts
-        dx, sums = x.back(parts, convolve(dy), sums)
-        return [dx], sums
-
-    (dx,), sums = _by_turns(of_input, [*x.arrays, dy], rows * columns, [x.shape], x.zeros())
-    return dx, sums, gradient
+    return _winograd(dy, kernel[::-1, ::-1], turned=True), gradient
 
 
 def _rows_product(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -415,41 +276,38 @@ def _rows(x: jax.Array, size: int, stride: int) -> jax.Array:
     return rows.reshape(-1, rows.shape[3])
 
 
-def _rows_conv(x: _Input, kernels: tuple[jax.Array, ...], stride: int) -> tuple[jax.Array, ...]:
+def _rows_conv(x: jax.Array, kernels: tuple[jax.Array, ...], stride: int) -> tuple[jax.Array, ...]:
     """`lax_conv` by one product."""
     batch, frames, bands, _ = x.shape
     size, outputs = kernels[0].shape[0], kernels[0].shape[3]
     rows, columns = -(-frames // stride), -(-bands // stride)
 
     def turn(parts: Parts, sums: Parts) -> tuple[Parts, Parts]:
-        seen = _rows(x.clips(parts), size, stride)
+        seen = _rows(parts[0], size, stride)
         return [(seen @ kernel.reshape(-1, outputs)).reshape(-1, rows, columns, outputs) for kernel in kernels], sums
 
     shapes = [(batch, rows, columns, outputs)] * len(kernels)
-    return tuple(_by_turns(turn, x.arrays, rows * columns, shapes, [])[0])
+    return tuple(_by_turns(turn, [x], rows * columns, shapes, [])[0])
 
 
 def _rows_gradients(
-    x: _Input, kernels: tuple[jax.Array, ...], stride: int, dys: tuple[jax.Array, ...]
-) -> tuple[jax.Array, Parts, tuple[jax.Array, ...]]:
-    """The gradients of `_rows_conv`, by one product each; the input's see `_Input.back`."""
+    x: jax.Array, kernels: tuple[jax.Array, ...], stride: int, dys: tuple[jax.Array, ...]
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """The gradients of `_rows_conv`, by one product each."""
     size, _, inputs, outputs = kernels[0].shape
     rows, columns = dys[0].shape[1:3]
     kernel = jnp.concatenate([kernel.reshape(-1, outputs) for kernel in kernels], axis=1)
-    count = len(x.terms)
 
     def turn(parts: Parts, sums: Parts) -> tuple[Parts, Parts]:
-        parts, dys = parts[:count], parts[count:]
+        x, *dys = parts
         dy = jnp.concatenate([dy.reshape(-1, outputs) for dy in dys], axis=1)
         places = _rows_product(dy, kernel).reshape(-1, rows, columns, size * size * inputs)
-        y = x.clips(parts)
-        dx, rest = x.back(parts, _unshifted(places, stride, y.shape), sums[1:])
-        return [dx], [sums[0] + jax.lax.optimization_barrier(dy.T) @ _rows(y, size, stride), *rest]
+        return [_unshifted(places, stride, x.shape)], [sums[0] + jax.lax.optimization_barrier(dy.T) @ _rows(x, size, stride)]
 
-    zeros = jnp.zeros((outputs * len(kernels), size * size * inputs), jnp.float32)
-    (dx,), (total, *sums) = _by_turns(turn, [*x.arrays, *dys], rows * columns, [x.shape], [zeros, *x.zeros()])
+    zeros = [jnp.zeros((outputs * len(kernels), size * size * inputs), x.dtype)]
+    (dx,), (total,) = _by_turns(turn, [x, *dys], rows * columns, [x.shape], zeros)
     gradients = total.T.reshape(size, size, inputs, len(kernels), outputs)
-    return dx, sums, tuple(gradients[:, :, :, i] for i in range(len(kernels)))
+    return dx, tuple(gradients[:, :, :, i] for i in range(len(kernels)))
 
 
 def _unshifted(places: jax.Array, stride: int, shape: tuple[int, ...]) -> jax.Array:
@@ -474,7 +332,7 @@ def _unshifted(places: jax.Array, stride: int, shape: tuple[int, ...]) -> jax.Ar
 # One channel
 
 
-def _one_channel_gradients(x: jax.Array, kernel: jax.Array, stride: int, dy: jax.Array) -> tuple[jax.Array, Parts, jax.Array]:
+def _one_channel_gradients(x: jax.Array, kernel: jax.Array, stride: int, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The gradients of `lax_conv` for one input channel, by one product each."""
     size, outputs = kernel.shape[0], kernel.shape[3]
     rows, columns = dy.shape[1:3]
@@ -491,4 +349,4 @@ def _one_channel_gradients(x: jax.Array, kernel: jax.Array, stride: int, dy: jax
 
     results, _ = _by_turns(of_input, [dy], rows * columns, [x.shape], [])
     _, sums = _by_turns(of_kernel, [x, dy], rows * columns, [], [jnp.zeros((size * size, outputs), x.dtype)])
-    return results[0], [], sums[0].reshape(kernel.shape)
+    return results[0], sums[0].reshape(kernel.shape)

@@ -89,14 +89,14 @@ class FCN(nn.Module):
         pools = zip(self.filters, self.time_pools, self.band_pools, strict=True)
         for i, (filters, frames, bands) in enumerate(pools, start=1):
             x = Conv(filters, self.width, train=train, kernel_init=init, dtype=self.dtype, name=f"conv{i}")(x)
-            x = batch_norm(train, self.axis_name, self.dtype, name=f"norm{i}")(x, activation=nn.relu, lazy=True)
+            x = batch_norm(train, self.axis_name, self.dtype, name=f"norm{i}")(x, relu=True)
             x = max_pool(x, (frames, bands))
             if i == len(self.filters):
                 x = global_max(x)
             x = nn.Dropout(self.dropout, deterministic=not train, name=f"dropout{i}")(x)
         for i, filters in enumerate(self.pointwise, start=len(self.filters) + 1):
             x = nn.Dense(filters, use_bias=False, kernel_init=init, dtype=self.dtype, name=f"conv{i}")(x)
-            x = batch_norm(train, self.axis_name, self.dtype, name=f"norm{i}")(x, activation=nn.relu)
+            x = batch_norm(train, self.axis_name, self.dtype, name=f"norm{i}")(x, relu=True)
             x = nn.Dropout(self.dropout, deterministic=not train, name=f"dropout{i}")(x)
         self.sow("intermediates", "embedding", x)
         return nn.Dense(self.num_classes, kernel_init=init, dtype=self.dtype, name="head")(x).astype(jnp.float32)

@@ -1,8 +1,7 @@
 """Layers that several models share."""
 
-import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from musicgenre.errors import UserError
-from musicgenre.models.fast_conv import Normed, fast_convs, lax_conv, moments
+from musicgenre.models.fast_conv import fast_convs, fast_norm, lax_conv
 
 # Fewest filters of a layer for which it is worth the compiling.
 _LEAST_FEATURES = 32
@@ -42,7 +41,7 @@ class Conv(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array | Normed, *, product: bool = True) -> jax.Array:
+    def __call__(self, x: jax.Array, *, product: bool = True) -> jax.Array:
         """Returns `[batch, ceil(frames / stride), ceil(bands / stride), features]` of `x` `[batch, frames, bands, channels]`.
 
         Without the product it returns the kernel, `[size, size, channels, features]`.
@@ -50,13 +49,10 @@ class Conv(nn.Module):
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
-        kernel, bias = nn.dtypes.promote_dtype(kernel, bias, dtype=self.dtype)
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         if not product:
             return kernel
-        if self.is_fast():
-            y = fast_convs(_float32(x), (kernel,), self.stride)[0]
-        else:
-            y = lax_conv(computed(x).astype(self.dtype), kernel, self.stride)
+        y = fast_convs(x, (kernel,), self.stride)[0] if self.is_fast() else lax_conv(x, kernel, self.stride)
         return y if bias is None else y + bias
 
     @nn.nowrap
@@ -74,25 +70,16 @@ def _is_fast(dtype: Any, features: int) -> bool:
     )
 
 
-def _float32(x: jax.Array | Normed) -> jax.Array | Normed:
-    return x if isinstance(x, Normed) else x.astype(jnp.float32)
-
-
-def computed(x: jax.Array | Normed) -> jax.Array:
-    """The array that `BatchNorm` has not computed yet."""
-    return x.compute() if isinstance(x, Normed) else x
-
-
-def convolve_together(x: jax.Array | Normed, *convs: Conv) -> tuple[jax.Array, ...]:
+def convolve_together(x: jax.Array, *convs: Conv) -> tuple[jax.Array, ...]:
     """The results of several convolutions of `x` that are alike but for their names, without biases: fast, by one product."""
     if not convs[0].is_fast():
         return tuple(conv(x) for conv in convs)
     kernels = tuple(conv(x, product=False) for conv in convs)
-    return fast_convs(_float32(x), kernels, convs[0].stride)
+    return fast_convs(x.astype(jnp.float32), kernels, convs[0].stride)
 
 
 @jax.named_scope("max_pool")
-def max_pool(x: jax.Array | Normed, window: tuple[int, ...]) -> jax.Array:
+def max_pool(x: jax.Array, window: tuple[int, ...]) -> jax.Array:
     """Maximum over windows that do not overlap; what is left over at the end of an axis is dropped.
 
     A tournament of `where(a >= b, a, b)`: the gradient goes to the first of equal maxima, as in `nn.max_pool`, whose
@@ -106,8 +93,6 @@ def max_pool(x: jax.Array | Normed, window: tuple[int, ...]) -> jax.Array:
     Returns:
       `[batch, a // window[0], ..., channels]`.
     """
-    if isinstance(x, Normed):
-        return x.compute(functools.partial(max_pool, window=window))
     batch, *extents, channels = x.shape
     lengths = [extent // size for extent, size in zip(extents, window, strict=True)]
     cut = tuple(slice(0, length * size) for length, size in zip(lengths, window, strict=True))
@@ -119,7 +104,7 @@ def max_pool(x: jax.Array | Normed, window: tuple[int, ...]) -> jax.Array:
 
 
 @jax.named_scope("max_pool")
-def max_pool_overlapping(x: jax.Array | Normed) -> jax.Array:
+def max_pool_overlapping(x: jax.Array) -> jax.Array:
     """Maximum over windows of 3 x 3 at every second position, one more position on every side: `nn.max_pool` by the tournament.
 
     Args:
@@ -128,8 +113,6 @@ def max_pool_overlapping(x: jax.Array | Normed) -> jax.Array:
     Returns:
       `[batch, ceil(frames / 2), ceil(bands / 2), channels]`.
     """
-    if isinstance(x, Normed):
-        return x.compute(max_pool_overlapping)
     for axis in (2, 1):  # within the rows first, so that the first of equal values wins row by row
         length = -(-x.shape[axis] // 2)
         shape = (*x.shape[:axis], length, 2, *x.shape[axis + 1 :])
@@ -148,10 +131,8 @@ def max_pool_time(x: jax.Array, window: int) -> jax.Array:
 
 
 @jax.named_scope("global_max")
-def global_max(x: jax.Array | Normed) -> jax.Array:
+def global_max(x: jax.Array) -> jax.Array:
     """Maximum over all positions, `[batch, ..., channels]` to `[batch, channels]`, by the tournament of `max_pool`."""
-    if isinstance(x, Normed):
-        return x.compute(global_max)
     x = x.reshape(x.shape[0], -1, x.shape[-1])
     while (length := x.shape[1]) > 1:
         half = length // 2
@@ -180,24 +161,16 @@ class BatchNorm(nn.BatchNorm):
     """`nn.BatchNorm`, and what follows it, whose training step takes less memory where that of `Conv` is fast."""
 
     @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        *,
-        plus: jax.Array | Normed | None = None,
-        activation: Callable[[jax.Array], jax.Array] | None = None,
-        lazy: bool = False,
-    ) -> Any:
+    def __call__(self, x: jax.Array, *, plus: jax.Array | None = None, relu: bool = False) -> jax.Array:
         """Normalises.
 
         Args:
           x: `[..., channels]`, or as `axis` says.
           plus: is added to the normalised; of `x`'s shape.
-          activation: is applied in the end.
-          lazy: leave it to what follows to compute the result, where that takes less memory: `Conv`, a pool, `computed`.
+          relu: apply ReLU in the end.
 
         Returns:
-          An array of `x`'s shape, or where it is `lazy` perhaps a `Normed`.
+          An array of `x`'s shape.
         """
         channels = x.shape[-1]
         fast = not self.use_running_average and self.axis in (-1, x.ndim - 1) and self.axis_name is None and self.use_scale
@@ -206,18 +179,14 @@ class BatchNorm(nn.BatchNorm):
             offset = self.param("bias", self.bias_init, (channels,))
             average = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
             variance = self.variable("batch_stats", "var", jnp.ones, (channels,))
-            statistics = moments(x)
+            y, *statistics = fast_norm(x, scale, offset, plus, relu, self.epsilon)
             if not self.is_initializing():
                 for running, now in zip((average, variance), statistics, strict=True):
                     running.value = self.momentum * running.value + (1 - self.momentum) * now
-            terms = ((x, statistics[0], jax.lax.rsqrt(statistics[1] + self.epsilon) * scale, offset),)
-            if plus is not None:
-                terms += plus.terms if isinstance(plus, Normed) and plus.activation is None else ((computed(plus),),)
-            y = Normed(terms, activation)
-            return y if lazy else y.compute()
+            return y
         y = super().__call__(x)
-        y = y if plus is None else y + computed(plus)
-        return y if activation is None else activation(y)
+        y = y if plus is None else y + plus
+        return nn.relu(y) if relu else y
 
 
 def batch_norm(

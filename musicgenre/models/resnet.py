@@ -17,8 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from musicgenre.errors import UserError
-from musicgenre.models.fast_conv import Normed
-from musicgenre.models.layers import Conv, batch_norm, computed, max_pool_overlapping
+from musicgenre.models.layers import Conv, batch_norm, max_pool_overlapping
 from musicgenre.models.registry import InputLimits, register
 
 RESNET_SIZES: dict[str, dict[str, Any]] = {
@@ -78,13 +77,12 @@ class ResNet(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Returns logits, float32 `[batch, num_classes]`, of `x` `[batch, frames, bands]`."""
 
-        def conv(x: jax.Array | Normed, filters: int, size: int, stride: int, name: str) -> jax.Array:
+        def conv(x: jax.Array, filters: int, size: int, stride: int, name: str) -> jax.Array:
             init = nn.initializers.he_normal()
             return Conv(filters, size, stride, train=train, kernel_init=init, dtype=self.dtype, name=name)(x)
 
-        def norm(x: jax.Array, name: str, plus: jax.Array | Normed | None = None, *, relu: bool = True) -> Any:
-            layer = batch_norm(train, self.axis_name, self.dtype, name=f"{name}_norm")
-            return layer(x, plus=plus, activation=nn.relu if relu else None, lazy=True)
+        def norm(x: jax.Array, name: str, plus: jax.Array | None = None, *, relu: bool = True) -> jax.Array:
+            return batch_norm(train, self.axis_name, self.dtype, name=f"{name}_norm")(x, plus=plus, relu=relu)
 
         x = conv(x.astype(self.dtype)[..., None], self.filters, 7, 2, "stem")
         x = norm(x, "stem")
@@ -116,9 +114,9 @@ class ResNet(nn.Module):
                     y = conv(y, filters, size, step, f"{name}_conv{i}")
                     if i < len(layers):
                         y = norm(y, f"{name}_conv{i}")
-                x = x + y if self.preactivation else computed(norm(y, f"{name}_conv{len(layers)}", plus=x))
+                x = x + y if self.preactivation else norm(y, f"{name}_conv{len(layers)}", plus=x)
         if self.preactivation:
-            x = computed(norm(x, "last"))
+            x = norm(x, "last")
         x = x.mean(axis=(1, 2))
         self.sow("intermediates", "embedding", x)
         return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x).astype(jnp.float32)

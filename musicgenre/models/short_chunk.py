@@ -74,14 +74,13 @@ class ShortChunk(nn.Module):
             name = f"conv{i}"
             if self.residual:
                 y, x = convolve_together(x, conv(filters, f"{name}a", 2), conv(filters, f"{name}_shortcut", 2))
-                y = conv(filters, f"{name}b")(norm(f"{name}a")(y, activation=nn.relu, lazy=True))
-                x = norm(f"{name}_shortcut")(x, lazy=True)
-                x = norm(f"{name}b")(y, plus=x, activation=nn.relu, lazy=True)
+                y = conv(filters, f"{name}b")(norm(f"{name}a")(y, relu=True))
+                x = norm(f"{name}b")(y, plus=norm(f"{name}_shortcut")(x), relu=True)
             else:
-                x = max_pool(norm(name)(conv(filters, name)(x), activation=nn.relu, lazy=True), (2, 2))
+                x = max_pool(norm(name)(conv(filters, name)(x), relu=True), (2, 2))
         x = global_max(x)
         x = nn.Dense(self.dense, use_bias=False, dtype=self.dtype, name="dense")(x)
-        x = norm("dense")(x, activation=nn.relu)
+        x = norm("dense")(x, relu=True)
         self.sow("intermediates", "embedding", x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x).astype(jnp.float32)
