@@ -15,17 +15,17 @@ from musicgenre.config import check_config, clip_layout, dataset_options, featur
 from musicgenre.datasets import load_dataset
 from musicgenre.datasets.arrays import FOLD_PROTOCOLS, artist_known, whole_clip
 from musicgenre.errors import UserError
-from musicgenre.evaluation.audit import BAND_CELLS, TIME_CELLS, AuditResult, AuditSide, audit, fingerprint_spectrogram
+from musicgenre.evaluation.audit import AuditResult, AuditSide, audit
 from musicgenre.evaluation.intervals import bootstrap_mean, seeds_summary
 from musicgenre.evaluation.plots import folds_plot, measure_name
 from musicgenre.evaluation.report import summarise_variants
 from musicgenre.files import read_json, write_text
-from musicgenre.inference.evaluate import evaluate_model
+from musicgenre.inference.evaluate import evaluate_model, fingerprints
 from musicgenre.inference.model import load_model
 from musicgenre.pipeline.prepare import prepare_store
 from musicgenre.pipeline.store import Store
-from musicgenre.training.distill import trained_clips
 from musicgenre.training.loop import TrainResult, train
+from musicgenre.training.saved import trained_clips
 from musicgenre.training.telemetry import read_rows
 
 Variant = tuple[str, Mapping[str, Any]]
@@ -253,11 +253,10 @@ def _audited(store: Store, learnt: Mapping[str, Any], segments: bool) -> AuditRe
     place = {clip_id: i for i, clip_id in enumerate(store.clip_ids.tolist())}
 
     def side(ids: list[str], hashes: list[str], groups: list[str | None]) -> AuditSide:
-        prints = np.zeros((len(ids), TIME_CELLS * BAND_CELLS), np.float32)  # zeros are like nothing
-        for row, clip_id in enumerate(ids):
-            if (i := place.get(clip_id)) is not None:
-                clip = store.gather(np.array([i]))[0, : store.lengths[i]]
-                prints[row] = fingerprint_spectrogram(clip.astype(np.float32))
+        here = [row for row, clip_id in enumerate(ids) if clip_id in place]
+        found = fingerprints(store, np.array([place[ids[row]] for row in here]))
+        prints = np.zeros((len(ids), found.shape[1]), np.float32)  # zeros are like nothing
+        prints[here] = found
         return AuditSide([whole_clip(clip_id) for clip_id in ids] if segments else ids, hashes, groups, prints)
 
     valid = store.indices("valid")

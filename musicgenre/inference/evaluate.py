@@ -22,8 +22,8 @@ from musicgenre.pipeline.loader import eval_batches
 from musicgenre.pipeline.prepare import prepare_store
 from musicgenre.pipeline.store import Store
 from musicgenre.training.bundle import resolve_source
-from musicgenre.training.distill import trained_clips
 from musicgenre.training.parallel import Parallel
+from musicgenre.training.saved import trained_clips
 from musicgenre.training.step import normalise
 from musicgenre.training.telemetry import read_rows
 
@@ -231,12 +231,12 @@ def _audit(model: TrainedModel, store: Store, indices: np.ndarray, compare_spect
         except (UserError, KeyError):
             pass  # the training store is gone; the report says that spectrograms were not compared
         else:
-            trained = dataclasses.replace(trained, fingerprints=_fingerprints(training_store, there))
-            evaluated = dataclasses.replace(evaluated, fingerprints=_fingerprints(store, indices))
+            trained = dataclasses.replace(trained, fingerprints=fingerprints(training_store, there))
+            evaluated = dataclasses.replace(evaluated, fingerprints=fingerprints(store, indices))
     return audit(evaluated, trained, group_name=store.group_name, unknown=unknown)
 
 
-def _fingerprints(store: Store, indices: np.ndarray) -> np.ndarray:
+def fingerprints(store: Store, indices: np.ndarray) -> np.ndarray:
     """Returns the fingerprints of clips, `[n, d]`, over their real frames."""
     clips = (store.gather(np.array([i]))[0, : store.lengths[i]] for i in indices)
     return np.stack([fingerprint_spectrogram(clip.astype(np.float32)) for clip in clips])

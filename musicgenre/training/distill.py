@@ -22,14 +22,12 @@ from musicgenre.files import fingerprint, read_json, replacing, sha256, write_js
 from musicgenre.pipeline.store import Store
 from musicgenre.training.bundle import packaged_models, read_bundle, resolve_source
 from musicgenre.training.checkpoints import read_model
-from musicgenre.training.losses import probabilities
 from musicgenre.training.parallel import Parallel
-from musicgenre.training.saved import saved_module, saved_shapes
+from musicgenre.training.saved import CLIP_LISTS, add_clips, saved_module, saved_shapes, trained_clips
 from musicgenre.training.scoring import score_clips
-from musicgenre.training.step import normalise
+from musicgenre.training.step import make_score_step
 
 TARGETS, NOTES = "teachers.npy", "teachers.json"
-_LISTS = ("clip_id", "sha256", "group")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,36 +85,11 @@ def taught_clips(teachers: Sequence[Teacher], own: Mapping[str, Sequence[Any]]) 
       teachers: from `read_teachers`.
       own: the run's own `clip_id`, `sha256` and `group`.
     """
-    record: dict[str, Any] = {name: [] for name in _LISTS}
+    record: dict[str, Any] = {name: [] for name in CLIP_LISTS}
     known = set(own["clip_id"])
     for teacher in teachers:
-        _add_clips(record, teacher.trained, known)
+        add_clips(record, teacher.trained, known)
     return record | {"unknown": next((teacher.unknown for teacher in teachers if teacher.unknown), "")}
-
-
-def trained_clips(record: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Returns all clips that a run has learnt from: its own, those of the run it started from and of its teachers, each once.
-
-    Args:
-      record: its `train_clips.json`.
-
-    Returns:
-      The record with longer lists, and whose clips are not known; "" where all are.
-    """
-    unknown = []
-    known = set(record["clip_id"])
-    whole = dict(record) | {name: list(record[name]) for name in _LISTS}
-    if "init_from" in record:
-        if record["init_from"] is None:
-            unknown.append("the model that this run started from does not list them")
-        else:
-            before, missing = trained_clips(record["init_from"])
-            _add_clips(whole, before, known)
-            unknown.append(missing)
-    if "teachers" in record:
-        _add_clips(whole, record["teachers"], known)
-        unknown.append(record["teachers"]["unknown"])
-    return whole, "; ".join(filter(None, unknown))
 
 
 def soft_targets(
@@ -215,7 +188,7 @@ def cross_fitted(scores: np.ndarray, seen: np.ndarray) -> np.ndarray:
 
 def _read(source: str) -> Teacher:
     path = resolve_source(source)
-    nothing: dict[str, list[Any]] = {name: [] for name in _LISTS}
+    nothing: dict[str, list[Any]] = {name: [] for name in CLIP_LISTS}
     if path.is_file():
         notes, value = read_bundle(path)
         return Teacher(source, int(notes["step"]), notes, value, nothing, f"the teacher {source!r}, a bundle, does not list them")
@@ -227,7 +200,7 @@ def _read(source: str) -> Teacher:
     if (path / "train_clips.json").is_file():
         trained, unknown = trained_clips(read_json(path / "train_clips.json", "list of training clips"))
         unknown = f"{unknown} (of the teacher {source!r})" if unknown else ""
-    return Teacher(source, restored.step, restored.meta, restored.value, {name: trained[name] for name in _LISTS}, unknown)
+    return Teacher(source, restored.step, restored.meta, restored.value, {name: trained[name] for name in CLIP_LISTS}, unknown)
 
 
 def _check_fits(teacher: Teacher, store: Store) -> None:
@@ -247,13 +220,9 @@ def _check_fits(teacher: Teacher, store: Store) -> None:
 
 def _scores(teacher: Teacher, store: Store, clips: np.ndarray, spread: Parallel) -> np.ndarray:
     """Returns what a teacher says of clips, as its evaluation does, float64 `[clips, classes]`."""
-    module, task, config = saved_module(teacher.notes), teacher.notes["task"], teacher.notes["config"]
+    config = teacher.notes["config"]
     temperature = float(teacher.notes.get("temperature", 1.0))  # of a bundle
-
-    def step(model: Any, x: jax.Array) -> jax.Array:
-        logits = module.apply(model["variables"], normalise(x, model["norm"]), train=False)
-        return probabilities(logits if temperature == 1 else logits / temperature, task)
-
+    step = make_score_step(saved_module(teacher.notes), teacher.notes["task"], temperature)
     return score_clips(
         spread.score_step(step),
         spread.place_state(teacher.value),
@@ -297,12 +266,3 @@ def _warn_of_leak(teachers: Sequence[Teacher], store: Store) -> None:
             )
     if unknown := [teacher.unknown for teacher in teachers if teacher.unknown]:
         logging.warning("config.distill: training clips unknown: %s; no audit can say that nothing leaks", unknown[0])
-
-
-def _add_clips(record: dict[str, Any], other: Mapping[str, Any], known: set[str]) -> None:
-    """Adds another record's clips to the lists of one, and to those `known`, where they are not yet."""
-    for clip_id, content, group in zip(*(other[name] for name in _LISTS), strict=True):
-        if clip_id not in known:
-            known.add(clip_id)
-            for name, value in zip(_LISTS, (clip_id, content, group), strict=True):
-                record[name].append(value)

@@ -442,7 +442,12 @@ def claim_workdir(workdir: Path, config: ConfigDict, store: Store, teachers: Seq
     if teachers:
         record["teachers"] = taught_clips(teachers, record)
     if path.is_file():
-        if changed := differences(completed(read_json(path, "run configuration")), plain):
+        there = completed(read_json(path, "run configuration"))
+        if there["model"].get("name") == plain["model"]["name"]:
+            # The fields that its network has got since, at their defaults.
+            named = {name: plain["model"][name] for name in ("name", "module")}
+            there["model"] = to_plain(ConfigDict(models.resolve(named))) | there["model"]
+        if changed := differences(there, plain):
             raise UserError(
                 f"{workdir}: holds a run with another config (there -> now): {'; '.join(changed)}. Choose another --workdir, "
                 "or give the same config to go on."

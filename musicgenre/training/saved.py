@@ -1,6 +1,7 @@
-"""The notes that a run's checkpoints hold, and the network that they describe."""
+"""The notes that a run leaves: in its checkpoints, with the network that they describe, and of the clips that it learnt from."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +13,9 @@ from musicgenre import models
 from musicgenre.audio.features import FeatureSpec
 from musicgenre.config import from_plain, to_plain
 from musicgenre.pipeline.store import Store
+
+# What `train_clips.json` lists of each clip.
+CLIP_LISTS = ("clip_id", "sha256", "group")
 
 
 def run_notes(config: ConfigDict, store: Store) -> dict[str, Any]:
@@ -58,3 +62,37 @@ def saved_shapes(meta: dict[str, Any]) -> dict[str, Any]:
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), {"variables": variables, "norm": norm}
     )
+
+
+def trained_clips(record: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Returns all clips that a run has learnt from: its own, those of the run it started from and of its teachers, each once.
+
+    Args:
+      record: its `train_clips.json`.
+
+    Returns:
+      The record with longer lists, and whose clips are not known; "" where all are.
+    """
+    unknown = []
+    known = set(record["clip_id"])
+    whole = dict(record) | {name: list(record[name]) for name in CLIP_LISTS}
+    if "init_from" in record:
+        if record["init_from"] is None:
+            unknown.append("the model that this run started from does not list them")
+        else:
+            before, missing = trained_clips(record["init_from"])
+            add_clips(whole, before, known)
+            unknown.append(missing)
+    if "teachers" in record:
+        add_clips(whole, record["teachers"], known)
+        unknown.append(record["teachers"]["unknown"])
+    return whole, "; ".join(filter(None, unknown))
+
+
+def add_clips(record: dict[str, Any], other: Mapping[str, Any], known: set[str]) -> None:
+    """Adds another record's clips to the lists of one, and to those `known`, where they are not yet."""
+    for clip_id, content, group in zip(*(other[name] for name in CLIP_LISTS), strict=True):
+        if clip_id not in known:
+            known.add(clip_id)
+            for name, value in zip(CLIP_LISTS, (clip_id, content, group), strict=True):
+                record[name].append(value)

@@ -160,11 +160,17 @@ def make_many_steps(step: StepFunction) -> StepFunction:
     return many_steps
 
 
-def make_score_step(module: nn.Module, task: str) -> Callable[[Any, jax.Array], jax.Array]:
-    """Returns `score_step(model, x) -> probabilities (or a regression's numbers) [batch, classes]` for `TrainState.model()`."""
+def make_score_step(module: nn.Module, task: str, temperature: float = 1.0) -> Callable[[Any, jax.Array], jax.Array]:
+    """Returns `score_step(model, x) -> probabilities (or a regression's numbers) [batch, classes]` for `TrainState.model()`.
+
+    Args:
+      module: the Linen module.
+      task: see `losses.probabilities`.
+      temperature: the logits are divided by it.
+    """
 
     def score_step(model: Any, x: jax.Array) -> jax.Array:
         logits = module.apply(model["variables"], normalise(x, model["norm"]), train=False)
-        return probabilities(logits, task)
+        return probabilities(logits if temperature == 1 else logits / temperature, task)
 
     return score_step

@@ -29,9 +29,10 @@ from musicgenre.pipeline.prepare import prepare_store
 from musicgenre.pipeline.store import Store
 from musicgenre.training import loop
 from musicgenre.training.augment import Augmentation
-from musicgenre.training.distill import Teacher, cross_fitted, distils, read_teachers, softened, trained_clips
+from musicgenre.training.distill import Teacher, cross_fitted, distils, read_teachers, softened
 from musicgenre.training.loop import Interrupted, train
 from musicgenre.training.losses import clip_losses, soft_losses
+from musicgenre.training.saved import trained_clips
 from musicgenre.training.state import create_state
 from musicgenre.training.step import make_train_step
 from musicgenre.training.telemetry import read_rows

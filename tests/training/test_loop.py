@@ -241,11 +241,14 @@ def test_a_run_of_the_version_before_goes_on(small_config, tmp_path):
     loop.train(small_config, tmp_path / "run", progress=False)
     path = tmp_path / "run" / "config.json"
     plain = json.loads(path.read_text())
-    del plain["augment"], plain["steps_per_call"], plain["data"]["on_device"]
+    del plain["augment"], plain["steps_per_call"], plain["data"]["on_device"], plain["model"]["pooling"]
     path.write_text(json.dumps(plain))
     assert loop.train(small_config, tmp_path / "run", progress=False).step == 3
     config = changed(small_config, augment__gain=1.0)
     with pytest.raises(UserError, match=r"\(there -> now\): augment.gain: 0.0 -> 1.0\. Choose"):
+        loop.train(config, tmp_path / "run", progress=False)
+    config = changed(small_config, model__pooling="mean")
+    with pytest.raises(UserError, match=r"\(there -> now\): model.pooling: flatten -> mean\. Choose"):
         loop.train(config, tmp_path / "run", progress=False)
 
 
