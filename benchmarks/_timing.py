@@ -46,13 +46,17 @@ class Ratio:
     low: float
     high: float
 
-    def line(self, what: str, *, at_most: float | None = None, at_least: float | None = None) -> str:
+    def line(
+        self, what: str, *, at_most: float | None = None, at_least: float | None = None
+    ) -> str:
         """One line, with the bar and whether it is met by the median."""
         text = f"  {what}: {self.median:.3f} (quartiles {self.low:.3f} to {self.high:.3f})"
         if at_most is not None:
             text += f"; bar: at most {at_most:g}, {'met' if self.median <= at_most else 'NOT met'}"
         if at_least is not None:
-            text += f"; bar: at least {at_least:g}, {'met' if self.median >= at_least else 'NOT met'}"
+            text += (
+                f"; bar: at least {at_least:g}, {'met' if self.median >= at_least else 'NOT met'}"
+            )
         return text
 
 
@@ -99,7 +103,9 @@ def machine(packages: Sequence[str] = ("jax", "jaxlib", "flax", "numpy")) -> str
         except importlib.metadata.PackageNotFoundError:
             versions.append(f"{package} (absent)")
     threads = [
-        f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "XLA_FLAGS") if name in os.environ
+        f"{name}={os.environ[name]}"
+        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "XLA_FLAGS")
+        if name in os.environ
     ]
     load = f"load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "load unknown"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -111,7 +117,9 @@ def machine(packages: Sequence[str] = ("jax", "jaxlib", "flax", "numpy")) -> str
         import jax
 
         kinds = {device.device_kind for device in jax.devices()}
-        lines.append(f"JAX devices: {len(jax.devices())} x {', '.join(sorted(kinds))} ({jax.default_backend()})")
+        lines.append(
+            f"JAX devices: {len(jax.devices())} x {', '.join(sorted(kinds))} ({jax.default_backend()})"
+        )
     return "\n".join(lines)
 
 

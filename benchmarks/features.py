@@ -35,12 +35,12 @@ from threadpoolctl import threadpool_limits
 from benchmarks._timing import Timing, alternate, machine, ratio
 from musicgenre.audio.decode import load_audio
 from musicgenre.audio.features import FeatureSpec, compute_features
+from musicgenre.audio.layout import ClipLayout
 from musicgenre.audio.resample import resample
 from musicgenre.datasets.base import Clip, Dataset, make_dataset
 from musicgenre.datasets.synthetic import STYLES, render_clip
 from musicgenre.files import sha256
-from musicgenre.pipeline.prepare import CLIPS_PER_SHARD, prepare_store
-from musicgenre.pipeline.store import ClipLayout
+from musicgenre.store.prepare import CLIPS_PER_SHARD, prepare_store
 
 ERROR_BAR, SPEED_BAR, PARTS_BAR, PROCESSES_BAR = 1e-4, 2.0, 0.9, 1.9
 REAL_CLIPS = Path(__file__).resolve().parents[2] / "shared" / "data" / "gtzan_audio"
@@ -74,7 +74,9 @@ def in_turns(
         contestants[name]()
         seconds[name].append((time.process_time() - start) / units)
 
-    clock = alternate({name: functools.partial(timed, name) for name in contestants}, rounds=rounds, units=units)
+    clock = alternate(
+        {name: functools.partial(timed, name) for name in contestants}, rounds=rounds, units=units
+    )
     return clock, {name: Timing(name, tuple(values[-rounds:])) for name, values in seconds.items()}
 
 
@@ -104,7 +106,9 @@ def made_up_clips(seconds: float, rate: int) -> dict[str, np.ndarray]:
     }
 
 
-def compare(clips: Mapping[str, np.ndarray], spec: FeatureSpec, rounds: int) -> tuple[list[str], float, float]:
+def compare(
+    clips: Mapping[str, np.ndarray], spec: FeatureSpec, rounds: int
+) -> tuple[list[str], float, float]:
     """Measures both sides on each clip, one thread each.
 
     Returns:
@@ -139,12 +143,22 @@ def write_clips(folder: Path, kind: Kind, count: int, seconds: float) -> Dataset
         sides = [mono, np.roll(mono, 441)][: kind.channels]
         soundfile.write(folder / f"{number:05d}.{kind.ending}", np.stack(sides, axis=1), kind.rate)
     for number in range(len(styles), count):
-        shutil.copy(folder / f"{number % len(styles):05d}.{kind.ending}", folder / f"{number:05d}.{kind.ending}")
+        shutil.copy(
+            folder / f"{number % len(styles):05d}.{kind.ending}",
+            folder / f"{number:05d}.{kind.ending}",
+        )
     clips = tuple(
-        Clip(f"{number:05d}", folder / f"{number:05d}.{kind.ending}", (styles[number % len(styles)],), "train")
+        Clip(
+            f"{number:05d}",
+            folder / f"{number:05d}.{kind.ending}",
+            (styles[number % len(styles)],),
+            "train",
+        )
         for number in range(count)
     )
-    return make_dataset(Dataset("made up", folder, "made up", "single_label", tuple(sorted(styles)), clips))
+    return make_dataset(
+        Dataset("made up", folder, "made up", "single_label", tuple(sorted(styles)), clips)
+    )
 
 
 class Preparing:
@@ -162,7 +176,9 @@ class Preparing:
         self.spec = FeatureSpec()
         self.layout = ClipLayout(self.spec.frames(seconds))
         self.decoded = [load_audio(clip.path, rate).samples for clip in dataset.clips[:4]]
-        self.resampled = [resample(samples, rate, self.spec.sample_rate) for samples in self.decoded]
+        self.resampled = [
+            resample(samples, rate, self.spec.sample_rate) for samples in self.decoded
+        ]
         self.rows = [self._row(samples) for samples in self.resampled]
 
     def parts(self) -> dict[str, Callable[[], None]]:
@@ -183,7 +199,12 @@ class Preparing:
 
         def write() -> None:
             for first in range(0, count, CLIPS_PER_SHARD):
-                rows = np.stack([self.rows[number % 4] for number in range(first, min(first + CLIPS_PER_SHARD, count))])
+                rows = np.stack(
+                    [
+                        self.rows[number % 4]
+                        for number in range(first, min(first + CLIPS_PER_SHARD, count))
+                    ]
+                )
                 np.save(self.folder / "rows.npy", rows, allow_pickle=False)
 
         def hashing() -> None:
@@ -197,21 +218,29 @@ class Preparing:
         """Prepares a fresh store of so many clips, which may be more than there are files, or of all."""
         files = self.dataset.clips
         numbers = range(clips or len(files))
-        chosen = tuple(dataclasses.replace(files[number % len(files)], clip_id=f"{number:05d}") for number in numbers)
+        chosen = tuple(
+            dataclasses.replace(files[number % len(files)], clip_id=f"{number:05d}")
+            for number in numbers
+        )
         dataset = dataclasses.replace(self.dataset, clips=chosen)
         store = self.folder / "store"
         prepare_store(dataset, self.spec, self.layout, store, workers=workers, progress=False)
         shutil.rmtree(store)
 
     def _row(self, samples: np.ndarray) -> np.ndarray:
-        row: np.ndarray = self.layout.fit(compute_features(samples, self.spec))[0].astype(np.float16)
+        row: np.ndarray = self.layout.fit(compute_features(samples, self.spec))[0].astype(
+            np.float16
+        )
         return row
 
 
 def free_cores(processes: int, seconds: float = 1.0) -> float:
     """Returns how many cores that many busy processes get at this moment."""
     spinning = [
-        subprocess.Popen([sys.executable, "-c", _SPIN, str(seconds)], stdout=subprocess.PIPE, text=True) for _ in range(processes)
+        subprocess.Popen(
+            [sys.executable, "-c", _SPIN, str(seconds)], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(processes)
     ]
     return sum(float(process.communicate()[0]) for process in spinning) / seconds
 
@@ -228,8 +257,12 @@ def report_front_end(real: Path, rounds: int, seconds: float) -> None:
         print("\n".join(lines))
         print(f"  median over the clips: {speed:.2f} times as fast; largest difference {error:.1e}")
         if kind == "logmel":
-            fast, equal = ("met" if met else "NOT met" for met in (speed >= SPEED_BAR, error <= ERROR_BAR))
-            print(f"  bars: at least {SPEED_BAR:g} times, {fast}; at most {ERROR_BAR:g} dB, {equal}")
+            fast, equal = (
+                "met" if met else "NOT met" for met in (speed >= SPEED_BAR, error <= ERROR_BAR)
+            )
+            print(
+                f"  bars: at least {SPEED_BAR:g} times, {fast}; at most {ERROR_BAR:g} dB, {equal}"
+            )
 
 
 def report_parts(kind: Kind, preparing: Preparing, rounds: int) -> None:
@@ -237,16 +270,27 @@ def report_parts(kind: Kind, preparing: Preparing, rounds: int) -> None:
     count = len(preparing.dataset.clips)
     parts = preparing.parts()
     with threadpool_limits(1):
-        clock, processor = in_turns(parts | {"prepare": functools.partial(preparing.prepare, 1)}, rounds=rounds, units=count)
+        clock, processor = in_turns(
+            parts | {"prepare": functools.partial(preparing.prepare, 1)}, rounds=rounds, units=count
+        )
     print(f"\nprepare, {kind}: one process, {count} clips, {rounds} rounds; processor time a clip")
     for timing in processor.values():
         print(timing.line())
     without = [part for part in parts if part != "hash"]
     for name, timings in (("processor time", processor), ("clock", clock)):
         bar = PARTS_BAR if name == "processor time" else None
-        for what, steps in (("the parts", without), ("the parts and the sources' checksums", list(parts))):
-            total = Timing(what, tuple(np.sum([timings[step].seconds for step in steps], axis=0).tolist()))
-            print(ratio(total, timings["prepare"]).line(f"rate over that of {what}, {name}", at_least=bar))
+        for what, steps in (
+            ("the parts", without),
+            ("the parts and the sources' checksums", list(parts)),
+        ):
+            total = Timing(
+                what, tuple(np.sum([timings[step].seconds for step in steps], axis=0).tolist())
+            )
+            print(
+                ratio(total, timings["prepare"]).line(
+                    f"rate over that of {what}, {name}", at_least=bar
+                )
+            )
 
 
 def report_processes(kind: Kind, preparing: Preparing, clips: int, rounds: int) -> None:
@@ -264,37 +308,90 @@ def report_processes(kind: Kind, preparing: Preparing, clips: int, rounds: int) 
         warmup=0,
     )
     one, two = (
-        Timing("", tuple(np.subtract(clock[f"{workers} x {clips}"].seconds, clock[f"{workers} x {half}"].seconds).tolist()))
+        Timing(
+            "",
+            tuple(
+                np.subtract(
+                    clock[f"{workers} x {clips}"].seconds, clock[f"{workers} x {half}"].seconds
+                ).tolist()
+            ),
+        )
         for workers in (1, 2)
     )
     start = 2 * clock[f"2 x {half}"].median - clock[f"2 x {clips}"].median
-    print(ratio(one, two).line(f"the second {clips - half} clips alone, without the start", at_least=PROCESSES_BAR))
-    print(ratio(clock[f"1 x {clips}"], clock[f"2 x {clips}"]).line(f"{clips} clips with the start", at_least=PROCESSES_BAR))
-    print(f"  one process takes {1e3 * one.median / (clips - half):.2f} ms a clip; starting two took {start:.2f} s")
+    print(
+        ratio(one, two).line(
+            f"the second {clips - half} clips alone, without the start", at_least=PROCESSES_BAR
+        )
+    )
+    print(
+        ratio(clock[f"1 x {clips}"], clock[f"2 x {clips}"]).line(
+            f"{clips} clips with the start", at_least=PROCESSES_BAR
+        )
+    )
+    print(
+        f"  one process takes {1e3 * one.median / (clips - half):.2f} ms a clip; starting two took {start:.2f} s"
+    )
     print(f"  afterwards, two busy loops get {free_cores(2):.2f} cores")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--real", type=Path, default=REAL_CLIPS, help="folder with GTZAN's folders of .au files; may be missing")
-    parser.add_argument("--rounds", type=int, default=21, help="of the front end, 0 for none (default: %(default)s)")
-    parser.add_argument("--clips", type=int, default=256, help="to prepare, at least 8; 0 for none (default: %(default)s)")
-    parser.add_argument("--process_clips", type=int, default=1000, help="for two processes, 0 for none (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--real",
+        type=Path,
+        default=REAL_CLIPS,
+        help="folder with GTZAN's folders of .au files; may be missing",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=21, help="of the front end, 0 for none (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--clips",
+        type=int,
+        default=256,
+        help="to prepare, at least 8; 0 for none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--process_clips",
+        type=int,
+        default=1000,
+        help="for two processes, 0 for none (default: %(default)s)",
+    )
     parser.add_argument("--prepare_rounds", type=int, default=5, help="(default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of a made-up clip (default: %(default)s)")
-    parser.add_argument("--tiny", action="store_true", help="a dry run of seconds: its figures mean nothing")
+    parser.add_argument(
+        "--seconds", type=float, default=30.0, help="of a made-up clip (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="a dry run of seconds: its figures mean nothing"
+    )
     given = parser.parse_args(arguments)
-    rounds, clips, prepare_rounds, seconds = given.rounds, given.clips, given.prepare_rounds, given.seconds
+    rounds, clips, prepare_rounds, seconds = (
+        given.rounds,
+        given.clips,
+        given.prepare_rounds,
+        given.seconds,
+    )
     if given.tiny:
-        rounds, clips, prepare_rounds, seconds, given.process_clips = min(rounds, 1), min(clips, 8), 1, 2.0, 12
+        rounds, clips, prepare_rounds, seconds, given.process_clips = (
+            min(rounds, 1),
+            min(clips, 8),
+            1,
+            2.0,
+            12,
+        )
     print(machine(("librosa", "numpy", "scipy", "soundfile", "soxr")))
     if rounds:
         report_front_end(given.real, rounds, seconds)
     for kind in KINDS if clips else ():
         with tempfile.TemporaryDirectory(prefix="musicgenre-features-") as temporary:
             folder = Path(temporary)
-            preparing = Preparing(write_clips(folder / "clips", kind, clips, seconds), kind.rate, seconds, folder)
+            preparing = Preparing(
+                write_clips(folder / "clips", kind, clips, seconds), kind.rate, seconds, folder
+            )
             report_parts(kind, preparing, prepare_rounds)
             if given.process_clips:
                 report_processes(kind, preparing, given.process_clips, prepare_rounds)

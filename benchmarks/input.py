@@ -30,12 +30,13 @@ from benchmarks._nets import CLASSES, DEFAULT_NETS, NETS, TINY, Net
 from benchmarks._timing import alternate, machine, ratio
 from musicgenre import models
 from musicgenre.audio.features import FeatureSpec
+from musicgenre.audio.layout import ClipLayout
 from musicgenre.datasets.arrays import load_arrays
-from musicgenre.pipeline.loader import normalisation, train_batches
-from musicgenre.pipeline.prepare import CLIPS_PER_SHARD, prepare_store
-from musicgenre.pipeline.store import ClipLayout, Store
+from musicgenre.store.loader import normalisation, train_batches
+from musicgenre.store.prepare import CLIPS_PER_SHARD, prepare_store
+from musicgenre.store.store import Store
 from musicgenre.training.augment import Augmentation
-from musicgenre.training.loop import MOST_STEPS_IN_FLIGHT, resident_clips
+from musicgenre.training.fit import MOST_STEPS_IN_FLIGHT, resident_clips
 from musicgenre.training.parallel import Feed, Parallel
 from musicgenre.training.state import create_state
 from musicgenre.training.step import make_train_step
@@ -55,11 +56,20 @@ def noise_store(folder: Path, clips: int, frames: int, bands: int) -> Store:
         clip_id=np.array([f"{number:07d}" for number in range(clips)]),
     )
     dataset = load_arrays(folder, {"train": "noise.npz"})
-    prepare_store(dataset, FeatureSpec(n_mels=bands), ClipLayout(frames), folder / "store", workers=1, progress=False)
+    prepare_store(
+        dataset,
+        FeatureSpec(n_mels=bands),
+        ClipLayout(frames),
+        folder / "store",
+        workers=1,
+        progress=False,
+    )
     return Store.open(folder / "store", verify=False)
 
 
-def step_runners(store: Store, net: Net, *, feed: str, augment: bool, steps: int) -> dict[str, Callable[[], None]]:
+def step_runners(
+    store: Store, net: Net, *, feed: str, augment: bool, steps: int
+) -> dict[str, Callable[[], None]]:
     """Returns two functions, "fed" and "ready", that each take `steps` training steps and wait for the last.
 
     Args:
@@ -73,19 +83,34 @@ def step_runners(store: Store, net: Net, *, feed: str, augment: bool, steps: int
     spread = Parallel.create("jit", jax.devices()[:1])
     module = models.build(net.model, num_classes=CLASSES, frames=frames, bands=net.bands)
     optimizer = optax.adam(1e-4)
-    clips = resident_clips(spread, store, store.indices("train"), "always" if feed == "resident" else "never")
-    augmentation = Augmentation(frames, time_masks=2, band_masks=2, mixup=0.4, noise=0.5) if augment else None
+    clips = resident_clips(
+        spread, store, store.indices("train"), "always" if feed == "resident" else "never"
+    )
+    augmentation = (
+        Augmentation(frames, time_masks=2, band_masks=2, mixup=0.4, noise=0.5) if augment else None
+    )
     norm = normalisation(store, "band")
 
-    def make(augmentation: Augmentation | None, resident: bool) -> tuple[Callable[..., Any], list[Any]]:
+    def make(
+        augmentation: Augmentation | None, resident: bool
+    ) -> tuple[Callable[..., Any], list[Any]]:
         step = make_train_step(
-            module, optimizer, seed=0, class_weights=jnp.ones(CLASSES), augmentation=augmentation, window_frames=frames
+            module,
+            optimizer,
+            seed=0,
+            class_weights=jnp.ones(CLASSES),
+            augmentation=augmentation,
+            window_frames=frames,
         )
-        state = create_state(module, optimizer, norm, seed=0, frames=frames, bands=net.bands, ema=False)
+        state = create_state(
+            module, optimizer, norm, seed=0, frames=frames, bands=net.bands, ema=False
+        )
         # In a list, since each step gives its state up to the next.
         return spread.train_step(step, resident=resident), [spread.place_state(state)]
 
-    def run(compiled: Callable[..., Any], state: list[Any], batches: Iterator[tuple[Any, ...]]) -> None:
+    def run(
+        compiled: Callable[..., Any], state: list[Any], batches: Iterator[tuple[Any, ...]]
+    ) -> None:
         flying: collections.deque[Any] = collections.deque()
         for batch in batches:
             state[0], metrics = compiled(state[0], *batch)
@@ -94,7 +119,11 @@ def step_runners(store: Store, net: Net, *, feed: str, augment: bool, steps: int
                 jax.block_until_ready(flying.popleft())
         jax.block_until_ready(state[0])
 
-    settings: dict[str, Any] = {"batch_size": net.cpu_batch, "seed": 0, "crop_frames": net.crop_frames}
+    settings: dict[str, Any] = {
+        "batch_size": net.cpu_batch,
+        "seed": 0,
+        "crop_frames": net.crop_frames,
+    }
     fed_step, fed_state = make(augmentation, clips is not None)
     source = Feed(train_batches(store, steps=2**40, resident=clips is not None, **settings), spread)
 
@@ -112,9 +141,13 @@ def step_runners(store: Store, net: Net, *, feed: str, augment: bool, steps: int
     }
 
 
-def crop_readers(store: Store, crop_frames: int, batch_size: int, batches: int) -> dict[str, Callable[[], None]]:
+def crop_readers(
+    store: Store, crop_frames: int, batch_size: int, batches: int
+) -> dict[str, Callable[[], None]]:
     """Returns functions that each read `batches` batches of random crops of the store: "Grain", and three loops without it."""
-    source = train_batches(store, batch_size=batch_size, steps=2**40, seed=0, crop_frames=crop_frames)
+    source = train_batches(
+        store, batch_size=batch_size, steps=2**40, seed=0, crop_frames=crop_frames
+    )
     files = sorted((store.path / "shards").glob("*.npy"))
     maps: list[np.ndarray] = [np.load(file, mmap_mode="r") for file in files]
     arrays = [memory_map.view(np.ndarray) for memory_map in maps]
@@ -139,7 +172,9 @@ def crop_readers(store: Store, crop_frames: int, batch_size: int, batches: int) 
 
     def stack() -> None:
         for _ in range(batches):
-            np.stack([maps[shard][row, start : start + crop_frames] for shard, row, start in crops()])
+            np.stack(
+                [maps[shard][row, start : start + crop_frames] for shard, row, start in crops()]
+            )
 
     return {
         "Grain": grain,
@@ -151,20 +186,37 @@ def crop_readers(store: Store, crop_frames: int, batch_size: int, batches: int) 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures, prints, and returns 0 whether or not the bars are met."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nets", default="", help=f"of {','.join(NETS)}, or none, for Grain alone; default: all")
-    parser.add_argument("--feed", choices=["resident", "read"], default="resident", help="default: %(default)s")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--nets", default="", help=f"of {','.join(NETS)}, or none, for Grain alone; default: all"
+    )
+    parser.add_argument(
+        "--feed", choices=["resident", "read"], default="resident", help="default: %(default)s"
+    )
     parser.add_argument("--augment", action="store_true", help="the fed step also augments")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each side (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="steps of a turn (default: %(default)s)")
-    parser.add_argument("--clips", type=int, default=443, help="clips in the store, GTZAN's by default")
-    parser.add_argument("--tiny", action="store_true", help="a small network and few rounds: whether it runs, not how fast")
+    parser.add_argument(
+        "--rounds", type=int, default=9, help="turns of each side (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=20, help="steps of a turn (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--clips", type=int, default=443, help="clips in the store, GTZAN's by default"
+    )
+    parser.add_argument(
+        "--tiny",
+        action="store_true",
+        help="a small network and few rounds: whether it runs, not how fast",
+    )
     options = parser.parse_args(arguments)
     nets = TINY if options.tiny else NETS
     chosen = (
         []
         if options.nets == "none"
-        else [name for name in options.nets.split(",") if name] or list(TINY if options.tiny else DEFAULT_NETS)
+        else [name for name in options.nets.split(",") if name]
+        or list(TINY if options.tiny else DEFAULT_NETS)
     )
     if unknown := [name for name in chosen if name not in nets]:
         parser.error(f"--nets: {unknown[0]!r} is none of {', '.join(nets)}")
@@ -179,26 +231,41 @@ def main(arguments: list[str] | None = None) -> int:
         def store_of(net: Net) -> Store:
             shape = (net.clip_frames, net.bands)
             if shape not in stores:
-                stores[shape] = noise_store(Path(folder) / f"{net.clip_frames}x{net.bands}", clips, *shape)
+                stores[shape] = noise_store(
+                    Path(folder) / f"{net.clip_frames}x{net.bands}", clips, *shape
+                )
             return stores[shape]
 
         for name in chosen:
             net = nets[name]
-            print(f"{name}, batch {net.cpu_batch} x {net.frames} frames x {net.bands} bands, {options.feed}")
-            runners = step_runners(store_of(net), net, feed=options.feed, augment=options.augment, steps=steps)
+            print(
+                f"{name}, batch {net.cpu_batch} x {net.frames} frames x {net.bands} bands, {options.feed}"
+            )
+            runners = step_runners(
+                store_of(net), net, feed=options.feed, augment=options.augment, steps=steps
+            )
             timings = alternate(runners, rounds=rounds, units=steps)
             for timing in timings.values():
                 print(timing.line())
-            print(ratio(timings["fed"], timings["ready"]).line("fed / ready", at_most=FED_BAR), flush=True)
+            print(
+                ratio(timings["fed"], timings["ready"]).line("fed / ready", at_most=FED_BAR),
+                flush=True,
+            )
 
         net = TINY["tiny"] if options.tiny else NETS["short_chunk_res"]
         for batch_size in (8,) if options.tiny else (16, 32, 64):
-            print(f"Grain: random crops of {net.crop_frames} frames x {net.bands} bands, batches of {batch_size}")
+            print(
+                f"Grain: random crops of {net.crop_frames} frames x {net.bands} bands, batches of {batch_size}"
+            )
             readers = crop_readers(store_of(net), net.crop_frames, batch_size, batches)
             timings = alternate(readers, rounds=rounds, units=batches)
             for timing in timings.values():
                 print(timing.line())
-            print(ratio(timings["bare loop"], timings["Grain"]).line("Grain's rate / bare loop's", at_least=GRAIN_BAR))
+            print(
+                ratio(timings["bare loop"], timings["Grain"]).line(
+                    "Grain's rate / bare loop's", at_least=GRAIN_BAR
+                )
+            )
             for name in ("np.stack", "loop over arrays"):
                 print(ratio(timings[name], timings["Grain"]).line(f"Grain's rate / {name}'s"))
     return 0

@@ -28,12 +28,21 @@ import soundfile
 
 from musicgenre.audio.decode import load_audio
 from musicgenre.audio.features import FeatureSpec, compute_features
+from musicgenre.audio.layout import ClipLayout
 from musicgenre.audio.resample import resample
 from musicgenre.datasets.base import Clip, Dataset, make_dataset
 from musicgenre.files import sha256, write_text
-from musicgenre.pipeline.loader import normalisation, train_batches
-from musicgenre.pipeline.prepare import CLIPS_PER_SHARD, ClipFeatures, Recipe, ShardTask, StorePlan, one_thread, write_shard
-from musicgenre.pipeline.store import ClipLayout, Store
+from musicgenre.store.loader import normalisation, train_batches
+from musicgenre.store.prepare import (
+    CLIPS_PER_SHARD,
+    ClipFeatures,
+    Recipe,
+    ShardTask,
+    StorePlan,
+    one_thread,
+    write_shard,
+)
+from musicgenre.store.store import Store
 
 BATCH = 32
 # Mean and deviation of every position read all clips to train on: measured for each clip, on stores up to this size.
@@ -81,7 +90,9 @@ class Projection:
     price_month: float
 
 
-def project(kind: Kind, seconds_per_clip: float, bands: int, price_core_hour: float, price_gb_month: float) -> Projection:
+def project(
+    kind: Kind, seconds_per_clip: float, bands: int, price_core_hour: float, price_gb_month: float
+) -> Projection:
     """Returns what a data set's store takes.
 
     Args:
@@ -101,7 +112,9 @@ def made_up(kind: Kind, path: Path) -> Path:
     """Writes a clip of noise and tones in a data set's format, and returns its path."""
     generator = np.random.default_rng(0)
     t = np.arange(int(kind.seconds * kind.rate)) / kind.rate
-    tones = np.sin(2 * np.pi * np.array([110.0, 220.0, 331.0, 554.0, 1660.0])[:, None] * t).sum(axis=0)
+    tones = np.sin(2 * np.pi * np.array([110.0, 220.0, 331.0, 554.0, 1660.0])[:, None] * t).sum(
+        axis=0
+    )
     samples = 0.1 * tones[:, None] + 0.05 * generator.standard_normal((len(t), kind.channels))
     soundfile.write(path, samples, kind.rate)
     return path
@@ -130,11 +143,17 @@ def measure_clip(kind: Kind, spec: FeatureSpec, clips: int, folder: Path) -> dic
         for _ in range(clips):
             digest = timed("hash", functools.partial(sha256, path))
             samples = timed("decode", functools.partial(load_audio, path, kind.rate)).samples
-            samples = timed("resample", functools.partial(resample, samples, kind.rate, spec.sample_rate))
-            features = timed("mel", functools.partial(compute_features, layout.cut(samples, spec), spec))
+            samples = timed(
+                "resample", functools.partial(resample, samples, kind.rate, spec.sample_rate)
+            )
+            features = timed(
+                "mel", functools.partial(compute_features, layout.cut(samples, spec), spec)
+            )
             fitted = layout.fit(features)[0].astype(np.float16)
             made = [ClipFeatures(fitted, kind.frames, digest)] * CLIPS_PER_SHARD
-            writing = functools.partial(write_shard, folder / "shards", task, made, recipe.made_with)
+            writing = functools.partial(
+                write_shard, folder / "shards", task, made, recipe.made_with
+            )
             timed("write", writing, CLIPS_PER_SHARD)
             timed("process_clip", functools.partial(recipe, clip))
     return seconds
@@ -179,9 +198,15 @@ def build(folder: Path, entries: int, frames: int) -> dict[str, float]:
     return result | {"columns_MB": columns / 1e6, "records_MB": records_size / 1e6}
 
 
-def _sparse_shard(file: Path, clips: Sequence[Clip], frames: int, recipe: Recipe, known: dict[int, dict[str, Any]]) -> None:
+def _sparse_shard(
+    file: Path, clips: Sequence[Clip], frames: int, recipe: Recipe, known: dict[int, dict[str, Any]]
+) -> None:
     """Writes a shard of silence without its bytes, and its record; `known` keeps what shards of one size share."""
-    header = {"descr": "<f2", "fortran_order": False, "shape": (len(clips), frames, recipe.spec.bands)}
+    header = {
+        "descr": "<f2",
+        "fortran_order": False,
+        "shape": (len(clips), frames, recipe.spec.bands),
+    }
     with open(file, "wb") as handle:
         np.lib.format.write_array_header_1_0(handle, header)
         handle.truncate(handle.tell() + 2 * len(clips) * frames * recipe.spec.bands)
@@ -198,9 +223,16 @@ def _sparse_shard(file: Path, clips: Sequence[Clip], frames: int, recipe: Recipe
         }
         for row, clip in enumerate(clips)
     ]
-    record = recipe.made_with | {"file": file.name, "rows": len(clips)} | known[len(clips)] | {"clips": entries}
+    record = (
+        recipe.made_with
+        | {"file": file.name, "rows": len(clips)}
+        | known[len(clips)]
+        | {"clips": entries}
+    )
     # As `write_json` does, but for waiting for the disk: there are thousands.
-    file.with_suffix(".json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    file.with_suffix(".json").write_text(
+        json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def start(folder: Path, batches: int) -> dict[str, float]:
@@ -220,7 +252,10 @@ def start(folder: Path, batches: int) -> dict[str, float]:
     lap("iterator_s")
     next(iterator)
     lap("batch_s")
-    result |= {"first_batch_s": sum(value for name, value in result.items() if name.endswith("_s")), "first_batch_GB": _peak_gb()}
+    result |= {
+        "first_batch_s": sum(value for name, value in result.items() if name.endswith("_s")),
+        "first_batch_GB": _peak_gb(),
+    }
     begin = time.perf_counter()
     Store.open(folder, verify=False)
     lap("reopen_s")
@@ -261,7 +296,10 @@ def _against_maps(store: Store, batches: int) -> dict[str, float]:
         return result
 
     seconds: dict[str, list[float]] = {"gather": [], "maps": []}
-    ways: list[tuple[str, Callable[[np.ndarray], np.ndarray]]] = [("gather", store.gather), ("maps", mapped)]
+    ways: list[tuple[str, Callable[[np.ndarray], np.ndarray]]] = [
+        ("gather", store.gather),
+        ("maps", mapped),
+    ]
     # Fills the page cache by maps of its own; of a large store a run comes back to a clip only an epoch later.
     other = Store.open(store.path, verify=False)
     for indices in chosen:
@@ -288,7 +326,13 @@ def _peak_gb() -> float:
 
 def _in_own_process(step: str, folder: Path, *numbers: int) -> dict[str, float]:
     """Runs a step in a fresh process, whose memory is its own, and returns its result."""
-    command = [sys.executable, os.path.abspath(__file__), f"--step={step}", str(folder), *map(str, numbers)]
+    command = [
+        sys.executable,
+        os.path.abspath(__file__),
+        f"--step={step}",
+        str(folder),
+        *map(str, numbers),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{step} of {folder} failed:\n{done.stderr}")
@@ -299,14 +343,19 @@ def _in_own_process(step: str, folder: Path, *numbers: int) -> dict[str, float]:
 def _print_clip_costs(clips: int, folder: Path) -> dict[str, float]:
     """Measures and prints what a clip costs; returns the seconds of a clip for each data set."""
     spec = FeatureSpec()
-    print(f"\nprocessor ms for a clip on one core, median (interquartile range) of {clips}, made-up audio")
+    print(
+        f"\nprocessor ms for a clip on one core, median (interquartile range) of {clips}, made-up audio"
+    )
     total = {}
     for kind in KINDS:
         seconds = measure_clip(kind, spec, clips, folder)
         low, middle, high = (
-            {step: 1e3 * float(np.quantile(values, q)) for step, values in seconds.items()} for q in (0.25, 0.5, 0.75)
+            {step: 1e3 * float(np.quantile(values, q)) for step, values in seconds.items()}
+            for q in (0.25, 0.5, 0.75)
         )
-        parts = ", ".join(f"{step} {middle[step]:.1f} ({low[step]:.1f}-{high[step]:.1f})" for step in middle)
+        parts = ", ".join(
+            f"{step} {middle[step]:.1f} ({low[step]:.1f}-{high[step]:.1f})" for step in middle
+        )
         whole = middle["process_clip"] + middle["write"]
         ratio = whole / sum(value for step, value in middle.items() if step != "process_clip")
         print(
@@ -317,11 +366,17 @@ def _print_clip_costs(clips: int, folder: Path) -> dict[str, float]:
     return total
 
 
-def _print_projection(total: dict[str, float], price_core_hour: float, price_gb_month: float) -> None:
+def _print_projection(
+    total: dict[str, float], price_core_hour: float, price_gb_month: float
+) -> None:
     """Prints what the data sets take, at the prices that were given."""
     bands = FeatureSpec().bands
-    print(f"\nassumed prices: {price_core_hour:g} for a core-hour, {price_gb_month:g} for a GB-month")
-    print(f"  {'':16s} {'clips':>9s} {'frames x bands':>14s} {'store GB':>9s} {'core-hours':>10s} {'once':>7s} {'a month':>8s}")
+    print(
+        f"\nassumed prices: {price_core_hour:g} for a core-hour, {price_gb_month:g} for a GB-month"
+    )
+    print(
+        f"  {'':16s} {'clips':>9s} {'frames x bands':>14s} {'store GB':>9s} {'core-hours':>10s} {'once':>7s} {'a month':>8s}"
+    )
     for kind in KINDS:
         made = project(kind, total[kind.name], bands, price_core_hour, price_gb_month)
         shape = f"{kind.frames} x {bands}"
@@ -361,13 +416,30 @@ def _print_growth(entries: Sequence[int], frames: int, batches: int, root: Path)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, default=25, help="Repeats of each step; 0 leaves the first two tables out.")
-    parser.add_argument("--entries", default="1000,10000,100000,1000000", help="Sizes of the stores; empty for none.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--clips",
+        type=int,
+        default=25,
+        help="Repeats of each step; 0 leaves the first two tables out.",
+    )
+    parser.add_argument(
+        "--entries",
+        default="1000,10000,100000,1000000",
+        help="Sizes of the stores; empty for none.",
+    )
     parser.add_argument("--frames", type=int, default=647, help="Frames of a clip in those stores.")
-    parser.add_argument("--batches", type=int, default=20, help="Batches of the comparison with memory maps.")
-    parser.add_argument("--price_core_hour", type=float, default=0.05, help="An assumption, in any currency.")
-    parser.add_argument("--price_gb_month", type=float, default=0.02, help="An assumption, in any currency.")
+    parser.add_argument(
+        "--batches", type=int, default=20, help="Batches of the comparison with memory maps."
+    )
+    parser.add_argument(
+        "--price_core_hour", type=float, default=0.05, help="An assumption, in any currency."
+    )
+    parser.add_argument(
+        "--price_gb_month", type=float, default=0.02, help="An assumption, in any currency."
+    )
     parser.add_argument("--step", choices=("build", "start"), help=argparse.SUPPRESS)
     parser.add_argument("of", nargs="*", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
@@ -381,7 +453,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             total = _print_clip_costs(given.clips, Path(root))
             _print_projection(total, given.price_core_hour, given.price_gb_month)
         if given.entries:
-            _print_growth([int(number) for number in given.entries.split(",")], given.frames, given.batches, Path(root))
+            _print_growth(
+                [int(number) for number in given.entries.split(",")],
+                given.frames,
+                given.batches,
+                Path(root),
+            )
     return 0
 
 

@@ -26,20 +26,25 @@ import soundfile
 from benchmarks._timing import Timing, alternate, machine, ratio
 from musicgenre.audio.decode import stream_audio
 from musicgenre.datasets.synthetic import STYLES, render_clip
-from musicgenre.inference.model import TrainedModel, load_model
 from musicgenre.inference.windows import BATCH, Network, score_files, stream_windows
+from musicgenre.runs.model import TrainedModel, load_model
 
 # One call of musicnn's `extractor` on a 30 s clip, seconds: as noted when the reference scores of its published models were
 # computed (TensorFlow 2.15, two cores). It is not run here: it needs a TensorFlow of its own.
 MUSICNN_CALL = (2.5, 7.0)
-_COMMAND = "import sys; from musicgenre.cli import main; sys.exit(main())"
+_COMMAND = "import sys; from musicgenre.cli.main import main; sys.exit(main())"
 
 
 def write_clips(folder: Path, count: int, seconds: float) -> list[Path]:
     """Writes made-up clips, wav and mp3 in turns, and returns their paths."""
     styles = list(STYLES)
-    mono = [render_clip(styles[number % len(styles)], seed=0, seconds=seconds, index=number) for number in range(min(count, 4))]
-    stereo = [np.stack([samples.repeat(2), np.roll(samples, 220).repeat(2)], axis=1) for samples in mono]
+    mono = [
+        render_clip(styles[number % len(styles)], seed=0, seconds=seconds, index=number)
+        for number in range(min(count, 4))
+    ]
+    stereo = [
+        np.stack([samples.repeat(2), np.roll(samples, 220).repeat(2)], axis=1) for samples in mono
+    ]
     paths = []
     for number in range(count):
         if number % 2:
@@ -78,23 +83,45 @@ def contestants(model: TrainedModel, paths: Sequence[Path]) -> dict[str, Callabl
     return {"tag": tag, "network alone": network_alone, "decode + features alone": features_alone}
 
 
-def report_folder(model: TrainedModel, paths: Sequence[Path], seconds: float, rounds: int) -> Timing:
+def report_folder(
+    model: TrainedModel, paths: Sequence[Path], seconds: float, rounds: int
+) -> Timing:
     """Prints files a second and the real-time factor; returns the time of a file."""
     clock = alternate(contestants(model, paths), rounds=rounds, units=len(paths))
-    print(f"\ntag, {len(paths)} clips of {seconds:g} s (half wav, half mp3), {rounds} rounds, by the clock; a file:")
+    print(
+        f"\ntag, {len(paths)} clips of {seconds:g} s (half wav, half mp3), {rounds} rounds, by the clock; a file:"
+    )
     for timing in clock.values():
-        print(f"{timing.line()}   {1 / timing.median:7.1f} files/s, {seconds / timing.median:7.0f} times real time")
+        print(
+            f"{timing.line()}   {1 / timing.median:7.1f} files/s, {seconds / timing.median:7.0f} times real time"
+        )
     print(ratio(clock["tag"], clock["network alone"]).line("tag over the network alone"))
-    print(ratio(clock["tag"], clock["decode + features alone"]).line("tag over decode + features alone"))
+    print(
+        ratio(clock["tag"], clock["decode + features alone"]).line(
+            "tag over decode + features alone"
+        )
+    )
     halves = np.add(clock["network alone"].seconds, clock["decode + features alone"].seconds)
-    print(ratio(clock["tag"], Timing("sum", tuple(halves.tolist()))).line("tag over their sum (below 1: they overlap)"))
+    print(
+        ratio(clock["tag"], Timing("sum", tuple(halves.tolist()))).line(
+            "tag over their sum (below 1: they overlap)"
+        )
+    )
     return clock["tag"]
 
 
 def run_command(model: str, paths: Sequence[Path | str]) -> float:
     """Runs `musicgenre tag` in a process of its own and returns the seconds that it took."""
     start = time.perf_counter()
-    command = [sys.executable, "-c", _COMMAND, "tag", f"--model={model}", "--format=csv", *map(str, paths)]
+    command = [
+        sys.executable,
+        "-c",
+        _COMMAND,
+        "tag",
+        f"--model={model}",
+        "--format=csv",
+        *map(str, paths),
+    ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
 
@@ -158,9 +185,16 @@ def in_own_process(model: str, path: Path) -> dict[str, float]:
     return result
 
 
-def report_memory(model: str, lengths: Sequence[float], folder: Path, measure: Callable[[str, Path], dict[str, float]]) -> None:
+def report_memory(
+    model: str,
+    lengths: Sequence[float],
+    folder: Path,
+    measure: Callable[[str, Path], dict[str, float]],
+) -> None:
     """Prints memory over the length of a file."""
-    print("\nmemory of a process that tags one file: 10^6 bytes at most, before the file and after it")
+    print(
+        "\nmemory of a process that tags one file: 10^6 bytes at most, before the file and after it"
+    )
     peaks = []
     for seconds in lengths:
         path = write_long(folder / "long.wav", seconds)
@@ -175,14 +209,26 @@ def report_memory(model: str, lengths: Sequence[float], folder: Path, measure: C
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="gtzan", help="as of `musicgenre tag` (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", default="gtzan", help="as of `musicgenre tag` (default: %(default)s)"
+    )
     parser.add_argument("--files", type=int, default=100, help="(default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of a file (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=30.0, help="of a file (default: %(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
-    parser.add_argument("--single", type=int, default=5, help="processes of one file each (default: %(default)s)")
-    parser.add_argument("--long", default="600,10800", help="lengths of the long files, seconds; empty for none")
-    parser.add_argument("--tiny", action="store_true", help="a dry run of seconds: its figures mean nothing")
+    parser.add_argument(
+        "--single", type=int, default=5, help="processes of one file each (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--long", default="600,10800", help="lengths of the long files, seconds; empty for none"
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="a dry run of seconds: its figures mean nothing"
+    )
     parser.add_argument("--of", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.of:

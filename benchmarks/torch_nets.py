@@ -21,7 +21,14 @@ def _conv(inputs: int, filters: int, size: int = 3, stride: int = 1) -> nn.Conv2
 class Conv1D(nn.Module):
     """`musicgenre.models.conv1d.Conv1D` with its default fields."""
 
-    def __init__(self, num_classes: int, frames: int, bands: int, filters: tuple[int, ...] = (256, 256, 256), dense: int = 2048):
+    def __init__(
+        self,
+        num_classes: int,
+        frames: int,
+        bands: int,
+        filters: tuple[int, ...] = (256, 256, 256),
+        dense: int = 2048,
+    ):
         super().__init__()
         self.depth = len(filters)
         inputs = bands
@@ -90,7 +97,9 @@ class GRU(nn.Module):
         h = x.new_zeros(x.shape[0], self.units)
         states = []
         for frame in (x @ self.kernel + self.bias).unbind(1):
-            z, r = (0.2 * (frame[:, : 2 * self.units] + h @ gates) + 0.5).clamp(0, 1).chunk(2, dim=1)
+            z, r = (
+                (0.2 * (frame[:, : 2 * self.units] + h @ gates) + 0.5).clamp(0, 1).chunk(2, dim=1)
+            )
             h = z * h + (1 - z) * torch.tanh(frame[:, 2 * self.units :] + (r * h) @ candidate)
             states.append(h)
         return torch.stack(states, dim=1)
@@ -99,7 +108,13 @@ class GRU(nn.Module):
 class CRNN(nn.Module):
     """`musicgenre.models.crnn.CRNN` with its default fields."""
 
-    def __init__(self, num_classes: int, frames: int, filters: tuple[int, ...] = (64, 128, 128, 128), units: int = 32):
+    def __init__(
+        self,
+        num_classes: int,
+        frames: int,
+        filters: tuple[int, ...] = (64, 128, 128, 128),
+        units: int = 32,
+    ):
         super().__init__()
         self.depth = len(filters)
         self.input_norm = nn.BatchNorm1d(frames + 74)
@@ -127,7 +142,11 @@ class ShortChunk(nn.Module):
     """`musicgenre.models.short_chunk.ShortChunk` with its default fields, plain or residual."""
 
     def __init__(
-        self, num_classes: int, residual: bool, filters: tuple[int, ...] = (128, 128, 256, 256, 256, 256, 512), dense: int = 512
+        self,
+        num_classes: int,
+        residual: bool,
+        filters: tuple[int, ...] = (128, 128, 256, 256, 256, 256, 512),
+        dense: int = 512,
     ):
         super().__init__()
         self.residual, self.depth = residual, len(filters)
@@ -135,7 +154,11 @@ class ShortChunk(nn.Module):
         inputs = 1
         for i, width in enumerate(filters, start=1):
             if residual:
-                layers = {f"conv{i}a": (inputs, 2), f"conv{i}b": (width, 1), f"conv{i}_shortcut": (inputs, 2)}
+                layers = {
+                    f"conv{i}a": (inputs, 2),
+                    f"conv{i}b": (width, 1),
+                    f"conv{i}_shortcut": (inputs, 2),
+                }
             else:
                 layers = {f"conv{i}": (inputs, 1)}
             for name, (channels, stride) in layers.items():
@@ -156,7 +179,9 @@ class ShortChunk(nn.Module):
         x = self.input_norm(x[:, None])
         for i in range(1, self.depth + 1):
             if self.residual:
-                x = F.relu(conv(x, f"conv{i}_shortcut") + conv(F.relu(conv(x, f"conv{i}a")), f"conv{i}b"))
+                x = F.relu(
+                    conv(x, f"conv{i}_shortcut") + conv(F.relu(conv(x, f"conv{i}a")), f"conv{i}b")
+                )
             else:
                 x = F.max_pool2d(F.relu(conv(x, f"conv{i}")), 2)
         x = F.relu(self.dense_norm(self.dense(x.amax(dim=(2, 3)))))
@@ -187,7 +212,11 @@ class ResNet(nn.Module):
     def _units(self) -> list[tuple[str, int, int]]:
         """Name, filters and stride of each unit."""
         return [
-            (f"stage{stage + 1}_unit{unit + 1}", self.stem.out_channels * 2**stage, 2 if stage and not unit else 1)
+            (
+                f"stage{stage + 1}_unit{unit + 1}",
+                self.stem.out_channels * 2**stage,
+                2 if stage and not unit else 1,
+            )
             for stage, units in enumerate(self.blocks)
             for unit in range(units)
         ]
@@ -230,8 +259,18 @@ def load_flax(module: nn.Module, variables: Mapping[str, Any]) -> None:
     Raises:
       RuntimeError: a parameter is missing on either side, or its shape differs.
     """
-    names = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
-    state = {key: value for key, value in module.state_dict().items() if key.endswith("num_batches_tracked")}
+    names = {
+        "kernel": "weight",
+        "scale": "weight",
+        "bias": "bias",
+        "mean": "running_mean",
+        "var": "running_var",
+    }
+    state = {
+        key: value
+        for key, value in module.state_dict().items()
+        if key.endswith("num_batches_tracked")
+    }
     for collection in ("params", "batch_stats"):
         for layer, leaves in variables.get(collection, {}).items():
             for leaf, value in leaves.items():

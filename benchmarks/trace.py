@@ -51,9 +51,15 @@ def newest(folder: Path) -> Path:
     Raises:
       FileNotFoundError: there is none.
     """
-    files = [folder] if folder.is_file() else sorted(folder.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime)
+    files = (
+        [folder]
+        if folder.is_file()
+        else sorted(folder.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime)
+    )
     if not files:
-        raise FileNotFoundError(f"{folder}: no *.xplane.pb there. Train with --profile_steps=20,5 and name <workdir>/profile.")
+        raise FileNotFoundError(
+            f"{folder}: no *.xplane.pb there. Train with --profile_steps=20,5 and name <workdir>/profile."
+        )
     return files[-1]
 
 
@@ -114,21 +120,31 @@ def op_names(file: Path) -> dict[tuple[str, str], str]:
     names = {}
     # XSpace.planes, XPlane.event_metadata, its value; of that its name and stats, XStat.bytes_value, HloProto.hlo_module.
     metadata = _all([file.read_bytes()], 1, 4, 2)
-    programs = [(b"".join(_all([entry], 2)).decode(), module) for entry in metadata for module in _all([entry], 5, 6, 1)]
+    programs = [
+        (b"".join(_all([entry], 2)).decode(), module)
+        for entry in metadata
+        for module in _all([entry], 5, 6, 1)
+    ]
     for program, module in programs:
         inside: dict[int, list[str]] = {}  # names of the instructions of a computation
         called: dict[str, set[int]] = {}
         for computation in _all([module], 3):
-            named = inside.setdefault(next((value for key, value in _fields(computation) if key == 5), 0), [])
+            named = inside.setdefault(
+                next((value for key, value in _fields(computation) if key == 5), 0), []
+            )
             for instruction in _all([computation], 2):
                 name, opcode = _all([instruction], 1)[0].decode(), _all([instruction], 2)[0]
                 if operation := _all([instruction], 7, 2):
                     names[program, name] = operation[0].decode()
                     named.append(names[program, name])
                 if opcode == b"fusion":
-                    called[name] = {number for ids in _all([instruction], 38) for number in _numbers(ids)}
+                    called[name] = {
+                        number for ids in _all([instruction], 38) for number in _numbers(ids)
+                    }
         for name, computations in called.items():
-            heavy = [op for number in computations for op in inside.get(number, []) if op.endswith(HEAVY)]
+            heavy = [
+                op for number in computations for op in inside.get(number, []) if op.endswith(HEAVY)
+            ]
             if heavy:
                 names[program, name] = heavy[0]
     return names
@@ -138,7 +154,11 @@ def place(op_name: str) -> tuple[str, str]:
     """Returns a JAX name's place in the network, with the way through it, and its primitive."""
     *path, primitive = op_name.split("/")
     way = "backward" if "transpose(" in op_name else "forward" if "jvp(" in op_name else ""
-    inside = [part for part in path if "(" not in part and part not in ("while", "body", "closed_call", "cond")]
+    inside = [
+        part
+        for part in path
+        if "(" not in part and part not in ("while", "body", "closed_call", "cond")
+    ]
     return " ".join([way, "/".join(inside)]).strip() or "the rest of the step", primitive
 
 
@@ -158,18 +178,24 @@ def own_times(events: Iterable[tuple[float, float, Any]]) -> Iterator[tuple[Any,
 def operations(file: Path) -> list[Row]:
     """Returns the operations of compiled programs in a trace, typically longest first; see the module for what is counted."""
     names = op_names(file)
-    durations: dict[tuple[str, str], list[float]] = collections.defaultdict(list)  # seconds of each instruction of a program
+    durations: dict[tuple[str, str], list[float]] = collections.defaultdict(
+        list
+    )  # seconds of each instruction of a program
     for plane in ProfileData.from_file(str(file)).planes:
         started, ends = [], {}
         for event in (event for line in plane.lines for event in line.events):
             stats = dict(event.stats)
             if "hlo_op" in stats:
-                instruction = (f"{stats.get('hlo_module')}({stats.get('program_id')})", stats["hlo_op"])
+                instruction = (
+                    f"{stats.get('hlo_module')}({stats.get('program_id')})",
+                    stats["hlo_op"],
+                )
                 started.append((event.start_ns, event.duration_ns, stats.get("_p"), instruction))
             elif event.name.startswith("end: "):
                 ends[stats.get("_c")] = event.start_ns
         events = [
-            (start, max(duration, ends.get(mark, 0) - start), instruction) for start, duration, mark, instruction in started
+            (start, max(duration, ends.get(mark, 0) - start), instruction)
+            for start, duration, mark, instruction in started
         ]
         for instruction, own in own_times(events):
             durations[instruction].append(own / 1e9)
@@ -177,9 +203,16 @@ def operations(file: Path) -> list[Row]:
     for instruction, seconds in durations.items():
         # A copy that XLA put in has no name in JAX.
         named = names.get(instruction)
-        alike[place(named) if named else ("XLA's own", re.sub(r"[.\d]+$", "", instruction[1]))].append(seconds)
+        alike[
+            place(named) if named else ("XLA's own", re.sub(r"[.\d]+$", "", instruction[1]))
+        ].append(seconds)
     rows = [
-        Row(*where, sum(map(len, lists)), sum(map(sum, lists)), sum(statistics.median(some) * len(some) for some in lists))
+        Row(
+            *where,
+            sum(map(len, lists)),
+            sum(map(sum, lists)),
+            sum(statistics.median(some) * len(some) for some in lists),
+        )
         for where, lists in alike.items()
     ]
     return sorted(rows, key=lambda row: row.typical, reverse=True)
@@ -187,7 +220,9 @@ def operations(file: Path) -> list[Row]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table and returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="<workdir>/profile, or one *.xplane.pb")
     parser.add_argument("--top", type=int, default=15, help="lines (default: %(default)s)")
     options = parser.parse_args(arguments)
@@ -202,8 +237,12 @@ def main(arguments: list[str] | None = None) -> int:
     if rest := rows[options.top :]:
         lines.append((f"{len(rest)} more", rest))
     for what, some in [*lines, ("together", rows)]:
-        typical, seconds, count = (sum(getattr(row, name) for row in some) for name in ("typical", "seconds", "count"))
-        print(f"{typical / total:>6.1%} {1e3 * typical:>10.1f} {1e3 * seconds:>10.1f} {count:>6}  {what}")
+        typical, seconds, count = (
+            sum(getattr(row, name) for row in some) for name in ("typical", "seconds", "count")
+        )
+        print(
+            f"{typical / total:>6.1%} {1e3 * typical:>10.1f} {1e3 * seconds:>10.1f} {count:>6}  {what}"
+        )
     return 0
 
 

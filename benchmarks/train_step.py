@@ -48,7 +48,11 @@ def batch_of(net: Net, batch: int) -> dict[str, np.ndarray]:
     """Returns noise, `x` `[batch, frames, bands]` float32, and labels `y` `[batch]` int32; no clip is padding."""
     generator = np.random.default_rng(0)
     x = generator.standard_normal((batch, net.frames, net.bands), np.float32)
-    return {"x": x, "y": np.arange(batch, dtype=np.int32) % CLASSES, "mask": np.ones(batch, np.float32)}
+    return {
+        "x": x,
+        "y": np.arange(batch, dtype=np.int32) % CLASSES,
+        "mask": np.ones(batch, np.float32),
+    }
 
 
 class Jax:
@@ -74,16 +78,28 @@ class Jax:
         from musicgenre.training.state import create_state
         from musicgenre.training.step import make_train_step
 
-        module = models.build(net.model, num_classes=CLASSES, frames=net.frames, bands=net.bands, dtype=dtype)
+        module = models.build(
+            net.model, num_classes=CLASSES, frames=net.frames, bands=net.bands, dtype=dtype
+        )
         optimizer = optax.adam(1e-4)
         norm = {"mean": np.zeros(net.bands, np.float32), "std": np.ones(net.bands, np.float32)}
         spread = Parallel.create("jit", jax.devices()[:1])
-        step: Any = spread.train_step(make_train_step(module, optimizer, seed=0, class_weights=jnp.ones(CLASSES)))
-        state = create_state(module, optimizer, norm, seed=0, frames=net.frames, bands=net.bands, ema=False)
-        self._state, self._batch = spread.place_state(state), spread.place_batch(batch_of(net, batch))
+        step: Any = spread.train_step(
+            make_train_step(module, optimizer, seed=0, class_weights=jnp.ones(CLASSES))
+        )
+        state = create_state(
+            module, optimizer, norm, seed=0, frames=net.frames, bands=net.bands, ema=False
+        )
+        self._state, self._batch = (
+            spread.place_state(state),
+            spread.place_batch(batch_of(net, batch)),
+        )
         self._step = step.lower(self._state, self._batch).compile()
         cost = self._step.cost_analysis() or {}
-        self.flops, self.moved = float(cost.get("flops", 0.0)), float(cost.get("bytes accessed", 0.0))
+        self.flops, self.moved = (
+            float(cost.get("flops", 0.0)),
+            float(cost.get("bytes accessed", 0.0)),
+        )
 
     def run(self, steps: int) -> float:
         """Takes steps, waits for the last, and returns its loss."""
@@ -104,7 +120,16 @@ class Torch:
       compiled: through torch.compile.
     """
 
-    def __init__(self, name: str, net: Net, batch: int, dtype: str, *, channels_last: bool = False, compiled: bool = False):
+    def __init__(
+        self,
+        name: str,
+        net: Net,
+        batch: int,
+        dtype: str,
+        *,
+        channels_last: bool = False,
+        compiled: bool = False,
+    ):
         import torch
 
         from benchmarks import torch_nets
@@ -137,11 +162,16 @@ class Torch:
 def contestants(name: str, net: Net, batch: int, dtype: str, *, compiled: bool) -> dict[str, Any]:
     """Builds a network's step on both sides: "jax", "torch eager", "torch channels last" (of images), and "torch compiled"."""
     images = net.model["name"] != "conv1d"
-    sides: dict[str, Any] = {"jax": Jax(net, batch, dtype), "torch eager": Torch(name, net, batch, dtype)}
+    sides: dict[str, Any] = {
+        "jax": Jax(net, batch, dtype),
+        "torch eager": Torch(name, net, batch, dtype),
+    }
     if images:
         sides["torch channels last"] = Torch(name, net, batch, dtype, channels_last=True)
     if compiled:
-        sides["torch compiled"] = Torch(name, net, batch, dtype, channels_last=images, compiled=True)
+        sides["torch compiled"] = Torch(
+            name, net, batch, dtype, channels_last=images, compiled=True
+        )
     return sides
 
 
@@ -160,9 +190,18 @@ class Memory:
 
 def measure_memory(side: str, name: str, batch: int, dtype: str, *, tiny: bool = False) -> Memory:
     """Returns what a side takes in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.train_step", f"--memory_of={side}", f"--nets={name}", f"--batch={batch}"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.train_step",
+        f"--memory_of={side}",
+        f"--nets={name}",
+        f"--batch={batch}",
+    ]
     command += [f"--dtypes={dtype}"] + ["--tiny"] * tiny
-    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).resolve().parents[1])
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=Path(__file__).resolve().parents[1]
+    )
     return Memory(**json.loads(result.stdout.splitlines()[-1]))
 
 
@@ -184,7 +223,14 @@ def _memory(side: str, name: str, net: Net, batch: int, dtype: str) -> Memory:
     if side == "jax":
         one: Any = Jax(net, batch, dtype)
     else:
-        one = Torch(name, net, batch, dtype, channels_last=side == "torch channels last", compiled=side == "torch compiled")
+        one = Torch(
+            name,
+            net,
+            batch,
+            dtype,
+            channels_last=side == "torch channels last",
+            compiled=side == "torch compiled",
+        )
     one.run(3)
     peak = _status("VmHWM")
     if side == "jax" and (stats := jax.devices()[0].memory_stats()):
@@ -205,7 +251,11 @@ def _memory(side: str, name: str, net: Net, batch: int, dtype: str) -> Memory:
 
 def _status(field: str) -> float:
     """Of this process, MB. getrusage's high-water mark begins at that of the process that started it."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(field)
+    )
     return float(line.split()[1]) * 1024 / 1e6
 
 
@@ -236,13 +286,18 @@ def device_rates(dtype: str, size: int, megabytes: int) -> tuple[float, float]:
     return 2.0 * size**3 / product, 2.0 * array.nbytes / copy
 
 
-def compare(name: str, net: Net, batch: int, dtype: str, options: argparse.Namespace, *, gpu: bool) -> None:
+def compare(
+    name: str, net: Net, batch: int, dtype: str, options: argparse.Namespace, *, gpu: bool
+) -> None:
     """Times one network in one type, and prints times, ratios and memory."""
     print(f"{name}, {dtype}, batch {batch} x {net.frames} frames x {net.bands} bands")
     sides = contestants(name, net, batch, dtype, compiled=not options.no_compile)
     jax_side = sides["jax"]
     losses = {side: one.run(1) for side, one in sides.items()}
-    print("  loss of the first step: " + ", ".join(f"{side} {loss:.3f}" for side, loss in losses.items()))
+    print(
+        "  loss of the first step: "
+        + ", ".join(f"{side} {loss:.3f}" for side, loss in losses.items())
+    )
     runs = {side: (lambda one=one: one.run(options.steps)) for side, one in sides.items()}
     timings = alternate(runs, rounds=options.rounds, units=options.steps)
     for timing in timings.values():
@@ -255,7 +310,11 @@ def compare(name: str, net: Net, batch: int, dtype: str, options: argparse.Names
         print(ratio(timings["jax"], timings[side]).line(f"jax / {side}", at_most=bar))
     if gpu and "torch compiled" in timings:
         least = GPU_BAR if dtype == "bfloat16" else None
-        print(ratio(timings["torch compiled"], timings["jax"]).line("jax's throughput / torch compiled's", at_least=least))
+        print(
+            ratio(timings["torch compiled"], timings["jax"]).line(
+                "jax's throughput / torch compiled's", at_least=least
+            )
+        )
     seconds = timings["jax"].median
     if options.rates or gpu:
         size, megabytes = (8192, 1000) if gpu else (1024, 100)
@@ -269,30 +328,58 @@ def compare(name: str, net: Net, batch: int, dtype: str, options: argparse.Names
     del jax_side, sides, runs
     gc.collect()
     if not options.no_memory:
-        peaks = {side: measure_memory(side, name, batch, dtype, tiny=options.tiny) for side in timings}
+        peaks = {
+            side: measure_memory(side, name, batch, dtype, tiny=options.tiny) for side in timings
+        }
         for what in ("steps", "peak"):
             values = {side: getattr(memory, what) for side, memory in peaks.items()}
             text = ", ".join(f"{side} {value:.0f}" for side, value in values.items())
             print(f"  memory, {'steps' if what == 'steps' else 'with compiling'}, MB: {text}")
-            print(f"    jax / {best}: {values['jax'] / values[best]:.3f}; bar: at most 1", flush=True)
+            print(
+                f"    jax / {best}: {values['jax'] / values[best]:.3f}; bar: at most 1", flush=True
+            )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures, prints, and returns 0 whether or not the bars are met."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nets", default="", help=f"of {','.join(NETS)}; default: {','.join(DEFAULT_NETS)}")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--nets", default="", help=f"of {','.join(NETS)}; default: {','.join(DEFAULT_NETS)}"
+    )
     parser.add_argument("--dtypes", default=",".join(DTYPES), help="default: %(default)s")
-    parser.add_argument("--batch", type=int, default=0, help=f"clips; default: {GPU_BATCH}, on CPU by network")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each side (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=1, help="steps of a turn (default: %(default)s)")
-    parser.add_argument("--no_compile", action="store_true", help="leave out PyTorch compiled, which needs a C++ compiler")
-    parser.add_argument("--no_memory", action="store_true", help="leave out the processes that measure memory")
-    parser.add_argument("--rates", action="store_true", help="the shares of the device's rates also on CPU")
-    parser.add_argument("--tiny", action="store_true", help="a small network and few rounds: whether it runs, not how fast")
+    parser.add_argument(
+        "--batch", type=int, default=0, help=f"clips; default: {GPU_BATCH}, on CPU by network"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="turns of each side (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=1, help="steps of a turn (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--no_compile",
+        action="store_true",
+        help="leave out PyTorch compiled, which needs a C++ compiler",
+    )
+    parser.add_argument(
+        "--no_memory", action="store_true", help="leave out the processes that measure memory"
+    )
+    parser.add_argument(
+        "--rates", action="store_true", help="the shares of the device's rates also on CPU"
+    )
+    parser.add_argument(
+        "--tiny",
+        action="store_true",
+        help="a small network and few rounds: whether it runs, not how fast",
+    )
     parser.add_argument("--memory_of", default="", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     nets = TINY if options.tiny else NETS
-    chosen = [name for name in options.nets.split(",") if name] or list(TINY if options.tiny else DEFAULT_NETS)
+    chosen = [name for name in options.nets.split(",") if name] or list(
+        TINY if options.tiny else DEFAULT_NETS
+    )
     dtypes = [name for name in options.dtypes.split(",") if name]
     for flag, values, known in (("nets", chosen, nets), ("dtypes", dtypes, DTYPES)):
         if unknown := [value for value in values if value not in known]:
@@ -304,10 +391,14 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import torch
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    torch.set_num_threads(
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     if options.memory_of:
         net = nets[chosen[0]]
-        memory = _memory(options.memory_of, chosen[0], net, options.batch or net.cpu_batch, dtypes[0])
+        memory = _memory(
+            options.memory_of, chosen[0], net, options.batch or net.cpu_batch, dtypes[0]
+        )
         print(json.dumps(dataclasses.asdict(memory)))
         return 0
 
@@ -319,7 +410,9 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     print(machine(("jax", "jaxlib", "flax", "optax", "torch", "numpy")))
-    print(f"PyTorch: {torch.get_num_threads()} threads, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}")
+    print(
+        f"PyTorch: {torch.get_num_threads()} threads, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}"
+    )
     print(
         f"float32 products: JAX precision {jax.config.jax_default_matmul_precision or 'default'}, "
         f"PyTorch {torch.get_float32_matmul_precision()}; TF32 in cuDNN {torch.backends.cudnn.allow_tf32}; bfloat16: "

@@ -36,7 +36,12 @@ def get_config(size: str = "report") -> ConfigDict:
       UserError: the size is unknown.
     """
     if size not in RESNET_SIZES:
-        raise UserError(f"--config=configs/gtzan_mels_resnet.py:{size}: no size {size!r}." + did_you_mean(size, RESNET_SIZES))
+        raise UserError(
+            f"--config=configs/gtzan_mels_resnet.py:{size}: no size {size!r}."
+            + did_you_mean(size, RESNET_SIZES)
+        )
     config = gtzan_mels_conv1d.get_config()
-    config.model = ConfigDict({"name": "resnet", "module": "", "preactivation": True} | RESNET_SIZES[size])
+    config.model = ConfigDict(
+        {"name": "resnet", "module": "", "preactivation": True} | RESNET_SIZES[size]
+    )
     return config

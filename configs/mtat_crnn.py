@@ -33,10 +33,15 @@ def get_config(network: str = "crnn") -> ConfigDict:
       UserError: the network or its size is unknown.
     """
     sizes = {"crnn": CRNN_SIZES} | CHOI_SIZES
-    known = {f"{name}-{size}": (name, fields) for name in sizes for size, fields in sizes[name].items()}
+    known = {
+        f"{name}-{size}": (name, fields) for name in sizes for size, fields in sizes[name].items()
+    }
     known |= {name: (name, {}) for name in sizes}
     if network not in known:
-        raise UserError(f"--config=configs/mtat_crnn.py:{network}: no network {network!r}." + did_you_mean(network, known))
+        raise UserError(
+            f"--config=configs/mtat_crnn.py:{network}: no network {network!r}."
+            + did_you_mean(network, known)
+        )
     name, fields = known[network]
     config = base_config()
     config.data.dataset = "mtat"

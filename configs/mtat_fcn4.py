@@ -31,7 +31,10 @@ def get_config(size: str = "fcn4") -> ConfigDict:
       UserError: the size is unknown.
     """
     if size not in FCN_SIZES:
-        raise UserError(f"--config=configs/mtat_fcn4.py:{size}: no size {size!r}." + did_you_mean(size, FCN_SIZES))
+        raise UserError(
+            f"--config=configs/mtat_fcn4.py:{size}: no size {size!r}."
+            + did_you_mean(size, FCN_SIZES)
+        )
     config = base_config()
     config.data.dataset = "mtat"
     config.data.protocol = "clean"

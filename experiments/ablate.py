@@ -14,18 +14,26 @@ import importlib.util
 from absl import flags
 from ml_collections import config_flags
 
-from musicgenre import app
+from musicgenre.cli import app
 from musicgenre.errors import UserError
-from musicgenre.inference.ablation import run_ablation, run_folds
-from musicgenre.training.loop import Interrupted
+from musicgenre.studies.ablation import run_ablation, run_folds
+from musicgenre.training.fit import Interrupted
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all runs and of the table.", required=True)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of all runs and of the table.", required=True
+)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of each variant: 0, 1, ...", lower_bound=1)
 _FOLDS = flags.DEFINE_integer(
-    "folds", 0, "Folds that each variant is trained on with each seed; 0: the split as it is.", lower_bound=0
+    "folds",
+    0,
+    "Folds that each variant is trained on with each seed; 0: the split as it is.",
+    lower_bound=0,
 )
 _STEPS = flags.DEFINE_integer(
-    "steps", 0, "With --folds: steps of each training, to within half an epoch; 0 goes by the epochs.", lower_bound=0
+    "steps",
+    0,
+    "With --folds: steps of each training, to within half an epoch; 0 goes by the epochs.",
+    lower_bound=0,
 )
 _ONLY = flags.DEFINE_list("only", [], "Names of variants to run; all if empty.")
 _PROGRESS = flags.DEFINE_bool("progress", True, "Draw progress bars.")
@@ -41,17 +49,29 @@ def main() -> int:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "sweep"):
-        raise UserError(f"{path}: has no sweep(). It should yield (name, {{field: value}}) pairs; see configs/ablations/.")
+        raise UserError(
+            f"{path}: has no sweep(). It should yield (name, {{field: value}}) pairs; see configs/ablations/."
+        )
     variants = list(module.sweep())
     if unknown := set(_ONLY.value) - {name for name, _ in variants}:
-        raise UserError(f"--only: {path} has no variant {sorted(unknown)[0]!r}, but {', '.join(name for name, _ in variants)}.")
+        raise UserError(
+            f"--only: {path} has no variant {sorted(unknown)[0]!r}, but {', '.join(name for name, _ in variants)}."
+        )
     variants = [variant for variant in variants if not _ONLY.value or variant[0] in _ONLY.value]
     if _STEPS.value and not _FOLDS.value:
         raise UserError("--steps goes with --folds; without folds set --config.epochs.")
     workdir, seeds, progress = _WORKDIR.value, range(_SEEDS.value), _PROGRESS.value
     try:
         if _FOLDS.value:
-            run_folds(config, variants, workdir, seeds, _FOLDS.value, steps=_STEPS.value, progress=progress)
+            run_folds(
+                config,
+                variants,
+                workdir,
+                seeds,
+                _FOLDS.value,
+                steps=_STEPS.value,
+                progress=progress,
+            )
         else:
             run_ablation(config, variants, workdir, seeds, progress=progress)
     except Interrupted as stop:

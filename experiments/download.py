@@ -5,12 +5,18 @@ python experiments/download.py --dataset=mtat --root=/data/mtat
 
 from absl import flags
 
-from musicgenre import app
-from musicgenre.datasets.download import MTAT_URL, download_mtat
+from musicgenre.cli import app
+from musicgenre.datasets.fetch.mtat import MTAT_URL, download_mtat
 
-_DATASET = flags.DEFINE_enum("dataset", "mtat", ["mtat"], "MagnaTagATune: about 3 GB, and 3 GB more unpacked.")
-_ROOT = flags.DEFINE_string("root", None, "Folder of the data set; made where it does not exist.", required=True)
-_BASE_URL = flags.DEFINE_string("base_url", MTAT_URL, "Where its files are, if it has moved or you have a mirror.")
+_DATASET = flags.DEFINE_enum(
+    "dataset", "mtat", ["mtat"], "MagnaTagATune: about 3 GB, and 3 GB more unpacked."
+)
+_ROOT = flags.DEFINE_string(
+    "root", None, "Folder of the data set; made where it does not exist.", required=True
+)
+_BASE_URL = flags.DEFINE_string(
+    "base_url", MTAT_URL, "Where its files are, if it has moved or you have a mirror."
+)
 _PROGRESS = flags.DEFINE_bool("progress", True, "Draw progress bars.")
 
 

@@ -19,15 +19,27 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from musicgenre import app
+from musicgenre.cli import app
 from musicgenre.errors import UserError
 from musicgenre.evaluation.ensemble import ensemble
-from musicgenre.evaluation.report import Evaluation, calibration_line, headline, measure, summarise_seeds, write_report
+from musicgenre.evaluation.report import (
+    Evaluation,
+    calibration_line,
+    headline,
+    measure,
+    summarise_seeds,
+    write_report,
+)
 from musicgenre.files import write_json
-from musicgenre.inference.evaluate import evaluate_model, store_of_arrays, temperature_source, training_store
-from musicgenre.inference.model import load_model
-from musicgenre.inference.similar import neighbour_report, neighbour_table
-from musicgenre.pipeline.store import Store
+from musicgenre.inference.index import neighbour_report, neighbour_table
+from musicgenre.runs.model import load_model
+from musicgenre.store.store import Store
+from musicgenre.studies.evaluate import (
+    evaluate_model,
+    store_of_arrays,
+    temperature_source,
+    training_store,
+)
 
 _WORKDIRS = flags.DEFINE_multi_string(
     "workdir",
@@ -36,10 +48,20 @@ _WORKDIRS = flags.DEFINE_multi_string(
     required=True,
 )
 _SPLIT = flags.DEFINE_enum("split", "test", ["train", "valid", "test"], "Split to evaluate.")
-_STORE = flags.DEFINE_string("store", "", "Store to evaluate on; the one that the model was trained on if empty.")
-_ARRAYS = flags.DEFINE_string("arrays", "", "File of spectrograms (.npz or .npy) to evaluate on instead, all of it as --split.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "last, best (by the validation measure) or a step.")
-_OUT = flags.DEFINE_string("out", "", "Folder of the report; <workdir>/evaluation-<split> if empty.")
+_STORE = flags.DEFINE_string(
+    "store", "", "Store to evaluate on; the one that the model was trained on if empty."
+)
+_ARRAYS = flags.DEFINE_string(
+    "arrays",
+    "",
+    "File of spectrograms (.npz or .npy) to evaluate on instead, all of it as --split.",
+)
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", "last", "last, best (by the validation measure) or a step."
+)
+_OUT = flags.DEFINE_string(
+    "out", "", "Folder of the report; <workdir>/evaluation-<split> if empty."
+)
 _TEMPERATURE = flags.DEFINE_string(
     "temperature",
     "",
@@ -47,10 +69,14 @@ _TEMPERATURE = flags.DEFINE_string(
     "fitted, a split (train, valid, test) or a file of spectrograms (.npz or .npy).",
 )
 _FATAL = flags.DEFINE_bool(
-    "fatal_leakage", False, "Exit with 4 when the audit finds leaks from the training clips, or these are not known."
+    "fatal_leakage",
+    False,
+    "Exit with 4 when the audit finds leaks from the training clips, or these are not known.",
 )
 _NEIGHBOURS = flags.DEFINE_multi_integer(
-    "neighbours", [], "Also: the share of each clip's K nearest others, by embedding, that is of its class; several."
+    "neighbours",
+    [],
+    "Also: the share of each clip's K nearest others, by embedding, that is of its class; several.",
 )
 
 LEAKAGE = 4
@@ -70,7 +96,9 @@ def main() -> int:
             if model.workdir.is_file() and not _OUT.value:
                 raise UserError(f"{workdir}: the report on a bundle needs a place: --out=...")
             if _ARRAYS.value:
-                store = store_of_arrays(model, _ARRAYS.value, _SPLIT.value, Path(scratch) / str(number))
+                store = store_of_arrays(
+                    model, _ARRAYS.value, _SPLIT.value, Path(scratch) / str(number)
+                )
             else:
                 store = Store.open(_STORE.value or training_store(workdir))
             evaluation = evaluate_model(model, store, _SPLIT.value, command=command)
@@ -78,11 +106,17 @@ def main() -> int:
             calibration = None
             if _TEMPERATURE.value:
                 place = Path(scratch) / f"temperature{number}"
-                calibration = temperature_source(_TEMPERATURE.value, evaluation, model, store, place, alone=bool(_ARRAYS.value))
+                calibration = temperature_source(
+                    _TEMPERATURE.value, evaluation, model, store, place, alone=bool(_ARRAYS.value)
+                )
                 if calibration is None:
-                    print(f"--temperature is left out: it is for classes, and the task is {evaluation.task}.")
+                    print(
+                        f"--temperature is left out: it is for classes, and the task is {evaluation.task}."
+                    )
             metrics = measure(evaluation, calibration=calibration)
-            report = write_report(out / f"run{number}" if len(workdirs) > 1 else out, evaluation, metrics=metrics)
+            report = write_report(
+                out / f"run{number}" if len(workdirs) > 1 else out, evaluation, metrics=metrics
+            )
             runs.append((str(workdir), metrics))
             evaluations.append(evaluation)
             calibrations.append(calibration)
@@ -98,14 +132,21 @@ def main() -> int:
     if len(workdirs) > 1:
         names = [name for name, _ in runs]
         together = ensemble(evaluations, names)
-        fitted_on = [calibration for calibration in calibrations if isinstance(calibration, Evaluation)]
+        fitted_on = [
+            calibration for calibration in calibrations if isinstance(calibration, Evaluation)
+        ]
         calibration = ensemble(fitted_on, names) if fitted_on else calibrations[0]
         metrics = measure(together, calibration=calibration)
         of_ensemble = write_report(Path(_OUT.value) / "ensemble", together, metrics=metrics)
         _say(f"ensemble of {len(runs)} (mean of their scores)", together, metrics)
         correct = None
         if first.task == "single_label":
-            correct = np.stack([evaluation.scores.argmax(axis=1) == evaluation.targets for evaluation in evaluations])
+            correct = np.stack(
+                [
+                    evaluation.scores.argmax(axis=1) == evaluation.targets
+                    for evaluation in evaluations
+                ]
+            )
         report = summarise_seeds(
             Path(_OUT.value),
             runs,
@@ -130,7 +171,9 @@ def main() -> int:
 
 
 def _say(name: str, evaluation: Evaluation, metrics: dict[str, Any]) -> None:
-    print(f"{'SYNTHETIC audio, ' if evaluation.synthetic else ''}{name}, {evaluation.split}: {headline(metrics)}")
+    print(
+        f"{'SYNTHETIC audio, ' if evaluation.synthetic else ''}{name}, {evaluation.split}: {headline(metrics)}"
+    )
     if line := calibration_line(metrics):
         print(line)
 

@@ -11,18 +11,36 @@ import sys
 
 from absl import flags
 
-from musicgenre import app
-from musicgenre.datasets import previews
+from musicgenre.cli import app
+from musicgenre.datasets.fetch import previews
 
-_ROOT = flags.DEFINE_string("root", None, "Folder with the .h5 files, or one file of many songs.", required=True)
-_LIMIT = flags.DEFINE_integer("limit", 0, "Songs to ask for in this run at most; 0 is all.", lower_bound=0)
-_PER_DAY = flags.DEFINE_integer("per_day", previews.REQUESTS_PER_DAY, "Requests within 24 hours, retries too.", lower_bound=1)
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only say what would be asked for; needs no keys and writes nothing.")
-_RETRY_MISSING = flags.DEFINE_bool("retry_missing", False, "Ask again for songs that were not found.")
-_LEDGER = flags.DEFINE_string("ledger", "", "List of all requests of a key; <root>/previews/requests.jsonl if empty.")
-_COUNTRY = flags.DEFINE_string("country", "", "ISO code of 7digital's shop, such as GB; the account's own if empty.")
-_BASE_URL = flags.DEFINE_string("base_url", previews.BASE_URL, "Address that the track id is added to.")
-_TIMEOUT = flags.DEFINE_float("timeout", 30.0, "Seconds without a byte after which a request is given up.", lower_bound=0.1)
+_ROOT = flags.DEFINE_string(
+    "root", None, "Folder with the .h5 files, or one file of many songs.", required=True
+)
+_LIMIT = flags.DEFINE_integer(
+    "limit", 0, "Songs to ask for in this run at most; 0 is all.", lower_bound=0
+)
+_PER_DAY = flags.DEFINE_integer(
+    "per_day", previews.REQUESTS_PER_DAY, "Requests within 24 hours, retries too.", lower_bound=1
+)
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Only say what would be asked for; needs no keys and writes nothing."
+)
+_RETRY_MISSING = flags.DEFINE_bool(
+    "retry_missing", False, "Ask again for songs that were not found."
+)
+_LEDGER = flags.DEFINE_string(
+    "ledger", "", "List of all requests of a key; <root>/previews/requests.jsonl if empty."
+)
+_COUNTRY = flags.DEFINE_string(
+    "country", "", "ISO code of 7digital's shop, such as GB; the account's own if empty."
+)
+_BASE_URL = flags.DEFINE_string(
+    "base_url", previews.BASE_URL, "Address that the track id is added to."
+)
+_TIMEOUT = flags.DEFINE_float(
+    "timeout", 30.0, "Seconds without a byte after which a request is given up.", lower_bound=0.1
+)
 _PROGRESS = flags.DEFINE_bool("progress", True, "Draw a progress bar.")
 
 

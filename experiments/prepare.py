@@ -5,13 +5,16 @@ python experiments/prepare.py --config=configs/gtzan_conv1d.py --config.data.roo
 
 from absl import flags
 
-from musicgenre import app, config
+from musicgenre import config
+from musicgenre.cli import app
 from musicgenre.datasets import load_dataset
-from musicgenre.pipeline.prepare import prepare_store
+from musicgenre.store.prepare import prepare_store
 
 _WORKERS = flags.DEFINE_integer("workers", 0, "Processes; 0 is one for each core.", lower_bound=0)
 _PROGRESS = flags.DEFINE_bool("progress", True, "Draw a progress bar.")
-_VERIFY = flags.DEFINE_bool("verify", True, "Compare the shards that are there with their checksums, not only their sizes.")
+_VERIFY = flags.DEFINE_bool(
+    "verify", True, "Compare the shards that are there with their checksums, not only their sizes."
+)
 
 
 def main() -> None:
@@ -32,7 +35,9 @@ def main() -> None:
         verify=_VERIFY.value,
     )
     if dataset.synthetic:
-        print("SYNTHETIC: this data set is made-up audio; numbers on it say nothing about real music.")
+        print(
+            "SYNTHETIC: this data set is made-up audio; numbers on it say nothing about real music."
+        )
     print("\n".join(summary.lines()))
 
 

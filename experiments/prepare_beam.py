@@ -11,12 +11,15 @@ mounted as folders. See docs/scaling_prepare.md. Needs pip install 'musicgenre[s
 
 from absl import flags
 
-from musicgenre import app, config
+from musicgenre import config
+from musicgenre.cli import app
 from musicgenre.datasets import load_dataset
-from musicgenre.pipeline.beam import prepare_store_beam
+from musicgenre.store.beam import prepare_store_beam
 
 _PROGRESS = flags.DEFINE_bool("progress", True, "Draw a progress bar.")
-_VERIFY = flags.DEFINE_bool("verify", True, "Compare the shards that are there with their checksums, not only their sizes.")
+_VERIFY = flags.DEFINE_bool(
+    "verify", True, "Compare the shards that are there with their checksums, not only their sizes."
+)
 
 
 def main(beam_flags: list[str]) -> None:
@@ -37,7 +40,9 @@ def main(beam_flags: list[str]) -> None:
         verify=_VERIFY.value,
     )
     if dataset.synthetic:
-        print("SYNTHETIC: this data set is made-up audio; numbers on it say nothing about real music.")
+        print(
+            "SYNTHETIC: this data set is made-up audio; numbers on it say nothing about real music."
+        )
     print("\n".join(summary.lines()))
 
 

@@ -16,11 +16,14 @@ python experiments/train.py --config=configs/gtzan_mels_rbm.py --config.init_fro
 from absl import flags
 from tqdm import tqdm
 
-from musicgenre import app
-from musicgenre.training import contrastive, self_supervised
-from musicgenre.training.loop import Interrupted
+from musicgenre.cli import app
+from musicgenre.training.fit import Interrupted
+from musicgenre.training.objectives import rbm as contrastive
+from musicgenre.training.objectives import simclr as self_supervised
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, metrics and checkpoints.", required=True)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run: config, metrics and checkpoints.", required=True
+)
 _PROGRESS = flags.DEFINE_bool("progress", True, "Draw a progress bar.")
 
 
@@ -35,7 +38,9 @@ def main() -> int:
         if divergence:
             result = contrastive.pretrain(config, _WORKDIR.value, progress=_PROGRESS.value)
         else:
-            result = self_supervised.pretrain(config, _WORKDIR.value, progress=_PROGRESS.value, say=tqdm.write)
+            result = self_supervised.pretrain(
+                config, _WORKDIR.value, progress=_PROGRESS.value, say=tqdm.write
+            )
     except Interrupted as stop:
         print(stop)
         return 128 + stop.signal_number

@@ -12,29 +12,49 @@ import sys
 
 from absl import flags
 
-from musicgenre import app
+from musicgenre.cli import app
 from musicgenre.errors import UserError
 from musicgenre.evaluation.robustness import headline, measure, write_report
-from musicgenre.inference.model import load_model
-from musicgenre.inference.robustness import find_sounds, probe_arrays, probe_sounds
+from musicgenre.runs.model import load_model
+from musicgenre.studies.robustness import find_sounds, probe_arrays, probe_sounds
 
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of a trained run, a bundle, or the name of a packaged model.", required=True
+    "workdir",
+    None,
+    "Folder of a trained run, a bundle, or the name of a packaged model.",
+    required=True,
 )
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "last, best (by the validation measure) or a step.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", "last", "last, best (by the validation measure) or a step."
+)
 _AUDIO = flags.DEFINE_multi_string(
-    "audio", [], "Folder with a sub-folder for each label, or a file, whose folder is its label; may be given several times."
+    "audio",
+    [],
+    "Folder with a sub-folder for each label, or a file, whose folder is its label; may be given several times.",
 )
 _ARRAYS = flags.DEFINE_string("arrays", "", "File of spectrograms (.npz or .npy) instead.")
 _SPLIT = flags.DEFINE_enum(
-    "split", "", ["", "train", "valid", "test"], "With --audio: which split, where the folder has one for each; all if empty."
+    "split",
+    "",
+    ["", "train", "valid", "test"],
+    "With --audio: which split, where the folder has one for each; all if empty.",
 )
-_LABELS = flags.DEFINE_bool("labels", True, "With --audio: folders are named after labels that the model knows.")
+_LABELS = flags.DEFINE_bool(
+    "labels", True, "With --audio: folders are named after labels that the model knows."
+)
 _OUT = flags.DEFINE_string("out", None, "Folder of the report.", required=True)
-_TRIES = flags.DEFINE_integer("tries", 20, "Random equalisers to try on each clip; 0 leaves them out.", lower_bound=0)
-_SECONDS = flags.DEFINE_float("seconds", 60.0, "Of a longer sound file its middle; 0 takes all of it.", lower_bound=0.0)
-_MIN_SECONDS = flags.DEFINE_float("min_seconds", 1.0, "Shorter sound files are skipped.", lower_bound=1.0)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the random equalisers, the noise and the bootstrap.", lower_bound=0)
+_TRIES = flags.DEFINE_integer(
+    "tries", 20, "Random equalisers to try on each clip; 0 leaves them out.", lower_bound=0
+)
+_SECONDS = flags.DEFINE_float(
+    "seconds", 60.0, "Of a longer sound file its middle; 0 takes all of it.", lower_bound=0.0
+)
+_MIN_SECONDS = flags.DEFINE_float(
+    "min_seconds", 1.0, "Shorter sound files are skipped.", lower_bound=1.0
+)
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Of the random equalisers, the noise and the bootstrap.", lower_bound=0
+)
 _PROGRESS = flags.DEFINE_bool("progress", True, "Draw progress bars.")
 
 
@@ -49,11 +69,15 @@ def main() -> int:
         "command": shlex.join(["python", *sys.argv]),
     }
     if _ARRAYS.value:
-        tested = probe_arrays(load_model(_WORKDIR.value, _CHECKPOINT.value), _ARRAYS.value, **common)
+        tested = probe_arrays(
+            load_model(_WORKDIR.value, _CHECKPOINT.value), _ARRAYS.value, **common
+        )
     else:
         clips = find_sounds(_AUDIO.value, split=_SPLIT.value, labelled=_LABELS.value)
         model = load_model(_WORKDIR.value, _CHECKPOINT.value)
-        tested = probe_sounds(model, clips, seconds=_SECONDS.value, min_seconds=_MIN_SECONDS.value, **common)
+        tested = probe_sounds(
+            model, clips, seconds=_SECONDS.value, min_seconds=_MIN_SECONDS.value, **common
+        )
     measures = measure(tested, seed=_SEED.value)
     report = write_report(_OUT.value, tested, measures=measures)
     if tested.synthetic:

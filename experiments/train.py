@@ -6,13 +6,15 @@ python experiments/train.py --config=configs/gtzan_mels_conv1d.py --workdir=runs
 import jax
 from absl import flags
 
-from musicgenre import app
+from musicgenre.cli import app
 from musicgenre.errors import UserError
 from musicgenre.training import hosts
-from musicgenre.training.loop import Interrupted, train
+from musicgenre.training.fit import Interrupted, train
 from musicgenre.training.parallel import KINDS
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, metrics and checkpoints.", required=True)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run: config, metrics and checkpoints.", required=True
+)
 _PARALLEL = flags.DEFINE_enum(
     "parallel",
     "jit",
@@ -20,14 +22,21 @@ _PARALLEL = flags.DEFINE_enum(
     "How a step is spread over the devices; fsdp cuts large parameters and their optimiser's state up to save memory.",
 )
 _PROGRESS = flags.DEFINE_bool("progress", True, "Draw a progress bar.")
-_PROFILE = flags.DEFINE_list("profile_steps", None, "First step and number of steps to trace into <workdir>/profile: 20,5.")
+_PROFILE = flags.DEFINE_list(
+    "profile_steps", None, "First step and number of steps to trace into <workdir>/profile: 20,5."
+)
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "Several hosts: address:port of process 0, or 'auto' on a TPU pod or SLURM."
+    "coordinator",
+    None,
+    "Several hosts: address:port of process 0, or 'auto' on a TPU pod or SLURM.",
 )
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "Several hosts: how many processes.")
 _PROCESS = flags.DEFINE_integer("process_id", None, "Several hosts: this one's number, from 0.")
 _HEARTBEAT = flags.DEFINE_integer(
-    "heartbeat_seconds", 30, "Several hosts: without a sign of life for so long, a process counts as dead, and all stop.", 1
+    "heartbeat_seconds",
+    30,
+    "Several hosts: without a sign of life for so long, a process counts as dead, and all stop.",
+    1,
 )
 
 
@@ -39,11 +48,19 @@ def main() -> int:
     steps = None
     if _PROFILE.value:
         if len(_PROFILE.value) != 2 or not all(value.isdigit() for value in _PROFILE.value):
-            raise UserError(f"--profile_steps takes a first step and a count, such as 20,5, not {','.join(_PROFILE.value)!r}.")
+            raise UserError(
+                f"--profile_steps takes a first step and a count, such as 20,5, not {','.join(_PROFILE.value)!r}."
+            )
         steps = (int(_PROFILE.value[0]), int(_PROFILE.value[1]))
     with hosts.one_fate():
         try:
-            result = train(config, _WORKDIR.value, parallel=_PARALLEL.value, progress=_PROGRESS.value, profile_steps=steps)
+            result = train(
+                config,
+                _WORKDIR.value,
+                parallel=_PARALLEL.value,
+                progress=_PROGRESS.value,
+                profile_steps=steps,
+            )
         except Interrupted as stop:
             print(stop)
             return 128 + stop.signal_number

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from musicgenre.config import base_config, clip_layout, dataset_options, feature_spec, store_path
 from musicgenre.datasets import load_dataset
-from musicgenre.pipeline.prepare import PrepareSummary, prepare_store
+from musicgenre.store.prepare import PrepareSummary, prepare_store
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Many tests train the same small network: compile it once a session.
@@ -26,15 +26,26 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 flags.FLAGS.mark_as_parsed()
 logging.set_verbosity(logging.WARNING)
 
-REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+# The folder of real clips and arrays. Where the variable is not set, the tests marked `real` are skipped.
+REAL_DATA = "MUSICGENRE_REAL_DATA"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks every test that takes real data, so that `pytest -m real` runs these alone."""
+    for item in items:
+        if "real_data" in getattr(item, "fixturenames", ()):
+            item.add_marker("real")
 
 
 @pytest.fixture
 def real_data() -> Path:
-    """The folder of real clips and arrays that development machines have beside the checkout."""
-    if not REAL_DATA.is_dir():
-        pytest.skip("the real data are not beside this checkout (../shared/data)")
-    return REAL_DATA
+    """The folder of real clips and arrays that MUSICGENRE_REAL_DATA names."""
+    folder = os.environ.get(REAL_DATA, "")
+    if not folder:
+        pytest.skip(f"{REAL_DATA} names no folder of real data")
+    if not Path(folder).is_dir():
+        pytest.fail(f"{REAL_DATA}={folder}: no such folder")
+    return Path(folder).resolve()
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +53,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file of an untrained model of three labels."""
     from tiny_model import tiny_model
 
-    from musicgenre.inference.bundle import save_bundle
+    from musicgenre.runs.bundle_writer import save_bundle
 
     path = tmp_path_factory.mktemp("bundle") / "tiny.safetensors"
     save_bundle(tiny_model(), path)
@@ -75,13 +86,17 @@ def prepared() -> Callable[[ConfigDict], PrepareSummary]:
     def prepare(config: ConfigDict) -> PrepareSummary:
         dataset = load_dataset(dataset_options(config))
         place = store_path(config)
-        return prepare_store(dataset, feature_spec(config), clip_layout(config), place, workers=1, progress=False)
+        return prepare_store(
+            dataset, feature_spec(config), clip_layout(config), place, workers=1, progress=False
+        )
 
     return prepare
 
 
 @pytest.fixture
-def small_config(small_arrays: Path, tmp_path: Path, prepared: Callable[[ConfigDict], PrepareSummary]) -> ConfigDict:
+def small_config(
+    small_arrays: Path, tmp_path: Path, prepared: Callable[[ConfigDict], PrepareSummary]
+) -> ConfigDict:
     """A config of a small network on `small_arrays`, whose store is prepared."""
     config = base_config()
     config.data.dataset = "arrays"

@@ -31,7 +31,11 @@ def test_the_readme_network_of_ones_own(tmp_path: Path) -> None:
 
     from musicgenre.models import registry
 
-    code = re.search(r"```python\n# my_pkg/my_net.py\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    code = re.search(
+        r"```python\n# my_pkg/my_net.py\n(.*?)```",
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+        re.S,
+    )
     assert code
     scope: dict[str, object] = {"__name__": "my_pkg.my_net"}
     before = dict(registry._MODELS)
@@ -51,12 +55,20 @@ def test_notebooks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plt, "show", lambda: None)
-    cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    cells = [
+        cell
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+        if cell["cell_type"] == "code"
+    ]
     scope: dict[str, object] = {}
     for cell in cells:
         # One epoch shows that training runs.
-        source = re.sub(r"^config\.epochs = \d+$", "config.epochs = 1", "".join(cell["source"]), flags=re.M)
+        source = re.sub(
+            r"^config\.epochs = \d+$", "config.epochs = 1", "".join(cell["source"]), flags=re.M
+        )
         exec(compile(source, f"{path.name}, cell {cell['id']}", "exec"), scope)
         # What the reader sees is what ran, without errors.
-        assert cell["execution_count"] and all(output["output_type"] != "error" for output in cell["outputs"])
+        assert cell["execution_count"] and all(
+            output["output_type"] != "error" for output in cell["outputs"]
+        )
     plt.close("all")

@@ -25,7 +25,11 @@ from configs import gtzan_best
 
 # What the recipe was until band limits joined its augmentation.
 NO_LIMITS = {"augment.low_pass": 0.0, "augment.high_pass": 0.0}
-NO_AUGMENTATION = {"augment.time_stretch": 0.0, "augment.pitch_shift": 0.0, "augment.eq": 0.0} | NO_LIMITS
+NO_AUGMENTATION = {
+    "augment.time_stretch": 0.0,
+    "augment.pitch_shift": 0.0,
+    "augment.eq": 0.0,
+} | NO_LIMITS
 SHORT = {"epochs": 43, "eval_every": 43}
 # All that the recipe's first form had otherwise.
 FIRST = {

@@ -26,10 +26,29 @@ from ml_collections import ConfigDict
 
 from configs import gtzan_mels_conv1d
 
-CONV1D = {"name": "conv1d", "module": "", "filters": (128, 128, 128), "stride": 1, "dense": (256,), "batch_norm": True}
+CONV1D = {
+    "name": "conv1d",
+    "module": "",
+    "filters": (128, 128, 128),
+    "stride": 1,
+    "dense": (256,),
+    "batch_norm": True,
+}
 # Squares of 4 at every second position; the pool over all frames and bands is the maximum beside the mean.
-CONV2D = {"name": "conv2d", "module": "", "filters": (16, 64, 128), "final_pool": 0, "dense": (256,), "batch_norm": True}
-SHORT_CHUNK = {"name": "short_chunk", "module": "", "filters": (16, 16, 32, 32, 32, 32, 64), "dense": 64}
+CONV2D = {
+    "name": "conv2d",
+    "module": "",
+    "filters": (16, 64, 128),
+    "final_pool": 0,
+    "dense": (256,),
+    "batch_norm": True,
+}
+SHORT_CHUNK = {
+    "name": "short_chunk",
+    "module": "",
+    "filters": (16, 16, 32, 32, 32, 32, 64),
+    "dense": 64,
+}
 
 
 def get_config() -> ConfigDict:
@@ -86,7 +105,10 @@ def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
     residual = SHORT_CHUNK | {"residual": True}
     yield "short_chunk_residual", {"model": residual}
     yield "short_chunk_residual_layers5", {"model": residual | {"filters": (16, 16, 32, 32, 64)}}
-    yield "short_chunk_residual_wide", {"model": residual | {"filters": (32, 32, 64, 64, 64, 64, 128), "dense": 128}}
+    yield (
+        "short_chunk_residual_wide",
+        {"model": residual | {"filters": (32, 32, 64, 64, 64, 64, 128), "dense": 128}},
+    )
     # The original's 7 frames, and 128, 64 and 32, are 0.11 s and 2, 1 and 0.5 s: so long are these at this hop of 78 ms.
     yield (
         "musicnn",

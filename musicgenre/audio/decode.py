@@ -13,7 +13,9 @@ from musicgenre.audio.resample import resample, resample_stream
 from musicgenre.errors import UserError
 
 # libsndfile's log notes a data chunk that is longer than the file, "data : 1323000 (should be 352844)".
-_DECLARED_AND_PRESENT = re.compile(r"^\s*(?:data(?:\s*size)?|SSND)\s*:\s*(\d+)\s*\(should be (\d+)\)", re.I | re.M)
+_DECLARED_AND_PRESENT = re.compile(
+    r"^\s*(?:data(?:\s*size)?|SSND)\s*:\s*(\d+)\s*\(should be (\d+)\)", re.I | re.M
+)
 # Programs that write to a pipe cannot go back to fill in the length and leave one of these.
 _STREAMED_LENGTHS = (0, 0x7FFFFFFF, 0x7FFFF000, 0xFFFFFFFF)
 # An mp3's frame count takes in the encoder's delay and padding, which decoding removes.
@@ -31,7 +33,13 @@ class Audio(NamedTuple):
     sample_rate: int
 
 
-def load_audio(path: str | os.PathLike[str], sample_rate: int, *, min_seconds: float = 1.0, resampler: str = "soxr_hq") -> Audio:
+def load_audio(
+    path: str | os.PathLike[str],
+    sample_rate: int,
+    *,
+    min_seconds: float = 1.0,
+    resampler: str = "soxr_hq",
+) -> Audio:
     """Decodes a whole sound file, mixes it down and resamples it.
 
     The channels are averaged first and the mean resampled, by default with soxr's high quality, as `librosa.load` does.
@@ -138,15 +146,23 @@ class _Sound:
         path, seconds = self._path, self.length / self.rate
         match = _DECLARED_AND_PRESENT.search(log)
         if match and int(match[1]) not in _STREAMED_LENGTHS and int(match[2]) < int(match[1]):
-            raise UserError(f"{path}: truncated (its header promises {int(match[1])} bytes of sound, {int(match[2])} are there).")
+            raise UserError(
+                f"{path}: truncated (its header promises {int(match[1])} bytes of sound, {int(match[2])} are there)."
+            )
         if declared < 2**62 and declared - self.length > _SLACK_SECONDS * self.rate:
-            raise UserError(f"{path}: truncated ({declared} frames promised, {self.length} could be decoded).")
+            raise UserError(
+                f"{path}: truncated ({declared} frames promised, {self.length} could be decoded)."
+            )
         if self.length == 0:
             raise UserError(f"{path}: holds no sound (0 samples).")
         if seconds < self._min_seconds:
-            raise UserError(f"{path}: too short ({seconds:.2f} s; at least {self._min_seconds:g} s are needed).")
+            raise UserError(
+                f"{path}: too short ({seconds:.2f} s; at least {self._min_seconds:g} s are needed)."
+            )
         if bad:
-            raise UserError(f"{path}: {bad} of its samples are not finite numbers (NaN or infinity).")
+            raise UserError(
+                f"{path}: {bad} of its samples are not finite numbers (NaN or infinity)."
+            )
         if peak < SILENCE_PEAK:
             raise UserError(f"{path}: silent (no sample above {SILENCE_PEAK:.1e} of full scale).")
 

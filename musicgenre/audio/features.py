@@ -64,7 +64,9 @@ class FeatureSpec:
     def __post_init__(self) -> None:
         """Raises UserError for a value that cannot work, naming the field."""
         if self.kind not in KINDS:
-            raise UserError(f"features.kind: {self.kind!r} is not known." + did_you_mean(self.kind, KINDS))
+            raise UserError(
+                f"features.kind: {self.kind!r} is not known." + did_you_mean(self.kind, KINDS)
+            )
         for name in ("sample_rate", "n_fft", "hop_length", "n_mels", "n_mfcc"):
             if getattr(self, name) < 1:
                 raise UserError(f"features.{name} must be at least 1, not {getattr(self, name)}.")
@@ -81,12 +83,15 @@ class FeatureSpec:
             except ValueError:
                 valid = False
             if not valid:
-                raise UserError(f"features.db_ref must be 'max' or a positive number, not {self.db_ref!r}.")
+                raise UserError(
+                    f"features.db_ref must be 'max' or a positive number, not {self.db_ref!r}."
+                )
         if self.kind == "mfcc" and self.n_mfcc > self.n_mels:
             raise UserError(f"features.n_mfcc={self.n_mfcc} exceeds features.n_mels={self.n_mels}.")
         if self.compression not in COMPRESSIONS:
             raise UserError(
-                f"features.compression: {self.compression!r} is not known." + did_you_mean(self.compression, COMPRESSIONS)
+                f"features.compression: {self.compression!r} is not known."
+                + did_you_mean(self.compression, COMPRESSIONS)
             )
         if self.compression != "db" and self.kind not in ("logmel", "stft"):
             raise UserError(
@@ -94,7 +99,10 @@ class FeatureSpec:
                 "leave it at 'db'."
             )
         if self.resampler not in RESAMPLERS:
-            raise UserError(f"features.resampler: {self.resampler!r} is not known." + did_you_mean(self.resampler, RESAMPLERS))
+            raise UserError(
+                f"features.resampler: {self.resampler!r} is not known."
+                + did_you_mean(self.resampler, RESAMPLERS)
+            )
 
     @property
     def top_frequency(self) -> float:
@@ -104,7 +112,12 @@ class FeatureSpec:
     @property
     def bands(self) -> int:
         """Values per frame: mel bands, cepstral coefficients, frequencies of the STFT, or samples."""
-        return {"logmel": self.n_mels, "mfcc": self.n_mfcc, "stft": 1 + self.n_fft // 2, "waveform": self.hop_length}[self.kind]
+        return {
+            "logmel": self.n_mels,
+            "mfcc": self.n_mfcc,
+            "stft": 1 + self.n_fft // 2,
+            "waveform": self.hop_length,
+        }[self.kind]
 
     def frames(self, seconds: float) -> int:
         """Frames of a clip of that length: one for each whole hop, plus the centred one at the end but for waveforms."""
@@ -131,7 +144,9 @@ class FeatureSpec:
         known = {field.name for field in dataclasses.fields(cls)}
         for name in values:
             if name not in known:
-                raise UserError(f"features.{name} is not a field of the front end." + did_you_mean(name, known))
+                raise UserError(
+                    f"features.{name} is not a field of the front end." + did_you_mean(name, known)
+                )
         return cls(**values)
 
     @property
@@ -141,10 +156,16 @@ class FeatureSpec:
 
     def describe(self) -> str:
         """One line for people."""
-        rate = f"{self.sample_rate} Hz" + (f" by {self.resampler}" if self.resampler != RESAMPLERS[0] else "")
+        rate = f"{self.sample_rate} Hz" + (
+            f" by {self.resampler}" if self.resampler != RESAMPLERS[0] else ""
+        )
         if self.kind == "waveform":
             return f"waveform, {rate}, frames of {self.hop_length} samples"
-        scale = f"dB re {self.db_ref}, top {self.top_db:g} dB" if self.compression == "db" else "log10(10000 x + 1) of the power"
+        scale = (
+            f"dB re {self.db_ref}, top {self.top_db:g} dB"
+            if self.compression == "db"
+            else "log10(10000 x + 1) of the power"
+        )
         return (
             f"{self.kind} {self.bands} bands, {rate}, n_fft {self.n_fft}, hop {self.hop_length}, "
             f"{self.fmin:g}-{self.top_frequency:g} Hz, {scale}"
@@ -174,8 +195,13 @@ def mel_filters(spec: FeatureSpec) -> np.ndarray:
     frequencies = np.arange(1 + spec.n_fft // 2)[:, None] * (spec.sample_rate / spec.n_fft)
     edges = mel_frequencies(spec.fmin, spec.top_frequency, spec.n_mels + 2)
     below, centre, above = edges[:-2], edges[1:-1], edges[2:]
-    rising, falling = (frequencies - below) / (centre - below), (above - frequencies) / (above - centre)
-    filters = (np.maximum(np.minimum(rising, falling), 0) * (2 / (above - below))).astype(np.float32)
+    rising, falling = (
+        (frequencies - below) / (centre - below),
+        (above - frequencies) / (above - centre),
+    )
+    filters = (np.maximum(np.minimum(rising, falling), 0) * (2 / (above - below))).astype(
+        np.float32
+    )
     if deaf := int((~filters.any(axis=0)).sum()):
         warnings.warn(
             f"{deaf} of {spec.n_mels} mel bands lie between two frequencies of the transform and are always silent: "
@@ -232,7 +258,9 @@ def _power_blocks(samples: np.ndarray, spec: FeatureSpec) -> Iterator[tuple[slic
     first_inside = math.ceil(n_fft // 2 / hop)
     inside = frames[:0]
     if len(samples) >= n_fft:
-        inside = np.lib.stride_tricks.sliding_window_view(samples, n_fft)[first_inside * hop - n_fft // 2 :: hop]
+        inside = np.lib.stride_tricks.sliding_window_view(samples, n_fft)[
+            first_inside * hop - n_fft // 2 :: hop
+        ]
     windowed = np.empty((_PART, n_fft))
     spectrum = np.empty((_PART, 1 + n_fft // 2), np.complex128)
     rounded = np.empty(spectrum.shape, np.complex64)
@@ -286,7 +314,9 @@ def frame_waveform(samples: np.ndarray, hop_length: int) -> np.ndarray:
     """
     samples = np.pad(samples, (0, max(hop_length - len(samples), 0)))
     frames = len(samples) // hop_length
-    return np.ascontiguousarray(samples[: frames * hop_length].reshape(frames, hop_length), np.float32)
+    return np.ascontiguousarray(
+        samples[: frames * hop_length].reshape(frames, hop_length), np.float32
+    )
 
 
 def to_db(power: np.ndarray, spec: FeatureSpec) -> np.ndarray:

@@ -40,7 +40,9 @@ def resample(samples: np.ndarray, rate: int, wanted: int, resampler: str = "soxr
     return np.concatenate(list(_by_kaiser([samples], rate, wanted)))
 
 
-def resample_stream(blocks: Iterable[np.ndarray], rate: int, wanted: int, resampler: str = "soxr_hq") -> Iterator[np.ndarray]:
+def resample_stream(
+    blocks: Iterable[np.ndarray], rate: int, wanted: int, resampler: str = "soxr_hq"
+) -> Iterator[np.ndarray]:
     """Yields what `resample` makes of the whole, the same to the bit, without ever holding it.
 
     Args:
@@ -67,7 +69,9 @@ def _by_soxr(blocks: Iterable[np.ndarray], rate: int, wanted: int) -> Iterator[n
     taken = made = 0
     for block in itertools.chain(blocks, [None]):
         end = block is None
-        resampled = stream.resample_chunk(np.zeros(0, np.float32) if block is None else block, last=end)
+        resampled = stream.resample_chunk(
+            np.zeros(0, np.float32) if block is None else block, last=end
+        )
         if block is not None:
             taken += len(block)
         else:
@@ -79,7 +83,11 @@ def _by_soxr(blocks: Iterable[np.ndarray], rate: int, wanted: int) -> Iterator[n
 
 def _of_length(samples: np.ndarray, length: int) -> np.ndarray:
     """Returns samples cut or filled up with zeros."""
-    return samples if len(samples) == length else np.pad(samples, (0, max(length - len(samples), 0)))[:length]
+    return (
+        samples
+        if len(samples) == length
+        else np.pad(samples, (0, max(length - len(samples), 0)))[:length]
+    )
 
 
 @functools.lru_cache(maxsize=2)
@@ -92,7 +100,9 @@ def _filter(rate: int, wanted: int) -> np.ndarray:
     # Below the lower of the two rates' Nyquist frequencies; in its zero crossings, the far end at _ZEROS.
     time = np.arange(_ZEROS * max(up, down) + 1) / max(up, down)
     half = _ROLLOFF * np.sinc(_ROLLOFF * time)
-    half *= scipy.special.i0(_BETA * np.sqrt(np.maximum(1 - np.square(time / _ZEROS), 0))) / scipy.special.i0(_BETA)
+    half *= scipy.special.i0(
+        _BETA * np.sqrt(np.maximum(1 - np.square(time / _ZEROS), 0))
+    ) / scipy.special.i0(_BETA)
     half *= min(1.0, wanted / rate)
     return np.concatenate([half[:0:-1], half])
 

@@ -49,11 +49,23 @@ def load_dataset(options: Mapping[str, Any]) -> Dataset:
             allow_missing=options["allow_missing"],
         )
     if name == "msd":
-        return load_msd(root, top_k=options["top_k"], seed=seed, fractions=fractions, allow_missing=options["allow_missing"])
+        return load_msd(
+            root,
+            top_k=options["top_k"],
+            seed=seed,
+            fractions=fractions,
+            allow_missing=options["allow_missing"],
+        )
     if name == "folder":
         return load_folder(root, seed=seed, fractions=fractions)
     if name == "csv":
-        return load_csv(root, task=options["task"], seed=seed, fractions=fractions, allow_missing=options["allow_missing"])
+        return load_csv(
+            root,
+            task=options["task"],
+            seed=seed,
+            fractions=fractions,
+            allow_missing=options["allow_missing"],
+        )
     if name == "arrays":
         protocol = options["protocol"]
         return load_arrays(
@@ -67,4 +79,6 @@ def load_dataset(options: Mapping[str, Any]) -> Dataset:
             seed=seed,
             frames=options["frames"],
         )
-    return load_synthetic(root, seed=seed, clips_per_style=options["clips_per_style"], seconds=options["seconds"])
+    return load_synthetic(
+        root, seed=seed, clips_per_style=options["clips_per_style"], seconds=options["seconds"]
+    )

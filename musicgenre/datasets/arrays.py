@@ -78,7 +78,9 @@ class ArrayFile:
         if self.db_min is not None:
             values = np.float32(self.db_min[row]) * (1 - (values + np.float32(0.5)) / 256)
         if not np.isfinite(values).all():
-            raise UserError(f"{self.path}: the spectrogram of {self.clip_ids[row]} has values that are not finite numbers.")
+            raise UserError(
+                f"{self.path}: the spectrogram of {self.clip_ids[row]} has values that are not finite numbers."
+            )
         return np.ascontiguousarray(values.T if self.layout == "mel_time" else values)
 
 
@@ -117,13 +119,20 @@ def load_arrays(
         made (see `kfold_split`), or clips too short for two segments.
     """
     if protocol not in PROTOCOLS:
-        raise UserError(f"data.protocol: arrays have no protocol {protocol!r}." + did_you_mean(protocol, PROTOCOLS))
+        raise UserError(
+            f"data.protocol: arrays have no protocol {protocol!r}."
+            + did_you_mean(protocol, PROTOCOLS)
+        )
     given = {split: Path(root) / name for split, name in files.items() if name}
     if not given:
-        raise UserError("data set 'arrays': no files. Set --config.data.files.train=... (and valid, test).")
+        raise UserError(
+            "data set 'arrays': no files. Set --config.data.files.train=... (and valid, test)."
+        )
     opened = {split: open_array_file(path, layout) for split, path in given.items()}
     first = next(iter(opened.values()))
-    names = first.label_names or tuple(sorted({label for file in opened.values() for label in file.labels}))
+    names = first.label_names or tuple(
+        sorted({label for file in opened.values() for label in file.labels})
+    )
     segments = 1
     if protocol == "segment_leaked":
         segments = first.frames_and_bands[0] // frames if frames > 0 else 0
@@ -141,7 +150,9 @@ def load_arrays(
             raise UserError(
                 f"{file.path}: its label names {', '.join(file.label_names)} are not those of {first.path} ({', '.join(names)})."
             )
-        for row, (clip_id, label, group) in enumerate(zip(file.clip_ids, file.labels, file.groups, strict=True)):
+        for row, (clip_id, label, group) in enumerate(
+            zip(file.clip_ids, file.labels, file.groups, strict=True)
+        ):
             clip = Clip(clip_id, file.path, (label,), split, group, row)
             clips += [clip] if segments == 1 else _cut(clip, file, segments)
     described = "files given"
@@ -149,7 +160,9 @@ def load_arrays(
         clips = _dealt_out(clips, folds, fold, seed, by_artist=protocol == "artist_kfold")
         cut = f", {segments} segments a clip" if segments > 1 else ""
         described = f"{protocol} fold {fold} of {folds}, seed {seed}{cut}"
-    return make_dataset(Dataset("arrays", Path(root), described, "single_label", names, tuple(clips)))
+    return make_dataset(
+        Dataset("arrays", Path(root), described, "single_label", names, tuple(clips))
+    )
 
 
 def _cut(clip: Clip, file: ArrayFile, segments: int) -> list[Clip]:
@@ -170,10 +183,14 @@ def _dealt_out(clips: list[Clip], folds: int, fold: int, seed: int, by_artist: b
     """Returns the clips, those of train and valid split anew by `kfold_split`."""
     pool = [clip for clip in clips if clip.split != "test"]
     if not pool:
-        raise UserError("data set 'arrays': folds are made of the train and valid files. Set --config.data.files.train=...")
+        raise UserError(
+            "data set 'arrays': folds are made of the train and valid files. Set --config.data.files.train=..."
+        )
     groups = [clip.group for clip in pool] if by_artist else None
     splits = kfold_split([clip.labels[0] for clip in pool], folds, fold, seed, groups)
-    dealt = [dataclasses.replace(clip, split=split) for clip, split in zip(pool, splits, strict=True)]
+    dealt = [
+        dataclasses.replace(clip, split=split) for clip, split in zip(pool, splits, strict=True)
+    ]
     return dealt + [clip for clip in clips if clip.split == "test"]
 
 
@@ -208,32 +225,55 @@ def open_array_file(path: Path, layout: str = "mel_time") -> ArrayFile:
             raise UserError(f"{path}: no array {name!r}; it has {', '.join(sorted(fields))}.")
     values = fields["spectrogram"]
     if values.ndim != 3 or 0 in values.shape:
-        raise UserError(f"{path}: spectrogram has the shape {list(values.shape)}; [clips, mels, frames] is needed.")
+        raise UserError(
+            f"{path}: spectrogram has the shape {list(values.shape)}; [clips, mels, frames] is needed."
+        )
     db_min = fields.get("db_min")
     if values.dtype == np.uint8 and db_min is None:
         raise UserError(f"{path}: spectrogram is uint8, so an array db_min is needed.")
     if values.dtype != np.uint8 and values.dtype.kind != "f":
-        raise UserError(f"{path}: spectrogram is {values.dtype}; uint8 (with db_min) or floating point is needed.")
+        raise UserError(
+            f"{path}: spectrogram is {values.dtype}; uint8 (with db_min) or floating point is needed."
+        )
     for name in ("label", "clip_id", "group", "db_min"):
         if name in fields and np.shape(fields[name]) != (len(values),):
-            raise UserError(f"{path}: {name} has the shape {list(np.shape(fields[name]))} for {len(values)} spectrograms.")
+            raise UserError(
+                f"{path}: {name} has the shape {list(np.shape(fields[name]))} for {len(values)} spectrograms."
+            )
     names = tuple(str(name) for name in fields.get("genres", fields.get("label_names", ())))
     label = fields["label"]
     if label.dtype.kind in "iu":
         if not names:
-            raise UserError(f"{path}: label holds numbers, so an array genres (or label_names) with their names is needed.")
+            raise UserError(
+                f"{path}: label holds numbers, so an array genres (or label_names) with their names is needed."
+            )
         if len(label) and not 0 <= int(label.min()) <= int(label.max()) < len(names):
-            wrong = int(np.flatnonzero((label.astype(int) < 0) | (label.astype(int) >= len(names)))[0])
-            raise UserError(f"{path}: label {label[wrong]} of {fields['clip_id'][wrong]} is not one of the {len(names)} genres.")
+            wrong = int(
+                np.flatnonzero((label.astype(int) < 0) | (label.astype(int) >= len(names)))[0]
+            )
+            raise UserError(
+                f"{path}: label {label[wrong]} of {fields['clip_id'][wrong]} is not one of the {len(names)} genres."
+            )
         labels = [names[i] for i in label]
     else:
         labels = [str(item) for item in label]
     ids = [str(item) for item in fields["clip_id"]]
     artists = artist_groups()
     groups = (
-        [str(group) or None for group in fields["group"]] if "group" in fields else [artists.get(i, (None, 0))[0] for i in ids]
+        [str(group) or None for group in fields["group"]]
+        if "group" in fields
+        else [artists.get(i, (None, 0))[0] for i in ids]
     )
-    return ArrayFile(path, values, db_min if values.dtype == np.uint8 else None, layout, ids, labels, groups, names)
+    return ArrayFile(
+        path,
+        values,
+        db_min if values.dtype == np.uint8 else None,
+        layout,
+        ids,
+        labels,
+        groups,
+        names,
+    )
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
@@ -241,14 +281,24 @@ def _read_npz(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             total = 0
             for member in archive.infolist():
-                if member.flag_bits & 1 or "/" in member.filename or not member.filename.endswith(".npy"):
+                if (
+                    member.flag_bits & 1
+                    or "/" in member.filename
+                    or not member.filename.endswith(".npy")
+                ):
                     raise UserError(f"{path}: the member {member.filename!r} is no plain array.")
                 with archive.open(member) as stream:
                     version = np.lib.format.read_magic(stream)
-                    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                    read = (
+                        np.lib.format.read_array_header_1_0
+                        if version == (1, 0)
+                        else np.lib.format.read_array_header_2_0
+                    )
                     shape, _, dtype = read(stream)
                     if dtype.hasobject:
-                        raise UserError(f"{path}: {member.filename} holds Python objects; these are never loaded.")
+                        raise UserError(
+                            f"{path}: {member.filename} holds Python objects; these are never loaded."
+                        )
                     size = math.prod(shape) * dtype.itemsize
                     needed = stream.tell() + size
                     if needed != member.file_size:

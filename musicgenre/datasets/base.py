@@ -11,7 +11,13 @@ SPLITS = ("train", "valid", "test")
 TASKS = ("single_label", "multi_label", "regression")
 # What soundfile's libsndfile decodes, by file ending.
 AUDIO_EXTENSIONS = (".wav", ".au", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif")
-SPLIT_ALIASES = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
+SPLIT_ALIASES = {
+    "train": "train",
+    "valid": "valid",
+    "val": "valid",
+    "validation": "valid",
+    "test": "test",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +95,14 @@ def make_dataset(dataset: Dataset) -> Dataset:
     known = set(dataset.label_names)
     for clip_id, count in Counter(clip.clip_id for clip in dataset.clips).items():
         if count > 1:
-            raise UserError(f"{dataset.root}: the clip id {clip_id!r} occurs {count} times; ids must be unique.")
+            raise UserError(
+                f"{dataset.root}: the clip id {clip_id!r} occurs {count} times; ids must be unique."
+            )
     for clip in dataset.clips:
         if clip.split not in SPLITS:
-            raise UserError(f"{clip.clip_id}: split {clip.split!r} is not one of {', '.join(SPLITS)}.")
+            raise UserError(
+                f"{clip.clip_id}: split {clip.split!r} is not one of {', '.join(SPLITS)}."
+            )
         if unknown := [label for label in clip.labels if label not in known]:
             raise UserError(
                 f"{clip.clip_id}: label {unknown[0]!r} is not one of the data set's labels ({', '.join(dataset.label_names)})."
@@ -100,7 +110,9 @@ def make_dataset(dataset: Dataset) -> Dataset:
         if dataset.task == "single_label" and len(clip.labels) != 1:
             raise UserError(f"{clip.clip_id}: {len(clip.labels)} labels where one is needed.")
         if dataset.task == "regression" and len(clip.values) != len(dataset.label_names):
-            raise UserError(f"{clip.clip_id}: {len(clip.values)} numbers where {len(dataset.label_names)} are needed.")
+            raise UserError(
+                f"{clip.clip_id}: {len(clip.values)} numbers where {len(dataset.label_names)} are needed."
+            )
     clips = tuple(sorted(dataset.clips, key=lambda clip: clip.clip_id))
     return dataclasses.replace(dataset, clips=clips)
 
@@ -110,5 +122,9 @@ def find_audio(root: Path) -> list[Path]:
     found = []
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(folder, name) for name in names if name.lower().endswith(AUDIO_EXTENSIONS) and not name.startswith(".")]
+        found += [
+            Path(folder, name)
+            for name in names
+            if name.lower().endswith(AUDIO_EXTENSIONS) and not name.startswith(".")
+        ]
     return sorted(found)

@@ -55,17 +55,25 @@ def load_csv(
     seen: dict[Path, int] = {}
     for line, row in rows:
         file = path.parent / row["path"]
-        labels = tuple(dict.fromkeys(part.strip() for part in row[column].split("|") if part.strip())) if tags else (row[column],)
+        labels = (
+            tuple(dict.fromkeys(part.strip() for part in row[column].split("|") if part.strip()))
+            if tags
+            else (row[column],)
+        )
         values: tuple[float, ...] = ()
         if task == "regression":
             labels, values = (), _numbers(row[column], f"{path}, line {line}")
             size = size or len(values)
             if len(values) != size:
-                raise UserError(f"{path}, line {line}: {len(values)} targets where the lines before have {size}.")
+                raise UserError(
+                    f"{path}, line {line}: {len(values)} targets where the lines before have {size}."
+                )
         if not row["path"] or (not all(labels) or (not labels and task == "single_label")):
             raise UserError(f"{path}, line {line}: empty {'path' if not row['path'] else column}.")
         if task == "single_label" and len(labels) != 1:
-            raise UserError(f"{path}, line {line}: {len(labels)} labels ({row[column]}) where the task is single_label.")
+            raise UserError(
+                f"{path}, line {line}: {len(labels)} labels ({row[column]}) where the task is single_label."
+            )
         if file in seen:
             raise UserError(f"{path}, line {line}: {row['path']} is already on line {seen[file]}.")
         seen[file] = line
@@ -81,18 +89,36 @@ def load_csv(
                 )
             skipped.append(Skipped(clip_id, str(file), "not on disk"))
             continue
-        clips.append(Clip(clip_id, file, labels, SPLIT_ALIASES.get(split.lower(), ""), row.get("group") or None, values=values))
+        clips.append(
+            Clip(
+                clip_id,
+                file,
+                labels,
+                SPLIT_ALIASES.get(split.lower(), ""),
+                row.get("group") or None,
+                values=values,
+            )
+        )
     protocol = "splits of the file"
     if "split" not in header and clips:
         parts = group_split(
-            [clip.labels[0] if clip.labels else "" for clip in clips], [clip.group for clip in clips], seed, fractions
+            [clip.labels[0] if clip.labels else "" for clip in clips],
+            [clip.group for clip in clips],
+            seed,
+            fractions,
         )
-        clips = [dataclasses.replace(clip, split=part) for clip, part in zip(clips, parts, strict=True)]
+        clips = [
+            dataclasses.replace(clip, split=part) for clip, part in zip(clips, parts, strict=True)
+        ]
         protocol = f"grouped, {fractions_text(fractions)}, seed {seed}"
     names = tuple(sorted({label for clip in clips for label in clip.labels}))
     if task == "regression":
         names = tuple(f"target{number + 1}" for number in range(size))
-    return make_dataset(Dataset("csv", path, protocol, task, names, tuple(clips), tuple(skipped), group_name="group"))
+    return make_dataset(
+        Dataset(
+            "csv", path, protocol, task, names, tuple(clips), tuple(skipped), group_name="group"
+        )
+    )
 
 
 def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
@@ -119,8 +145,15 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
         if not fields:
             continue
         if len(fields) != len(header):
-            raise UserError(f"{path}, line {reader.line_num}: {len(fields)} fields where the header has {len(header)}.")
-        rows.append((reader.line_num, {name: field.strip() for name, field in zip(header, fields, strict=True)}))
+            raise UserError(
+                f"{path}, line {reader.line_num}: {len(fields)} fields where the header has {len(header)}."
+            )
+        rows.append(
+            (
+                reader.line_num,
+                {name: field.strip() for name, field in zip(header, fields, strict=True)},
+            )
+        )
     if not rows:
         raise UserError(f"{path}: no rows below the header.")
     return rows

@@ -15,7 +15,18 @@ from musicgenre.datasets.base import AUDIO_EXTENSIONS, Clip, Dataset, Skipped, m
 from musicgenre.datasets.splits import check_fold, group_split, random_split, stratified_kfold
 from musicgenre.errors import UserError, did_you_mean
 
-GENRES = ("blues", "classical", "country", "disco", "hiphop", "jazz", "metal", "pop", "reggae", "rock")
+GENRES = (
+    "blues",
+    "classical",
+    "country",
+    "disco",
+    "hiphop",
+    "jazz",
+    "metal",
+    "pop",
+    "reggae",
+    "rock",
+)
 PROTOCOLS = ("fault_filtered", "artist_folds", "random", "stratified_kfold")
 
 
@@ -54,7 +65,10 @@ def load_gtzan(
         known = [clip_id for clip_id in artists if clip_id.split(".")[0] in GENRES]
         rest = [clip_id for clip_id in known if artists[clip_id][1] != fold + 1]
         parts = group_split(
-            [clip_id.split(".")[0] for clip_id in rest], [artists[clip_id][0] for clip_id in rest], seed, (0.8, 0.2, 0)
+            [clip_id.split(".")[0] for clip_id in rest],
+            [artists[clip_id][0] for clip_id in rest],
+            seed,
+            (0.8, 0.2, 0),
         )
         splits = dict.fromkeys(known, "test") | dict(zip(rest, parts, strict=True))
         skipped += [
@@ -67,23 +81,43 @@ def load_gtzan(
         splits = dict(zip(files, random_split(len(files), seed), strict=True))
         described = f"random 67/33, seed {seed}"
     elif protocol == "stratified_kfold":
-        splits = dict(zip(files, stratified_kfold([clip_id.split(".")[0] for clip_id in files], folds, fold, seed), strict=True))
+        splits = dict(
+            zip(
+                files,
+                stratified_kfold([clip_id.split(".")[0] for clip_id in files], folds, fold, seed),
+                strict=True,
+            )
+        )
         described = f"stratified_kfold fold {fold} of {folds}, seed {seed}"
     else:
-        raise UserError(f"data.protocol: GTZAN has no protocol {protocol!r}." + did_you_mean(protocol, PROTOCOLS))
+        raise UserError(
+            f"data.protocol: GTZAN has no protocol {protocol!r}."
+            + did_you_mean(protocol, PROTOCOLS)
+        )
     missing = [clip_id for clip_id in splits if clip_id not in files]
     if missing and not allow_missing:
         raise UserError(
             f"{root}: {missing[0]} is not on disk ({len(missing)} of the {len(splits)} clips of {protocol!r} are "
             "missing). Add them, or go on without them with --config.data.allow_missing=True."
         )
-    skipped += [Skipped(clip_id, str(root / clip_id.split(".")[0] / clip_id), "not on disk") for clip_id in missing]
+    skipped += [
+        Skipped(clip_id, str(root / clip_id.split(".")[0] / clip_id), "not on disk")
+        for clip_id in missing
+    ]
     clips = [
-        Clip(clip_id, files[clip_id], (clip_id.split(".")[0],), split, artists.get(clip_id, (None, 0))[0])
+        Clip(
+            clip_id,
+            files[clip_id],
+            (clip_id.split(".")[0],),
+            split,
+            artists.get(clip_id, (None, 0))[0],
+        )
         for clip_id, split in splits.items()
         if clip_id in files
     ]
-    return make_dataset(Dataset("gtzan", root, described, "single_label", GENRES, tuple(clips), tuple(skipped)))
+    return make_dataset(
+        Dataset("gtzan", root, described, "single_label", GENRES, tuple(clips), tuple(skipped))
+    )
 
 
 def _find(root: Path) -> dict[str, Path]:
@@ -91,10 +125,15 @@ def _find(root: Path) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for genre in GENRES:
         for path in sorted((root / genre).glob(f"{genre}.*")):
-            if path.suffix.lower() not in AUDIO_EXTENSIONS or not path.stem[len(genre) + 1 :].isdigit():
+            if (
+                path.suffix.lower() not in AUDIO_EXTENSIONS
+                or not path.stem[len(genre) + 1 :].isdigit()
+            ):
                 continue
             if path.stem in files:
-                raise UserError(f"{path} and {files[path.stem].name} are the same clip; keep one of them.")
+                raise UserError(
+                    f"{path} and {files[path.stem].name} are the same clip; keep one of them."
+                )
             files[path.stem] = path
     if not files:
         raise UserError(
@@ -107,7 +146,11 @@ def _find(root: Path) -> dict[str, Path]:
 def _packaged(name: str) -> str:
     """Returns a list that ships with the package."""
     try:
-        return importlib.resources.files("musicgenre.datasets").joinpath("data", name).read_text(encoding="utf-8")
+        return (
+            importlib.resources.files("musicgenre.datasets")
+            .joinpath("data", name)
+            .read_text(encoding="utf-8")
+        )
     except OSError as error:
         raise UserError(
             f"musicgenre/datasets/data/{name}: this list should come with the package but cannot be read "
@@ -119,7 +162,9 @@ def _packaged(name: str) -> str:
 def artist_groups() -> dict[str, tuple[str, int]]:
     """Returns (artist, fold 1 to 3) of each clip whose artist is known (948 clips by 412 artists)."""
     rows = csv.DictReader(_packaged("artist_groups.csv").splitlines())
-    return {row["clip_id"]: (f"artist {row['artist_group']}", int(row["artist_fold"])) for row in rows}
+    return {
+        row["clip_id"]: (f"artist {row['artist_group']}", int(row["artist_fold"])) for row in rows
+    }
 
 
 def fault_filtered_lists() -> dict[str, str]:
@@ -128,5 +173,7 @@ def fault_filtered_lists() -> dict[str, str]:
     for split in ("train", "valid", "test"):
         for line in _packaged(f"{split}_filtered.txt").split():
             splits[Path(line).stem] = split
-    assert Counter(splits.values()) == {"train": 443, "valid": 197, "test": 290}, "the packaged lists are not whole"
+    assert Counter(splits.values()) == {"train": 443, "valid": 197, "test": 290}, (
+        "the packaged lists are not whole"
+    )
     return splits

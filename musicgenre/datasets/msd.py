@@ -1,7 +1,7 @@
 """The Million Song Dataset (Bertin-Mahieux, Ellis, Whitman, Lamere 2011): what is known of a million songs, without the sound.
 
 A song file (`data/A/X/L/TRAXLZU12903D05F94.h5`) holds one song, an aggregate file many, and a summary file the tables of many
-without the lists of tags. The sound is 30 s previews from 7digital, which `musicgenre.datasets.previews` fetches.
+without the lists of tags. The sound is 30 s previews from 7digital, which `musicgenre.datasets.fetch.previews` fetches.
 """
 
 import csv
@@ -92,19 +92,40 @@ def read_songs(path: str | os.PathLike[str]) -> Iterator[Song]:
             count = len(tables["metadata/songs"])
             for place, table in tables.items():
                 if len(table) != count:
-                    raise UserError(f"{path}: {place} has {len(table)} rows where metadata/songs has {count}.")
-            terms = _Tags(file, path, tables["metadata/songs"], "metadata/artist_terms", "metadata/artist_terms_weight")
-            tags = _Tags(file, path, tables["musicbrainz/songs"], "musicbrainz/artist_mbtags", "musicbrainz/artist_mbtags_count")
+                    raise UserError(
+                        f"{path}: {place} has {len(table)} rows where metadata/songs has {count}."
+                    )
+            terms = _Tags(
+                file,
+                path,
+                tables["metadata/songs"],
+                "metadata/artist_terms",
+                "metadata/artist_terms_weight",
+            )
+            tags = _Tags(
+                file,
+                path,
+                tables["musicbrainz/songs"],
+                "musicbrainz/artist_mbtags",
+                "musicbrainz/artist_mbtags_count",
+            )
             for start in range(0, count, BLOCK):
                 stop = min(start + BLOCK, count)
                 columns: dict[str, Any] = {}
                 for place, names in TABLES.items():
                     rows = tables[place].fields(list(names))[start:stop]
                     columns |= {name: rows[name].tolist() for name in names}
-                for i, term, tag in zip(range(stop - start), terms.read(start, stop), tags.read(start, stop), strict=True):
+                for i, term, tag in zip(
+                    range(stop - start),
+                    terms.read(start, stop),
+                    tags.read(start, stop),
+                    strict=True,
+                ):
                     track_id = _text(columns["track_id"][i])
                     if not TRACK_ID.fullmatch(track_id):
-                        raise UserError(f"{path}: analysis/songs has the track_id {track_id!r}; TR and 16 characters are needed.")
+                        raise UserError(
+                            f"{path}: analysis/songs has the track_id {track_id!r}; TR and 16 characters are needed."
+                        )
                     values: dict[str, Any] = {name: _text(columns[name][i]) for name in TEXTS}
                     values |= {name: int(columns[name][i]) for name in (*SHOP_IDS, "year")}
                     yield Song(
@@ -114,7 +135,15 @@ def read_songs(path: str | os.PathLike[str]) -> Iterator[Song]:
                         artist_mbtags=tuple((name, int(number)) for name, number in tag),
                         **values,
                     )
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError, MemoryError, OverflowError) as error:
+    except (
+        OSError,
+        KeyError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        MemoryError,
+        OverflowError,
+    ) as error:
         reason = " ".join(str(error.args[0] if error.args else type(error).__name__).split())
         raise UserError(f"{path}: not an HDF5 file that can be read ({reason}).") from error
 
@@ -123,7 +152,9 @@ def _h5py() -> Any:
     try:
         import h5py
     except ImportError as error:
-        raise UserError("the Million Song Dataset needs h5py, which is not installed: pip install 'musicgenre[msd]'.") from error
+        raise UserError(
+            "the Million Song Dataset needs h5py, which is not installed: pip install 'musicgenre[msd]'."
+        ) from error
     return h5py
 
 
@@ -149,9 +180,13 @@ class _Tags:
             return
         shapes = [getattr(array, "shape", None) for array in (self._names, self._weights)]
         if shapes[0] is None or len(shapes[0]) != 1 or shapes[0] != shapes[1]:
-            raise UserError(f"{path}: {names} and {weights} are not two lists of one length, but {shapes[0]} and {shapes[1]}.")
+            raise UserError(
+                f"{path}: {names} and {weights} are not two lists of one length, but {shapes[0]} and {shapes[1]}."
+            )
         if self._index not in table.dtype.names:
-            raise UserError(f"{path}: {table.name[1:]} has no column {self._index!r}, which says where a song's {names} begin.")
+            raise UserError(
+                f"{path}: {table.name[1:]} has no column {self._index!r}, which says where a song's {names} begin."
+            )
 
     def read(self, start: int, stop: int) -> list[list[tuple[str, float]]]:
         """Returns for each of the rows its (tag, weight) pairs, the heaviest first; a tag twice counts once."""
@@ -163,7 +198,9 @@ class _Tags:
             bounds.append(self._names.shape[0])
         for first, last in itertools.pairwise(bounds):
             if not 0 <= first <= last <= min(self._names.shape[0], first + MAX_TAGS):
-                raise UserError(f"{self._path}: {self._index} is damaged (a song's part of {self._place} is {first} to {last}).")
+                raise UserError(
+                    f"{self._path}: {self._index} is damaged (a song's part of {self._place} is {first} to {last})."
+                )
         names = self._names[bounds[0] : bounds[-1]].tolist()
         weights = np.nan_to_num(self._weights[bounds[0] : bounds[-1]].astype(np.float64)).tolist()
         result = []
@@ -195,16 +232,24 @@ def walk_songs(root: str | os.PathLike[str]) -> Iterator[Song | Skipped]:
     _h5py()
     root = Path(root)
     if not root.exists():
-        raise UserError(f"{root}: no such folder. It should hold the .h5 files of the Million Song Dataset, at any depth.")
+        raise UserError(
+            f"{root}: no such folder. It should hold the .h5 files of the Million Song Dataset, at any depth."
+        )
     files = [root]
     if root.is_dir():
         files = []
         for folder, folders, names in os.walk(root):
             folders[:] = [name for name in folders if not name.startswith(".")]
-            files += [Path(folder, name) for name in names if name.lower().endswith(".h5") and not name.startswith(".")]
+            files += [
+                Path(folder, name)
+                for name in names
+                if name.lower().endswith(".h5") and not name.startswith(".")
+            ]
         files.sort()
     if not files:
-        raise UserError(f"{root}: no .h5 files of the Million Song Dataset in this folder or below.")
+        raise UserError(
+            f"{root}: no .h5 files of the Million Song Dataset in this folder or below."
+        )
     for path in files:
         try:
             yield from read_songs(path)
@@ -265,7 +310,9 @@ def load_msd(
     found = _gather(root, audio)
     fetch = f"python experiments/fetch_previews.py --root={root}"
     if not found.usable:
-        raise UserError(f"{root}: none of the {found.songs} songs has a preview in {preview_folder(root)}. Fetch some: {fetch}")
+        raise UserError(
+            f"{root}: none of the {found.songs} songs has a preview in {preview_folder(root)}. Fetch some: {fetch}"
+        )
     if found.unfetched and not allow_missing:
         raise UserError(
             f"{root}: {found.unfetched[0]} has no preview yet ({len(found.unfetched)} of {found.songs} songs were not fetched so "
@@ -286,8 +333,16 @@ def load_msd(
             songs.append(song)
             labels.append(tags)
         else:
-            skipped.append(Skipped(song.track_id, str(audio[song.track_id]), f"none of the {len(names)} commonest artist terms"))
-    splits = group_split([tags[0] for tags in labels], [song.artist_id or None for song in songs], seed, fractions)
+            skipped.append(
+                Skipped(
+                    song.track_id,
+                    str(audio[song.track_id]),
+                    f"none of the {len(names)} commonest artist terms",
+                )
+            )
+    splits = group_split(
+        [tags[0] for tags in labels], [song.artist_id or None for song in songs], seed, fractions
+    )
     clips = tuple(
         Clip(song.track_id, audio[song.track_id], tags, split, song.artist_id or None)
         for song, tags, split in zip(songs, labels, splits, strict=True)
@@ -300,9 +355,15 @@ def load_msd(
     if found.again:
         notes.append(f"{found.again} rows are of a song that came before; they count once.")
     if strays := len(audio.keys() - found.usable.keys()):
-        notes.append(f"{strays} sound files are named after tracks that no .h5 file knows; they are left out.")
+        notes.append(
+            f"{strays} sound files are named after tracks that no .h5 file knows; they are left out."
+        )
     protocol = f"by artist, top {len(names)} artist terms, {fractions_text(fractions)}, seed {seed}"
-    return make_dataset(Dataset("msd", root, protocol, "multi_label", names, clips, tuple(skipped), notes=tuple(notes)))
+    return make_dataset(
+        Dataset(
+            "msd", root, protocol, "multi_label", names, clips, tuple(skipped), notes=tuple(notes)
+        )
+    )
 
 
 @dataclasses.dataclass
@@ -333,15 +394,27 @@ def _gather(root: Path, audio: Mapping[str, Path]) -> _Gathered:
             if new or not found.usable[track_id].artist_terms:
                 found.usable[track_id] = item
         elif new:
-            reason = "it has no 7digital id" if item.track_7digitalid <= 0 else FINAL.get(outcomes.get(track_id, ""))
+            reason = (
+                "it has no 7digital id"
+                if item.track_7digitalid <= 0
+                else FINAL.get(outcomes.get(track_id, ""))
+            )
             if reason is None:
                 found.unfetched.append(track_id)
             place = preview_folder(root) / f"{track_id}.mp3"
-            found.skipped.append(Skipped(track_id, str(place), f"no preview: {reason or 'not fetched yet'}"))
+            found.skipped.append(
+                Skipped(track_id, str(place), f"no preview: {reason or 'not fetched yet'}")
+            )
     found.songs = len(seen)
     if not seen:
-        first = f"; the first is {found.skipped[0].path}: {found.skipped[0].reason}" if found.skipped else ""
-        raise UserError(f"{root}: no song in its .h5 files, {len(found.skipped)} of which cannot be used{first}")
+        first = (
+            f"; the first is {found.skipped[0].path}: {found.skipped[0].reason}"
+            if found.skipped
+            else ""
+        )
+        raise UserError(
+            f"{root}: no song in its .h5 files, {len(found.skipped)} of which cannot be used{first}"
+        )
     return found
 
 
@@ -357,6 +430,10 @@ def read_outcomes(path: Path) -> dict[str, str]:
         with open(path, encoding="utf-8", newline="") as file:
             return {row["track_id"]: row["status"] for row in csv.DictReader(file)}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read ({error}). Delete it; fetch_previews.py writes it again.") from error
+        raise UserError(
+            f"{path}: cannot be read ({error}). Delete it; fetch_previews.py writes it again."
+        ) from error
     except KeyError as error:
-        raise UserError(f"{path}: has no column {error.args[0]!r}. Delete it; fetch_previews.py writes it again.") from error
+        raise UserError(
+            f"{path}: has no column {error.args[0]!r}. Delete it; fetch_previews.py writes it again."
+        ) from error

@@ -27,7 +27,9 @@ from musicgenre.errors import UserError, did_you_mean
 PROTOCOLS = ("report", "clean", "all", "grouped")
 TABLE_NAMES = ("annotations_final.csv", "annotations_final.csv.gz")
 # The split of each of the data set's sixteen folders.
-FOLDER_SPLITS = dict.fromkeys("0123456789ab", "train") | {"c": "valid"} | dict.fromkeys("def", "test")
+FOLDER_SPLITS = (
+    dict.fromkeys("0123456789ab", "train") | {"c": "valid"} | dict.fromkeys("def", "test")
+)
 # Three mp3s of the published archive hold not a single byte.
 EMPTY_IN_THE_ARCHIVE = {
     "35644": "6/norine_braun-now_and_zen-08-gently-117-146.mp3",
@@ -119,7 +121,11 @@ def load_mtat(
     described = _describe(protocol, top_k, seed, fractions)
     counts = f"mtat, protocol {described}: {_counts(splits)} of {len(splits):,} clips in the table"
     if missing and (not allow_missing or len(missing) == len(chosen)):
-        go_on = "" if allow_missing else "Go on without them with --config.data.allow_missing=True, or fetch them. "
+        go_on = (
+            ""
+            if allow_missing
+            else "Go on without them with --config.data.allow_missing=True, or fetch them. "
+        )
         first = root / table.mp3_paths[missing[0]]
         raise UserError(
             f"{first} is not on disk: {len(missing):,} of {len(chosen):,} mp3s are missing ({counts}). {go_on}The "
@@ -128,15 +134,37 @@ def load_mtat(
     names = table.tag_names[:top_k]
     top = table.tags[:, :top_k]
     clips = [
-        Clip(table.clip_ids[i], path, tuple(names[tag] for tag in np.flatnonzero(top[i])), splits[i], table.tracks[i])
+        Clip(
+            table.clip_ids[i],
+            path,
+            tuple(names[tag] for tag in np.flatnonzero(top[i])),
+            splits[i],
+            table.tracks[i],
+        )
         for i, path in places.items()
         if path is not None
     ]
-    skipped = [Skipped(table.clip_ids[i], str(root / table.mp3_paths[i]), "not on disk") for i in missing]
-    absent = f"{len(missing):,} mp3{'s are' if len(missing) != 1 else ' is'} not on disk" if missing else "every mp3 is on disk"
+    skipped = [
+        Skipped(table.clip_ids[i], str(root / table.mp3_paths[i]), "not on disk") for i in missing
+    ]
+    absent = (
+        f"{len(missing):,} mp3{'s are' if len(missing) != 1 else ' is'} not on disk"
+        if missing
+        else "every mp3 is on disk"
+    )
     notes = (f"{counts}; {absent}", *_notes(table, splits, top_k))
     return make_dataset(
-        Dataset("mtat", root, described, "multi_label", names, tuple(clips), tuple(skipped), group_name="track", notes=notes)
+        Dataset(
+            "mtat",
+            root,
+            described,
+            "multi_label",
+            names,
+            tuple(clips),
+            tuple(skipped),
+            group_name="track",
+            notes=notes,
+        )
     )
 
 
@@ -183,16 +211,22 @@ def protocol_splits(
       UserError: an unknown protocol, fewer than `top_k` tags, fractions that cannot be, or a folder that is not one of 0-9, a-f.
     """
     if protocol not in PROTOCOLS:
-        raise UserError(f"data.protocol: MTAT has no protocol {protocol!r}." + did_you_mean(protocol, PROTOCOLS))
+        raise UserError(
+            f"data.protocol: MTAT has no protocol {protocol!r}." + did_you_mean(protocol, PROTOCOLS)
+        )
     occurring = int(table.tags.any(axis=0).sum())
     if not 1 <= top_k <= occurring:
-        raise UserError(f"data.top_k={top_k} is not one of 1 to {occurring}, the tags that occur in {table.path}.")
+        raise UserError(
+            f"data.top_k={top_k} is not one of 1 to {occurring}, the tags that occur in {table.path}."
+        )
     tagged = np.flatnonzero(table.tags[:, :top_k].any(axis=1)).tolist()
     chosen: list[int] = list(range(len(table.clip_ids))) if protocol == "all" else tagged
     if protocol == "report":
         parts = _nested_random(len(chosen), seed)
     elif protocol == "grouped":
-        parts = split_tracks(table.tags[chosen, :top_k], [table.tracks[i] for i in chosen], seed, fractions)
+        parts = split_tracks(
+            table.tags[chosen, :top_k], [table.tracks[i] for i in chosen], seed, fractions
+        )
     else:
         parts = [_folder_split(table, i) for i in chosen]
     splits = [""] * len(table.clip_ids)
@@ -216,7 +250,12 @@ def leak(splits: Sequence[str], groups: Sequence[str], evaluated: str = "test") 
     return Leak(sum(group in trained for group in tested), len(tested))
 
 
-def split_tracks(tags: np.ndarray, tracks: Sequence[str], seed: int, fractions: Sequence[float] = (0.7, 0.15, 0.15)) -> list[str]:
+def split_tracks(
+    tags: np.ndarray,
+    tracks: Sequence[str],
+    seed: int,
+    fractions: Sequence[float] = (0.7, 0.15, 0.15),
+) -> list[str]:
     """Splits clips so that no track is in two splits and every tag is spread as the fractions say, as near as can be.
 
     Iterative stratification (Sechidis, Tsoumakas and Vlahavas 2011) of whole tracks: the tag with the fewest clips left is dealt
@@ -234,7 +273,12 @@ def split_tracks(tags: np.ndarray, tracks: Sequence[str], seed: int, fractions: 
     Raises:
       UserError: the fractions are negative or do not sum to 1, or nothing is for training.
     """
-    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6 or fractions[0] <= 0:
+    if (
+        len(fractions) != 3
+        or min(fractions) < 0
+        or abs(sum(fractions) - 1) > 1e-6
+        or fractions[0] <= 0
+    ):
         raise UserError(
             f"data.fractions={tuple(fractions)} must be three shares (train, valid, test) that sum to 1, the first above 0."
         )
@@ -250,7 +294,11 @@ def split_tracks(tags: np.ndarray, tracks: Sequence[str], seed: int, fractions: 
     order = np.random.default_rng(seed).permutation(count)
     assigned = np.full(count, -1)
     while (assigned < 0).any():
-        rarest = int(np.where(remaining[:-1] > 0, remaining[:-1], np.inf).argmin()) if remaining[:-1].any() else -1
+        rarest = (
+            int(np.where(remaining[:-1] > 0, remaining[:-1], np.inf).argmin())
+            if remaining[:-1].any()
+            else -1
+        )
         waiting = [track for track in order if assigned[track] < 0 and weights[track, rarest] > 0]
         for track in sorted(waiting, key=lambda track: -weights[track, rarest]):
             need = wanted / shares[:, None]
@@ -281,7 +329,10 @@ def _folder_split(table: MtatTable, row: int) -> str:
 
 
 def _describe(protocol: str, top_k: int, seed: int, fractions: Sequence[float]) -> str:
-    details = {"report": f" random 64/16/20 seed {seed}", "grouped": f" by track {fractions_text(fractions)} seed {seed}"}
+    details = {
+        "report": f" random 64/16/20 seed {seed}",
+        "grouped": f" by track {fractions_text(fractions)} seed {seed}",
+    }
     return f"{protocol}{details.get(protocol, '')}, top {top_k} tags"
 
 
@@ -302,11 +353,15 @@ def _notes(table: MtatTable, splits: Sequence[str], top_k: int) -> list[str]:
     used = {i for i, split in zip(table.clip_ids, splits, strict=True) if split}
     empty = [i for i, path in EMPTY_IN_THE_ARCHIVE.items() if i in used and path in table.mp3_paths]
     if empty:
-        notes.append(f"known to be empty files in the published archive and counted above: clips {', '.join(empty)}")
+        notes.append(
+            f"known to be empty files in the published archive and counted above: clips {', '.join(empty)}"
+        )
     frequency = table.tags.sum(axis=0)
     if top_k < len(frequency) and frequency[top_k - 1] == frequency[top_k]:
         last, first = table.tag_names[top_k - 1 : top_k + 1]
-        notes.append(f"the tags {last!r} and {first!r} are equally frequent; {first!r} is left out by alphabetical order")
+        notes.append(
+            f"the tags {last!r} and {first!r} are equally frequent; {first!r} is left out by alphabetical order"
+        )
     return notes
 
 
@@ -340,9 +395,13 @@ def _read(path: Path) -> bytes:
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error}). Fetch it again.") from error
     if len(data) > MAX_TABLE_BYTES:
-        raise UserError(f"{path}: holds more than {MAX_TABLE_BYTES:,} bytes, so it is not MTAT's label table.")
+        raise UserError(
+            f"{path}: holds more than {MAX_TABLE_BYTES:,} bytes, so it is not MTAT's label table."
+        )
     # No field of the table has a quote, a tab or a newline inside, so that quotes carry no meaning.
-    data = data.removeprefix(b"\xef\xbb\xbf").replace(b'"', b"").replace(b"\r\n", b"\n").rstrip(b"\n")
+    data = (
+        data.removeprefix(b"\xef\xbb\xbf").replace(b'"', b"").replace(b"\r\n", b"\n").rstrip(b"\n")
+    )
     return data + b"\n"
 
 
@@ -355,7 +414,9 @@ def _parse(path: Path, data: bytes) -> MtatTable:
     header = _decode(path, 1, data[: ends[columns - 1]]).split("\t")
     _check_header(path, header)
     if len(wrong := np.flatnonzero(fields != columns)):
-        raise UserError(f"{path}, line {wrong[0] + 1}: {fields[wrong[0]]} fields where the header has {columns}.")
+        raise UserError(
+            f"{path}, line {wrong[0] + 1}: {fields[wrong[0]]} fields where the header has {columns}."
+        )
     if len(fields) == 1:
         raise UserError(f"{path}: no rows below the header.")
     starts = np.concatenate([[0], ends[:-1] + 1]).reshape(len(fields), columns)[1:]
@@ -367,7 +428,9 @@ def _parse(path: Path, data: bytes) -> MtatTable:
         if not (clip_id.isascii() and clip_id.isdigit()):
             raise UserError(f"{path}, line {line}, column clip_id: {clip_id!r} is not a number.")
         if int(clip_id) in seen:
-            raise UserError(f"{path}, line {line}, column clip_id: clip {clip_id} is already on line {seen[int(clip_id)]}.")
+            raise UserError(
+                f"{path}, line {line}, column clip_id: clip {clip_id} is already on line {seen[int(clip_id)]}."
+            )
         seen[int(clip_id)] = line
     mp3_paths = _column(path, data, starts, ends, header.index("mp3_path"))
     lines: dict[str, int] = {}
@@ -377,7 +440,9 @@ def _parse(path: Path, data: bytes) -> MtatTable:
                 f"{path}, line {line}, column mp3_path: {mp3_path!r} is not a path such as f/artist-album-01-title-START-END.mp3."
             )
         if mp3_path in lines:
-            raise UserError(f"{path}, line {line}, column mp3_path: {mp3_path} is already on line {lines[mp3_path]}.")
+            raise UserError(
+                f"{path}, line {line}, column mp3_path: {mp3_path} is already on line {lines[mp3_path]}."
+            )
         lines[mp3_path] = line
 
     places = [i for i, name in enumerate(header) if name not in ("clip_id", "mp3_path")]
@@ -387,7 +452,9 @@ def _parse(path: Path, data: bytes) -> MtatTable:
     if len(bad):
         row, column = int(bad[0][0]), places[bad[0][1]]
         value = data[starts[row, column] : ends[row, column]].decode(errors="replace")
-        raise UserError(f"{path}, line {row + 2}, column {header[column]}: {value[:40]!r} is not 0 or 1.")
+        raise UserError(
+            f"{path}, line {row + 2}, column {header[column]}: {value[:40]!r} is not 0 or 1."
+        )
     tags = values == _ONE
     names = [header[i] for i in places]
     counts = tags.sum(axis=0)
@@ -413,7 +480,9 @@ def _check_header(path: Path, header: Sequence[str]) -> None:
         raise UserError(f"{path}, line 1: no column of a tag beside clip_id and mp3_path.")
     for name, count in Counter(header).items():
         if not name or count > 1:
-            raise UserError(f"{path}, line 1: {f'{count} columns named {name!r}' if name else 'a column without a name'}.")
+            raise UserError(
+                f"{path}, line 1: {f'{count} columns named {name!r}' if name else 'a column without a name'}."
+            )
 
 
 def _nearest(name: str, header: Sequence[str]) -> str:
@@ -425,11 +494,15 @@ def _nearest(name: str, header: Sequence[str]) -> str:
     return next((column for column in header if plain(column) == plain(name)), "")
 
 
-def _column(path: Path, data: bytes, starts: np.ndarray, ends: np.ndarray, column: int) -> list[str]:
+def _column(
+    path: Path, data: bytes, starts: np.ndarray, ends: np.ndarray, column: int
+) -> list[str]:
     """Returns the fields of a column as text, `[rows]`."""
     return [
         _decode(path, line, data[start:end])
-        for line, (start, end) in enumerate(zip(starts[:, column].tolist(), ends[:, column].tolist(), strict=True), start=2)
+        for line, (start, end) in enumerate(
+            zip(starts[:, column].tolist(), ends[:, column].tolist(), strict=True), start=2
+        )
     ]
 
 
@@ -437,7 +510,9 @@ def _decode(path: Path, line: int, data: bytes) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}, line {line}: not UTF-8 text ({error.reason} at byte {error.start} of the field).") from error
+        raise UserError(
+            f"{path}, line {line}: not UTF-8 text ({error.reason} at byte {error.start} of the field)."
+        ) from error
 
 
 def _match_name(mp3_path: str) -> re.Match[str] | None:

@@ -20,7 +20,9 @@ def random_split(count: int, seed: int = 42, share: float = 0.33) -> list[str]:
     """
     if count < 2:
         raise UserError(f"a random split needs at least 2 clips, not {count}.")
-    from sklearn.model_selection import train_test_split  # takes its time to load, and most splits do not need it
+    from sklearn.model_selection import (
+        train_test_split,  # takes its time to load, and most splits do not need it
+    )
 
     _, held_out = train_test_split(np.arange(count), test_size=share, random_state=seed)
     splits = np.full(count, "train", object)
@@ -42,14 +44,23 @@ def stratified_kfold(labels: Sequence[str], folds: int, fold: int, seed: int) ->
         raise UserError(f"the label {label!r} has {count} clips, fewer than the {folds} folds.")
     from sklearn.model_selection import StratifiedKFold
 
-    parts = [part for _, part in StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels)]
+    parts = [
+        part
+        for _, part in StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels)
+    ]
     splits = np.full(len(labels), "train", object)
     splits[parts[(fold + 1) % folds]] = "valid"
     splits[parts[fold]] = "test"
     return splits.tolist()
 
 
-def kfold_split(labels: Sequence[str], folds: int, fold: int, seed: int, groups: Sequence[str | None] | None = None) -> list[str]:
+def kfold_split(
+    labels: Sequence[str],
+    folds: int,
+    fold: int,
+    seed: int,
+    groups: Sequence[str | None] | None = None,
+) -> list[str]:
     """Returns one turn of a stratified cross-validation: fold k is "valid", the rest "train".
 
     Args:
@@ -73,15 +84,26 @@ def kfold_split(labels: Sequence[str], folds: int, fold: int, seed: int, groups:
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
     if groups is None:
-        parts = [part for _, part in StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels)]
+        parts = [
+            part
+            for _, part in StratifiedKFold(folds, shuffle=True, random_state=seed).split(
+                labels, labels
+            )
+        ]
     else:
         numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-        together = [len(groups) + i if group is None else numbers[group] for i, group in enumerate(groups)]
+        together = [
+            len(groups) + i if group is None else numbers[group] for i, group in enumerate(groups)
+        ]
         if len(set(together)) < folds:
-            raise UserError(f"the clips are of {len(set(together))} artists or other groups, fewer than the {folds} folds.")
+            raise UserError(
+                f"the clips are of {len(set(together))} artists or other groups, fewer than the {folds} folds."
+            )
         of_label = Counter(label for label, _ in set(zip(labels, together, strict=True)))
         if alone := [label for label, count in of_label.items() if count < 2]:
-            raise UserError(f"all clips of the label {alone[0]!r} are of one artist or group, so it cannot be held out.")
+            raise UserError(
+                f"all clips of the label {alone[0]!r} are of one artist or group, so it cannot be held out."
+            )
         splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
         parts = [part for _, part in splitter.split(labels, labels, together)]
     splits = np.full(len(labels), "train", object)
@@ -115,11 +137,18 @@ def group_split(
     Raises:
       UserError: the fractions are negative or do not sum to 1, or nothing is for training.
     """
-    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6 or fractions[0] <= 0:
+    if (
+        len(fractions) != 3
+        or min(fractions) < 0
+        or abs(sum(fractions) - 1) > 1e-6
+        or fractions[0] <= 0
+    ):
         raise UserError(
             f"data.fractions={tuple(fractions)} must be three shares (train, valid, test) that sum to 1, the first above 0."
         )
-    names = [name for name, share in zip(("train", "valid", "test"), fractions, strict=True) if share > 0]
+    names = [
+        name for name, share in zip(("train", "valid", "test"), fractions, strict=True) if share > 0
+    ]
     shares = np.array([share for share in fractions if share > 0])
     members: dict[tuple[bool, str], list[int]] = {}
     for i, group in enumerate(groups):
@@ -138,7 +167,11 @@ def group_split(
         for number, clips in enumerate(parts):
             empty = np.flatnonzero(placed == 0)
             # With no more groups left than empty splits, each of those gets one.
-            open_splits = empty if len(empty) > 0 and len(parts) - number <= len(empty) else np.arange(len(names))
+            open_splits = (
+                empty
+                if len(empty) > 0 and len(parts) - number <= len(empty)
+                else np.arange(len(names))
+            )
             chosen = open_splits[((wanted - placed) / shares)[open_splits].argmax()]
             placed[chosen] += len(clips)
             for i in clips:

@@ -25,7 +25,18 @@ from musicgenre.files import read_json, replacing, write_json
 RENDERER_VERSION = 1
 RECORD_NAME = "synthetic.json"
 # The artist of clip i is number i % 10. All three splits come first, so that three clips a style are enough.
-ARTIST_SPLITS = ("train", "valid", "test", "train", "train", "train", "valid", "test", "train", "train")
+ARTIST_SPLITS = (
+    "train",
+    "valid",
+    "test",
+    "train",
+    "train",
+    "train",
+    "valid",
+    "test",
+    "train",
+    "train",
+)
 MIN_CLIPS, MAX_CLIPS = len(set(ARTIST_SPLITS)), 100_000
 MIN_SECONDS, MAX_SECONDS = 1.0, 600.0
 # Lower rates have no room for the cymbal.
@@ -90,8 +101,12 @@ TIMBRES = {
     "sub": Timbre((1.0, 0.15, 0.05), attack=0.01, release=0.05),
     "saw": Timbre(tuple(h**-1.0 for h in range(1, 17)), attack=0.008, release=0.08),
     "hollow": Timbre(tuple(float(h % 2) / h for h in range(1, 14)), attack=0.03, vibrato=0.12),
-    "organ": Timbre((1.0, 0.8, 0.5, 0.5, 0.0, 0.3, 0.0, 0.35), attack=0.01, release=0.05, vibrato=0.06),
-    "horn": Timbre((1.0, 0.4), fm_ratio=1.0, fm_index=1.8, attack=0.045, release=0.09, vibrato=0.08),
+    "organ": Timbre(
+        (1.0, 0.8, 0.5, 0.5, 0.0, 0.3, 0.0, 0.35), attack=0.01, release=0.05, vibrato=0.06
+    ),
+    "horn": Timbre(
+        (1.0, 0.4), fm_ratio=1.0, fm_index=1.8, attack=0.045, release=0.09, vibrato=0.08
+    ),
     "tine": Timbre((1.0, 0.2), damping=1.2, fm_ratio=7.0, fm_index=0.6, release=0.2),
     "bell": Timbre((1.0, 0.25), damping=1.6, fm_ratio=3.47, fm_index=1.4, release=0.4),
     "mallet": Timbre((1.0, 0.0, 0.0, 0.35), damping=4.0, fm_ratio=2.0, fm_index=0.3, release=0.15),
@@ -367,7 +382,10 @@ def clip_parameters(style: str, seed: int, index: int = 0) -> Parameters:
     # Now and then a guest plays: an instrument alone never gives the style away.
     guests = [str(guest) for guest in own.choice(list(TIMBRES), 3)]
     is_guest = own.uniform(size=3) < (0.25, 0.35, 0.5)
-    timbres = [guest if swap else usual for guest, swap, usual in zip(guests, is_guest, usual_timbres, strict=True)]
+    timbres = [
+        guest if swap else usual
+        for guest, swap, usual in zip(guests, is_guest, usual_timbres, strict=True)
+    ]
     levels = usual_levels + own.uniform(-4, 4, 4)
     return Parameters(
         artist=artist,
@@ -388,7 +406,9 @@ def clip_parameters(style: str, seed: int, index: int = 0) -> Parameters:
     )
 
 
-def render_clip(style: str, seed: int, seconds: float = 6.0, sample_rate: int = 22050, index: int = 0) -> np.ndarray:
+def render_clip(
+    style: str, seed: int, seconds: float = 6.0, sample_rate: int = 22050, index: int = 0
+) -> np.ndarray:
     """Renders one clip.
 
     The result depends on the arguments alone. At another rate the music is the same and its noises are others.
@@ -409,7 +429,10 @@ def render_clip(style: str, seed: int, seconds: float = 6.0, sample_rate: int = 
     if sample_rate < MIN_SAMPLE_RATE:
         raise UserError(f"sample_rate must be at least {MIN_SAMPLE_RATE} Hz, not {sample_rate}.")
     table, parameters = _style(style), clip_parameters(style, seed, index)
-    composing, noise = _generator(style, seed, "score", index), _generator(style, seed, "noise", index)
+    composing, noise = (
+        _generator(style, seed, "score", index),
+        _generator(style, seed, "noise", index),
+    )
     samples = round(seconds * sample_rate)
     notes, hits = _compose(table, parameters, seconds, composing)
     mix = np.zeros(samples, np.float32)
@@ -417,7 +440,14 @@ def render_clip(style: str, seed: int, seconds: float = 6.0, sample_rate: int = 
     for note in notes:
         key = (note.timbre, note.pitch, note.seconds)
         if key not in sounds:
-            sounds[key] = _note(TIMBRES[note.timbre], note.pitch, note.seconds, parameters.softness, sample_rate, noise)
+            sounds[key] = _note(
+                TIMBRES[note.timbre],
+                note.pitch,
+                note.seconds,
+                parameters.softness,
+                sample_rate,
+                noise,
+            )
         _add(mix, sounds[key], note.time, note.gain, sample_rate)
     drums = {name: _drum(name, parameters, sample_rate, noise) for name in ("kick", "snare", "hat")}
     for hit in hits:
@@ -426,7 +456,9 @@ def render_clip(style: str, seed: int, seconds: float = 6.0, sample_rate: int = 
     return (mix * (parameters.peak / np.abs(mix).max())).astype(np.float32)
 
 
-def load_synthetic(root: str | os.PathLike[str], seed: int = 0, clips_per_style: int = 24, seconds: float = 6.0) -> Dataset:
+def load_synthetic(
+    root: str | os.PathLike[str], seed: int = 0, clips_per_style: int = 24, seconds: float = 6.0
+) -> Dataset:
     """Renders the clips that are missing below `root` and returns all of them.
 
     Files are `<root>/<style>/<style>.NNNNN.<suffix>`: most of them 16-bit mono WAV at 22,050 Hz, and for every style
@@ -449,7 +481,9 @@ def load_synthetic(root: str | os.PathLike[str], seed: int = 0, clips_per_style:
     """
     root = Path(root)
     if not MIN_CLIPS <= clips_per_style <= MAX_CLIPS:
-        raise UserError(f"clips_per_style must be {MIN_CLIPS} to {MAX_CLIPS}, not {clips_per_style}.")
+        raise UserError(
+            f"clips_per_style must be {MIN_CLIPS} to {MAX_CLIPS}, not {clips_per_style}."
+        )
     if not MIN_SECONDS <= seconds <= MAX_SECONDS:
         raise UserError(f"seconds must be {MIN_SECONDS:g} to {MAX_SECONDS:g}, not {seconds:g}.")
     if seed < 0:
@@ -462,7 +496,9 @@ def load_synthetic(root: str | os.PathLike[str], seed: int = 0, clips_per_style:
             artist = index % len(ARTIST_SPLITS)
             clip_id = f"{style}.{index:05d}"
             path = root / style / f"{clip_id}.{FILE_KINDS[index % len(FILE_KINDS)].suffix}"
-            clips.append(Clip(clip_id, path, (style,), ARTIST_SPLITS[artist], f"{style} artist {artist}"))
+            clips.append(
+                Clip(clip_id, path, (style,), ARTIST_SPLITS[artist], f"{style} artist {artist}")
+            )
     missing = [clip for clip in clips if not clip.path.exists()]
     # None: no bar where the output is not a terminal.
     hidden = True if os.environ.get("TQDM_DISABLE") or not missing else None
@@ -490,7 +526,9 @@ def _claim(root: Path, seed: int, clips_per_style: int, seconds: float) -> None:
     if record.exists():
         found = read_json(record, "record of the synthetic data set")
         if not isinstance(found, dict) or not isinstance(found.get("clips_per_style"), int):
-            raise UserError(f"{record}: not a record of the synthetic data set. Choose another root.")
+            raise UserError(
+                f"{record}: not a record of the synthetic data set. Choose another root."
+            )
         for name, value in wanted.items():
             if found.get(name) != value:
                 raise UserError(
@@ -517,7 +555,9 @@ def _write_clip(path: Path, style: str, seed: int, index: int, seconds: float) -
         samples = np.stack([samples * (1 + pan), samples * (1 - pan)], axis=1) / (1 + abs(pan))
     with (
         replacing(path) as temporary,
-        soundfile.SoundFile(temporary, "w", kind.sample_rate, kind.channels, kind.subtype, format=kind.format) as out,
+        soundfile.SoundFile(
+            temporary, "w", kind.sample_rate, kind.channels, kind.subtype, format=kind.format
+        ) as out,
     ):
         # libsndfile's Vorbis encoder keeps a whole write on the stack, which a long clip overflows.
         for begin in range(0, len(samples), kind.sample_rate):
@@ -533,8 +573,12 @@ def _style(name: str) -> Style:
 def _generator(style: str, seed: int, purpose: str, number: int) -> np.random.Generator:
     """Returns a generator of its own for every purpose, so that no draw depends on what was drawn elsewhere."""
     if seed < 0 or number < 0:
-        raise UserError(f"The seed and the clip's index must not be negative; they are {seed} and {number}.")
-    return np.random.default_rng([seed, zlib.crc32(style.encode()), zlib.crc32(purpose.encode()), number])
+        raise UserError(
+            f"The seed and the clip's index must not be negative; they are {seed} and {number}."
+        )
+    return np.random.default_rng(
+        [seed, zlib.crc32(style.encode()), zlib.crc32(purpose.encode()), number]
+    )
 
 
 class _Note(NamedTuple):
@@ -584,7 +628,10 @@ def _compose(
         begin = bar * bar_seconds - parameters.start * beat
         root = progression[bar % len(progression)]
         for drum, pattern in (("kick", style.kick), ("snare", style.snare), ("hat", style.hat)):
-            hits += [_Hit(begin + onsets[place], drum, drum_gain * velocity) for place, velocity in _strokes(pattern, generator)]
+            hits += [
+                _Hit(begin + onsets[place], drum, drum_gain * velocity)
+                for place, velocity in _strokes(pattern, generator)
+            ]
         for place, velocity in _strokes(style.bass.pattern, generator):
             if generator.uniform() < style.walking:
                 degree = root + int(generator.integers(-2, 3))
@@ -622,7 +669,10 @@ def _compose(
                     0.3 * lead_gain * velocity,
                 )
             )
-    return ([note for note in notes if note.time < seconds], [hit for hit in hits if hit.time < seconds])
+    return (
+        [note for note in notes if note.time < seconds],
+        [hit for hit in hits if hit.time < seconds],
+    )
 
 
 def _strokes(pattern: str, generator: np.random.Generator) -> list[tuple[int, float]]:
@@ -636,7 +686,12 @@ def _strokes(pattern: str, generator: np.random.Generator) -> list[tuple[int, fl
 
 
 def _note(
-    timbre: Timbre, pitch: float, seconds: float, softness: float, sample_rate: int, generator: np.random.Generator
+    timbre: Timbre,
+    pitch: float,
+    seconds: float,
+    softness: float,
+    sample_rate: int,
+    generator: np.random.Generator,
 ) -> np.ndarray:
     """Returns the sound of one note, float32 `[samples]`.
 
@@ -652,7 +707,10 @@ def _note(
     rotation = np.exp(1j * phase - timbre.damping * time).astype(np.complex64)
     # Those above the Nyquist frequency would fold back.
     audible = max(1, min(len(timbre.harmonics), int(0.45 * sample_rate / frequency)))
-    weights = [amplitude * (rank + 1) ** -softness for rank, amplitude in enumerate(timbre.harmonics[:audible])]
+    weights = [
+        amplitude * (rank + 1) ** -softness
+        for rank, amplitude in enumerate(timbre.harmonics[:audible])
+    ]
     wave = np.full_like(rotation, weights[-1])
     for weight in reversed([0.0, *weights[:-1]]):
         wave *= rotation
@@ -660,11 +718,15 @@ def _note(
     sound = wave.imag / np.float32(np.sqrt(np.square(weights).sum()))
     if timbre.breath:
         sound = sound + np.float32(timbre.breath) * generator.standard_normal(len(time), np.float32)
-    envelope = np.minimum(time / timbre.attack, 1.0) * np.clip((time[-1] - time) / timbre.release, 0.0, 1.0)
+    envelope = np.minimum(time / timbre.attack, 1.0) * np.clip(
+        (time[-1] - time) / timbre.release, 0.0, 1.0
+    )
     return sound * envelope.astype(np.float32)
 
 
-def _drum(name: str, parameters: Parameters, sample_rate: int, generator: np.random.Generator) -> np.ndarray:
+def _drum(
+    name: str, parameters: Parameters, sample_rate: int, generator: np.random.Generator
+) -> np.ndarray:
     """Returns one stroke of a drum, float64 `[samples]`; the kit is tuned with the instruments."""
     import scipy.signal  # takes half a second to load
 
@@ -672,10 +734,22 @@ def _drum(name: str, parameters: Parameters, sample_rate: int, generator: np.ran
     pitch = 2 ** (parameters.detune / 2)
     if name == "kick":
         # The pitch falls from 170 to 50 Hz.
-        return 0.9 * np.sin(2 * np.pi * pitch * (50 * time - 120 * 0.03 * np.exp(-time / 0.03))) * np.exp(-time / 0.09)
-    low, high, decay, level = (900.0, 6000.0, 0.06, 0.8) if name == "snare" else (5500.0, 10000.0, 0.03, 0.5)
-    band = scipy.signal.butter(2, (low, min(high, 0.45 * sample_rate)), "bandpass", fs=sample_rate, output="sos")
-    sound = level * scipy.signal.sosfilt(band, generator.standard_normal(len(time))) * np.exp(-time / decay)
+        return (
+            0.9
+            * np.sin(2 * np.pi * pitch * (50 * time - 120 * 0.03 * np.exp(-time / 0.03)))
+            * np.exp(-time / 0.09)
+        )
+    low, high, decay, level = (
+        (900.0, 6000.0, 0.06, 0.8) if name == "snare" else (5500.0, 10000.0, 0.03, 0.5)
+    )
+    band = scipy.signal.butter(
+        2, (low, min(high, 0.45 * sample_rate)), "bandpass", fs=sample_rate, output="sos"
+    )
+    sound = (
+        level
+        * scipy.signal.sosfilt(band, generator.standard_normal(len(time)))
+        * np.exp(-time / decay)
+    )
     if name == "snare":
         sound += 0.4 * np.sin(2 * np.pi * 190 * pitch * time) * np.exp(-time / 0.05)
     return sound
@@ -689,17 +763,27 @@ def _add(mix: np.ndarray, sound: np.ndarray, time: float, gain: float, sample_ra
         mix[first:last] += np.float32(gain) * sound[first - begin : last - begin]
 
 
-def _record(mix: np.ndarray, parameters: Parameters, sample_rate: int, generator: np.random.Generator) -> np.ndarray:
+def _record(
+    mix: np.ndarray, parameters: Parameters, sample_rate: int, generator: np.random.Generator
+) -> np.ndarray:
     """Puts the mix into the artist's room and onto the artist's tape: echo, spectral tilt, cutoff and noise."""
     import scipy.fft
 
-    echo_time = np.arange(1, round(parameters.reverb * sample_rate), dtype=np.float32) / np.float32(sample_rate)
-    echo = generator.standard_normal(len(echo_time), np.float32) * np.exp(echo_time * (math.log(1e-3) / parameters.reverb))
-    room = np.concatenate([[1 - parameters.wet], parameters.wet * echo / np.linalg.norm(echo)]).astype(np.float32)
+    echo_time = np.arange(1, round(parameters.reverb * sample_rate), dtype=np.float32) / np.float32(
+        sample_rate
+    )
+    echo = generator.standard_normal(len(echo_time), np.float32) * np.exp(
+        echo_time * (math.log(1e-3) / parameters.reverb)
+    )
+    room = np.concatenate(
+        [[1 - parameters.wet], parameters.wet * echo / np.linalg.norm(echo)]
+    ).astype(np.float32)
     length = int(scipy.fft.next_fast_len(len(mix) + len(room), real=True))
     frequency = np.maximum(scipy.fft.rfftfreq(length, 1 / sample_rate), 30.0)
     # Tilts turn about 1 kHz.
-    tape = (frequency / 1000) ** (parameters.tilt / (20 * math.log10(2))) / (1 + (frequency / parameters.cutoff) ** 4)
+    tape = (frequency / 1000) ** (parameters.tilt / (20 * math.log10(2))) / (
+        1 + (frequency / parameters.cutoff) ** 4
+    )
     spectrum = scipy.fft.rfft(mix, length) * scipy.fft.rfft(room, length) * tape.astype(np.float32)
     wet = scipy.fft.irfft(spectrum, length)[: len(mix)]
     level = np.sqrt(np.mean(wet**2)) * np.float32(10 ** (parameters.noise / 20))

@@ -28,10 +28,14 @@ def average_by_clip(scores: np.ndarray, clip_index: np.ndarray, clips: int) -> n
     if not np.issubdtype(clip_index.dtype, np.integer):
         raise UserError(f"clip_index must hold integers, not {clip_index.dtype}.")
     if clip_index.size and not 0 <= clip_index.min() <= clip_index.max() < clips:
-        raise UserError(f"clip_index runs from {clip_index.min()} to {clip_index.max()}, but there are {clips} clips.")
+        raise UserError(
+            f"clip_index runs from {clip_index.min()} to {clip_index.max()}, but there are {clips} clips."
+        )
     chunks = np.bincount(clip_index, minlength=clips)
     if (chunks == 0).any():
-        raise UserError(f"{(chunks == 0).sum()} of {clips} clips have no chunk, the first is clip {int(np.argmax(chunks == 0))}.")
+        raise UserError(
+            f"{(chunks == 0).sum()} of {clips} clips have no chunk, the first is clip {int(np.argmax(chunks == 0))}."
+        )
     sums = np.zeros((clips, scores.shape[1]))
     np.add.at(sums, clip_index, scores)
     return sums / chunks[:, None]

@@ -115,7 +115,14 @@ class AuditResult:
         if self.findings:
             lines = [f"LEAK: {sides}", *([warning] if self.unknown else [])]
         elif self.unknown:
-            lines = [warning, *([f"nothing found among the training clips that are known: {sides}"] if self.trained else [])]
+            lines = [
+                warning,
+                *(
+                    [f"nothing found among the training clips that are known: {sides}"]
+                    if self.trained
+                    else []
+                ),
+            ]
         else:
             lines = [f"no leak found: {sides}"]
         for found in self.findings:
@@ -124,7 +131,9 @@ class AuditResult:
                 f"({found.pairs} pair{'s' if found.pairs != 1 else ''})"
             )
         if self.closest is not None:
-            lines.append(f"closest spectrograms: cosine {self.closest:.2f} (near-identical from {self.threshold:.2f})")
+            lines.append(
+                f"closest spectrograms: cosine {self.closest:.2f} (near-identical from {self.threshold:.2f})"
+            )
         if self.unknown and not self.trained:
             return lines
         if not self.fingerprints_compared:
@@ -216,7 +225,9 @@ def audit(
         _check_side(name, side)
     ours, theirs = evaluated.fingerprints, trained.fingerprints
     if ours is not None and theirs is not None and ours.shape[1] != theirs.shape[1]:
-        raise UserError(f"the fingerprints of the two sides differ in size: {ours.shape[1]} and {theirs.shape[1]}.")
+        raise UserError(
+            f"the fingerprints of the two sides differ in size: {ours.shape[1]} and {theirs.shape[1]}."
+        )
 
     known: set[tuple[int, int]] = set()
     findings = []
@@ -225,17 +236,30 @@ def audit(
         if not pairs:
             return
         known.update((i, j) for i, j, _ in pairs)
-        examples = [Pair(str(evaluated.clip_ids[i]), str(trained.clip_ids[j]), detail) for i, j, detail in pairs[:max_examples]]
-        findings.append(Finding(kind, severity, len(pairs), len({i for i, _, _ in pairs}), tuple(examples)))
+        examples = [
+            Pair(str(evaluated.clip_ids[i]), str(trained.clip_ids[j]), detail)
+            for i, j, detail in pairs[:max_examples]
+        ]
+        findings.append(
+            Finding(kind, severity, len(pairs), len({i for i, _, _ in pairs}), tuple(examples))
+        )
 
     recording = "same recording"
-    add("same clip", recording, [(i, j, "") for i, j in _equal(evaluated.clip_ids, trained.clip_ids)])
+    add(
+        "same clip",
+        recording,
+        [(i, j, "") for i, j in _equal(evaluated.clip_ids, trained.clip_ids)],
+    )
     same = _equal(evaluated.content_hashes, trained.content_hashes)
     add("same content", recording, [(i, j, "") for i, j in same if (i, j) not in known])
     closest = None
     if ours is not None and theirs is not None:
         close, closest = _near(ours, theirs, threshold)
-        add("near-identical", recording, [(i, j, f"cosine {cosine:.2f}") for i, j, cosine in close if (i, j) not in known])
+        add(
+            "near-identical",
+            recording,
+            [(i, j, f"cosine {cosine:.2f}") for i, j, cosine in close if (i, j) not in known],
+        )
     if finding := _same_group(evaluated, trained, known, group_name, max_examples):
         findings.append(finding)
 
@@ -266,7 +290,9 @@ def _check_side(name: str, side: AuditSide) -> None:
     lengths = {"content_hashes": len(side.content_hashes), "groups": len(side.groups)}
     if side.fingerprints is not None:
         if np.ndim(side.fingerprints) != 2:
-            raise UserError(f"{name}: fingerprints must have the shape [clips, d], not {list(np.shape(side.fingerprints))}.")
+            raise UserError(
+                f"{name}: fingerprints must have the shape [clips, d], not {list(np.shape(side.fingerprints))}."
+            )
         lengths["fingerprints"] = len(side.fingerprints)
     for field, length in lengths.items():
         if length != count:
@@ -284,11 +310,20 @@ def _positions(values: Sequence[Hashable]) -> dict[Hashable, list[int]]:
 def _equal(left: Sequence[Hashable], right: Sequence[Hashable]) -> list[tuple[int, int]]:
     """Returns the index pairs of equal values, those that are not given left out."""
     where = _positions(right)
-    return [(i, j) for value, rows in _positions(left).items() for i in rows for j in where.get(value, ())]
+    return [
+        (i, j)
+        for value, rows in _positions(left).items()
+        for i in rows
+        for j in where.get(value, ())
+    ]
 
 
 def _same_group(
-    evaluated: AuditSide, trained: AuditSide, known: set[tuple[int, int]], group_name: str, max_examples: int
+    evaluated: AuditSide,
+    trained: AuditSide,
+    known: set[tuple[int, int]],
+    group_name: str,
+    max_examples: int,
 ) -> Finding | None:
     """Counts pairs of one group; there can be very many, so only one for each evaluated clip is kept."""
     where = _positions(trained.groups)
@@ -310,7 +345,9 @@ def _same_group(
     return Finding(kind, kind, pairs, len(examples), tuple(examples[:max_examples]))
 
 
-def _near(left: np.ndarray, right: np.ndarray, threshold: float) -> tuple[list[tuple[int, int, float]], float | None]:
+def _near(
+    left: np.ndarray, right: np.ndarray, threshold: float
+) -> tuple[list[tuple[int, int, float]], float | None]:
     """Returns (i, j, cosine) of the pairs from the threshold on, closest first, and the highest of all."""
     if len(left) == 0 or len(right) == 0:
         return [], None

@@ -55,11 +55,17 @@ def fit_temperature(windows: np.ndarray, labels: np.ndarray) -> float:
     """
     labels = np.asarray(labels)
     if not len(labels) or len(windows) != len(labels):
-        raise UserError(f"a temperature cannot be fitted on {len(windows)} clips with {len(labels)} labels.")
+        raise UserError(
+            f"a temperature cannot be fitted on {len(windows)} clips with {len(labels)} labels."
+        )
     rows = np.arange(len(labels))
 
     def loss(log_temperature: float) -> float:
-        return float(-np.log(np.clip(tempered(windows, np.exp(log_temperature))[rows, labels], 1e-12, 1)).mean())
+        return float(
+            -np.log(
+                np.clip(tempered(windows, np.exp(log_temperature))[rows, labels], 1e-12, 1)
+            ).mean()
+        )
 
     found = minimize_scalar(loss, bounds=np.log(BOUNDS), method="bounded", options={"xatol": 1e-5})
     return float(np.exp(found.x))
@@ -91,7 +97,9 @@ def cross_fitted(
     return scores, temperatures
 
 
-def risk_coverage(confidence: np.ndarray, correct: np.ndarray, level: float = 0.95) -> dict[str, Any]:
+def risk_coverage(
+    confidence: np.ndarray, correct: np.ndarray, level: float = 0.95
+) -> dict[str, Any]:
     """Returns how accurate a classifier is where it may abstain: on the clips that it is surest of, and silent on the rest.
 
     The curve is that of Geifman and El-Yaniv (2017, arXiv:1705.08500). Clips of equal confidence come in any order; the curve
@@ -141,6 +149,9 @@ def risk_coverage(confidence: np.ndarray, correct: np.ndarray, level: float = 0.
     return {
         "aurc": float(1 - accuracy.mean()),
         "aurc_best": float(1 - best.mean()),
-        "curve": {"coverage": (kept[points] / clips).tolist(), "accuracy": accuracy[points].tolist()},
+        "curve": {
+            "coverage": (kept[points] / clips).tolist(),
+            "accuracy": accuracy[points].tolist(),
+        },
         "at": at,
     }

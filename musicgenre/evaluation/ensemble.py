@@ -24,14 +24,25 @@ def ensemble(evaluations: Sequence[Evaluation], names: Sequence[str]) -> Evaluat
       UserError: no evaluations, or the clips, their truth or the labels differ.
     """
     if not evaluations or len(evaluations) != len(names):
-        raise UserError(f"an ensemble needs evaluations, each with a name, not {len(evaluations)} with {len(names)} names.")
+        raise UserError(
+            f"an ensemble needs evaluations, each with a name, not {len(evaluations)} with {len(names)} names."
+        )
     first, *others = evaluations
     for name, other in zip(names[1:], others, strict=True):
-        if list(other.clip_ids) != list(first.clip_ids) or not np.array_equal(other.targets, first.targets):
-            raise UserError(f"{names[0]} and {name} were not evaluated on the same clips, so they are not of one experiment.")
+        if list(other.clip_ids) != list(first.clip_ids) or not np.array_equal(
+            other.targets, first.targets
+        ):
+            raise UserError(
+                f"{names[0]} and {name} were not evaluated on the same clips, so they are not of one experiment."
+            )
         if tuple(other.label_names) != tuple(first.label_names):
-            raise UserError(f"the labels of {names[0]} and {name} differ, so their scores have no mean.")
-    windows = [np.asarray(one.scores)[:, None] if one.windows is None else one.windows for one in evaluations]
+            raise UserError(
+                f"the labels of {names[0]} and {name} differ, so their scores have no mean."
+            )
+    windows = [
+        np.asarray(one.scores)[:, None] if one.windows is None else one.windows
+        for one in evaluations
+    ]
     if len({part.shape for part in windows}) > 1:
         windows = [np.asarray(one.scores)[:, None] for one in evaluations]
     audits = [one.audit for one in evaluations if one.audit is not None]

@@ -111,7 +111,13 @@ def seeds_summary(values: Sequence[float], level: float = 0.95) -> dict[str, Any
         return {"n": 1, "mean": mean, "std": None, "interval": None, "values": numbers}
     std = float(np.std(numbers, ddof=1))
     half = float(stats.t.ppf((1 + level) / 2, n - 1)) * std / math.sqrt(n)
-    return {"n": n, "mean": mean, "std": std, "interval": [mean - half, mean + half], "values": numbers}
+    return {
+        "n": n,
+        "mean": mean,
+        "std": std,
+        "interval": [mean - half, mean + half],
+        "values": numbers,
+    }
 
 
 def clusters(n: int, groups: Sequence[str | None] | None) -> np.ndarray:
@@ -130,7 +136,9 @@ def clusters(n: int, groups: Sequence[str | None] | None) -> np.ndarray:
         return np.arange(n)
     if len(groups) != n:
         raise UserError(f"{len(groups)} groups for {n} clips.")
-    names = [(True, str(i)) if group is None else (False, str(group)) for i, group in enumerate(groups)]
+    names = [
+        (True, str(i)) if group is None else (False, str(group)) for i, group in enumerate(groups)
+    ]
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
     return np.array([numbers[name] for name in names])
 

@@ -14,7 +14,9 @@ _ROUNDING = 2e-3
 _ROUNDING_OF_SUM = 2e-2
 
 
-def single_label_metrics(scores: np.ndarray, labels: np.ndarray, label_names: Sequence[str]) -> dict[str, Any]:
+def single_label_metrics(
+    scores: np.ndarray, labels: np.ndarray, label_names: Sequence[str]
+) -> dict[str, Any]:
     """Returns the measures of a classifier that gives each clip one of several labels.
 
     Args:
@@ -39,21 +41,29 @@ def single_label_metrics(scores: np.ndarray, labels: np.ndarray, label_names: Se
     scores, labels = _check_scores(scores, label_names), np.asarray(labels)
     clips, classes = scores.shape
     if labels.shape != (clips,):
-        raise UserError(f"labels must have the shape [clips] = [{clips}] of the scores, not {list(labels.shape)}.")
+        raise UserError(
+            f"labels must have the shape [clips] = [{clips}] of the scores, not {list(labels.shape)}."
+        )
     if not np.issubdtype(labels.dtype, np.integer):
         raise UserError(f"labels must be integers, not {labels.dtype}.")
     if not 0 <= labels.min() <= labels.max() < classes:
         wrong = int(np.argmax((labels < 0) | (labels >= classes)))
-        raise UserError(f"labels: clip {wrong} has the label {labels[wrong]}, but there are {classes} classes.")
+        raise UserError(
+            f"labels: clip {wrong} has the label {labels[wrong]}, but there are {classes} classes."
+        )
     sums = scores.sum(axis=1)
     if (np.abs(sums - 1) > _ROUNDING_OF_SUM).any():
         wrong = int(np.argmax(np.abs(sums - 1)))
-        raise UserError(f"scores: those of clip {wrong} sum to {sums[wrong]:.4f}, but probabilities of one label sum to 1.")
+        raise UserError(
+            f"scores: those of clip {wrong} sum to {sums[wrong]:.4f}, but probabilities of one label sum to 1."
+        )
 
     predicted = scores.argmax(axis=1)
     confusion = sk.confusion_matrix(labels, predicted, labels=np.arange(classes))
     targets = np.equal.outer(labels, np.arange(classes)).astype(int)
-    per_class = _per_label(scores, targets, np.equal.outer(predicted, np.arange(classes)), label_names)
+    per_class = _per_label(
+        scores, targets, np.equal.outer(predicted, np.arange(classes)), label_names
+    )
     present = [row for row in per_class if row["support"]]
     top3 = np.argsort(-scores, axis=1, kind="stable")[:, :3]
     calibration = calibration_metrics(scores, labels)
@@ -63,7 +73,9 @@ def single_label_metrics(scores: np.ndarray, labels: np.ndarray, label_names: Se
         "n": clips,
         "accuracy": float(np.mean(predicted == labels)),
         "balanced_accuracy": recall,
-        "top3_accuracy": float(np.mean((top3 == labels[:, None]).any(axis=1))) if classes > 3 else None,
+        "top3_accuracy": float(np.mean((top3 == labels[:, None]).any(axis=1)))
+        if classes > 3
+        else None,
         "macro_precision": _mean(row["precision"] or 0.0 for row in present),
         "macro_recall": recall,
         "macro_f1": _mean(row["f1"] for row in present),
@@ -110,10 +122,19 @@ def ece_by_chance(confidence: np.ndarray, *, draws: int = 200, seed: int = 0) ->
       seed: of the draws.
     """
     generator = np.random.default_rng(seed)
-    return float(np.mean([_calibration(confidence, generator.random(len(confidence)) < confidence)[0] for _ in range(draws)]))
+    return float(
+        np.mean(
+            [
+                _calibration(confidence, generator.random(len(confidence)) < confidence)[0]
+                for _ in range(draws)
+            ]
+        )
+    )
 
 
-def multi_label_metrics(scores: np.ndarray, targets: np.ndarray, label_names: Sequence[str]) -> dict[str, Any]:
+def multi_label_metrics(
+    scores: np.ndarray, targets: np.ndarray, label_names: Sequence[str]
+) -> dict[str, Any]:
     """Returns the measures of a tagger, which gives each clip any number of tags.
 
     Args:
@@ -138,7 +159,9 @@ def multi_label_metrics(scores: np.ndarray, targets: np.ndarray, label_names: Se
         )
     if not np.isin(targets, (0, 1)).all():
         clip, tag = np.argwhere(~np.isin(targets, (0, 1)))[0]
-        raise UserError(f"targets: clip {clip} has {targets[clip, tag]} for the tag {label_names[tag]!r}, not 0 or 1.")
+        raise UserError(
+            f"targets: clip {clip} has {targets[clip, tag]} for the tag {label_names[tag]!r}, not 0 or 1."
+        )
 
     targets = targets.astype(int)
     predicted = scores >= 0.5
@@ -160,7 +183,9 @@ def multi_label_metrics(scores: np.ndarray, targets: np.ndarray, label_names: Se
     }
 
 
-def regression_metrics(predicted: np.ndarray, targets: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+def regression_metrics(
+    predicted: np.ndarray, targets: np.ndarray, names: Sequence[str]
+) -> dict[str, Any]:
     """Returns the measures of a regression, such as one onto latent factors.
 
     Args:
@@ -178,7 +203,12 @@ def regression_metrics(predicted: np.ndarray, targets: np.ndarray, names: Sequen
       UserError: shapes that do not fit, no clips, or values that are not finite.
     """
     predicted, targets = np.asarray(predicted, np.float64), np.asarray(targets, np.float64)
-    if predicted.shape != targets.shape or predicted.ndim != 2 or predicted.shape[1] != len(names) or not len(predicted):
+    if (
+        predicted.shape != targets.shape
+        or predicted.ndim != 2
+        or predicted.shape[1] != len(names)
+        or not len(predicted)
+    ):
         raise UserError(
             f"predictions {list(predicted.shape)} and targets {list(targets.shape)} must both be [clips, outputs] for "
             f"{len(names)} outputs."
@@ -186,7 +216,9 @@ def regression_metrics(predicted: np.ndarray, targets: np.ndarray, names: Sequen
     for what, values in (("predictions", predicted), ("targets", targets)):
         if not np.isfinite(values).all():
             clip, output = np.argwhere(~np.isfinite(values))[0]
-            raise UserError(f"{what}: clip {clip} has {values[clip, output]} for {names[output]!r}.")
+            raise UserError(
+                f"{what}: clip {clip} has {values[clip, output]} for {names[output]!r}."
+            )
     rows = []
     for column, name in enumerate(names):
         truth, guess = targets[:, column], predicted[:, column]
@@ -198,7 +230,9 @@ def regression_metrics(predicted: np.ndarray, targets: np.ndarray, names: Sequen
                 "r2": float(sk.r2_score(truth, guess)) if varies else None,
                 "mse": float(sk.mean_squared_error(truth, guess)),
                 "mae": float(sk.mean_absolute_error(truth, guess)),
-                "correlation": float(np.corrcoef(truth, guess)[0, 1]) if varies and np.ptp(guess) > 0 else None,
+                "correlation": float(np.corrcoef(truth, guess)[0, 1])
+                if varies and np.ptp(guess) > 0
+                else None,
             }
         )
     undefined = [row["label"] for row in rows if row["r2"] is None]
@@ -212,7 +246,9 @@ def regression_metrics(predicted: np.ndarray, targets: np.ndarray, names: Sequen
     }
 
 
-def weighted_r2(predicted: np.ndarray, targets: np.ndarray) -> Callable[[np.ndarray], tuple[float, float]]:
+def weighted_r2(
+    predicted: np.ndarray, targets: np.ndarray
+) -> Callable[[np.ndarray], tuple[float, float]]:
     """Returns a function from weights of the clips to the mean R2 over the outputs and the mean squared error.
 
     Args:
@@ -232,7 +268,9 @@ def weighted_r2(predicted: np.ndarray, targets: np.ndarray) -> Callable[[np.ndar
     return measures
 
 
-def weighted_macro_aucs(scores: np.ndarray, targets: np.ndarray) -> Callable[[np.ndarray], tuple[float, float]]:
+def weighted_macro_aucs(
+    scores: np.ndarray, targets: np.ndarray
+) -> Callable[[np.ndarray], tuple[float, float]]:
     """Returns a function from weights of the clips to macro ROC-AUC and macro PR-AUC.
 
     It is fast enough for a bootstrap: the clips are sorted once; each call costs a few passes over them. A
@@ -300,7 +338,11 @@ def _per_label(
     rows = []
     for column, name in enumerate(label_names):
         truth, chosen = targets[:, column], predicted[:, column]
-        support, selected, hits = int(truth.sum()), int(chosen.sum()), int((chosen & (truth == 1)).sum())
+        support, selected, hits = (
+            int(truth.sum()),
+            int(chosen.sum()),
+            int((chosen & (truth == 1)).sum()),
+        )
         curves = 0 < support < len(truth)
         rows.append(
             {
@@ -311,7 +353,9 @@ def _per_label(
                 "recall": hits / support if support else None,
                 "f1": 2 * hits / (support + selected) if support + selected else None,
                 "roc_auc": float(sk.roc_auc_score(truth, scores[:, column])) if curves else None,
-                "pr_auc": float(sk.average_precision_score(truth, scores[:, column])) if curves else None,
+                "pr_auc": float(sk.average_precision_score(truth, scores[:, column]))
+                if curves
+                else None,
             }
         )
     return rows

@@ -49,7 +49,10 @@ _EDGES = {"conv": BLUE, "dense": GREEN, "recurrent": PURPLE, "attention": RED, "
 
 
 def confusion_matrix(
-    path: str | os.PathLike[str], confusion: Sequence[Sequence[int]], label_names: Sequence[str], title: str
+    path: str | os.PathLike[str],
+    confusion: Sequence[Sequence[int]],
+    label_names: Sequence[str],
+    title: str,
 ) -> None:
     """Draws how often clips of each class (rows) are taken for each class (columns).
 
@@ -132,7 +135,13 @@ def per_class_bars(
         axes.barh(positions, [value or 0 for value in values], color=colour, height=0.68)
         for position, value in zip(positions, values, strict=True):
             axes.text(
-                1.13, position, "n/a" if value is None else f"{value:.2f}", ha="right", va="center", fontsize=8.5, color=MUTED
+                1.13,
+                position,
+                "n/a" if value is None else f"{value:.2f}",
+                ha="right",
+                va="center",
+                fontsize=8.5,
+                color=MUTED,
             )
         if known:
             mean = float(np.mean(known))
@@ -171,7 +180,9 @@ def reliability_diagram(
     edges = np.array([row["low"] for row in bins])
     width = bins[0]["high"] - bins[0]["low"]
     full = [row for row in bins if row["n"]]
-    top.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="perfect calibration")
+    top.plot(
+        [0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="perfect calibration"
+    )
     top.bar(
         [row["low"] for row in full],
         [row["accuracy"] for row in full],
@@ -182,7 +193,9 @@ def reliability_diagram(
         label=observed,
     )
     for row in full:
-        top.plot([row["confidence"]] * 2, [row["accuracy"], row["confidence"]], color=RED, linewidth=1.6)
+        top.plot(
+            [row["confidence"]] * 2, [row["accuracy"], row["confidence"]], color=RED, linewidth=1.6
+        )
     means = [row["confidence"] for row in full]
     top.plot(means, means, "o", color=RED, markersize=3.5, label="gap to the mean probability")
     top.set(xlim=(0, 1), ylim=(0, 1.02), ylabel=observed)
@@ -215,13 +228,34 @@ def coverage_curve(path: str | os.PathLike[str], abstention: Mapping[str, Any], 
     figure = new_figure(5.8, 4.8)
     axes = figure.subplots()
     coverage, accuracy = abstention["curve"]["coverage"], abstention["curve"]["accuracy"]
-    axes.plot(coverage, accuracy, color=BLUE, linewidth=1.8, label=f"surest clips first (AURC {abstention['aurc']:.3f})")
+    axes.plot(
+        coverage,
+        accuracy,
+        color=BLUE,
+        linewidth=1.8,
+        label=f"surest clips first (AURC {abstention['aurc']:.3f})",
+    )
     everything = f"all clips: {100 * accuracy[-1]:.1f} %"
-    axes.plot([0, 1], [accuracy[-1]] * 2, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label=everything)
+    axes.plot(
+        [0, 1],
+        [accuracy[-1]] * 2,
+        color=MUTED,
+        linewidth=1,
+        linestyle=(0, (4, 3)),
+        label=everything,
+    )
     for number, row in enumerate(abstention["at"]):
         low, high = row["wilson"]
-        axes.plot([row["coverage"]] * 2, [low, high], color=RED, linewidth=1.6, label=None if number else "95 % Wilson interval")
-        axes.plot(row["coverage"], row["accuracy"], "o", color=RED, markersize=5, markeredgecolor="white")
+        axes.plot(
+            [row["coverage"]] * 2,
+            [low, high],
+            color=RED,
+            linewidth=1.6,
+            label=None if number else "95 % Wilson interval",
+        )
+        axes.plot(
+            row["coverage"], row["accuracy"], "o", color=RED, markersize=5, markeredgecolor="white"
+        )
         axes.annotate(
             f"{100 * row['accuracy']:.1f} %",
             (row["coverage"], low),
@@ -237,7 +271,11 @@ def coverage_curve(path: str | os.PathLike[str], abstention: Mapping[str, Any], 
     lowest = min(*accuracy, *(row["wilson"][0] for row in abstention["at"]))
     axes.set_ylim(max(np.floor(10 * lowest - 2) / 10, -0.2), 1.02)
     axes.set_yticks([tick for tick in np.linspace(0, 1, 11) if tick >= axes.get_ylim()[0] - 1e-9])
-    axes.set(xlim=(0, 1.01), xlabel="coverage: share of the clips that are named", ylabel="accuracy on these")
+    axes.set(
+        xlim=(0, 1.01),
+        xlabel="coverage: share of the clips that are named",
+        ylabel="accuracy on these",
+    )
     axes.legend(edgecolor="none", framealpha=0.9, fontsize=8.5, loc="lower left")
     _tidy(axes, "both")
     save(figure, path, title)
@@ -265,14 +303,28 @@ def learning_curves(
     panels = figure.subplots(1, 2)
     for axes, name in zip(panels, ("loss", metric), strict=True):
         drawn = False
-        for key, label, colour, marker in ((f"train_{name}", "training", ORANGE, ""), (f"valid_{name}", "validation", BLUE, "o")):
+        for key, label, colour, marker in (
+            (f"train_{name}", "training", ORANGE, ""),
+            (f"valid_{name}", "validation", BLUE, "o"),
+        ):
             points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
             if points:
-                axes.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1.4, marker=marker, markersize=3)
+                axes.plot(
+                    *zip(*points, strict=True),
+                    color=colour,
+                    label=label,
+                    linewidth=1.4,
+                    marker=marker,
+                    markersize=3,
+                )
                 drawn = True
         if evaluated_step is not None:
             axes.axvline(
-                evaluated_step, color=RED, linewidth=1.2, linestyle=(0, (4, 3)), label=f"evaluated: step {evaluated_step}"
+                evaluated_step,
+                color=RED,
+                linewidth=1.2,
+                linestyle=(0, (4, 3)),
+                label=f"evaluated: step {evaluated_step}",
             )
         if not drawn:
             axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=MUTED)
@@ -319,9 +371,22 @@ def roc_curves(
                 label=f"{area:.2f}  {short(name)}",
                 linestyle="-" if column % 2 == 0 else (0, (5, 1)),
             )
-    axes.set(xlim=(-0.01, 1), ylim=(0, 1.01), xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
+    axes.set(
+        xlim=(-0.01, 1),
+        ylim=(0, 1.01),
+        xlabel="false positive rate",
+        ylabel="true positive rate",
+        aspect="equal",
+    )
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(edgecolor="none", framealpha=0.9, fontsize=8.5, loc="lower right", title="area, label", alignment="left")
+        axes.legend(
+            edgecolor="none",
+            framealpha=0.9,
+            fontsize=8.5,
+            loc="lower right",
+            title="area, label",
+            alignment="left",
+        )
     _tidy(axes, "both")
     save(figure, path, title)
 
@@ -351,7 +416,9 @@ def comparison_plot(
     for position, row in enumerate(rows):
         values = factor * np.asarray(row["values"], float)
         # Below the line; dots of equal value would hide each other, so they are spread a little.
-        offsets = 0.26 + (np.linspace(-0.07, 0.07, len(values)) if len(values) > 1 else np.zeros(len(values)))
+        offsets = 0.26 + (
+            np.linspace(-0.07, 0.07, len(values)) if len(values) > 1 else np.zeros(len(values))
+        )
         axes.plot(
             values,
             position + offsets,
@@ -415,17 +482,47 @@ def folds_plot(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]], 
         first = position == 0
         values = 100 * np.array(row["values"])
         offsets = 0.22 + (np.linspace(-0.1, 0.1, len(values)) if len(values) > 1 else np.zeros(1))
-        left.plot(values, position + offsets, "o", color=BLUE, alpha=0.6, markersize=4, label="a training" if first else None)
+        left.plot(
+            values,
+            position + offsets,
+            "o",
+            color=BLUE,
+            alpha=0.6,
+            markersize=4,
+            label="a training" if first else None,
+        )
         if row["interval"] is not None:
             ends = [100 * end for end in row["interval"]]
-            left.plot(ends, [position] * 2, color=RED, linewidth=2, label="95 % interval over artists" if first else None)
-        left.plot(100 * row["mean"], position, "D", color=RED, markersize=6, label="all clips held out" if first else None)
-        left.annotate(
-            f"{100 * row['mean']:.1f}", (100 * row["mean"], position - 0.16), ha="center", va="bottom", fontsize=9, color=INK
+            left.plot(
+                ends,
+                [position] * 2,
+                color=RED,
+                linewidth=2,
+                label="95 % interval over artists" if first else None,
+            )
+        left.plot(
+            100 * row["mean"],
+            position,
+            "D",
+            color=RED,
+            markersize=6,
+            label="all clips held out" if first else None,
         )
-        for number, ((kind, count), colour) in enumerate(zip(row["leaks"].items(), (PURPLE, ORANGE, BLUE), strict=True)):
+        left.annotate(
+            f"{100 * row['mean']:.1f}",
+            (100 * row["mean"], position - 0.16),
+            ha="center",
+            va="bottom",
+            fontsize=9,
+            color=INK,
+        )
+        for number, ((kind, count), colour) in enumerate(
+            zip(row["leaks"].items(), (PURPLE, ORANGE, BLUE), strict=True)
+        ):
             place, share = position + 0.26 * (number - 1), 100 * count / row["clips"]
-            right.barh(place, share, 0.22, color=colour, label=f"{kind} in training" if first else None)
+            right.barh(
+                place, share, 0.22, color=colour, label=f"{kind} in training" if first else None
+            )
             right.annotate(f" {share:.0f}", (share, place), va="center", fontsize=7.5, color=INK)
     left.set_yticks(range(len(rows)), [short(row["name"], 40) for row in rows], fontsize=9)
     left.set_ylim(len(rows) - 0.4, -0.6)
@@ -459,18 +556,24 @@ def label_distribution(
       most: draw only so many labels, the first ones; 0 draws all.
       marked: the first so many in another colour, as those that are used; 0 marks none. For a single split.
     """
-    table = np.array([list(values) for values in counts.values()], int).reshape(len(counts), len(label_names))
+    table = np.array([list(values) for values in counts.values()], int).reshape(
+        len(counts), len(label_names)
+    )
     totals = table.sum(axis=0)
     order = np.argsort(-totals, kind="stable") if by_count else np.arange(len(label_names))
     order = order[: most or len(order)]
     table, totals, names = table[:, order], totals[order], [label_names[i] for i in order]
     # Font size and inches a label: it lies on its side, so that it takes the height of a line.
-    size, room = (9.0, 0.36) if len(names) <= 30 else (8.0, 0.168) if len(names) <= 80 else (7.0, 0.115)
+    size, room = (
+        (9.0, 0.36) if len(names) <= 30 else (8.0, 0.168) if len(names) <= 80 else (7.0, 0.115)
+    )
     figure = new_figure(max(6.5, 1.6 + len(names) * room), 5.2)
     axes = figure.subplots()
     positions = np.arange(len(names))
     bottom = np.zeros(len(names), int)
-    for (split, values), colour in zip(zip(counts, table, strict=True), (BLUE, ORANGE, GREEN, PURPLE), strict=False):
+    for (split, values), colour in zip(
+        zip(counts, table, strict=True), (BLUE, ORANGE, GREEN, PURPLE), strict=False
+    ):
         colours = [colour if not marked or i < marked else "#9ca3af" for i in positions]
         axes.bar(positions, values, bottom=bottom, width=0.78, color=colours, label=split)
         bottom = bottom + values
@@ -479,7 +582,15 @@ def label_distribution(
         handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in (BLUE, "#9ca3af")]
         words = [f"the {marked} most frequent", f"the other {len(names) - marked}"]
     if len(handles) > 1:
-        axes.legend(handles, words, frameon=False, fontsize=9, ncols=len(words), loc="lower left", bbox_to_anchor=(0, 1.0))
+        axes.legend(
+            handles,
+            words,
+            frameon=False,
+            fontsize=9,
+            ncols=len(words),
+            loc="lower left",
+            bbox_to_anchor=(0, 1.0),
+        )
     if len(names) <= _MOST_BARS_WITH_NUMBERS:
         for position, total in zip(positions, totals, strict=True):
             axes.annotate(
@@ -494,7 +605,12 @@ def label_distribution(
                 color=MUTED,
             )
         axes.margins(y=0.12)
-    axes.set_xticks(positions, [short(name) for name in names], fontsize=size, rotation=90 if len(names) > 12 else 35)
+    axes.set_xticks(
+        positions,
+        [short(name) for name in names],
+        fontsize=size,
+        rotation=90 if len(names) > 12 else 35,
+    )
     if len(names) <= 12:
         for text in axes.get_xticklabels():
             text.set(ha="right", rotation_mode="anchor")
@@ -542,17 +658,26 @@ def time_panels(path: str | os.PathLike[str], panels: Sequence[TimePanel], title
     """
     heights = [1.0 if panel.values.ndim == 1 else 2.6 for panel in panels]
     figure = new_figure(8.4, 1.1 + 1.1 * sum(heights))
-    column = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    column = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[
+        :, 0
+    ]
     for axes, panel in zip(column, panels, strict=True):
         count = len(panel.values)
         end = panel.start + count * panel.seconds
         if panel.values.ndim == 1:
-            axes.plot(*_envelope(panel.values, panel.seconds, panel.start), color=BLUE, linewidth=0.6)
+            axes.plot(
+                *_envelope(panel.values, panel.seconds, panel.start), color=BLUE, linewidth=0.6
+            )
             _tidy(axes, "both")
         else:
             image = _spectrogram(axes, panel)
             low, high = image.get_clim()
-            beyond = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
+            beyond = {
+                (False, False): "neither",
+                (True, False): "min",
+                (False, True): "max",
+                (True, True): "both",
+            }
             bar = figure.colorbar(
                 image,
                 ax=axes,
@@ -619,12 +744,23 @@ def taggram(
     above.set_title(sound.name, fontsize=10, color=INK, loc="left")
     limits = (0.0, 1.0) if unit == "probability" else (float(scores.min()), float(scores.max()))
     mesh = below.pcolormesh(
-        edges, np.arange(len(shown) + 1) - 0.5, scores[:, shown].T, cmap="magma", vmin=limits[0], vmax=limits[1], rasterized=True
+        edges,
+        np.arange(len(shown) + 1) - 0.5,
+        scores[:, shown].T,
+        cmap="magma",
+        vmin=limits[0],
+        vmax=limits[1],
+        rasterized=True,
     )
     # White lines keep the rows apart without a grid over the times.
     below.hlines(np.arange(len(shown) - 1) + 0.5, 0, edges[-1], color="white", linewidth=1.2)
     below.set_yticks(np.arange(len(shown)), [short(label_names[i]) for i in shown.tolist()])
-    below.set_title(f"{unit} over {len(starts)} window{'s' if len(starts) != 1 else ''}", fontsize=10, color=INK, loc="left")
+    below.set_title(
+        f"{unit} over {len(starts)} window{'s' if len(starts) != 1 else ''}",
+        fontsize=10,
+        color=INK,
+        loc="left",
+    )
     for axes, drawn, name in ((above, image, sound.unit), (below, mesh, unit)):
         bar = figure.colorbar(drawn, ax=axes, pad=0.012, fraction=0.045)
         bar.outline.set_visible(False)
@@ -637,12 +773,16 @@ def taggram(
     minutes = end > 300
     below.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 3, 6, 10] if minutes else [1, 2, 5, 10]))
     if minutes:
-        below.xaxis.set_major_formatter(lambda value, _: f"{int(value) // 60}:{int(value) % 60:02d}")
+        below.xaxis.set_major_formatter(
+            lambda value, _: f"{int(value) // 60}:{int(value) % 60:02d}"
+        )
     below.set_xlabel("time (min:s)" if minutes else "time (s)")
     save(figure, path, title, palette=True)
 
 
-def architecture(path: str | os.PathLike[str], layers: Sequence[Mapping[str, Any]], title: str) -> None:
+def architecture(
+    path: str | os.PathLike[str], layers: Sequence[Mapping[str, Any]], title: str
+) -> None:
     """Draws a network as boxes from the top to the bottom, folded into columns where it is long.
 
     A box has the layer's number, name, kind, settings and parameters; its colour goes by the kind. An arrow says the shape that
@@ -658,7 +798,10 @@ def architecture(path: str | os.PathLike[str], layers: Sequence[Mapping[str, Any
       title: which network, on which input.
     """
     stacks = _stacks(layers)
-    heights = [_arrow_height(layers, stack[0]) + sum(_box_height(layers[i]) for i in stack) for stack in stacks]
+    heights = [
+        _arrow_height(layers, stack[0]) + sum(_box_height(layers[i]) for i in stack)
+        for stack in stacks
+    ]
     total = sum(heights)
     # One column while it fits on a page, then such that the picture is a little wider than high.
     columns = 1 if total <= 9 else max(2, round((1.3 * total / _COLUMN) ** 0.5))
@@ -709,7 +852,11 @@ def _stacks(layers: Sequence[Mapping[str, Any]]) -> list[list[int]]:
     stacks: list[list[int]] = []
     for i, layer in enumerate(layers):
         direct = i > 0 and [tuple(source) for source in layer["sources"]] == [(i - 1, "")]
-        if direct and layer["output"] == layers[i - 1]["output"] and _group(layer["kind"]) in ("norm", "dropout"):
+        if (
+            direct
+            and layer["output"] == layers[i - 1]["output"]
+            and _group(layer["kind"]) in ("norm", "dropout")
+        ):
             stacks[-1].append(i)
         else:
             stacks.append([i])
@@ -743,7 +890,9 @@ def _arrow_lines(layers: Sequence[Mapping[str, Any]], i: int) -> tuple[list[str]
         shape, done = layers[i - 1]["output"], layers[i]["sources"][0][1]
         lines = [shape, *textwrap.wrap(done, 40)]
         return lines + ([layers[i]["input"]] if layers[i]["input"] != shape else []), True
-    *texts, last = [f"{source}{f' ({done})' if done else ''}" for source, done in layers[i]["sources"]]
+    *texts, last = [
+        f"{source}{f' ({done})' if done else ''}" for source, done in layers[i]["sources"]
+    ]
     shapes = list(dict.fromkeys(layers[source]["output"] for source, _ in layers[i]["sources"]))
     lines = textwrap.wrap(f"from {', '.join(texts)}{' and ' if texts else ''}{last}", 40)
     if len(shapes) == 1:
@@ -776,7 +925,12 @@ def _box_height(layer: Mapping[str, Any]) -> float:
 
 
 def _draw_arrow(
-    axes: Axes, layers: Sequence[Mapping[str, Any]], i: int, left: float, y: float, ends: Mapping[int, tuple[float, float]] | None
+    axes: Axes,
+    layers: Sequence[Mapping[str, Any]],
+    i: int,
+    left: float,
+    y: float,
+    ends: Mapping[int, tuple[float, float]] | None,
 ) -> float:
     """Draws the arrow into a layer with its text, and returns where the layer's box begins.
 
@@ -793,37 +947,75 @@ def _draw_arrow(
     elif ends:
         column_x, end = ends[i - 1]
         gutter = column_x - _ARROW + (_COLUMN + _BOX) / 2
-        way = [(column_x, end), (column_x, end + 0.12), (gutter, end + 0.12), (gutter, 0.02), (x, 0.02), (x, y + 0.05)]
+        way = [
+            (column_x, end),
+            (column_x, end + 0.12),
+            (gutter, end + 0.12),
+            (gutter, 0.02),
+            (x, 0.02),
+            (x, y + 0.05),
+        ]
         axes.plot(*zip(*way, strict=True), color=INK, linewidth=1)
     style = {"arrowstyle": "-|>", "color": INK, "shrinkA": 0, "shrinkB": 0}
     axes.annotate("", (x, bottom), (x, y + (0 if from_before else 0.05)), arrowprops=style)
     for number, line in enumerate(lines):
-        axes.text(x + 0.16, y + 0.05 + _LINE * (number + 0.5), line, va="center", fontsize=7.5, color="#374151")
+        axes.text(
+            x + 0.16,
+            y + 0.05 + _LINE * (number + 0.5),
+            line,
+            va="center",
+            fontsize=7.5,
+            color="#374151",
+        )
     return bottom
 
 
 def _draw_box(axes: Axes, i: int, layer: Mapping[str, Any], left: float, y: float) -> float:
     """Draws a layer and returns where its box ends."""
     group, height = _group(layer["kind"]), _box_height(layer)
-    axes.add_patch(Rectangle((left, y), _BOX, height, facecolor=_FILLS[group], edgecolor="#9ca3af", linewidth=0.8))
+    axes.add_patch(
+        Rectangle(
+            (left, y), _BOX, height, facecolor=_FILLS[group], edgecolor="#9ca3af", linewidth=0.8
+        )
+    )
     if group in _EDGES:
         axes.add_patch(Rectangle((left, y), 0.06, height, facecolor=_EDGES[group], linewidth=0))
     name = _tail(layer["name"], (26 if _is_strip(layer) else 30) - len(str(i)))
-    start, end, middle = left + 0.13, left + _BOX - 0.07, y + (height / 2 if _is_strip(layer) else 0.145)
+    start, end, middle = (
+        left + 0.13,
+        left + _BOX - 0.07,
+        y + (height / 2 if _is_strip(layer) else 0.145),
+    )
     if not _is_strip(layer):
-        axes.text(start, middle, f"{i}  {name}", va="center", fontsize=8.5, color=INK, fontweight="bold")
+        axes.text(
+            start, middle, f"{i}  {name}", va="center", fontsize=8.5, color=INK, fontweight="bold"
+        )
         for number, line in enumerate(_words(layer)):
-            axes.text(start, y + 0.31 + _LINE * number, line, va="center", fontsize=7.5, color="#374151")
+            axes.text(
+                start, y + 0.31 + _LINE * number, line, va="center", fontsize=7.5, color="#374151"
+            )
     elif group == "none":
         # An end of the network, or a place where arrays meet.
         shape = f"   {layer['output']}" if layer["kind"] == "Input" else ""
         axes.text(start, middle, f"{i}  {name}{shape}", va="center", fontsize=8.5, color=INK)
     else:
         axes.text(start, middle, f"{i}  {name}", va="center", fontsize=8, color=INK)
-        what = layer["kind"] if group == "norm" else ", ".join(filter(None, (layer["kind"], layer["settings"])))
+        what = (
+            layer["kind"]
+            if group == "norm"
+            else ", ".join(filter(None, (layer["kind"], layer["settings"])))
+        )
         axes.text(left + 1.98, middle, short(what, 20), va="center", fontsize=7, color="#374151")
     if layer["parameters"]:
-        axes.text(end, middle, f"{layer['parameters']:,}", ha="right", va="center", fontsize=7.5, color=MUTED)
+        axes.text(
+            end,
+            middle,
+            f"{layer['parameters']:,}",
+            ha="right",
+            va="center",
+            fontsize=7.5,
+            color=MUTED,
+        )
     return y + height
 
 
@@ -832,12 +1024,16 @@ def _tail(name: str, most: int) -> str:
     return name if len(name) <= most else "…" + name[1 - most :]
 
 
-def _envelope(values: np.ndarray, seconds: float, start: float, most: int = 4000) -> tuple[np.ndarray, np.ndarray]:
+def _envelope(
+    values: np.ndarray, seconds: float, start: float, most: int = 4000
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns a line, x and y, that looks like `[n]` values but has few points: the extremes of each stretch."""
     if len(values) <= most:
         return start + seconds * np.arange(len(values)), values
     bounds = np.linspace(0, len(values), most // 2 + 1).astype(int)[:-1]
-    extremes = np.stack([np.minimum.reduceat(values, bounds), np.maximum.reduceat(values, bounds)], axis=1)
+    extremes = np.stack(
+        [np.minimum.reduceat(values, bounds), np.maximum.reduceat(values, bounds)], axis=1
+    )
     return start + seconds * np.repeat(bounds, 2), extremes.ravel()
 
 
@@ -866,7 +1062,9 @@ def _with_counts(label_names: Sequence[str], counts: Sequence[int] | np.ndarray)
     return [f"{short(name)}  ({count})" for name, count in zip(label_names, counts, strict=True)]
 
 
-def new_figure(width: float, height: float, layout: Literal["constrained", "compressed"] | None = "constrained") -> Figure:
+def new_figure(
+    width: float, height: float, layout: Literal["constrained", "compressed"] | None = "constrained"
+) -> Figure:
     """Returns an empty figure, in inches, that is drawn without a display."""
     figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
     FigureCanvasAgg(figure)
@@ -885,14 +1083,18 @@ def _wrapped(title: str, inches: float) -> list[str]:
     return textwrap.wrap(title, int(10.5 * inches))
 
 
-def save(figure: Figure, path: str | os.PathLike[str], title: str, *, palette: bool = False) -> None:
+def save(
+    figure: Figure, path: str | os.PathLike[str], title: str, *, palette: bool = False
+) -> None:
     """Sets the title and writes the PNG atomically; its bytes depend on the drawing alone.
 
     With a `palette` the file of a large or noisy picture has a third of the bytes; it has magma's colours, the greys and the
     first four of the curves.
     """
     lines = _wrapped(title, figure.get_figwidth())
-    heading = figure.suptitle("\n".join(lines), fontsize=11, fontweight="bold", color=INK, x=0.01, ha="left")
+    heading = figure.suptitle(
+        "\n".join(lines), fontsize=11, fontweight="bold", color=INK, x=0.01, ha="left"
+    )
     if figure.get_layout_engine() is None:
         heading.set_y(1 - 0.12 / figure.get_figheight())
     for text in figure.findobj(Text):

@@ -51,8 +51,16 @@ _MEASURES = (
 )
 _IN_PERCENT = ("accuracy", "balanced_accuracy", "top3_accuracy", "ece")
 # The measures that say how good a model is, by its task.
-_MAIN = {"single_label": ("accuracy",), "multi_label": ("macro_roc_auc", "macro_pr_auc"), "regression": ("r2", "mse")}
-_CALLED = {"single_label": ("class", "classes"), "multi_label": ("tag", "tags"), "regression": ("output", "outputs")}
+_MAIN = {
+    "single_label": ("accuracy",),
+    "multi_label": ("macro_roc_auc", "macro_pr_auc"),
+    "regression": ("r2", "mse"),
+}
+_CALLED = {
+    "single_label": ("class", "classes"),
+    "multi_label": ("tag", "tags"),
+    "regression": ("output", "outputs"),
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,7 +91,7 @@ class Evaluation:
       group_name: what a group is.
       windows: probabilities of each window (and each model of an ensemble), whose mean the scores are,
         `[clips, windows, classes]`; None where each clip has one, its scores.
-      temperature: that the scores were made with, see `musicgenre.inference.model.TrainedModel`.
+      temperature: that the scores were made with, see `musicgenre.runs.model.TrainedModel`.
     """
 
     title: str
@@ -112,7 +120,11 @@ class Evaluation:
 
 
 def measure(
-    evaluation: Evaluation, *, calibration: Evaluation | float | None = None, resamples: int = 2000, seed: int = 0
+    evaluation: Evaluation,
+    *,
+    calibration: Evaluation | float | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Returns the metrics of an evaluation, with intervals.
 
@@ -167,7 +179,9 @@ def measure(
         metrics = regression_metrics(scores, targets, evaluation.label_names)
     for row in metrics["per_class"] if evaluation.task != "regression" else ():
         support = row["support"]
-        row["recall_wilson"] = list(wilson(round(row["recall"] * support), support, LEVEL)) if support else None
+        row["recall_wilson"] = (
+            list(wilson(round(row["recall"] * support), support, LEVEL)) if support else None
+        )
     if evaluation.task == "regression":
         names, statistic = _MAIN["regression"], weighted_r2(scores, targets)
     else:
@@ -203,7 +217,10 @@ def calibration_line(metrics: Mapping[str, Any]) -> str:
     """Returns what a temperature does, in one line, or "" where none was asked for."""
     if (found := metrics.get("calibration")) is None:
         return ""
-    rows = [f"{name.replace('_', '-')} {_value('ece', found[name]['ece'])}" for name in ("before", "after")]
+    rows = [
+        f"{name.replace('_', '-')} {_value('ece', found[name]['ece'])}"
+        for name in ("before", "after")
+    ]
     nll = f"negative log likelihood {found['before']['nll']:.3f}, {found['after']['nll']:.3f}"
     if found["cross_fitted"]:
         rows.append(f"cross-fitted {_value('ece', found['cross_fitted']['ece'])}")
@@ -321,16 +338,28 @@ def summarise_seeds(
         "left_out": left_out,
     }
     rows: list[dict[str, Any]] = [
-        {"name": name, "mean": metrics[main], "values": [], "interval": _best_interval(metrics, main)} for name, metrics in runs
+        {
+            "name": name,
+            "mean": metrics[main],
+            "values": [],
+            "interval": _best_interval(metrics, main),
+        }
+        for name, metrics in runs
     ]
     over_seeds = measures[main]
     rows.append({"name": f"mean of {len(runs)} seeds (t interval)", **over_seeds})
     if correct is not None:
         correct = np.asarray(correct)
         if correct.ndim != 2 or len(correct) != len(runs):
-            raise UserError(f"correct must have the shape [seeds, clips] for {len(runs)} seeds, not {list(correct.shape)}.")
+            raise UserError(
+                f"correct must have the shape [seeds, clips] for {len(runs)} seeds, not {list(correct.shape)}."
+            )
         interval = bootstrap_mean(correct.mean(axis=0), groups, level=LEVEL)
-        unit = group_name if groups is not None and any(group is not None for group in groups) else "clip"
+        unit = (
+            group_name
+            if groups is not None and any(group is not None for group in groups)
+            else "clip"
+        )
         summary["over_clips"] = {
             "accuracy": float(correct.mean()),
             "bootstrap": interval and list(interval),
@@ -346,7 +375,9 @@ def summarise_seeds(
             }
         )
     if ensemble is not None and ensemble.get(main) is not None:
-        summary["ensemble"] = {name: ensemble[name] for name in measures} | {"intervals": ensemble["intervals"]}
+        summary["ensemble"] = {name: ensemble[name] for name in measures} | {
+            "intervals": ensemble["intervals"]
+        }
         row = {"name": "ensemble: mean of all scores", "mean": ensemble[main], "values": []}
         rows.append({**row, "interval": _best_interval(ensemble, main)})
     tables = [("", runs, measures)]
@@ -382,16 +413,23 @@ def summarise_variants(
     tables = []
     for name, runs in variants.items():
         measures, _ = _summarise(runs)
-        tables.append((name, runs, {key: value for key, value in measures.items() if key not in left_out}))
+        tables.append(
+            (name, runs, {key: value for key, value in measures.items() if key not in left_out})
+        )
     main = next(iter(tables[0][2]))
     summary = {
         "title": title,
         "synthetic": synthetic,
         "left_out": left_out,
-        "variants": {name: {"runs": [run for run, _ in runs], "measures": measures} for name, runs, measures in tables},
+        "variants": {
+            name: {"runs": [run for run, _ in runs], "measures": measures}
+            for name, runs, measures in tables
+        },
     }
     rows = [{"name": name, **measures[main]} for name, _, measures in tables]
-    return _write_summary(Path(out_dir), "variants.png", summary, rows, main, tables, command, notes)
+    return _write_summary(
+        Path(out_dir), "variants.png", summary, rows, main, tables, command, notes
+    )
 
 
 def _write_summary(
@@ -406,7 +444,9 @@ def _write_summary(
 ) -> Path:
     write_json(out_dir / "summary.json", {**summary, "notes": list(notes), "command": command})
     title = ("SYNTHETIC · " if summary["synthetic"] else "") + summary["title"]
-    plots.comparison_plot(out_dir / figure, rows, title, measure=plots.measure_name(main), percent=main in _IN_PERCENT)
+    plots.comparison_plot(
+        out_dir / figure, rows, title, measure=plots.measure_name(main), percent=main in _IN_PERCENT
+    )
     page = rendered(
         "summary.html.j2",
         summary=summary,
@@ -425,9 +465,15 @@ def _summarise(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[dict[str,
     if not runs:
         raise UserError("a summary needs at least one run.")
     defined = {name: [metrics.get(name) is not None for _, metrics in runs] for name in _MEASURES}
-    measures = {name: seeds_summary([metrics[name] for _, metrics in runs], LEVEL) for name in _MEASURES if all(defined[name])}
+    measures = {
+        name: seeds_summary([metrics[name] for _, metrics in runs], LEVEL)
+        for name in _MEASURES
+        if all(defined[name])
+    }
     if not measures:
-        raise UserError(f"the runs {', '.join(name for name, _ in runs)} have no measure in common.")
+        raise UserError(
+            f"the runs {', '.join(name for name, _ in runs)} have no measure in common."
+        )
     return measures, [name for name in _MEASURES if any(defined[name]) and not all(defined[name])]
 
 
@@ -482,7 +528,9 @@ def _calibrated(evaluation: Evaluation, source: Evaluation | float) -> dict[str,
 
 def _windows(evaluation: Evaluation) -> np.ndarray:
     """Returns the probabilities whose means are the scores, `[clips, windows, classes]`."""
-    return np.asarray(evaluation.scores)[:, None] if evaluation.windows is None else evaluation.windows
+    return (
+        np.asarray(evaluation.scores)[:, None] if evaluation.windows is None else evaluation.windows
+    )
 
 
 def _one_hot(evaluation: Evaluation) -> np.ndarray:
@@ -508,7 +556,9 @@ def _predictions(evaluation: Evaluation) -> str:
     scores = np.asarray(evaluation.scores, float)
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["clip_id", "split", "truth", "predicted", "correct", *(f"p_{name}" for name in names)])
+    writer.writerow(
+        ["clip_id", "split", "truth", "predicted", "correct", *(f"p_{name}" for name in names)]
+    )
     for i in sorted(range(len(evaluation.clip_ids)), key=lambda i: evaluation.clip_ids[i]):
         writer.writerow(
             [
@@ -528,10 +578,19 @@ def _numbers(evaluation: Evaluation) -> str:
     names = evaluation.label_names
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["clip_id", "split", *(f"truth_{name}" for name in names), *(f"predicted_{name}" for name in names)])
+    writer.writerow(
+        [
+            "clip_id",
+            "split",
+            *(f"truth_{name}" for name in names),
+            *(f"predicted_{name}" for name in names),
+        ]
+    )
     for i in sorted(range(len(evaluation.clip_ids)), key=lambda i: evaluation.clip_ids[i]):
         both = [*np.asarray(evaluation.targets[i], float), *np.asarray(evaluation.scores[i], float)]
-        writer.writerow([evaluation.clip_ids[i], evaluation.split, *(f"{value:.6g}" for value in both)])
+        writer.writerow(
+            [evaluation.clip_ids[i], evaluation.split, *(f"{value:.6g}" for value in both)]
+        )
     return buffer.getvalue()
 
 
@@ -577,10 +636,16 @@ def _own_notes(evaluation: Evaluation, metrics: Mapping[str, Any]) -> list[str]:
     checkpoint = evaluation.checkpoint
     selected_on = str(checkpoint.get("selected_on", "")).split()
     if checkpoint.get("which") == "best" and evaluation.split in selected_on:
-        notes.append(f"The checkpoint was chosen by its score on this split ({evaluation.split}), so these numbers flatter it.")
+        notes.append(
+            f"The checkpoint was chosen by its score on this split ({evaluation.split}), so these numbers flatter it."
+        )
     if metrics["undefined"]:
         what = _CALLED[evaluation.task][1]
-        why = "for being constant" if evaluation.task == "regression" else "for want of a clip with or without them"
+        why = (
+            "for being constant"
+            if evaluation.task == "regression"
+            else "for want of a clip with or without them"
+        )
         notes.append(
             f"Left out of the means, {why}: "
             f"{metrics['undefined_count']} of {len(metrics['per_class'])} {what} "
@@ -595,7 +660,9 @@ def _own_notes(evaluation: Evaluation, metrics: Mapping[str, Any]) -> list[str]:
                 f"the {metrics['intervals']['bootstrap_unit']}s has the temperature that was fitted on the others."
             )
         elif shared:
-            notes.append(f"The temperature was fitted on {shared} of the {clips} evaluated clips, so what it gains is too good.")
+            notes.append(
+                f"The temperature was fitted on {shared} of the {clips} evaluated clips, so what it gains is too good."
+            )
     unknown = sum(group is None for group in evaluation.groups)
     if unknown:
         notes.append(
@@ -608,7 +675,9 @@ def _own_notes(evaluation: Evaluation, metrics: Mapping[str, Any]) -> list[str]:
 def _figures(out_dir: Path, evaluation: Evaluation, metrics: Mapping[str, Any]) -> dict[str, Path]:
     """Draws the figures and returns their paths by name."""
     task, single = evaluation.task, evaluation.task == "single_label"
-    title = f"{evaluation.dataset} · {evaluation.protocol} · {evaluation.split} · {metrics['n']} clips"
+    title = (
+        f"{evaluation.dataset} · {evaluation.protocol} · {evaluation.split} · {metrics['n']} clips"
+    )
     if evaluation.synthetic:
         title = f"SYNTHETIC · {title}"
     names, rows = evaluation.label_names, metrics["per_class"]
@@ -624,7 +693,9 @@ def _figures(out_dir: Path, evaluation: Evaluation, metrics: Mapping[str, Any]) 
         )
     if single:
         paths["confusion"] = out_dir / "confusion.png"
-        plots.confusion_matrix(paths["confusion"], metrics["confusion"], names, f"Confusion · {title}")
+        plots.confusion_matrix(
+            paths["confusion"], metrics["confusion"], names, f"Confusion · {title}"
+        )
     paths["per_class"] = out_dir / "per_class.png"
     measures = {
         "single_label": {"F1": "f1", "ROC-AUC": "roc_auc"},
@@ -642,7 +713,13 @@ def _figures(out_dir: Path, evaluation: Evaluation, metrics: Mapping[str, Any]) 
         return paths
     if len(names) <= _MOST_ROC_CURVES:
         paths["roc"] = out_dir / "roc.png"
-        plots.roc_curves(paths["roc"], np.asarray(evaluation.scores), _one_hot(evaluation), names, f"ROC · {title}")
+        plots.roc_curves(
+            paths["roc"],
+            np.asarray(evaluation.scores),
+            _one_hot(evaluation),
+            names,
+            f"ROC · {title}",
+        )
     if single:
         paths["abstention"] = out_dir / "abstention.png"
         plots.coverage_curve(paths["abstention"], metrics["abstention"], f"Abstention · {title}")
@@ -650,7 +727,10 @@ def _figures(out_dir: Path, evaluation: Evaluation, metrics: Mapping[str, Any]) 
     if calibration := metrics.get("calibration"):
         kind = "cross_fitted" if calibration["cross_fitted"] else "after"
         name = f"Calibration, {'cross-fitted temperature' if calibration['cross_fitted'] else 'temperature'}"
-        diagrams["reliability_after"] = (f"{name} {calibration['temperature']:.2f}", calibration[kind])
+        diagrams["reliability_after"] = (
+            f"{name} {calibration['temperature']:.2f}",
+            calibration[kind],
+        )
     for key, (name, found) in diagrams.items():
         paths[key] = out_dir / f"{key}.png"
         plots.reliability_diagram(
@@ -680,13 +760,23 @@ def _intervals(metrics: Mapping[str, Any], name: str) -> list[str]:
     """Returns the intervals of a measure in words, the level with the first."""
     intervals = metrics.get("intervals", {})
     kinds = {"wilson": "Wilson", "bootstrap": f"{intervals.get('bootstrap_unit')} bootstrap"}
-    found = [f"{kinds[kind]} {_range(name, interval)}" for kind, interval in intervals.get(name, {}).items() if interval]
+    found = [
+        f"{kinds[kind]} {_range(name, interval)}"
+        for kind, interval in intervals.get(name, {}).items()
+        if interval
+    ]
     return [f"{100 * intervals['level']:.0f} % {found[0]}", *found[1:]] if found else []
 
 
 def _task_of(metrics: Mapping[str, Any]) -> str:
     """Returns the task that metrics are of, by what they hold."""
-    return "single_label" if "accuracy" in metrics else "regression" if "r2" in metrics else "multi_label"
+    return (
+        "single_label"
+        if "accuracy" in metrics
+        else "regression"
+        if "r2" in metrics
+        else "multi_label"
+    )
 
 
 def _cards(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -726,5 +816,10 @@ def rendered(template: str, **values: Any) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["number"] = lambda value: "n/a" if value is None else f"{value:.3f}"
-    environment.globals.update(show_value=_value, show_range=_range, show_intervals=_intervals, measure_name=plots.measure_name)
+    environment.globals.update(
+        show_value=_value,
+        show_range=_range,
+        show_intervals=_intervals,
+        measure_name=plots.measure_name,
+    )
     return environment.get_template(template).render(**values)

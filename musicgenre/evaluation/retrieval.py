@@ -48,7 +48,10 @@ def precision_at_k(
     n = len(embeddings)
     length = np.linalg.norm(embeddings, axis=1, keepdims=True)
     unit = embeddings / np.where(length > 0, length, 1)
-    names = [f"clip {i}" if groups is None or groups[i] is None else f"group {groups[i]}" for i in range(n)]
+    names = [
+        f"clip {i}" if groups is None or groups[i] is None else f"group {groups[i]}"
+        for i in range(n)
+    ]
     group = np.unique(np.array(names), return_inverse=True)[1]
 
     hits, same, others = np.zeros(n), np.zeros(n), np.zeros(n)
@@ -62,7 +65,9 @@ def precision_at_k(
         same[rows], others[rows] = (alike & allowed).sum(axis=1), allowed.sum(axis=1)
     asked = others >= k
     if not asked.any():
-        raise UserError(f"k={k}: no clip has that many others that are not of its own group; {int(others.max())} is the most.")
+        raise UserError(
+            f"k={k}: no clip has that many others that are not of its own group; {int(others.max())} is the most."
+        )
     values = {
         "precision": hits / k,
         "chance": same / np.maximum(others, 1),
@@ -76,14 +81,18 @@ def precision_at_k(
         "k": k,
         "n": int(asked.sum()),
         **{name: float(value[asked].mean()) for name, value in values.items()},
-        "macro_precision": float(np.mean([value for value in per_class["precision"] if value is not None])),
+        "macro_precision": float(
+            np.mean([value for value in per_class["precision"] if value is not None])
+        ),
         "per_class": per_class,
         "by_query": np.where(asked, values["precision"], np.nan),
         "left_out": int((~asked).sum()),
     }
 
 
-def _check(embeddings: np.ndarray, labels: np.ndarray, k: int, groups: Sequence[str | None] | None) -> None:
+def _check(
+    embeddings: np.ndarray, labels: np.ndarray, k: int, groups: Sequence[str | None] | None
+) -> None:
     if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
         raise UserError(
             f"embeddings must be [clips, d] and labels [clips], but they are {list(embeddings.shape)} and {list(labels.shape)}."
@@ -93,6 +102,8 @@ def _check(embeddings: np.ndarray, labels: np.ndarray, k: int, groups: Sequence[
     if groups is not None and len(groups) != len(labels):
         raise UserError(f"{len(groups)} groups for {len(labels)} clips.")
     if not np.isfinite(embeddings).all():
-        raise UserError(f"embeddings: that of clip {int(np.argmin(np.isfinite(embeddings).all(axis=1)))} is not finite.")
+        raise UserError(
+            f"embeddings: that of clip {int(np.argmin(np.isfinite(embeddings).all(axis=1)))} is not finite."
+        )
     if not 1 <= k < len(labels):
         raise UserError(f"k must be at least 1 and less than the {len(labels)} clips, not {k}.")

@@ -24,7 +24,10 @@ from musicgenre.files import write_json, write_text
 
 # What the two kinds of changes are called, and what they are.
 KINDS = {
-    True: ("irrelevant", "not noticed, or nothing to do with the music: level, polarity, where the clip begins, tone controls"),
+    True: (
+        "irrelevant",
+        "not noticed, or nothing to do with the music: level, polarity, where the clip begins, tone controls",
+    ),
     False: ("audible", "heard, and the genre stays"),
 }
 
@@ -127,7 +130,11 @@ def measure(tested: Robustness, *, resamples: int = 2000, seed: int = 0) -> dict
         return None if found is None else list(found)
 
     def share(count: int) -> dict[str, Any]:
-        return {"count": int(count), "share": int(count) / n, "interval": list(wilson(int(count), n, LEVEL))}
+        return {
+            "count": int(count),
+            "share": int(count) / n,
+            "interval": list(wilson(int(count), n, LEVEL)),
+        }
 
     rows, changed_by, right_by = [], [], []
     outcomes = sorted(tested.outcomes, key=lambda outcome: not outcome.irrelevant)
@@ -145,7 +152,14 @@ def measure(tested: Robustness, *, resamples: int = 2000, seed: int = 0) -> dict
             "probability_change": float(gained.mean()),
             "probability_change_interval": interval(gained),
         }
-        for name in ("accuracy", "accuracy_change", "accuracy_change_interval", "worse", "better", "p"):
+        for name in (
+            "accuracy",
+            "accuracy_change",
+            "accuracy_change_interval",
+            "worse",
+            "better",
+            "p",
+        ):
             row[name] = None
         if right is not None:
             correct = after == targets
@@ -156,7 +170,9 @@ def measure(tested: Robustness, *, resamples: int = 2000, seed: int = 0) -> dict
                 "accuracy_change_interval": interval(correct.astype(float) - right),
                 "worse": worse,
                 "better": better,
-                "p": float(stats.binomtest(worse, worse + better).pvalue) if worse + better else 1.0,
+                "p": float(stats.binomtest(worse, worse + better).pvalue)
+                if worse + better
+                else 1.0,
             }
             right_by.append(correct)
         rows.append(row)
@@ -172,7 +188,9 @@ def measure(tested: Robustness, *, resamples: int = 2000, seed: int = 0) -> dict
             "mean_share_changed": float(np.mean([rows[i]["share_changed"] for i in own])),
             "worst": {"name": rows[worst]["name"], "share_changed": rows[worst]["share_changed"]},
             "unchanged": share((~np.any([changed_by[i] for i in own], axis=0)).sum()),
-            "right_under_all": None if right is None else share((right & np.all([right_by[i] for i in own], axis=0)).sum()),
+            "right_under_all": None
+            if right is None
+            else share((right & np.all([right_by[i] for i in own], axis=0)).sum()),
         }
     return {
         "clips": n,
@@ -201,9 +219,7 @@ def headline(measures: Mapping[str, Any]) -> list[str]:
         )
     for name, of in measures["kinds"].items():
         kept, worst = of["unchanged"], of["worst"]
-        line = (
-            f"{of['transforms']} {name} changes: {kept['count']} of {n} clips ({_percent(kept['share'])} %) keep their decision"
-        )
+        line = f"{of['transforms']} {name} changes: {kept['count']} of {n} clips ({_percent(kept['share'])} %) keep their decision"
         line += f" under all of them; the worst, {worst['name']}, alters {_percent(worst['share_changed'])} %"
         if of["right_under_all"]:
             line += f". Right under all: {_interval(of['right_under_all'])}"
@@ -221,7 +237,11 @@ def headline(measures: Mapping[str, Any]) -> list[str]:
 
 
 def write_report(
-    out_dir: str | os.PathLike[str], tested: Robustness, *, measures: Mapping[str, Any] | None = None, seed: int = 0
+    out_dir: str | os.PathLike[str],
+    tested: Robustness,
+    *,
+    measures: Mapping[str, Any] | None = None,
+    seed: int = 0,
 ) -> Path:
     """Writes `robustness.json`, `robustness.md`, `robustness.png` and `report.html`.
 
@@ -268,7 +288,8 @@ def write_report(
         columns=columns,
         rows=rows,
         how=_how(measures),
-        figure="data:image/png;base64," + base64.b64encode((out / "robustness.png").read_bytes()).decode(),
+        figure="data:image/png;base64,"
+        + base64.b64encode((out / "robustness.png").read_bytes()).decode(),
     )
     write_text(out / "report.html", page)
     return out / "robustness.md"
@@ -294,7 +315,11 @@ def table(measures: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for row in measures["transforms"]:
         low, high = row["share_changed_interval"]
-        cells = [row["name"], row["kind"], f"{_percent(row['share_changed'])} ({_percent(low)} to {_percent(high)})"]
+        cells = [
+            row["name"],
+            row["kind"],
+            f"{_percent(row['share_changed'])} ({_percent(low)} to {_percent(high)})",
+        ]
         if labelled:
             cells += [
                 _percent(row["accuracy"]),
@@ -336,7 +361,9 @@ def flips_plot(path: str | os.PathLike[str], measures: Mapping[str, Any], title:
     key, factor = ("accuracy_change", 100) if labelled else ("probability_change", 1)
     right.axvline(0, color=plots.INK, linewidth=1)
     for position, row, colour in zip(place, rows, colours, strict=True):
-        right.plot(factor * row[key], position, "D", color=colour, markersize=5, markeredgecolor="white")
+        right.plot(
+            factor * row[key], position, "D", color=colour, markersize=5, markeredgecolor="white"
+        )
         if row[f"{key}_interval"] is not None:
             low, high = row[f"{key}_interval"]
             right.hlines(position, factor * low, factor * high, color=colour, linewidth=2)
@@ -361,9 +388,14 @@ def _check(tested: Robustness) -> None:
     n, classes = len(tested.clip_ids), len(tested.label_names)
     if not n:
         raise UserError("there is no clip to test.")
-    for name, scores in [("as they are", tested.before), *((outcome.name, outcome.scores) for outcome in tested.outcomes)]:
+    for name, scores in [
+        ("as they are", tested.before),
+        *((outcome.name, outcome.scores) for outcome in tested.outcomes),
+    ]:
         if scores.shape != (n, classes):
-            raise UserError(f"the scores of the clips ({name}) have the shape {list(scores.shape)}, not {[n, classes]}.")
+            raise UserError(
+                f"the scores of the clips ({name}) have the shape {list(scores.shape)}, not {[n, classes]}."
+            )
     if len(tested.groups) != n or (tested.targets is not None and len(tested.targets) != n):
         raise UserError(f"groups and targets must be given for each of the {n} clips.")
     if tested.equalised.shape[1:] != (n, classes):
@@ -372,7 +404,9 @@ def _check(tested: Robustness) -> None:
         )
 
 
-def _searched(tested: Robustness, decided: np.ndarray, targets: np.ndarray | None, share: Any) -> dict[str, Any]:
+def _searched(
+    tested: Robustness, decided: np.ndarray, targets: np.ndarray | None, share: Any
+) -> dict[str, Any]:
     """Returns what the best and the worst of the random equalisers do for each clip."""
     decisions = np.concatenate([decided[None], tested.equalised.argmax(axis=2)])
     found: dict[str, Any] = {
@@ -384,7 +418,10 @@ def _searched(tested: Robustness, decided: np.ndarray, targets: np.ndarray | Non
     }
     if targets is not None:
         right = decisions == targets
-        found |= {"lowest": share(right.all(axis=0).sum()), "highest": share(right.any(axis=0).sum())}
+        found |= {
+            "lowest": share(right.all(axis=0).sum()),
+            "highest": share(right.any(axis=0).sum()),
+        }
     return found
 
 
@@ -411,11 +448,18 @@ def _clip_results(tested: Robustness) -> list[dict[str, Any]]:
 
 
 def _markdown(
-    tested: Robustness, measures: Mapping[str, Any], title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
+    tested: Robustness,
+    measures: Mapping[str, Any],
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
 ) -> str:
     lines = [f"# {title}", ""]
     if tested.synthetic:
-        lines += ["SYNTHETIC: made-up sound. The numbers show that the code works and say nothing about music.", ""]
+        lines += [
+            "SYNTHETIC: made-up sound. The numbers show that the code works and say nothing about music.",
+            "",
+        ]
     lines += [f"- {name}: {value}" for name, value in tested.facts.items()]
     lines += ["", *(f"- {line}" for line in headline(measures)), ""]
     if tested.notes:
@@ -426,7 +470,12 @@ def _markdown(
     lines += ["", "How each change is made:", ""]
     lines += [f"- {outcome.name}: {outcome.what}" for outcome in tested.outcomes]
     if tested.missing:
-        lines += ["", "Not made:", "", *(f"- {row['name']}: {row['reason']}" for row in tested.missing)]
+        lines += [
+            "",
+            "Not made:",
+            "",
+            *(f"- {row['name']}: {row['reason']}" for row in tested.missing),
+        ]
     if tested.skipped:
         lines += ["", f"Clips that could not be used: {len(tested.skipped)}", ""]
         lines += [f"- {row['clip_id']}: {row['reason']}" for row in tested.skipped]
@@ -441,7 +490,8 @@ def _how(measures: Mapping[str, Any]) -> list[str]:
     """Returns how the table is to be read."""
     lines = [f"{name.capitalize()}: {what}." for name, what in KINDS.values()]
     return [
-        " ".join(lines) + " Worse: clips right before and wrong after; better: the other way round. "
+        " ".join(lines)
+        + " Worse: clips right before and wrong after; better: the other way round. "
         f"Intervals are of {100 * measures['level']:.0f} %, each for itself: of "
         f"{len(measures['transforms'])} rows about one in twenty has a p below 0.05 where nothing is behind it."
     ]

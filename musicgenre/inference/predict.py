@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from musicgenre.inference.model import TrainedModel
 from musicgenre.inference.windows import Network, score_files
+from musicgenre.runs.model import TrainedModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,11 @@ class Prediction:
 
 
 def predict_files(
-    model: TrainedModel, paths: Iterable[str | Path], *, min_seconds: float = 1.0, network: Network | None = None
+    model: TrainedModel,
+    paths: Iterable[str | Path],
+    *,
+    min_seconds: float = 1.0,
+    network: Network | None = None,
 ) -> Iterator[Prediction]:
     """Yields a prediction for each file, in order. A file that cannot be used yields its reason; the rest goes on.
 
@@ -41,7 +45,11 @@ def predict_files(
 
 
 def render(
-    predictions: Iterable[Prediction], label_names: tuple[str, ...], form: str, top: int, task: str = "single_label"
+    predictions: Iterable[Prediction],
+    label_names: tuple[str, ...],
+    form: str,
+    top: int,
+    task: str = "single_label",
 ) -> Iterator[str]:
     """Yields the lines of a table, a JSON array, JSON lines or a CSV file.
 
@@ -67,7 +75,10 @@ def render(
             order = np.argsort(-scores, kind="stable")[:top].tolist()
         if form == "table" and scores is not None:
             shown = (
-                f"{label_names[i]} {scores[i]:.4g}" if regression else f"{label_names[i]} {100 * scores[i]:.1f} %" for i in order
+                f"{label_names[i]} {scores[i]:.4g}"
+                if regression
+                else f"{label_names[i]} {100 * scores[i]:.1f} %"
+                for i in order
             )
             yield f"{prediction.path}  " + "  ".join(shown)
         elif form in ("json", "jsonl"):
@@ -77,12 +88,17 @@ def render(
             elif regression:
                 entry["values"] = {label_names[i]: round(float(scores[i]), 6) for i in order}
             else:
-                entry["labels"] = [{"label": label_names[i], "probability": round(float(scores[i]), 6)} for i in order]
+                entry["labels"] = [
+                    {"label": label_names[i], "probability": round(float(scores[i]), 6)}
+                    for i in order
+                ]
             yield separator + _json(entry)
             separator = "," if form == "json" else ""
         elif form == "csv":
             first = [] if regression else ["" if scores is None else label_names[order[0]]]
-            values = [""] * len(label_names) if scores is None else [f"{score:.6f}" for score in scores]
+            values = (
+                [""] * len(label_names) if scores is None else [f"{score:.6f}" for score in scores]
+            )
             yield _csv_line([prediction.path, *first, *values, prediction.error])
     if form == "json":
         yield "]"
@@ -92,7 +108,9 @@ def _json(entry: dict[str, object]) -> str:
     text = json.dumps(entry, ensure_ascii=False)
     try:
         text.encode()
-    except UnicodeEncodeError:  # a file's name that is no text; escaped, it is valid JSON and Python reads it back
+    except (
+        UnicodeEncodeError
+    ):  # a file's name that is no text; escaped, it is valid JSON and Python reads it back
         return json.dumps(entry)
     return text
 

@@ -40,8 +40,8 @@ from typing import NamedTuple
 import numpy as np
 
 from musicgenre.errors import UserError
-from musicgenre.inference.model import TrainedModel, load_model
 from musicgenre.inference.windows import FileScores, Network, WindowScores, score_files
+from musicgenre.runs.model import TrainedModel, load_model
 
 PathLike = str | os.PathLike[str]
 
@@ -65,7 +65,7 @@ class Tagger:
     """A trained model, ready for sound files of any length. The network is compiled with the first file.
 
     Args:
-      model: from `musicgenre.inference.model.load_model`.
+      model: from `musicgenre.runs.model.load_model`.
       min_seconds: shorter files are refused.
     """
 
@@ -115,7 +115,9 @@ class Tagger:
           top: labels of a file; None is all.
         """
         for scores in self.scores(paths):
-            yield TaggedFile(scores.path, () if scores.error else self._tags(scores, top), scores.error)
+            yield TaggedFile(
+                scores.path, () if scores.error else self._tags(scores, top), scores.error
+            )
 
     def taggram(self, path: PathLike, step_seconds: float = 0.0) -> WindowScores:
         """Returns the probabilities over time.
@@ -140,7 +142,9 @@ class Tagger:
         scores = self._one(path, step=self.model.frames)
         assert scores.embedding is not None
         if not scores.embedding.size:
-            raise UserError(f"the model {self.model.config.model.name!r} sows no embedding; see README, 'Your own network'.")
+            raise UserError(
+                f"the model {self.model.config.model.name!r} sows no embedding; see README, 'Your own network'."
+            )
         return scores.embedding
 
     def step_frames(self, seconds: float) -> int:
@@ -148,9 +152,15 @@ class Tagger:
         if seconds < 0:
             raise UserError(f"the step must not be negative, but is {seconds:g} s.")
         spec = self.model.features
-        return max(round(seconds * spec.sample_rate / spec.hop_length), 1) if seconds else self.model.frames
+        return (
+            max(round(seconds * spec.sample_rate / spec.hop_length), 1)
+            if seconds
+            else self.model.frames
+        )
 
-    def scores(self, paths: Iterable[PathLike], *, step: int = 0, keep_windows: bool = False) -> Iterator[FileScores]:
+    def scores(
+        self, paths: Iterable[PathLike], *, step: int = 0, keep_windows: bool = False
+    ) -> Iterator[FileScores]:
         """Yields probabilities and embeddings of each file, in order; see `musicgenre.inference.windows.score_files`.
 
         Args:
@@ -159,7 +169,12 @@ class Tagger:
           keep_windows: give every window's, too.
         """
         return score_files(
-            self.model, paths, network=self.network, step=step, keep_windows=keep_windows, min_seconds=self.min_seconds
+            self.model,
+            paths,
+            network=self.network,
+            step=step,
+            keep_windows=keep_windows,
+            min_seconds=self.min_seconds,
         )
 
     def _one(self, path: PathLike, *, step: int = 0, keep_windows: bool = False) -> FileScores:

@@ -21,10 +21,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from musicgenre.audio.decode import BLOCK, stream_audio
-from musicgenre.audio.features import FeatureSpec, compress, frame_waveform, mel_power, mfcc_from_db, stft_power, to_db
+from musicgenre.audio.features import (
+    FeatureSpec,
+    compress,
+    frame_waveform,
+    mel_power,
+    mfcc_from_db,
+    stft_power,
+    to_db,
+)
 from musicgenre.errors import UserError
-from musicgenre.inference.model import TrainedModel
 from musicgenre.models import apply_model
+from musicgenre.runs.model import TrainedModel
 
 # Windows of one call of the network.
 BATCH = 8
@@ -94,7 +102,7 @@ class Network:
 
     def __init__(self, model: TrainedModel) -> None:
         # Loaded here and not above: it brings Optax, which tagging needs for nothing else.
-        from musicgenre.training.step import normalise
+        from musicgenre.models.apply import normalise
 
         module = model.module
 
@@ -116,7 +124,9 @@ class Network:
         room = (1 << (count - 1).bit_length()) - count
         filled = np.concatenate([inputs, np.zeros((room, *inputs.shape[1:]), inputs.dtype)])
         probabilities, embeddings = jax.device_get(self._scores(self._saved, filled))
-        return np.asarray(probabilities[:count], np.float32), np.asarray(embeddings[:count], np.float32)
+        return np.asarray(probabilities[:count], np.float32), np.asarray(
+            embeddings[:count], np.float32
+        )
 
 
 def score_files(
@@ -162,7 +172,9 @@ def score_files(
                 reader.stop()
 
 
-def stream_windows(blocks: Iterable[np.ndarray], spec: FeatureSpec, model: TrainedModel, *, step: int = 0) -> Iterator[Window]:
+def stream_windows(
+    blocks: Iterable[np.ndarray], spec: FeatureSpec, model: TrainedModel, *, step: int = 0
+) -> Iterator[Window]:
     """Yields the windows of a file whose samples come in blocks.
 
     Args:
@@ -174,22 +186,32 @@ def stream_windows(blocks: Iterable[np.ndarray], spec: FeatureSpec, model: Train
     """
     frames, clip_frames = model.frames, model.layout.frames
     if not 0 <= step <= frames:
-        raise UserError(f"the step of {step} frames must be at least 1 and at most a window's {frames}.")
+        raise UserError(
+            f"the step of {step} frames must be at least 1 and at most a window's {frames}."
+        )
     crops = frames < clip_frames
     last = -1
-    for start, power in _clips(stream_power(blocks, spec), clip_frames, clip_frames if crops else step or clip_frames, spec):
+    for start, power in _clips(
+        stream_power(blocks, spec), clip_frames, clip_frames if crops else step or clip_frames, spec
+    ):
         features, length = model.layout.fit(_finished(power, spec))
         for first in _crop_starts(length, frames, step, model) if crops else [0]:
             # The last clip overlaps the one before it; in a row of windows none comes twice.
             if step and start + first <= last:
                 continue
             last = start + first
-            yield Window(last, min(length - first, frames), features[first : first + frames].astype(np.float16))
+            yield Window(
+                last,
+                min(length - first, frames),
+                features[first : first + frames].astype(np.float16),
+            )
 
 
 def file_inputs(samples: np.ndarray, model: TrainedModel, *, step: int = 0) -> np.ndarray:
     """Returns `stream_windows` of a whole file's samples `[samples]` as one array, float16 `[inputs, frames, bands]`."""
-    return np.stack([window.inputs for window in stream_windows([samples], model.features, model, step=step)])
+    return np.stack(
+        [window.inputs for window in stream_windows([samples], model.features, model, step=step)]
+    )
 
 
 def stream_power(blocks: Iterable[np.ndarray], spec: FeatureSpec) -> Iterator[np.ndarray]:
@@ -235,7 +257,9 @@ def _stream_frames(blocks: Iterable[np.ndarray], hop: int) -> Iterator[np.ndarra
         yield frame_waveform(waiting, hop)
 
 
-def _clips(parts: Iterable[np.ndarray], frames: int, step: int, spec: FeatureSpec) -> Iterator[tuple[int, np.ndarray]]:
+def _clips(
+    parts: Iterable[np.ndarray], frames: int, step: int, spec: FeatureSpec
+) -> Iterator[tuple[int, np.ndarray]]:
     """Yields (first frame, `[up to frames, bands]`) of clips at multiples of `step`, and of one more that ends with the file.
 
     The frame that is centred on the file's very end makes no clip longer and asks for none of its own. A file that is shorter
@@ -263,15 +287,21 @@ def _finished(power: np.ndarray, spec: FeatureSpec) -> np.ndarray:
     """Returns the features of one clip from its power (or framed samples) `[frames, any]`."""
     if spec.kind == "waveform":
         return power
-    return mfcc_from_db(to_db(power, spec), spec.n_mfcc) if spec.kind == "mfcc" else compress(power, spec)
+    return (
+        mfcc_from_db(to_db(power, spec), spec.n_mfcc)
+        if spec.kind == "mfcc"
+        else compress(power, spec)
+    )
 
 
 def _crop_starts(length: int, frames: int, step: int, model: TrainedModel) -> list[int]:
     """Returns the first frames of the windows in a clip of `length` real frames."""
     if not step:
-        from musicgenre.pipeline.loader import chunk_starts  # brings Grain
+        from musicgenre.store.loader import chunk_starts  # brings Grain
 
-        starts: list[int] = chunk_starts(length, frames, int(model.config.data.eval_chunks)).tolist()
+        starts: list[int] = chunk_starts(
+            length, frames, int(model.config.data.eval_chunks)
+        ).tolist()
         return starts
     last = max(length - frames, 0)
     return [*range(0, last, step), last]
@@ -280,7 +310,9 @@ def _crop_starts(length: int, frames: int, step: int, model: TrainedModel) -> li
 class _Reader:
     """The windows of one file, made in a thread; a few of them wait to be taken."""
 
-    def __init__(self, path: str | os.PathLike[str], model: TrainedModel, step: int, min_seconds: float) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], model: TrainedModel, step: int, min_seconds: float
+    ) -> None:
         self.path = path
         self._model, self._step, self._min_seconds = model, step, min_seconds
         self._made: queue.Queue[Window | int | Exception] = queue.Queue(_WINDOWS_AHEAD)
@@ -329,7 +361,11 @@ class _Reader:
 
     def _counted(self, spec: FeatureSpec) -> Iterator[np.ndarray]:
         for block in stream_audio(
-            self.path, spec.sample_rate, min_seconds=self._min_seconds, block=BLOCK, resampler=spec.resampler
+            self.path,
+            spec.sample_rate,
+            min_seconds=self._min_seconds,
+            block=BLOCK,
+            resampler=spec.resampler,
         ):
             self._samples += len(block)
             yield block
@@ -343,7 +379,9 @@ class _Reader:
                 continue
 
 
-def _scores_of(reader: _Reader, spec: FeatureSpec, network: Network, keep_windows: bool) -> FileScores:
+def _scores_of(
+    reader: _Reader, spec: FeatureSpec, network: Network, keep_windows: bool
+) -> FileScores:
     path = os.fspath(reader.path)
     count = 0
     sums: tuple[Any, Any] = (0.0, 0.0)
@@ -352,7 +390,10 @@ def _scores_of(reader: _Reader, spec: FeatureSpec, network: Network, keep_window
         for batch in reader.batches():
             scores = network(np.stack([window.inputs for window in batch]))
             count += len(batch)
-            sums = (sums[0] + scores[0].sum(axis=0, dtype=np.float64), sums[1] + scores[1].sum(axis=0, dtype=np.float64))
+            sums = (
+                sums[0] + scores[0].sum(axis=0, dtype=np.float64),
+                sums[1] + scores[1].sum(axis=0, dtype=np.float64),
+            )
             if keep_windows:
                 first = np.array([window.start for window in batch])
                 kept.append((first, first + np.array([window.length for window in batch]), *scores))
@@ -361,7 +402,9 @@ def _scores_of(reader: _Reader, spec: FeatureSpec, network: Network, keep_window
     mean, embedding = ((total / count).astype(np.float32) for total in sums)
     if not keep_windows:
         return FileScores(path, mean, embedding)
-    starts, ends, probabilities, embeddings = (np.concatenate(column) for column in zip(*kept, strict=True))
+    starts, ends, probabilities, embeddings = (
+        np.concatenate(column) for column in zip(*kept, strict=True)
+    )
     rate = spec.sample_rate
     windows = WindowScores(
         starts * spec.hop_length / rate,
@@ -401,11 +444,18 @@ def overview(
     columns: np.ndarray = np.zeros((0, spec.bands), np.float32)
     rest = columns
     together = 1
-    blocks = stream_audio(Path(path), spec.sample_rate, min_seconds=min_seconds, resampler=spec.resampler)
+    blocks = stream_audio(
+        Path(path), spec.sample_rate, min_seconds=min_seconds, resampler=spec.resampler
+    )
     for part in stream_power(blocks, spec):
         rest = np.concatenate([rest, part])
         whole = len(rest) // together
-        columns = np.concatenate([columns, rest[: whole * together].reshape(whole, together, columns.shape[1]).mean(axis=1)])
+        columns = np.concatenate(
+            [
+                columns,
+                rest[: whole * together].reshape(whole, together, columns.shape[1]).mean(axis=1),
+            ]
+        )
         rest = rest[whole * together :]
         while len(columns) > most:
             if len(columns) % 2:

@@ -1,5 +1,23 @@
 """One file an architecture, a registry and shared layers."""
 
-from musicgenre.models.registry import InputLimits, apply_model, build, hyperparameters, register, registered, resolve
+from musicgenre.models.apply import apply_model, normalise, probabilities
+from musicgenre.models.registry import (
+    InputLimits,
+    build,
+    hyperparameters,
+    register,
+    registered,
+    resolve,
+)
 
-__all__ = ["InputLimits", "apply_model", "build", "hyperparameters", "register", "registered", "resolve"]
+__all__ = [
+    "InputLimits",
+    "apply_model",
+    "build",
+    "hyperparameters",
+    "normalise",
+    "probabilities",
+    "register",
+    "registered",
+    "resolve",
+]

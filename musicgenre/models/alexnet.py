@@ -18,7 +18,9 @@ from musicgenre.errors import UserError
 from musicgenre.models.registry import InputLimits, register
 
 
-def local_response_norm(x: jax.Array, size: int = 5, k: float = 2.0, alpha: float = 1e-4, beta: float = 0.75) -> jax.Array:
+def local_response_norm(
+    x: jax.Array, size: int = 5, k: float = 2.0, alpha: float = 1e-4, beta: float = 0.75
+) -> jax.Array:
     """Divides each activation by a power of the energy in the channels beside it (Krizhevsky 2012, section 3.3).
 
     Args:
@@ -38,7 +40,9 @@ def local_response_norm(x: jax.Array, size: int = 5, k: float = 2.0, alpha: floa
     return (x * (k + alpha * energy) ** -beta).astype(x.dtype)
 
 
-def grouped_convolution(x: jax.Array, kernel: jax.Array, *window: Any, feature_group_count: int = 1, **options: Any) -> jax.Array:
+def grouped_convolution(
+    x: jax.Array, kernel: jax.Array, *window: Any, feature_group_count: int = 1, **options: Any
+) -> jax.Array:
     """Equals `jax.lax.conv_general_dilated`, whose groups are about ten times slower on CPU than one call for each group.
 
     Args:
@@ -48,8 +52,12 @@ def grouped_convolution(x: jax.Array, kernel: jax.Array, *window: Any, feature_g
       feature_group_count: groups of channels and filters that do not see each other.
       **options: the others of `jax.lax.conv_general_dilated`.
     """
-    pairs = zip(*(jnp.split(part, feature_group_count, axis=-1) for part in (x, kernel)), strict=True)
-    groups = [jax.lax.conv_general_dilated(part, filters, *window, **options) for part, filters in pairs]
+    pairs = zip(
+        *(jnp.split(part, feature_group_count, axis=-1) for part in (x, kernel)), strict=True
+    )
+    groups = [
+        jax.lax.conv_general_dilated(part, filters, *window, **options) for part, filters in pairs
+    ]
     return jnp.concatenate(groups, axis=-1)
 
 
@@ -98,12 +106,18 @@ class AlexNet(nn.Module):
         """
         layers = len(fields["filters"])
         if len(fields["widths"]) != layers:
-            raise UserError(f"model.widths of 'alexnet' needs a width for each of the {layers} filters, not {fields['widths']}.")
+            raise UserError(
+                f"model.widths of 'alexnet' needs a width for each of the {layers} filters, not {fields['widths']}."
+            )
         for name in ("grouped", "response_norm", "pool_after"):
             if wrong := [number for number in fields[name] if not 1 <= number <= layers]:
-                raise UserError(f"model.{name} of 'alexnet' names convolution {wrong[0]}; they are 1 to {layers}.")
+                raise UserError(
+                    f"model.{name} of 'alexnet' names convolution {wrong[0]}; they are 1 to {layers}."
+                )
         for number in fields["grouped"]:
-            if number == 1 or any(filters % 2 for filters in fields["filters"][number - 2 : number]):
+            if number == 1 or any(
+                filters % 2 for filters in fields["filters"][number - 2 : number]
+            ):
                 raise UserError(
                     f"model.grouped of 'alexnet': convolution {number} cannot be halved. It needs an even number of filters, and "
                     "so does the one before it."
@@ -121,7 +135,9 @@ class AlexNet(nn.Module):
         """Returns logits, float32 `[batch, num_classes]`, of `x` `[batch, frames, bands]`."""
         init = nn.initializers.he_normal()
         x = x.astype(self.dtype)[..., None]
-        for number, (filters, width) in enumerate(zip(self.filters, self.widths, strict=True), start=1):
+        for number, (filters, width) in enumerate(
+            zip(self.filters, self.widths, strict=True), start=1
+        ):
             stride = self.stride if number == 1 else 1
             x = nn.Conv(
                 filters,
@@ -138,11 +154,17 @@ class AlexNet(nn.Module):
             if number in self.response_norm:
                 x = local_response_norm(x)
             if number in self.pool_after:
-                x = nn.max_pool(x, window_shape=(self.pool, self.pool), strides=(self.pool_stride, self.pool_stride))
+                x = nn.max_pool(
+                    x,
+                    window_shape=(self.pool, self.pool),
+                    strides=(self.pool_stride, self.pool_stride),
+                )
         x = x.reshape(x.shape[0], -1)
         embedding = x
         for i, units in enumerate(self.dense):
-            embedding = nn.relu(nn.Dense(units, kernel_init=init, dtype=self.dtype, name=f"dense{i + 1}")(x))
+            embedding = nn.relu(
+                nn.Dense(units, kernel_init=init, dtype=self.dtype, name=f"dense{i + 1}")(x)
+            )
             x = nn.Dropout(self.dropout, deterministic=not train)(embedding)
         self.sow("intermediates", "embedding", embedding)
         # As in the original; the larger spread of the other layers would start far from equal scores.

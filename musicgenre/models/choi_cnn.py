@@ -41,8 +41,20 @@ def _k2c2(first: int, second: int, fourth: int, fifth: int) -> dict[str, Any]:
 
 # Fields of each network in each size, for 1366 frames x 96 bands and 50 outputs. The sizes are met within 4 %.
 CHOI_SIZES: dict[str, dict[str, dict[str, Any]]] = {
-    "k1c2": dict(zip(_SIZES, (_k1c2(15, 31), _k1c2(24, 49), _k1c2(35, 69), _k1c2(49, 98), _k1c2(85, 170)), strict=True)),
-    "k2c1": dict(zip(_SIZES, (_k2c1(43, 87), _k2c1(72, 145), _k2c1(106, 212), _k2c1(152, 304), _k2c1(265, 535)), strict=True)),
+    "k1c2": dict(
+        zip(
+            _SIZES,
+            (_k1c2(15, 31), _k1c2(24, 49), _k1c2(35, 69), _k1c2(49, 98), _k1c2(85, 170)),
+            strict=True,
+        )
+    ),
+    "k2c1": dict(
+        zip(
+            _SIZES,
+            (_k2c1(43, 87), _k2c1(72, 145), _k2c1(106, 212), _k2c1(152, 304), _k2c1(265, 535)),
+            strict=True,
+        )
+    ),
     "k2c2": dict(
         zip(
             _SIZES,
@@ -99,9 +111,13 @@ class ChoiCNN(nn.Module):
           UserError: the fields that describe the convolutions differ in length, or one sees all bands and a later pool takes
             several.
         """
-        check_lengths(cls.__name__.lower(), fields, "filters", "kernel_bands", "time_pools", "band_pools")
+        check_lengths(
+            cls.__name__.lower(), fields, "filters", "kernel_bands", "time_pools", "band_pools"
+        )
         bands = 1
-        for kernel, pool in zip(reversed(fields["kernel_bands"]), reversed(fields["band_pools"]), strict=True):
+        for kernel, pool in zip(
+            reversed(fields["kernel_bands"]), reversed(fields["band_pools"]), strict=True
+        ):
             bands *= pool
             if kernel == 0:
                 if bands > 1:
@@ -139,7 +155,9 @@ class ChoiCNN(nn.Module):
         self.sow("intermediates", "embedding", x)
         if self.dense:
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return nn.Dense(self.num_classes, kernel_init=init, dtype=self.dtype, name="head")(x).astype(jnp.float32)
+        return nn.Dense(self.num_classes, kernel_init=init, dtype=self.dtype, name="head")(
+            x
+        ).astype(jnp.float32)
 
 
 @register("k1c2")

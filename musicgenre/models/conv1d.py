@@ -8,7 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from musicgenre.errors import UserError, did_you_mean
-from musicgenre.models.layers import avg_pool_time, batch_norm, dense_head, global_max, max_pool_time
+from musicgenre.models.layers import (
+    avg_pool_time,
+    batch_norm,
+    dense_head,
+    global_max,
+    max_pool_time,
+)
 from musicgenre.models.registry import InputLimits, register
 
 _POOLINGS = ("flatten", "mean", "mean_max", "attention")
@@ -66,10 +72,17 @@ class Conv1D(nn.Module):
             divide by the number of widths.
         """
         if (pooling := fields["pooling"]) not in _POOLINGS:
-            raise UserError(f"model.pooling of 'conv1d': {pooling!r} is not known." + did_you_mean(pooling, _POOLINGS))
+            raise UserError(
+                f"model.pooling of 'conv1d': {pooling!r} is not known."
+                + did_you_mean(pooling, _POOLINGS)
+            )
         if widths := tuple(fields["widths"]):
-            if any(type(width) is not int or width < 1 for width in widths) or len(set(widths)) < len(widths):
-                raise UserError(f"model.widths of 'conv1d' takes different numbers of frames, from 1 on, not {widths}.")
+            if any(type(width) is not int or width < 1 for width in widths) or len(
+                set(widths)
+            ) < len(widths):
+                raise UserError(
+                    f"model.widths of 'conv1d' takes different numbers of frames, from 1 on, not {widths}."
+                )
             if uneven := [filters for filters in fields["filters"] if filters % len(widths)]:
                 raise UserError(
                     f"model.filters of 'conv1d' must divide by the number of model.widths={widths}: {uneven[0]} filters do not."
@@ -115,7 +128,13 @@ class Conv1D(nn.Module):
             return jnp.concatenate([global_max(x), x.mean(axis=1)], axis=-1)
         if self.pooling == "attention":
             # A bias would move every score alike, which the softmax takes out again.
-            score = nn.Dense(1, use_bias=False, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="attention")(x)
+            score = nn.Dense(
+                1,
+                use_bias=False,
+                kernel_init=nn.initializers.zeros,
+                dtype=self.dtype,
+                name="attention",
+            )(x)
             weights = nn.softmax(score.astype(jnp.float32), axis=1)
             self.sow("intermediates", "frame_weights", weights[:, :, 0])
             return (x * weights.astype(x.dtype)).sum(axis=1)

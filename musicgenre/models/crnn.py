@@ -59,10 +59,16 @@ class GRU(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns the state after every frame, `[batch, frames, units]`, of `x` `[batch, frames, inputs]`."""
         inputs, units = x.shape[-1], self.units
-        kernel = self.param("kernel", _by_gate(nn.initializers.glorot_uniform()), (inputs, 3 * units))
-        recurrent = self.param("recurrent_kernel", _by_gate(nn.initializers.orthogonal()), (units, 3 * units))
+        kernel = self.param(
+            "kernel", _by_gate(nn.initializers.glorot_uniform()), (inputs, 3 * units)
+        )
+        recurrent = self.param(
+            "recurrent_kernel", _by_gate(nn.initializers.orthogonal()), (units, 3 * units)
+        )
         bias = self.param("bias", nn.initializers.zeros, (3 * units,))
-        x, kernel, recurrent, bias = nn.dtypes.promote_dtype(x, kernel, recurrent, bias, dtype=self.dtype)
+        x, kernel, recurrent, bias = nn.dtypes.promote_dtype(
+            x, kernel, recurrent, bias, dtype=self.dtype
+        )
         gates, candidate = recurrent[:, : 2 * units], recurrent[:, 2 * units :]
 
         def step(h: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -81,7 +87,9 @@ def _by_gate(init: Any) -> Any:
 
     def draw(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
         inputs, width = shape
-        return jnp.concatenate([init(one, (inputs, width // 3), dtype) for one in jax.random.split(key, 3)], axis=1)
+        return jnp.concatenate(
+            [init(one, (inputs, width // 3), dtype) for one in jax.random.split(key, 3)], axis=1
+        )
 
     return draw
 
@@ -139,7 +147,9 @@ class CRNN(nn.Module):
         """
         check_lengths("crnn", fields, "filters", "time_pools", "band_pools")
         if (norm := fields["input_norm"]) not in _INPUT_NORMS:
-            raise UserError(f"model.input_norm: {norm!r} is not known." + did_you_mean(norm, _INPUT_NORMS))
+            raise UserError(
+                f"model.input_norm: {norm!r} is not known." + did_you_mean(norm, _INPUT_NORMS)
+            )
         frames = max(math.prod(fields["time_pools"]) - 2 * fields["pad"], 1)
         bands = math.prod(fields["band_pools"])
         if norm == "time":
@@ -158,7 +168,15 @@ class CRNN(nn.Module):
         x = x.astype(self.dtype)[..., None]
         pools = zip(self.filters, self.time_pools, self.band_pools, strict=True)
         for i, (filters, frames, bands) in enumerate(pools, start=1):
-            x = Conv(filters, 3, train=train, use_bias=self.conv_bias, kernel_init=init, dtype=self.dtype, name=f"conv{i}")(x)
+            x = Conv(
+                filters,
+                3,
+                train=train,
+                use_bias=self.conv_bias,
+                kernel_init=init,
+                dtype=self.dtype,
+                name=f"conv{i}",
+            )(x)
             x = nn.elu(batch_norm(train, self.axis_name, self.dtype, name=f"norm{i}")(x))
             x = max_pool(x, (frames, bands))
             x = nn.Dropout(self.conv_dropout, deterministic=not train, name=f"dropout{i}")(x)
@@ -168,4 +186,6 @@ class CRNN(nn.Module):
         x = x[:, -1]
         self.sow("intermediates", "embedding", x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return nn.Dense(self.num_classes, kernel_init=init, dtype=self.dtype, name="head")(x).astype(jnp.float32)
+        return nn.Dense(self.num_classes, kernel_init=init, dtype=self.dtype, name="head")(
+            x
+        ).astype(jnp.float32)

@@ -29,7 +29,12 @@ _JITTED = {
     "softplus": "softplus",
     "sigmoid": "sigmoid",
 }
-_PRIMITIVES = {"tanh": "tanh", "logistic": "sigmoid", "reduce_window_max": "max-pool", "reduce_window_sum": "window sum"}
+_PRIMITIVES = {
+    "tanh": "tanh",
+    "logistic": "sigmoid",
+    "reduce_window_max": "max-pool",
+    "reduce_window_sum": "window sum",
+}
 _SCOPES = {
     "max_pool": "max-pool",
     "max_pool_time": "max-pool",
@@ -39,7 +44,15 @@ _SCOPES = {
 }
 _JOINS = {"add": "sum", "mul": "product", "concatenate": "concatenation"}
 # Fields of modules that say how they are run, not what they are.
-_NO_SETTINGS = ("parent", "name", "dtype", "param_dtype", "axis_name", "use_running_average", "deterministic")
+_NO_SETTINGS = (
+    "parent",
+    "name",
+    "dtype",
+    "param_dtype",
+    "axis_name",
+    "use_running_average",
+    "deterministic",
+)
 
 Shape = tuple[int, ...]
 _Path = tuple[str, ...]
@@ -157,12 +170,18 @@ def table(layers: Sequence[Layer]) -> str:
         for row in rows
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([*(line.rstrip() for line in lines), f"{total_parameters(layers):,} parameters"])
+    return "\n".join(
+        [*(line.rstrip() for line in lines), f"{total_parameters(layers):,} parameters"]
+    )
 
 
 def source_text(source: Source) -> str:
     """Returns a source as its number and what it passed, such as "3 (ReLU)"."""
-    return f"{source.layer} ({', '.join(source.operations)})" if source.operations else str(source.layer)
+    return (
+        f"{source.layer} ({', '.join(source.operations)})"
+        if source.operations
+        else str(source.layer)
+    )
 
 
 def total_parameters(layers: Sequence[Layer]) -> int:
@@ -172,7 +191,12 @@ def total_parameters(layers: Sequence[Layer]) -> int:
 
 def settings_text(layer: Layer) -> str:
     """Returns a layer's settings in words, such as "256 features, kernel 4, stride 2"."""
-    names = {"kernel_size": "kernel", "strides": "stride", "feature_group_count": "groups", "use_bias": "bias"}
+    names = {
+        "kernel_size": "kernel",
+        "strides": "stride",
+        "feature_group_count": "groups",
+        "use_bias": "bias",
+    }
     parts = []
     for name, value in layer.settings.items():
         word = names.get(name, name.replace("_", " "))
@@ -187,7 +211,10 @@ def settings_text(layer: Layer) -> str:
 
 def shape_text(shape: Shape) -> str:
     """Returns a shape as "323 x 256"; an extent of so many batches as "batch" or "4 batch"."""
-    words = [str(extent) if extent >= 0 else ("batch" if extent == -1 else f"{-extent} batch") for extent in shape]
+    words = [
+        str(extent) if extent >= 0 else ("batch" if extent == -1 else f"{-extent} batch")
+        for extent in shape
+    ]
     return " x ".join(words)
 
 
@@ -225,7 +252,13 @@ class _Recorder:
         arrays = [leaf for leaf in jax.tree.leaves((args, kwargs)) if _is_array(leaf)]
         if context.method_name == "setup" or not arrays:
             return function(*args, **kwargs)
-        call = _Call(context.module, context.module.path, tuple(map(_shape, arrays)), (), {context.module.path})
+        call = _Call(
+            context.module,
+            context.module.path,
+            tuple(map(_shape, arrays)),
+            (),
+            {context.module.path},
+        )
         number = len(self.calls)
         self.calls.append(call)
         for around in self._open:
@@ -240,7 +273,9 @@ class _Recorder:
             result = function(*args, **kwargs)
         finally:
             self._open.pop()
-        call.output = next((_shape(leaf) for leaf in jax.tree.leaves(result) if _is_array(leaf)), ())
+        call.output = next(
+            (_shape(leaf) for leaf in jax.tree.leaves(result) if _is_array(leaf)), ()
+        )
         return _marked(result, f"musicgenre {number} out")
 
 
@@ -261,10 +296,17 @@ class _Flow:
         known: dict[Any, _Origin] = dict(zip(jaxpr.invars, inputs, strict=True))
 
         def origins(variables: Sequence[Any]) -> list[_Origin]:
-            return [{} if isinstance(variable, Literal) else known.get(variable, {}) for variable in variables]
+            return [
+                {} if isinstance(variable, Literal) else known.get(variable, {})
+                for variable in variables
+            ]
 
         for equation in jaxpr.eqns:
-            known.update(zip(equation.outvars, self._outputs(equation, origins(equation.invars)), strict=True))
+            known.update(
+                zip(
+                    equation.outvars, self._outputs(equation, origins(equation.invars)), strict=True
+                )
+            )
         return origins(jaxpr.outvars)
 
     def _outputs(self, equation: Any, inputs: list[_Origin]) -> list[_Origin]:
@@ -280,16 +322,31 @@ class _Flow:
             for trace in inner:
                 # The inputs of a loop's condition or of a branch are not those of the equation one by one.
                 fits = len(trace.invars) == len(inputs)
-                outputs.append(self.through(trace, inputs if fits else [everything] * len(trace.invars)))
+                outputs.append(
+                    self.through(trace, inputs if fits else [everything] * len(trace.invars))
+                )
             if len(outputs) == 1 and len(outputs[0]) == count:
                 return outputs[0]
             return [_merged([origin for part in outputs for origin in part] or inputs)] * count
         merged = _merged(inputs)
-        if len({frozenset(origin) for origin in inputs if origin}) > 1 and equation.primitive.name in _JOINS:
-            self.nodes.append(_Node("Join", merged, _shape(equation.outvars[0].aval), name=_JOINS[equation.primitive.name]))
+        if (
+            len({frozenset(origin) for origin in inputs if origin}) > 1
+            and equation.primitive.name in _JOINS
+        ):
+            self.nodes.append(
+                _Node(
+                    "Join",
+                    merged,
+                    _shape(equation.outvars[0].aval),
+                    name=_JOINS[equation.primitive.name],
+                )
+            )
             merged = {len(self.nodes) - 1: ()}
         if operation is not None:
-            merged = {place: (passed if operation in passed else (*passed, operation)) for place, passed in merged.items()}
+            merged = {
+                place: (passed if operation in passed else (*passed, operation))
+                for place, passed in merged.items()
+            }
         return [merged] * count
 
     def _passed(self, number: int, side: str, origin: _Origin) -> _Origin:
@@ -315,18 +372,32 @@ def _layer(node: _Node, owned: dict[_Path, int], numbers: Mapping[int, int]) -> 
         return Layer(node.name or node.kind.lower(), node.kind, {}, inputs, node.output, 0, sources)
     name = "/".join(call.path) or type(call.module).__name__
     if not call.is_layer:
-        return Layer(name, "Parameters", {"of": type(call.module).__name__}, (), (), owned.pop(call.path), ())
+        return Layer(
+            name, "Parameters", {"of": type(call.module).__name__}, (), (), owned.pop(call.path), ()
+        )
     count = sum(owned.pop(path, 0) for path in call.paths)
-    return Layer(name, _kind(call.module), _settings(call.module), call.inputs, call.output, count, sources)
+    return Layer(
+        name, _kind(call.module), _settings(call.module), call.inputs, call.output, count, sources
+    )
 
 
 def _parameters_by_module(params: Mapping[str, Any], nodes: Sequence[_Node]) -> dict[_Path, int]:
     """Returns how many parameters belong to each module that was called: to the innermost that holds them."""
-    paths = {path for node in nodes if node.call for path in (node.call.paths if node.call.is_layer else {node.call.path})}
+    paths = {
+        path
+        for node in nodes
+        if node.call
+        for path in (node.call.paths if node.call.is_layer else {node.call.path})
+    }
     counts: dict[_Path, int] = collections.Counter()
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
         path = tuple(str(key.key) for key in keys)
-        counts[max((path[:length] for length in range(len(path) + 1) if path[:length] in paths), key=len)] += leaf.size
+        counts[
+            max(
+                (path[:length] for length in range(len(path) + 1) if path[:length] in paths),
+                key=len,
+            )
+        ] += leaf.size
     return counts
 
 
@@ -338,7 +409,11 @@ def _is_whole(module: nn.Module) -> bool:
 def _kind(module: nn.Module) -> str:
     """Returns the class of a module; that of an RNN's cell for an RNN, such as "GRU"."""
     cell = getattr(module, "cell", None)
-    return type(cell).__name__.removesuffix("Cell") if isinstance(cell, nn.Module) else type(module).__name__
+    return (
+        type(cell).__name__.removesuffix("Cell")
+        if isinstance(cell, nn.Module)
+        else type(module).__name__
+    )
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
@@ -354,7 +429,9 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    return isinstance(value, (bool, int, float, str)) or (isinstance(value, (tuple, list)) and all(map(_is_plain, value)))
+    return isinstance(value, (bool, int, float, str)) or (
+        isinstance(value, (tuple, list)) and all(map(_is_plain, value))
+    )
 
 
 def _operation(equation: Any) -> str | None:
@@ -387,8 +464,14 @@ def _merged(origins: Sequence[_Origin]) -> _Origin:
 def _words(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         # A pair within a tuple is the padding before and after.
-        pairs = [item[0] if isinstance(item, (tuple, list)) and len(set(item)) == 1 else item for item in value]
-        return " x ".join("+".join(map(str, item)) if isinstance(item, (tuple, list)) else str(item) for item in pairs)
+        pairs = [
+            item[0] if isinstance(item, (tuple, list)) and len(set(item)) == 1 else item
+            for item in value
+        ]
+        return " x ".join(
+            "+".join(map(str, item)) if isinstance(item, (tuple, list)) else str(item)
+            for item in pairs
+        )
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -402,5 +485,7 @@ def _is_array(leaf: Any) -> bool:
 
 def _shape(array: Any) -> Shape:
     """Returns a shape without the batch, or with what stands for it where it is not the first axis."""
-    shape = tuple(-(extent // _BATCH) if extent and extent % _BATCH == 0 else extent for extent in array.shape)
+    shape = tuple(
+        -(extent // _BATCH) if extent and extent % _BATCH == 0 else extent for extent in array.shape
+    )
     return shape[1:] if shape and shape[0] == -1 else shape

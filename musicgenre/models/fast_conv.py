@@ -27,7 +27,9 @@ Parts = Sequence[jax.Array]
 def lax_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """XLA's convolution of `x` `[batch, frames, bands, in]` and `kernel` `[size, size, in, out]`; `size - 1` zeros go around."""
     pad = ((kernel.shape[0] - 1) // 2, kernel.shape[0] // 2)
-    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), (pad, pad), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), (pad, pad), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -59,16 +61,25 @@ def fast_convs(x: jax.Array, kernels: tuple[jax.Array, ...], stride: int) -> tup
     return _rows_conv(x, kernels, stride)
 
 
-def _forward(x: jax.Array, kernels: tuple[jax.Array, ...], stride: int) -> tuple[tuple[jax.Array, ...], tuple]:
+def _forward(
+    x: jax.Array, kernels: tuple[jax.Array, ...], stride: int
+) -> tuple[tuple[jax.Array, ...], tuple]:
     return fast_convs(x, kernels, stride), (x, kernels)
 
 
-def _backward(stride: int, saved: tuple, dys: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+def _backward(
+    stride: int, saved: tuple, dys: tuple[jax.Array, ...]
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     x, kernels = saved
     if _suits_winograd(x, kernels[0], stride):
-        pairs = [_winograd_gradients(x, kernel, dy) for kernel, dy in zip(kernels, dys, strict=True)]
+        pairs = [
+            _winograd_gradients(x, kernel, dy) for kernel, dy in zip(kernels, dys, strict=True)
+        ]
     elif x.shape[3] == 1:
-        pairs = [_one_channel_gradients(x, kernel, stride, dy) for kernel, dy in zip(kernels, dys, strict=True)]
+        pairs = [
+            _one_channel_gradients(x, kernel, stride, dy)
+            for kernel, dy in zip(kernels, dys, strict=True)
+        ]
     else:
         return _rows_gradients(x, kernels, stride, dys)
     return sum((dx for dx, _ in pairs[1:]), pairs[0][0]), tuple(gradient for _, gradient in pairs)
@@ -79,7 +90,12 @@ fast_convs.defvjp(_forward, _backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def fast_norm(
-    x: jax.Array, scale: jax.Array, offset: jax.Array, plus: jax.Array | None, relu: bool, epsilon: float
+    x: jax.Array,
+    scale: jax.Array,
+    offset: jax.Array,
+    plus: jax.Array | None,
+    relu: bool,
+    epsilon: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Batch normalisation over all axes but the last, and what follows it.
 
@@ -105,7 +121,14 @@ def fast_norm(
     return jnp.maximum(y, 0.0) if relu else y, mean, variance
 
 
-def _norm_forward(x: jax.Array, scale: jax.Array, offset: jax.Array, plus: jax.Array | None, relu: bool, epsilon: float) -> tuple:
+def _norm_forward(
+    x: jax.Array,
+    scale: jax.Array,
+    offset: jax.Array,
+    plus: jax.Array | None,
+    relu: bool,
+    epsilon: float,
+) -> tuple:
     y, mean, variance = fast_norm(x, scale, offset, plus, relu, epsilon)
     return (y, mean, variance), (x, scale, mean, variance, y if relu else None, plus is None)
 
@@ -132,7 +155,12 @@ fast_norm.defvjp(_norm_forward, _norm_backward)
 def _suits_winograd(x: jax.Array, kernel: jax.Array, stride: int) -> bool:
     batch, frames, bands, _ = x.shape
     size, _, inputs, outputs = kernel.shape
-    return size == 3 and stride == 1 and min(inputs, outputs) >= 16 and batch * frames * bands >= 4 * _LEAST_TILES
+    return (
+        size == 3
+        and stride == 1
+        and min(inputs, outputs) >= 16
+        and batch * frames * bands >= 4 * _LEAST_TILES
+    )
 
 
 def _by_turns(
@@ -155,7 +183,11 @@ def _by_turns(
       The results and the sums.
     """
     batch = arrays[0].shape[0]
-    fitting = [count for count in range(1, batch + 1) if batch % count == 0 and count * positions <= _POSITIONS]
+    fitting = [
+        count
+        for count in range(1, batch + 1)
+        if batch % count == 0 and count * positions <= _POSITIONS
+    ]
     clips = max(fitting, default=1)
     if clips == batch:
         return turn(arrays, sums)
@@ -165,7 +197,10 @@ def _by_turns(
         parts = [jax.lax.dynamic_slice_in_dim(array, number * clips, clips) for array in arrays]
         news, sums = turn(parts, sums)
         pairs = zip(results, news, strict=True)
-        return [jax.lax.dynamic_update_slice_in_dim(result, new, number * clips, 0) for result, new in pairs], sums
+        return [
+            jax.lax.dynamic_update_slice_in_dim(result, new, number * clips, 0)
+            for result, new in pairs
+        ], sums
 
     # XLA shares zeros between loops and then copies them for each; this is a number that no other loop begins with.
     empty = [jnp.broadcast_to(arrays[0].reshape(-1)[i], shape) for i, shape in enumerate(shapes)]
@@ -175,11 +210,16 @@ def _by_turns(
 # Winograd
 
 
-def _both_ways(matrix: Sequence[Sequence[float]], tile: list[list[jax.Array]]) -> list[list[jax.Array]]:
+def _both_ways(
+    matrix: Sequence[Sequence[float]], tile: list[list[jax.Array]]
+) -> list[list[jax.Array]]:
     """Transforms the rows of a tile and then its columns by a matrix of few numbers."""
 
     def product(parts: Sequence[jax.Array]) -> list[jax.Array]:
-        scaled = [[a if c == 1 else c * a for c, a in zip(line, parts, strict=True) if c] for line in matrix]
+        scaled = [
+            [a if c == 1 else c * a for c, a in zip(line, parts, strict=True) if c]
+            for line in matrix
+        ]
         return [functools.reduce(jnp.add, line) for line in scaled]
 
     rows = [product(row) for row in tile]
@@ -197,7 +237,10 @@ def _input_tiles(x: jax.Array) -> list[jax.Array]:
     rows, columns = -(-frames // 2), -(-bands // 2)
     x = jnp.pad(x, ((0, 0), (1, 2 * rows + 1 - frames), (1, 2 * columns + 1 - bands), (0, 0)))
     x = x.reshape(clips, rows + 1, 2, columns + 1, 2, channels)
-    tile = [[x[:, i // 2 : i // 2 + rows, i % 2, j // 2 : j // 2 + columns, j % 2] for j in range(4)] for i in range(4)]
+    tile = [
+        [x[:, i // 2 : i // 2 + rows, i % 2, j // 2 : j // 2 + columns, j % 2] for j in range(4)]
+        for i in range(4)
+    ]
     return [place.reshape(-1, channels) for row in _both_ways(_OF_INPUT, tile) for place in row]
 
 
@@ -208,11 +251,15 @@ def _winograd(x: jax.Array, kernel: jax.Array, *, turned: bool = False) -> jax.A
     # A kernel written anew with swapped axes would make its transform slow: XLA leaves it where it is and reads it across.
     product = _rows_product if turned else jnp.matmul
     rows, columns = -(-frames // 2), -(-bands // 2)
-    weights = [place for row in _both_ways(_OF_KERNEL, [list(row) for row in kernel]) for place in row]
+    weights = [
+        place for row in _both_ways(_OF_KERNEL, [list(row) for row in kernel]) for place in row
+    ]
 
     def turn(parts: Parts, sums: Parts) -> tuple[Parts, Parts]:
         pairs = zip(_input_tiles(parts[0]), weights, strict=True)
-        products = [product(place, weight).reshape(-1, rows, columns, outputs) for place, weight in pairs]
+        products = [
+            product(place, weight).reshape(-1, rows, columns, outputs) for place, weight in pairs
+        ]
         tile = _both_ways(_OF_PRODUCTS, [products[i : i + 4] for i in range(0, 16, 4)])
         y = jnp.stack([jnp.stack(row, axis=3) for row in tile], axis=2)
         return [y.reshape(-1, 2 * rows, 2 * columns, outputs)[:, :frames, :bands]], sums
@@ -221,7 +268,9 @@ def _winograd(x: jax.Array, kernel: jax.Array, *, turned: bool = False) -> jax.A
     return results[0]
 
 
-def _winograd_gradients(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _winograd_gradients(
+    x: jax.Array, kernel: jax.Array, dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """The gradients of `_winograd`: the input's is another, the kernel's goes by the transposed transforms."""
     frames, bands, inputs = x.shape[1:]
     outputs = dy.shape[3]
@@ -233,9 +282,14 @@ def _winograd_gradients(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> tuple
         dy = dy.reshape(-1, rows, 2, columns, 2, outputs)
         tile = [[dy[:, :, i, :, j].reshape(-1, outputs) for j in range(2)] for i in range(2)]
         places = [place for row in _both_ways(_transposed(_OF_PRODUCTS), tile) for place in row]
-        return [], [total + _columns_product(d, e) for total, d, e in zip(sums, _input_tiles(x), places, strict=True)]
+        return [], [
+            total + _columns_product(d, e)
+            for total, d, e in zip(sums, _input_tiles(x), places, strict=True)
+        ]
 
-    _, sums = _by_turns(turn, [x, dy], rows * columns, [], [jnp.zeros((inputs, outputs), x.dtype)] * 16)
+    _, sums = _by_turns(
+        turn, [x, dy], rows * columns, [], [jnp.zeros((inputs, outputs), x.dtype)] * 16
+    )
     tile = _both_ways(_transposed(_OF_KERNEL), [list(sums[i : i + 4]) for i in range(0, 16, 4)])
     gradient = jnp.stack([jnp.stack(row) for row in tile])
     # The kernel's first, after which the other may take dy's place.
@@ -284,7 +338,10 @@ def _rows_conv(x: jax.Array, kernels: tuple[jax.Array, ...], stride: int) -> tup
 
     def turn(parts: Parts, sums: Parts) -> tuple[Parts, Parts]:
         seen = _rows(parts[0], size, stride)
-        return [(seen @ kernel.reshape(-1, outputs)).reshape(-1, rows, columns, outputs) for kernel in kernels], sums
+        return [
+            (seen @ kernel.reshape(-1, outputs)).reshape(-1, rows, columns, outputs)
+            for kernel in kernels
+        ], sums
 
     shapes = [(batch, rows, columns, outputs)] * len(kernels)
     return tuple(_by_turns(turn, [x], rows * columns, shapes, [])[0])
@@ -302,7 +359,9 @@ def _rows_gradients(
         x, *dys = parts
         dy = jnp.concatenate([dy.reshape(-1, outputs) for dy in dys], axis=1)
         places = _rows_product(dy, kernel).reshape(-1, rows, columns, size * size * inputs)
-        return [_unshifted(places, stride, x.shape)], [sums[0] + jax.lax.optimization_barrier(dy.T) @ _rows(x, size, stride)]
+        return [_unshifted(places, stride, x.shape)], [
+            sums[0] + jax.lax.optimization_barrier(dy.T) @ _rows(x, size, stride)
+        ]
 
     zeros = [jnp.zeros((outputs * len(kernels), size * size * inputs), x.dtype)]
     (dx,), (total,) = _by_turns(turn, [x, *dys], rows * columns, [x.shape], zeros)
@@ -322,17 +381,23 @@ def _unshifted(places: jax.Array, stride: int, shape: tuple[int, ...]) -> jax.Ar
         part = places[..., number * channels : (number + 1) * channels]
         first, second = i // stride, j // stride
         ends = (rows - first - part.shape[1], columns - second - part.shape[2])
-        phases[i % stride][j % stride].append(jnp.pad(part, ((0, 0), (first, ends[0]), (second, ends[1]), (0, 0))))
+        phases[i % stride][j % stride].append(
+            jnp.pad(part, ((0, 0), (first, ends[0]), (second, ends[1]), (0, 0)))
+        )
     nothing = jnp.zeros((clips, rows, columns, channels), places.dtype)
     summed = [[sum(phase[1:], phase[0]) if phase else nothing for phase in row] for row in phases]
     dx = jnp.stack([jnp.stack(row, axis=3) for row in summed], axis=2)
-    return dx.reshape(clips, rows * stride, columns * stride, channels)[:, pad : pad + frames, pad : pad + bands]
+    return dx.reshape(clips, rows * stride, columns * stride, channels)[
+        :, pad : pad + frames, pad : pad + bands
+    ]
 
 
 # One channel
 
 
-def _one_channel_gradients(x: jax.Array, kernel: jax.Array, stride: int, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _one_channel_gradients(
+    x: jax.Array, kernel: jax.Array, stride: int, dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """The gradients of `lax_conv` for one input channel, by one product each."""
     size, outputs = kernel.shape[0], kernel.shape[3]
     rows, columns = dy.shape[1:3]
@@ -348,5 +413,7 @@ def _one_channel_gradients(x: jax.Array, kernel: jax.Array, stride: int, dy: jax
         return [], [sums[0] + shifted @ parts[1].reshape(-1, outputs)]
 
     results, _ = _by_turns(of_input, [dy], rows * columns, [x.shape], [])
-    _, sums = _by_turns(of_kernel, [x, dy], rows * columns, [], [jnp.zeros((size * size, outputs), x.dtype)])
+    _, sums = _by_turns(
+        of_kernel, [x, dy], rows * columns, [], [jnp.zeros((size * size, outputs), x.dtype)]
+    )
     return results[0], sums[0].reshape(kernel.shape)

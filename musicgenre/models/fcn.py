@@ -29,13 +29,28 @@ _FIVE = {
 # the five pools of FCN-5 to 7 are those of the author's public code. The rest, FCN-3 and the filters of FCN-5 to 7, is given
 # from memory of the paper's tables (unverified). FCN-6 and 7 add convolutions of 1 x 1 to FCN-5.
 FCN_SIZES: dict[str, dict[str, Any]] = {
-    "fcn3": {"filters": (256, 768, 2048), "time_pools": (5, 16, 17), "band_pools": (3, 4, 8), "pointwise": ()},
-    "fcn4": {"filters": (128, 384, 768, 2048), "time_pools": (4, 5, 8, 8), "band_pools": (2, 4, 3, 4), "pointwise": ()},
+    "fcn3": {
+        "filters": (256, 768, 2048),
+        "time_pools": (5, 16, 17),
+        "band_pools": (3, 4, 8),
+        "pointwise": (),
+    },
+    "fcn4": {
+        "filters": (128, 384, 768, 2048),
+        "time_pools": (4, 5, 8, 8),
+        "band_pools": (2, 4, 3, 4),
+        "pointwise": (),
+    },
     "fcn5": _FIVE | {"pointwise": ()},
     "fcn6": _FIVE | {"pointwise": (1024,)},
     "fcn7": _FIVE | {"pointwise": (1024, 1024)},
     # For the report's own front end: 1 x 1 of 628 frames x 128 bands. Its filters are FCN-4's; the report does not state any.
-    "report": {"filters": (128, 384, 768, 2048), "time_pools": (4, 5, 5, 6), "band_pools": (2, 4, 4, 4), "pointwise": ()},
+    "report": {
+        "filters": (128, 384, 768, 2048),
+        "time_pools": (4, 5, 5, 6),
+        "band_pools": (2, 4, 4, 4),
+        "pointwise": (),
+    },
 }
 
 
@@ -79,7 +94,9 @@ class FCN(nn.Module):
           UserError: the fields that describe the layers differ in length.
         """
         check_lengths("fcn", fields, "filters", "time_pools", "band_pools")
-        return InputLimits(min_frames=math.prod(fields["time_pools"]), min_bands=math.prod(fields["band_pools"]))
+        return InputLimits(
+            min_frames=math.prod(fields["time_pools"]), min_bands=math.prod(fields["band_pools"])
+        )
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -88,15 +105,26 @@ class FCN(nn.Module):
         x = x.astype(self.dtype)[..., None]
         pools = zip(self.filters, self.time_pools, self.band_pools, strict=True)
         for i, (filters, frames, bands) in enumerate(pools, start=1):
-            x = Conv(filters, self.width, train=train, kernel_init=init, dtype=self.dtype, name=f"conv{i}")(x)
+            x = Conv(
+                filters,
+                self.width,
+                train=train,
+                kernel_init=init,
+                dtype=self.dtype,
+                name=f"conv{i}",
+            )(x)
             x = batch_norm(train, self.axis_name, self.dtype, name=f"norm{i}")(x, relu=True)
             x = max_pool(x, (frames, bands))
             if i == len(self.filters):
                 x = global_max(x)
             x = nn.Dropout(self.dropout, deterministic=not train, name=f"dropout{i}")(x)
         for i, filters in enumerate(self.pointwise, start=len(self.filters) + 1):
-            x = nn.Dense(filters, use_bias=False, kernel_init=init, dtype=self.dtype, name=f"conv{i}")(x)
+            x = nn.Dense(
+                filters, use_bias=False, kernel_init=init, dtype=self.dtype, name=f"conv{i}"
+            )(x)
             x = batch_norm(train, self.axis_name, self.dtype, name=f"norm{i}")(x, relu=True)
             x = nn.Dropout(self.dropout, deterministic=not train, name=f"dropout{i}")(x)
         self.sow("intermediates", "embedding", x)
-        return nn.Dense(self.num_classes, kernel_init=init, dtype=self.dtype, name="head")(x).astype(jnp.float32)
+        return nn.Dense(self.num_classes, kernel_init=init, dtype=self.dtype, name="head")(
+            x
+        ).astype(jnp.float32)

@@ -48,11 +48,17 @@ class Conv(nn.Module):
         """
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
+        bias = (
+            self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
+        )
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         if not product:
             return kernel
-        y = fast_convs(x, (kernel,), self.stride)[0] if self.is_fast() else lax_conv(x, kernel, self.stride)
+        y = (
+            fast_convs(x, (kernel,), self.stride)[0]
+            if self.is_fast()
+            else lax_conv(x, kernel, self.stride)
+        )
         return y if bias is None else y + bias
 
     @nn.nowrap
@@ -100,7 +106,12 @@ def max_pool(x: jax.Array, window: tuple[int, ...]) -> jax.Array:
     windows = x[(slice(None), *cut)].reshape(batch, *split, channels)
     # Row by row through the window, so that the first of equal values wins.
     places = itertools.product(*(range(size) for size in window))
-    return _tournament([windows[(slice(None), *(item for i in place for item in (slice(None), i)))] for place in places])
+    return _tournament(
+        [
+            windows[(slice(None), *(item for i in place for item in (slice(None), i)))]
+            for place in places
+        ]
+    )
 
 
 @jax.named_scope("max_pool")
@@ -117,9 +128,13 @@ def max_pool_overlapping(x: jax.Array) -> jax.Array:
         length = -(-x.shape[axis] // 2)
         shape = (*x.shape[:axis], length, 2, *x.shape[axis + 1 :])
         fill = [(0, 2 * length - x.shape[axis] if i == axis else 0) for i in range(x.ndim)]
-        even, odd = jnp.moveaxis(jnp.pad(x, fill, constant_values=-jnp.inf).reshape(shape), axis + 1, 0)
+        even, odd = jnp.moveaxis(
+            jnp.pad(x, fill, constant_values=-jnp.inf).reshape(shape), axis + 1, 0
+        )
         shift = [(1, 0) if i == axis else (0, 0) for i in range(x.ndim)]
-        before = jax.lax.slice_in_dim(jnp.pad(odd, shift, constant_values=-jnp.inf), 0, length, axis=axis)
+        before = jax.lax.slice_in_dim(
+            jnp.pad(odd, shift, constant_values=-jnp.inf), 0, length, axis=axis
+        )
         # In pairs from the left, the odd one last.
         x = _tournament([before, even, odd])
     return x
@@ -144,7 +159,9 @@ def global_max(x: jax.Array) -> jax.Array:
 def _tournament(contenders: list[jax.Array]) -> jax.Array:
     """The elementwise maximum of arrays of one shape; of equal values the first counts."""
     while len(contenders) > 1:
-        pairs = [jnp.where(a >= b, a, b) for a, b in zip(contenders[::2], contenders[1::2], strict=False)]
+        pairs = [
+            jnp.where(a >= b, a, b) for a, b in zip(contenders[::2], contenders[1::2], strict=False)
+        ]
         contenders = pairs + ([contenders[-1]] if len(contenders) % 2 else [])
     return contenders[0]
 
@@ -161,7 +178,9 @@ class BatchNorm(nn.BatchNorm):
     """`nn.BatchNorm`, and what follows it, whose training step takes less memory where that of `Conv` is fast."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, plus: jax.Array | None = None, relu: bool = False) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, *, plus: jax.Array | None = None, relu: bool = False
+    ) -> jax.Array:
         """Normalises.
 
         Args:
@@ -173,7 +192,12 @@ class BatchNorm(nn.BatchNorm):
           An array of `x`'s shape.
         """
         channels = x.shape[-1]
-        fast = not self.use_running_average and self.axis in (-1, x.ndim - 1) and self.axis_name is None and self.use_scale
+        fast = (
+            not self.use_running_average
+            and self.axis in (-1, x.ndim - 1)
+            and self.axis_name is None
+            and self.use_scale
+        )
         if fast and x.dtype == jnp.float32 and _is_fast(self.dtype, channels):
             scale = self.param("scale", self.scale_init, (channels,))
             offset = self.param("bias", self.bias_init, (channels,))
@@ -190,7 +214,12 @@ class BatchNorm(nn.BatchNorm):
 
 
 def batch_norm(
-    train: bool, axis_name: str | None, dtype: Any, name: str | None = None, axis: int = -1, affine: bool = True
+    train: bool,
+    axis_name: str | None,
+    dtype: Any,
+    name: str | None = None,
+    axis: int = -1,
+    affine: bool = True,
 ) -> "BatchNorm":
     """Batch normalisation with statistics of the global batch: by sharding under jit, by `axis_name` under pmap.
 
@@ -240,4 +269,6 @@ def check_lengths(model: str, fields: Mapping[str, Any], *names: str) -> None:
     lengths = {len(fields[name]) for name in names}
     if len(lengths) > 1 or 0 in lengths:
         values = ", ".join(f"model.{name}={tuple(fields[name])}" for name in names)
-        raise UserError(f"the model {model!r} takes one value for each layer: {values} must have one length.")
+        raise UserError(
+            f"the model {model!r} takes one value for each layer: {values} must have one length."
+        )

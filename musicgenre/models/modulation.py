@@ -61,7 +61,9 @@ def fourier_matrix(window: int) -> np.ndarray:
     time = np.arange(window)
     angle = 2.0 * np.pi * np.outer(time, np.arange(window // 2 + 1)) / window
     hann = 0.5 - 0.5 * np.cos(2.0 * np.pi * time / window)
-    return np.asarray(hann[:, None] * np.concatenate([np.cos(angle), np.sin(angle)], axis=1), np.float32)
+    return np.asarray(
+        hann[:, None] * np.concatenate([np.cos(angle), np.sin(angle)], axis=1), np.float32
+    )
 
 
 def sounding(x: jax.Array) -> jax.Array:
@@ -90,7 +92,12 @@ def weighted_mean(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def modulation_spectrum(
-    x: jax.Array, weight: jax.Array, regions: int, window: int, scale_edges: Sequence[int], rate_edges: Sequence[int]
+    x: jax.Array,
+    weight: jax.Array,
+    regions: int,
+    window: int,
+    scale_edges: Sequence[int],
+    rate_edges: Sequence[int],
 ) -> jax.Array:
     """Returns the log mean magnitude of local 2-D spectra, float32 `[batch, regions, scales, rates]`.
 
@@ -111,7 +118,9 @@ def modulation_spectrum(
     width, hop = bands // regions, window // 2
     halves = frames // hop
     blocks = x[:, : halves * hop, : regions * width].reshape(batch, halves, hop, regions, width)
-    blocks = jnp.einsum("nhtrb,bk->nrkht", blocks, cosine_matrix(width), precision=jax.lax.Precision.HIGHEST)
+    blocks = jnp.einsum(
+        "nhtrb,bk->nrkht", blocks, cosine_matrix(width), precision=jax.lax.Precision.HIGHEST
+    )
     # Each half of a window is transformed once, as a first and as a second half, in one matrix product.
     fourier = fourier_matrix(window)
     fourier = np.concatenate([fourier[:hop], fourier[hop:]], axis=1)
@@ -134,7 +143,9 @@ def modulation_spectrum(
     return jnp.log(pooled + _FLOOR)
 
 
-def loudness_views(x: jax.Array, weight: jax.Array, floors: Sequence[float], contrasts: Sequence[float]) -> list[jax.Array]:
+def loudness_views(
+    x: jax.Array, weight: jax.Array, floors: Sequence[float], contrasts: Sequence[float]
+) -> list[jax.Array]:
     """Returns `x` under a maximum of 0 dB, and other views of it, float32 `[batch, frames, bands]` each.
 
     In dB what is hardly heard moves as much as what is loud. A floor takes the quiet out; a contrast keeps whether a band is
@@ -221,7 +232,10 @@ def modulation_features(
     features = []
     for view in loudness_views(x, weight, floors, contrasts):
         difference = view[:, 1:] - view[:, :-1]
-        features += [weighted_mean(view, weight)[:, 0], jnp.log(deviation(difference, of_difference) + _FLOOR)]
+        features += [
+            weighted_mean(view, weight)[:, 0],
+            jnp.log(deviation(difference, of_difference) + _FLOOR),
+        ]
         for count, window in zip(regions, windows, strict=True):
             spectrum = modulation_spectrum(view, weight, count, window, scale_edges, rate_edges)
             features.append(spectrum.reshape(view.shape[0], -1))
@@ -229,7 +243,9 @@ def modulation_features(
             features.append(band_correlations(view, weight, groups))
         if cepstra:
             matrix = cosine_matrix(view.shape[2])[:, :cepstra]
-            cepstral = jnp.einsum("ntb,bk->ntk", difference, matrix, precision=jax.lax.Precision.HIGHEST)
+            cepstral = jnp.einsum(
+                "ntb,bk->ntk", difference, matrix, precision=jax.lax.Precision.HIGHEST
+            )
             features.append(deviation(cepstral, of_difference))
     return features
 
@@ -290,12 +306,18 @@ class Modulation(nn.Module):
             if not edges or edges[0] != 0 or any(a >= b for a, b in itertools.pairwise(edges)):
                 raise UserError(f"model.{name}={tuple(edges)} of 'modulation' must rise from 0.")
         if any(window < 2 or window % 2 for window in fields["windows"]):
-            raise UserError(f"model.windows={tuple(fields['windows'])} of 'modulation' must be even numbers from 2 on.")
+            raise UserError(
+                f"model.windows={tuple(fields['windows'])} of 'modulation' must be even numbers from 2 on."
+            )
         if min(fields["regions"]) < 1:
-            raise UserError(f"model.regions={tuple(fields['regions'])} of 'modulation' must be at least 1.")
+            raise UserError(
+                f"model.regions={tuple(fields['regions'])} of 'modulation' must be at least 1."
+            )
         for name in ("floors", "contrasts"):
             if any(value <= 0 for value in fields[name]):
-                raise UserError(f"model.{name}={tuple(fields[name])} of 'modulation' must be above 0 (dB).")
+                raise UserError(
+                    f"model.{name}={tuple(fields[name])} of 'modulation' must be above 0 (dB)."
+                )
         return InputLimits(
             min_frames=max(fields["windows"]),
             min_bands=max(*fields["regions"], fields["groups"]),
@@ -320,7 +342,9 @@ class Modulation(nn.Module):
             )
 
         def in_parts(x: jax.Array) -> list[jax.Array]:
-            return jax.lax.map(lambda clip: [block[0] for block in front(clip[None])], x, batch_size=_CPU_CLIPS)
+            return jax.lax.map(
+                lambda clip: [block[0] for block in front(clip[None])], x, batch_size=_CPU_CLIPS
+            )
 
         with jax.named_scope("modulation_features"):
             blocks = (
@@ -331,7 +355,12 @@ class Modulation(nn.Module):
         size = sum(block.shape[1] for block in blocks)
         # Each kind of feature has the same variance in all, whatever the number of its features.
         weight = np.concatenate(
-            [np.full(block.shape[1], math.sqrt(size / (len(blocks) * block.shape[1])), np.float32) for block in blocks]
+            [
+                np.full(
+                    block.shape[1], math.sqrt(size / (len(blocks) * block.shape[1])), np.float32
+                )
+                for block in blocks
+            ]
         )
         normal = nn.BatchNorm(
             use_running_average=not train,
@@ -346,7 +375,14 @@ class Modulation(nn.Module):
         x = (normal(jnp.concatenate(blocks, axis=1)) * weight).astype(self.dtype)
         x = nn.Dropout(self.input_dropout, deterministic=not train)(x)
         for i, units in enumerate(self.hidden, start=1):
-            x = nn.relu(nn.Dense(units, kernel_init=nn.initializers.he_normal(), dtype=self.dtype, name=f"dense{i}")(x))
+            x = nn.relu(
+                nn.Dense(
+                    units,
+                    kernel_init=nn.initializers.he_normal(),
+                    dtype=self.dtype,
+                    name=f"dense{i}",
+                )(x)
+            )
             if i == len(self.hidden):
                 self.sow("intermediates", "embedding", x)
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
@@ -354,4 +390,6 @@ class Modulation(nn.Module):
             self.sow("intermediates", "embedding", x)
         # Small at first, so that training begins from equal probabilities.
         small = nn.initializers.variance_scaling(0.01, "fan_in", "normal")
-        return nn.Dense(self.num_classes, kernel_init=small, dtype=self.dtype, name="head")(x).astype(jnp.float32)
+        return nn.Dense(self.num_classes, kernel_init=small, dtype=self.dtype, name="head")(
+            x
+        ).astype(jnp.float32)

@@ -88,7 +88,9 @@ class Musicnn(nn.Module):
         bands = 1
         for height in fields["timbral_heights"]:
             if not 0 < height <= 1:
-                raise UserError(f"model.timbral_heights of 'musicnn' must be above 0 and at most 1, not {height:g}.")
+                raise UserError(
+                    f"model.timbral_heights of 'musicnn' must be above 0 and at most 1, not {height:g}."
+                )
             while int(height * bands) < 1:
                 bands += 1
         return InputLimits(min_bands=bands)
@@ -109,8 +111,12 @@ class Musicnn(nn.Module):
                 name=name,
             )(x)
 
-        def layer(x: jax.Array, filters: int, size: tuple[int, ...], padding: Any, name: str) -> jax.Array:
-            conv = nn.Conv(filters, size, padding=padding, kernel_init=init, dtype=self.dtype, name=name)
+        def layer(
+            x: jax.Array, filters: int, size: tuple[int, ...], padding: Any, name: str
+        ) -> jax.Array:
+            conv = nn.Conv(
+                filters, size, padding=padding, kernel_init=init, dtype=self.dtype, name=name
+            )
             return norm(nn.relu(conv(x)), f"{name}_norm")
 
         x = norm(x[..., None], "input_norm")
@@ -119,10 +125,16 @@ class Musicnn(nn.Module):
         features = []
         for i, height in enumerate(self.timbral_heights):
             size = (self.timbral_width, int(height * bands))
-            shapes = layer(x, self.timbral_filters, size, ((before, after), (0, 0)), f"timbral{i + 1}")
+            shapes = layer(
+                x, self.timbral_filters, size, ((before, after), (0, 0)), f"timbral{i + 1}"
+            )
             features.append(_max_over_bands(shapes))
         for i, width in enumerate(self.temporal_widths):
-            features.append(_max_over_bands(layer(x, self.temporal_filters, (width, 1), "SAME", f"temporal{i + 1}")))
+            features.append(
+                _max_over_bands(
+                    layer(x, self.temporal_filters, (width, 1), "SAME", f"temporal{i + 1}")
+                )
+            )
         # From here on each is [batch, frames, channels].
         features = [jnp.concatenate(features, axis=-1)]
         for i in range(self.mid_layers):

@@ -13,7 +13,7 @@ from musicgenre.models.registry import register
 class UnrolledRBMs(nn.Module):
     """Sigmoid layers over the flattened input; each one's output is the hidden probabilities of one machine.
 
-    `musicgenre.training.contrastive` learns the layers without labels; without that this is a plain sigmoid network.
+    `musicgenre.training.objectives.rbm` learns the layers without labels; without that this is a plain sigmoid network.
 
     Attributes:
       num_classes: outputs.
@@ -34,7 +34,11 @@ class UnrolledRBMs(nn.Module):
         x = x.reshape(x.shape[0], -1).astype(self.dtype)
         hidden = x
         for i, units in enumerate(self.layers):
-            hidden = nn.sigmoid(nn.Dense(units, kernel_init=init, dtype=self.dtype, name=f"layer{i + 1}")(x))
+            hidden = nn.sigmoid(
+                nn.Dense(units, kernel_init=init, dtype=self.dtype, name=f"layer{i + 1}")(x)
+            )
             x = nn.Dropout(self.dropout, deterministic=not train)(hidden)
         self.sow("intermediates", "embedding", hidden)
-        return nn.Dense(self.num_classes, kernel_init=init, dtype=self.dtype, name="head")(x).astype(jnp.float32)
+        return nn.Dense(self.num_classes, kernel_init=init, dtype=self.dtype, name="head")(
+            x
+        ).astype(jnp.float32)

@@ -23,7 +23,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from musicgenre.errors import UserError, did_you_mean
@@ -83,13 +82,18 @@ def register(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
     def decorate(cls: type[nn.Module]) -> type[nn.Module]:
         there = _MODELS.get(name)
         # The same class seen twice is a module that was imported anew, not two models.
-        if there is not None and (there.__module__, there.__qualname__) != (cls.__module__, cls.__qualname__):
+        if there is not None and (there.__module__, there.__qualname__) != (
+            cls.__module__,
+            cls.__qualname__,
+        ):
             raise ValueError(
                 f"two models are registered as {name!r}: {there.__module__}.{there.__qualname__} and "
                 f"{cls.__module__}.{cls.__qualname__}"
             )
         if "num_classes" not in {field.name for field in dataclasses.fields(cls)}:
-            raise ValueError(f"the model {name!r} ({cls.__module__}.{cls.__qualname__}) needs a field num_classes: int")
+            raise ValueError(
+                f"the model {name!r} ({cls.__module__}.{cls.__qualname__}) needs a field num_classes: int"
+            )
         _MODELS[name] = cls
         return cls
 
@@ -108,7 +112,9 @@ def registered() -> dict[str, type[nn.Module]]:
 def hyperparameters(cls: type[nn.Module]) -> dict[str, Any]:
     """Returns the fields that a config can set, with their defaults."""
     return {
-        field.name: field.default for field in dataclasses.fields(cls) if field.name not in _NOT_HYPERPARAMETERS and field.init
+        field.name: field.default
+        for field in dataclasses.fields(cls)
+        if field.name not in _NOT_HYPERPARAMETERS and field.init
     }
 
 
@@ -142,7 +148,9 @@ def resolve(model: Mapping[str, Any]) -> dict[str, Any]:
     chosen = {key: value for key, value in model.items() if key not in ("name", "module")}
     for key, value in chosen.items():
         if key not in fields:
-            raise UserError(f"model.{key} is not a field of the model {name!r}." + did_you_mean(key, fields))
+            raise UserError(
+                f"model.{key} is not a field of the model {name!r}." + did_you_mean(key, fields)
+            )
         chosen[key] = _checked(name, key, value, fields[key])
     return {"name": name, "module": module} | fields | chosen
 
@@ -185,25 +193,12 @@ def build(
     if "dtype" in known:
         fields["dtype"] = jnp.dtype(dtype)
     elif dtype != "float32":
-        raise UserError(f"the model {resolved['name']!r} has no field dtype, so dtype={dtype!r} cannot be used with it.")
+        raise UserError(
+            f"the model {resolved['name']!r} has no field dtype, so dtype={dtype!r} cannot be used with it."
+        )
     if "axis_name" in known:
         fields["axis_name"] = axis_name
     return cls(num_classes=num_classes, **fields)
-
-
-def apply_model(module: nn.Module, variables: Mapping[str, Any], x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Runs a trained model, a pure function.
-
-    Args:
-      module: the Linen module.
-      variables: its `params` and other collections.
-      x: normalised features, float32 `[batch, frames, bands]`.
-
-    Returns:
-      Logits, float32 `[batch, classes]`, and the embedding, float32 `[batch, d]`.
-    """
-    logits, sown = module.apply(variables, x, train=False, mutable=["intermediates"])
-    return logits, sown["intermediates"]["embedding"][0].astype(jnp.float32)
 
 
 def _import_model(module: str, name: str) -> str:
@@ -217,16 +212,22 @@ def _import_model(module: str, name: str) -> str:
         ) from error
     own = [key for key, cls in _MODELS.items() if cls.__module__ == imported.__name__]
     if not own:
-        raise UserError(f'model.module={module!r} registers no model: decorate its class with @register("name").')
+        raise UserError(
+            f'model.module={module!r} registers no model: decorate its class with @register("name").'
+        )
     if len(own) > 1 and name not in own:
-        raise UserError(f"model.module={module!r} registers {', '.join(own)}: say which with model.name.")
+        raise UserError(
+            f"model.module={module!r} registers {', '.join(own)}: say which with model.name."
+        )
     return name if name in own else own[0]
 
 
 def _checked(model: str, key: str, value: Any, default: Any) -> Any:
     """Returns a field's value in the type of its default, or raises UserError."""
     if isinstance(default, tuple):
-        items = (value,) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+        items = (
+            (value,) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+        )
         if isinstance(items, (list, tuple)):
             kinds = {type(item) for item in default}
             if not kinds or all(type(item) in kinds for item in items):
@@ -242,4 +243,6 @@ def _checked(model: str, key: str, value: Any, default: Any) -> Any:
             return value
     else:
         return value
-    raise UserError(f"model.{key} of {model!r} must be {type(default).__name__} like {default!r}, not {value!r}.")
+    raise UserError(
+        f"model.{key} of {model!r} must be {type(default).__name__} like {default!r}, not {value!r}."
+    )

@@ -70,7 +70,9 @@ class ResNet(nn.Module):
           UserError: a stage has no units.
         """
         if not fields["blocks"] or min(fields["blocks"]) < 1:
-            raise UserError(f"model.blocks of 'resnet' takes at least one unit for each stage, not {tuple(fields['blocks'])}.")
+            raise UserError(
+                f"model.blocks of 'resnet' takes at least one unit for each stage, not {tuple(fields['blocks'])}."
+            )
         return InputLimits()
 
     @nn.compact
@@ -79,10 +81,16 @@ class ResNet(nn.Module):
 
         def conv(x: jax.Array, filters: int, size: int, stride: int, name: str) -> jax.Array:
             init = nn.initializers.he_normal()
-            return Conv(filters, size, stride, train=train, kernel_init=init, dtype=self.dtype, name=name)(x)
+            return Conv(
+                filters, size, stride, train=train, kernel_init=init, dtype=self.dtype, name=name
+            )(x)
 
-        def norm(x: jax.Array, name: str, plus: jax.Array | None = None, *, relu: bool = True) -> jax.Array:
-            return batch_norm(train, self.axis_name, self.dtype, name=f"{name}_norm")(x, plus=plus, relu=relu)
+        def norm(
+            x: jax.Array, name: str, plus: jax.Array | None = None, *, relu: bool = True
+        ) -> jax.Array:
+            return batch_norm(train, self.axis_name, self.dtype, name=f"{name}_norm")(
+                x, plus=plus, relu=relu
+            )
 
         x = conv(x.astype(self.dtype)[..., None], self.filters, 7, 2, "stem")
         x = norm(x, "stem")
@@ -109,7 +117,11 @@ class ResNet(nn.Module):
                     if changes:
                         x = conv(y, layers[-1][0], 1, stride, f"{name}_shortcut")
                 elif changes:
-                    x = norm(conv(x, layers[-1][0], 1, stride, f"{name}_shortcut"), f"{name}_shortcut", relu=False)
+                    x = norm(
+                        conv(x, layers[-1][0], 1, stride, f"{name}_shortcut"),
+                        f"{name}_shortcut",
+                        relu=False,
+                    )
                 for i, (filters, size, step) in enumerate(layers, start=1):
                     y = conv(y, filters, size, step, f"{name}_conv{i}")
                     if i < len(layers):

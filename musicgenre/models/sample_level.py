@@ -55,7 +55,9 @@ class SampleLevel(nn.Module):
     @staticmethod
     def input_limits(fields: Mapping[str, Any]) -> InputLimits:
         """A waveform of at least the samples that leave one position."""
-        return InputLimits(min_values=fields["width"] ** (len(fields["filters"]) + 1), kinds=("waveform",))
+        return InputLimits(
+            min_values=fields["width"] ** (len(fields["filters"]) + 1), kinds=("waveform",)
+        )
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -73,14 +75,31 @@ class SampleLevel(nn.Module):
                 dtype=self.dtype,
                 name=name,
             )
-            return nn.relu(batch_norm(train, self.axis_name, self.dtype, name=f"{name}_norm")(conv(x)))
+            return nn.relu(
+                batch_norm(train, self.axis_name, self.dtype, name=f"{name}_norm")(conv(x))
+            )
 
-        x = layer(x.astype(self.dtype).reshape(x.shape[0], -1, 1), self.first_filters, self.width, "conv1", stride=self.width)
+        x = layer(
+            x.astype(self.dtype).reshape(x.shape[0], -1, 1),
+            self.first_filters,
+            self.width,
+            "conv1",
+            stride=self.width,
+        )
         for i, filters in enumerate(self.filters):
             x = max_pool_time(layer(x, filters, self.width, f"conv{i + 2}"), self.width)
             if self.squeeze_excite:
-                excited = nn.relu(nn.Dense(filters * self.excite_ratio, dtype=self.dtype, name=f"squeeze{i + 2}")(x.mean(axis=1)))
-                x = x * nn.sigmoid(nn.Dense(filters, dtype=self.dtype, name=f"excite{i + 2}")(excited))[:, None]
+                excited = nn.relu(
+                    nn.Dense(filters * self.excite_ratio, dtype=self.dtype, name=f"squeeze{i + 2}")(
+                        x.mean(axis=1)
+                    )
+                )
+                x = (
+                    x
+                    * nn.sigmoid(
+                        nn.Dense(filters, dtype=self.dtype, name=f"excite{i + 2}")(excited)
+                    )[:, None]
+                )
         x = layer(x, self.last_filters, 1, f"conv{len(self.filters) + 2}").mean(axis=1)
         self.sow("intermediates", "embedding", x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)

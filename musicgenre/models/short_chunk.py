@@ -11,7 +11,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from musicgenre.models.layers import BatchNorm, Conv, batch_norm, convolve_together, global_max, max_pool
+from musicgenre.models.layers import (
+    BatchNorm,
+    Conv,
+    batch_norm,
+    convolve_together,
+    global_max,
+    max_pool,
+)
 from musicgenre.models.registry import InputLimits, register
 
 
@@ -60,7 +67,9 @@ class ShortChunk(nn.Module):
         def conv(filters: int, name: str, stride: int = 1) -> Conv:
             # One zero on every side whatever the size, as in the public code; SAME would put none before an even axis.
             init = nn.initializers.he_normal()
-            return Conv(filters, stride=stride, train=train, kernel_init=init, dtype=self.dtype, name=name)
+            return Conv(
+                filters, stride=stride, train=train, kernel_init=init, dtype=self.dtype, name=name
+            )
 
         def norm(name: str) -> BatchNorm:
             return batch_norm(train, self.axis_name, self.dtype, name=f"{name}_norm")
@@ -73,7 +82,9 @@ class ShortChunk(nn.Module):
         for i, filters in enumerate(self.filters, start=1):
             name = f"conv{i}"
             if self.residual:
-                y, x = convolve_together(x, conv(filters, f"{name}a", 2), conv(filters, f"{name}_shortcut", 2))
+                y, x = convolve_together(
+                    x, conv(filters, f"{name}a", 2), conv(filters, f"{name}_shortcut", 2)
+                )
                 y = conv(filters, f"{name}b")(norm(f"{name}a")(y, relu=True))
                 x = norm(f"{name}b")(y, plus=norm(f"{name}_shortcut")(x), relu=True)
             else:

@@ -74,14 +74,23 @@ class Spotify(nn.Module):
         init = nn.initializers.glorot_normal()
         x = x.astype(self.dtype)
         for i, filters in enumerate(self.filters):
-            conv = nn.Conv(filters, (self.width,), padding="VALID", kernel_init=init, dtype=self.dtype, name=f"conv{i + 1}")
+            conv = nn.Conv(
+                filters,
+                (self.width,),
+                padding="VALID",
+                kernel_init=init,
+                dtype=self.dtype,
+                name=f"conv{i + 1}",
+            )
             x = nn.relu(conv(x))
             if i + 1 < len(self.filters):
                 x = max_pool_time(x, self.pool if i else self.first_pool)
         x = jnp.concatenate([x.mean(axis=1), global_max(x), l2_pool(x).astype(self.dtype)], axis=-1)
         embedding = x
         for i, units in enumerate(self.dense):
-            embedding = nn.relu(nn.Dense(units, kernel_init=init, dtype=self.dtype, name=f"dense{i + 1}")(x))
+            embedding = nn.relu(
+                nn.Dense(units, kernel_init=init, dtype=self.dtype, name=f"dense{i + 1}")(x)
+            )
             x = nn.Dropout(self.dropout, deterministic=not train)(embedding)
         self.sow("intermediates", "embedding", embedding)
         x = nn.Dense(self.num_classes, kernel_init=init, dtype=self.dtype, name="head")(x)

@@ -75,7 +75,14 @@ class Vgg(nn.Module):
 
         x = norm(x[..., None], "input_norm")
         for i in range(1, 6):
-            conv = nn.Conv(self.filters, (3, 3), padding="SAME", kernel_init=init, dtype=self.dtype, name=f"conv{i}")
+            conv = nn.Conv(
+                self.filters,
+                (3, 3),
+                padding="SAME",
+                kernel_init=init,
+                dtype=self.dtype,
+                name=f"conv{i}",
+            )
             x = norm(nn.relu(conv(x)), f"conv{i}_norm")
             if i == 1:
                 x = nn.max_pool(x, window_shape=(4, 1), strides=(2, 2))
@@ -86,4 +93,6 @@ class Vgg(nn.Module):
         x = x.reshape(x.shape[0], -1)
         self.sow("intermediates", "embedding", x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return nn.Dense(self.num_classes, kernel_init=init, dtype=self.dtype, name="head")(x).astype(jnp.float32)
+        return nn.Dense(self.num_classes, kernel_init=init, dtype=self.dtype, name="head")(
+            x
+        ).astype(jnp.float32)

@@ -75,7 +75,9 @@ def gather_windows(clips: jax.Array, clip: jax.Array, start: jax.Array, frames: 
     return clips[clip[:, None], start[:, None] + jnp.arange(frames)]
 
 
-def time_stretch(x: jax.Array, rate: jax.Array, first: jax.Array, length: jax.Array, frames: int) -> jax.Array:
+def time_stretch(
+    x: jax.Array, rate: jax.Array, first: jax.Array, length: jax.Array, frames: int
+) -> jax.Array:
     """Resamples frames by linear interpolation: a clip at `rate` 1.1 is 1.1 times as fast. Its pitch stays.
 
     The frames are taken from `first` on, or from earlier where the clip would end too soon. What a clip too short for the
@@ -95,7 +97,9 @@ def time_stretch(x: jax.Array, rate: jax.Array, first: jax.Array, length: jax.Ar
     steps = rate[:, None] * jnp.arange(frames, dtype=jnp.float32)
     whole = jnp.floor(steps)
     fraction = (steps - whole)[:, :, None]
-    first = jnp.minimum(first, jnp.maximum(length - 1 - jnp.ceil(steps[:, -1]).astype(jnp.int32), 0))
+    first = jnp.minimum(
+        first, jnp.maximum(length - 1 - jnp.ceil(steps[:, -1]).astype(jnp.int32), 0)
+    )
     lower = first[:, None] + whole.astype(jnp.int32)
 
     def at(index: jax.Array) -> jax.Array:
@@ -119,7 +123,11 @@ def time_shuffle(x: jax.Array, order: jax.Array) -> jax.Array:
     time = jnp.arange(frames)
     place = (time[None, :, None] >= ends[:, None, :]).sum(axis=2)
     before = jnp.concatenate([jnp.zeros_like(ends[:, :1]), ends], axis=1)
-    source = bounds[jnp.take_along_axis(order, place, axis=1)] + time - jnp.take_along_axis(before, place, axis=1)
+    source = (
+        bounds[jnp.take_along_axis(order, place, axis=1)]
+        + time
+        - jnp.take_along_axis(before, place, axis=1)
+    )
     return jnp.take_along_axis(x, source[:, :, None], axis=1)
 
 
@@ -153,7 +161,9 @@ def equalise(x: jax.Array, knots: jax.Array) -> jax.Array:
     return x + curve[:, None, :]
 
 
-def band_limit(x: jax.Array, lower: jax.Array, upper: jax.Array, slope: jax.Array, top_db: float) -> jax.Array:
+def band_limit(
+    x: jax.Array, lower: jax.Array, upper: jax.Array, slope: jax.Array, top_db: float
+) -> jax.Array:
     """Takes away what lies outside of a range of bands, as an old recording or a telephone does.
 
     The level falls in a straight line beyond either edge, down to the front end's floor.
@@ -185,7 +195,9 @@ def mixup(x: jax.Array, other: jax.Array, share: jax.Array) -> jax.Array:
     return share * x + (1.0 - share) * other
 
 
-def cutmix(x: jax.Array, other: jax.Array, first: jax.Array, width: jax.Array) -> tuple[jax.Array, jax.Array]:
+def cutmix(
+    x: jax.Array, other: jax.Array, first: jax.Array, width: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Replaces `width` frames from `first` on, both int `[batch]`, by the other clip's (Yun et al. 2019, in time alone).
 
     Returns:
@@ -202,14 +214,20 @@ def following(x: jax.Array, axis_name: str | None) -> jax.Array:
     if axis_name is None:
         return jnp.roll(x, -1, axis=0)
     size = jax.lax.psum(1, axis_name)
-    head = jax.lax.ppermute(x[:1], axis_name, [(device, (device - 1) % size) for device in range(size)])
+    head = jax.lax.ppermute(
+        x[:1], axis_name, [(device, (device - 1) % size) for device in range(size)]
+    )
     return jnp.concatenate([x[1:], head])
 
 
 def beta(uniform: jax.Array, alpha: float) -> jax.Array:
     """Turns uniform numbers from 0 to 1 into ones of Beta(alpha, alpha), by its quantiles: no loop that devices would wait in."""
     grid = np.linspace(0.0, 1.0, _QUANTILES + 1)
-    return jnp.interp(uniform, grid.astype(np.float32), scipy.stats.beta.ppf(grid, alpha, alpha).astype(np.float32))
+    return jnp.interp(
+        uniform,
+        grid.astype(np.float32),
+        scipy.stats.beta.ppf(grid, alpha, alpha).astype(np.float32),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +283,12 @@ class Augmentation:
     @classmethod
     def from_config(cls, config: ConfigDict, frames: int) -> "Augmentation | None":
         """Returns the augmentation of a config for inputs of `frames` frames, or None where all of it is off."""
-        augmentation = cls(frames, config.data.normalise == "none", top_db=config.features.top_db, **config.augment.to_dict())
+        augmentation = cls(
+            frames,
+            config.data.normalise == "none",
+            top_db=config.features.top_db,
+            **config.augment.to_dict(),
+        )
         return None if augmentation.off else augmentation
 
     @property
@@ -314,7 +337,9 @@ class Augmentation:
             x = time_stretch(x, rate, batch.pop("offset"), batch.pop("length"), self.frames)
         if self.time_shuffle:
             places = _uniform(keys, _Draw.SHUFFLE, self.time_shuffle)
-            places = jnp.where(self._chosen(keys, _Draw.SHUFFLE)[:, None], places, jnp.arange(self.time_shuffle))
+            places = jnp.where(
+                self._chosen(keys, _Draw.SHUFFLE)[:, None], places, jnp.arange(self.time_shuffle)
+            )
             x = time_shuffle(x, jnp.argsort(places, axis=1))
         if self.pitch_shift:
             x = pitch_shift(x, self._amount(keys, _Draw.PITCH) * self.pitch_shift)
@@ -324,8 +349,13 @@ class Augmentation:
             knots = 2.0 * _uniform(keys, _Draw.EQ, self.eq_points) - 1.0
             x = equalise(x, jnp.where(self._chosen(keys, _Draw.EQ)[:, None], knots, 0.0) * self.eq)
         if self.noise:
-            deviation = jnp.where(self._chosen(keys, _Draw.NOISE), _uniform(keys, _Draw.NOISE), 0.0) * self.noise
-            cells = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, _Draw.NOISE_CELLS), x.shape[1:]))(keys)
+            deviation = (
+                jnp.where(self._chosen(keys, _Draw.NOISE), _uniform(keys, _Draw.NOISE), 0.0)
+                * self.noise
+            )
+            cells = jax.vmap(
+                lambda k: jax.random.normal(jax.random.fold_in(k, _Draw.NOISE_CELLS), x.shape[1:])
+            )(keys)
             x = x + deviation[:, None, None] * cells
         if self.low_pass or self.high_pass:
             x = self._limited(x, keys)
@@ -356,11 +386,15 @@ class Augmentation:
             cuts.append(jnp.where(here, cut, 0.0) * share * bands)
             slopes.append(_LEAST_SLOPE * (_GREATEST_SLOPE / _LEAST_SLOPE) ** slope)
             chosen.append(here)
-        limited = band_limit(x, cuts[0], bands - 1 - cuts[1], jnp.stack(slopes, axis=1), self.top_db)
+        limited = band_limit(
+            x, cuts[0], bands - 1 - cuts[1], jnp.stack(slopes, axis=1), self.top_db
+        )
         # Clips that are left alone do not get the floor either.
         return jnp.where((chosen[0] | chosen[1])[:, None, None], limited, x)
 
-    def _mixed(self, x: jax.Array, other: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _mixed(
+        self, x: jax.Array, other: jax.Array, keys: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         chance, amount, place = jnp.moveaxis(_uniform(keys, _Draw.MIX, 3), 1, 0)
         chosen = chance < self.mix_share
         cut = chance < 0.5 * self.mix_share if self.mixup else chosen
@@ -371,7 +405,9 @@ class Augmentation:
                 own = jnp.where(cut, 1.0, own)
             result, share = mixup(x, other, own), own
         if self.cutmix:
-            width = jnp.where(cut, jnp.round((1.0 - beta(amount, self.cutmix)) * self.frames), 0.0).astype(jnp.int32)
+            width = jnp.where(
+                cut, jnp.round((1.0 - beta(amount, self.cutmix)) * self.frames), 0.0
+            ).astype(jnp.int32)
             # Over what mixup made: a clip that is cut was not mixed, and one that was mixed gets a cut of no width.
             result, own = cutmix(result, other, _first(place, width, self.frames), width)
             share = share * own
@@ -387,7 +423,9 @@ class Augmentation:
             size = x.shape[axis]
             chosen = self._chosen(keys, draw)
             widths, places = jnp.moveaxis(_uniform(keys, draw, (2, count)), 1, 0)
-            widths = jnp.where(chosen[:, None], jnp.floor(widths * (math.floor(share * size) + 1)), 0.0).astype(jnp.int32)
+            widths = jnp.where(
+                chosen[:, None], jnp.floor(widths * (math.floor(share * size) + 1)), 0.0
+            ).astype(jnp.int32)
             for number in range(count):
                 width = widths[:, number]
                 x = mask(x, _first(places[:, number], width, size), width, fill, axis)

@@ -43,7 +43,9 @@ def is_lost(error: BaseException) -> bool:
         return True
     # XLA raises some of them as a ValueError that begins with its status, "UNKNOWN: Gloo AllGather failed".
     status = isinstance(error, ValueError) and re.match("[A-Z_]+: ", str(error))
-    return jax.process_count() > 1 and (isinstance(error, jax.errors.JaxRuntimeError) or bool(status))
+    return jax.process_count() > 1 and (
+        isinstance(error, jax.errors.JaxRuntimeError) or bool(status)
+    )
 
 
 def join(coordinator: str, processes: int | None, process: int | None, heartbeat: int) -> None:
@@ -59,11 +61,17 @@ def join(coordinator: str, processes: int | None, process: int | None, heartbeat
       UserError: a number is missing or impossible, or the others were not found in time.
     """
     if coordinator != "auto" and (processes is None or process is None):
-        raise UserError("--coordinator needs --num_processes and --process_id, too; only 'auto' finds them out.")
+        raise UserError(
+            "--coordinator needs --num_processes and --process_id, too; only 'auto' finds them out."
+        )
     place = {} if coordinator == "auto" else {"coordinator_address": coordinator}
     try:
         jax.distributed.initialize(
-            **place, num_processes=processes, process_id=process, heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=60
+            **place,
+            num_processes=processes,
+            process_id=process,
+            heartbeat_timeout_seconds=heartbeat,
+            shutdown_timeout_seconds=60,
         )
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         reason = str(error).splitlines()[0]
@@ -85,7 +93,9 @@ def one_fate() -> Iterator[None]:
     number = f"process {jax.process_index()} of {jax.process_count()}"
     line = f"error: {number} was ended from outside, or because another process has ended. {_AGAIN}"
     # In a session of its own, Ctrl-C does not reach it.
-    watcher = subprocess.Popen([sys.executable, "-I", "-c", _WATCHER, line], stdin=subprocess.PIPE, start_new_session=True)
+    watcher = subprocess.Popen(
+        [sys.executable, "-I", "-c", _WATCHER, line], stdin=subprocess.PIPE, start_new_session=True
+    )
     try:
         yield
     except BaseException as error:

@@ -5,9 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from musicgenre.models.apply import probabilities
+
 
 def clip_losses(
-    logits: jax.Array, targets: jax.Array, weights: jax.Array, label_smoothing: float, *, task: str, name: str = ""
+    logits: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    label_smoothing: float,
+    *,
+    task: str,
+    name: str = "",
 ) -> jax.Array:
     """Returns one loss per clip, float32 `[batch]`.
 
@@ -32,13 +40,19 @@ def clip_losses(
         weight = jnp.where(targets > 0, weights, 1.0)
     if name == "mse":
         squares = jnp.square(probabilities(logits, task) - smooth)
-        return squares.mean(axis=-1) * weight if task == "single_label" else (squares * weight).mean(axis=-1)
+        return (
+            squares.mean(axis=-1) * weight
+            if task == "single_label"
+            else (squares * weight).mean(axis=-1)
+        )
     if task == "single_label":
         return optax.softmax_cross_entropy(logits, smooth) * weight
     return (optax.sigmoid_binary_cross_entropy(logits, smooth) * weight).mean(axis=-1)
 
 
-def soft_losses(logits: jax.Array, targets: jax.Array, weights: jax.Array, *, task: str) -> jax.Array:
+def soft_losses(
+    logits: jax.Array, targets: jax.Array, weights: jax.Array, *, task: str
+) -> jax.Array:
     """Returns the cross entropy of each clip against probabilities, float32 `[batch]`: of 0 and 1, that of `clip_losses`.
 
     Args:
@@ -51,13 +65,6 @@ def soft_losses(logits: jax.Array, targets: jax.Array, weights: jax.Array, *, ta
         return optax.softmax_cross_entropy(logits, targets * weights)
     absent = (1.0 - targets) * jax.nn.log_sigmoid(-logits)
     return -(weights * targets * jax.nn.log_sigmoid(logits) + absent).mean(axis=-1)
-
-
-def probabilities(logits: jax.Array, task: str) -> jax.Array:
-    """Returns softmax (single_label) or sigmoid (multi_label) scores, or a regression's outputs, float32 `[batch, classes]`."""
-    if task == "regression":
-        return logits
-    return jax.nn.softmax(logits) if task == "single_label" else jax.nn.sigmoid(logits)
 
 
 def balanced_weights(targets: np.ndarray, classes: int) -> np.ndarray:

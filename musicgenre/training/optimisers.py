@@ -18,7 +18,9 @@ def learning_rate_schedule(config: Any, total_steps: int) -> optax.Schedule:
     """
     peak, decay, warmup = config.learning_rate, config.decay_rate, config.warmup_steps
     if warmup >= total_steps:
-        raise UserError(f"config.optimizer.warmup_steps={warmup} is not below the run's {total_steps} steps.")
+        raise UserError(
+            f"config.optimizer.warmup_steps={warmup} is not below the run's {total_steps} steps."
+        )
     if config.schedule == "cosine":
         schedule = optax.cosine_decay_schedule(peak, total_steps - warmup)
     elif config.schedule == "exponential":
@@ -35,7 +37,9 @@ def learning_rate_schedule(config: Any, total_steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), schedule], [warmup])
 
 
-def make_optimizer(config: Any, total_steps: int, layer_rates: Mapping[str, float] | None = None) -> optax.GradientTransformation:
+def make_optimizer(
+    config: Any, total_steps: int, layer_rates: Mapping[str, float] | None = None
+) -> optax.GradientTransformation:
     """Returns the optimiser of a config's `optimizer` section; weight decay leaves biases and norms alone.
 
     Args:
@@ -55,18 +59,25 @@ def make_optimizer(config: Any, total_steps: int, layer_rates: Mapping[str, floa
     elif config.name == "adam":
         optimizer = optax.adam(rate, config.b1, config.b2, config.eps)
     elif config.name == "adamw":
-        optimizer = optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=kernels)
+        optimizer = optax.adamw(
+            rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=kernels
+        )
     else:
-        optimizer = optax.lamb(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=kernels)
+        optimizer = optax.lamb(
+            rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=kernels
+        )
     if config.weight_decay and config.name not in ("adamw", "lamb"):
-        raise UserError(f"config.optimizer.weight_decay has no effect on {config.name}: use adamw or lamb.")
+        raise UserError(
+            f"config.optimizer.weight_decay has no effect on {config.name}: use adamw or lamb."
+        )
     if config.clip_norm:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
     if layer_rates is not None and any(factor != 1 for factor in layer_rates.values()):
         factors = dict(layer_rates)
         scale = optax.stateless(
             lambda updates, _: {
-                name: jax.tree.map(lambda u, name=name: u * factors[name], update) for name, update in updates.items()
+                name: jax.tree.map(lambda u, name=name: u * factors[name], update)
+                for name, update in updates.items()
             }
         )
         optimizer = optax.chain(optimizer, scale)

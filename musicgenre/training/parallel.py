@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from musicgenre.errors import UserError
-from musicgenre.pipeline.loader import Batch
+from musicgenre.store.loader import Batch
 from musicgenre.training.step import StepFunction
 
 AXIS = "data"
@@ -52,7 +52,10 @@ class Parallel:
             raise UserError(f"--parallel must be one of {', '.join(KINDS)}, not {kind!r}.")
         devices = jax.devices() if devices is None else devices
         # Explicit axes, the default of make_mesh, make Linen's Dropout raise.
-        return cls(kind, jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices))
+        return cls(
+            kind,
+            jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices),
+        )
 
     @property
     def axis_name(self) -> str | None:
@@ -102,7 +105,9 @@ class Parallel:
 
         Left to itself, XLA gathers some activations instead, and each device then computes some channels of the whole batch.
         """
-        return jax.lax.with_sharding_constraint(tree, self.replicated) if self.kind == "fsdp" else tree
+        return (
+            jax.lax.with_sharding_constraint(tree, self.replicated) if self.kind == "fsdp" else tree
+        )
 
     def place_state(self, state: Any) -> Any:
         """Puts a state onto the devices, see `state_shardings`."""
@@ -121,8 +126,13 @@ class Parallel:
         """Puts this process's slice of a batch onto its devices."""
         if self.kind == "pmap":
             local = len(self.mesh.local_devices)
-            return {name: array.reshape(local, -1, *array.shape[1:]) for name, array in batch.items()}
-        return {name: jax.make_array_from_process_local_data(self.sharded, array) for name, array in batch.items()}
+            return {
+                name: array.reshape(local, -1, *array.shape[1:]) for name, array in batch.items()
+            }
+        return {
+            name: jax.make_array_from_process_local_data(self.sharded, array)
+            for name, array in batch.items()
+        }
 
     def place_batches(self, batches: Sequence[Batch]) -> dict[str, Any]:
         """Puts this process's slices of several batches onto its devices, for a step of `make_many_steps`."""
@@ -130,10 +140,14 @@ class Parallel:
         if self.kind == "pmap":
             local = len(self.mesh.local_devices)
             return {
-                name: array.reshape(len(batches), local, -1, *array.shape[2:]).swapaxes(0, 1) for name, array in stacked.items()
+                name: array.reshape(len(batches), local, -1, *array.shape[2:]).swapaxes(0, 1)
+                for name, array in stacked.items()
             }
         sharding = NamedSharding(self.mesh, PartitionSpec(None, AXIS))
-        return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in stacked.items()}
+        return {
+            name: jax.make_array_from_process_local_data(sharding, array)
+            for name, array in stacked.items()
+        }
 
     def has_room(self, size: int) -> bool:
         """Returns whether every device, of all processes, can hold `size` bytes within its share of memory."""
@@ -151,9 +165,13 @@ class Parallel:
     def place_whole(self, array: np.ndarray) -> jax.Array:
         """Copies an array, the same on every process, to every device."""
         # device_put would send it from process to process to compare it.
-        return jax.make_array_from_callback(array.shape, self.replicated, lambda index: array[index])
+        return jax.make_array_from_callback(
+            array.shape, self.replicated, lambda index: array[index]
+        )
 
-    def train_step(self, step: StepFunction, *, resident: bool = False, stacked: bool = False) -> Callable[..., Any]:
+    def train_step(
+        self, step: StepFunction, *, resident: bool = False, stacked: bool = False
+    ) -> Callable[..., Any]:
         """Compiles a train step; the state's buffers are given up to the new state.
 
         Args:
@@ -195,7 +213,10 @@ class Parallel:
 
         def score(model: Any, x: np.ndarray) -> np.ndarray:
             placed = jax.make_array_from_process_local_data(self.sharded, x)
-            shards = sorted(compiled(model, placed).addressable_shards, key=lambda shard: shard.index[0].start or 0)
+            shards = sorted(
+                compiled(model, placed).addressable_shards,
+                key=lambda shard: shard.index[0].start or 0,
+            )
             return np.concatenate([np.asarray(shard.data) for shard in shards])
 
         return score
@@ -212,7 +233,9 @@ class Feed:
       stacked: batches are placed together, for a step of `make_many_steps`.
     """
 
-    def __init__(self, iterator: Iterator[Batch], spread: Parallel, *, stacked: bool = False) -> None:
+    def __init__(
+        self, iterator: Iterator[Batch], spread: Parallel, *, stacked: bool = False
+    ) -> None:
         self._iterator: Any = iterator
         self._spread = spread
         self._stacked = stacked
@@ -243,7 +266,9 @@ class Feed:
 
     def get_state(self) -> bytes:
         """Returns the place in the data as JSON; Grain's checkpoints call this."""
-        return json.dumps(self._state_before if self._ahead_count else self._iterator.get_state(), indent=4).encode()
+        return json.dumps(
+            self._state_before if self._ahead_count else self._iterator.get_state(), indent=4
+        ).encode()
 
     def set_state(self, state: bytes) -> None:
         """Goes to the place of `get_state`; Grain's checkpoints call this."""
@@ -258,7 +283,10 @@ class Feed:
 def _host_memory() -> int:
     """Bytes of memory that this machine, or the container around the process, has."""
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for file in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+    for file in (
+        Path("/sys/fs/cgroup/memory.max"),
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+    ):
         if file.is_file() and (text := file.read_text().strip()).isdigit():
             sizes.append(int(text))
     return min(sizes)

@@ -8,8 +8,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from musicgenre.evaluation.aggregate import average_by_clip
-from musicgenre.pipeline.loader import eval_batches
-from musicgenre.pipeline.store import Store
+from musicgenre.store.loader import eval_batches
+from musicgenre.store.store import Store
 
 
 def score_clips(

@@ -58,7 +58,9 @@ def create_state(
       ema: keep a moving average of the parameters.
     """
     key = jax.random.fold_in(jax.random.key(seed), 0x1217)
-    variables = dict(jax.jit(lambda: module.init(key, jnp.zeros((1, frames, bands)), train=False))())
+    variables = dict(
+        jax.jit(lambda: module.init(key, jnp.zeros((1, frames, bands)), train=False))()
+    )
     params = variables.pop("params")
     variables.pop("intermediates", None)
     # The copy keeps the average's buffers apart from the parameters', which each step donates.

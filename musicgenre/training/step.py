@@ -9,18 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from musicgenre.models.apply import normalise, probabilities
 from musicgenre.training.augment import Augmentation, following, gather_windows
-from musicgenre.training.losses import clip_losses, probabilities, soft_losses
+from musicgenre.training.losses import clip_losses, soft_losses
 from musicgenre.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
 # (state, batch) or, where clips are resident, (state, batch, clips) -> (state, metrics).
 StepFunction = Callable[..., tuple[TrainState, Metrics]]
-
-
-def normalise(x: jax.Array, norm: Any) -> jax.Array:
-    """Returns `(x - mean) / std`, float32, of stored features `[batch, frames, bands]`."""
-    return (x.astype(jnp.float32) - norm["mean"]) / norm["std"]
 
 
 def make_train_step(
@@ -65,7 +61,9 @@ def make_train_step(
     shares of its two) and `grad_norm`.
     """
 
-    def loss_function(params: Any, collections: Any, norm: Any, key: jax.Array, batch: Any) -> tuple[jax.Array, Any]:
+    def loss_function(
+        params: Any, collections: Any, norm: Any, key: jax.Array, batch: Any
+    ) -> tuple[jax.Array, Any]:
         logits, updated = module.apply(
             {"params": params if gather is None else gather(params), **collections},
             normalise(batch["x"], norm),
@@ -83,9 +81,13 @@ def make_train_step(
                 share = batch["share"][:, None]
                 return measure(share * batch["y"] + (1.0 - share) * batch["y_other"])
             # A cross entropy is linear in its targets: this is the one of the soft labels, each class with its own weight.
-            return batch["share"] * measure(batch["y"]) + (1.0 - batch["share"]) * measure(batch["y_other"])
+            return batch["share"] * measure(batch["y"]) + (1.0 - batch["share"]) * measure(
+                batch["y_other"]
+            )
 
-        losses = of_labels(lambda y: clip_losses(logits, y, class_weights, label_smoothing, task=task, name=loss))
+        losses = of_labels(
+            lambda y: clip_losses(logits, y, class_weights, label_smoothing, task=task, name=loss)
+        )
         if "teacher" in batch:
             # A cross entropy is linear in its targets, so this is the one against labels and teachers mixed.
             taught = soft_losses(logits, batch["teacher"], class_weights, task=task)
@@ -97,12 +99,16 @@ def make_train_step(
             metrics["accuracy"] = right.sum() / batch["mask"].sum()
         return mean, (updated, metrics)
 
-    def part_step(state: TrainState, key: jax.Array, collections: Any, batch: Any) -> tuple[Any, Any, Metrics]:
+    def part_step(
+        state: TrainState, key: jax.Array, collections: Any, batch: Any
+    ) -> tuple[Any, Any, Metrics]:
         gradient = jax.grad(loss_function, has_aux=True)
         grads, (collections, metrics) = gradient(state.params, collections, state.norm, key, batch)
         return grads, collections, metrics
 
-    def train_step(state: TrainState, batch: Any, clips: jax.Array | None = None) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, batch: Any, clips: jax.Array | None = None
+    ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         # The clips' way: gathered, augmented, normalised (in loss_function), through the network.
         if clips is not None:
@@ -120,16 +126,22 @@ def make_train_step(
             grads, collections, metrics = part_step(state, key, state.collections, batch)
         else:
             # Part i takes every accumulate-th clip, so that no clip changes its device.
-            parts = jax.tree.map(lambda a: a.reshape(-1, accumulate, *a.shape[1:]).swapaxes(0, 1), batch)
+            parts = jax.tree.map(
+                lambda a: a.reshape(-1, accumulate, *a.shape[1:]).swapaxes(0, 1), batch
+            )
 
             def body(carry: Any, numbered: Any) -> tuple[Any, Metrics]:
                 total, collections = carry
                 number, part = numbered
-                grads, collections, metrics = part_step(state, jax.random.fold_in(key, number), collections, part)
+                grads, collections, metrics = part_step(
+                    state, jax.random.fold_in(key, number), collections, part
+                )
                 return (jax.tree.map(jnp.add, total, grads), collections), metrics
 
             zeros = jax.tree.map(jnp.zeros_like, state.params)
-            (grads, collections), stacked = jax.lax.scan(body, (zeros, state.collections), (jnp.arange(accumulate), parts))
+            (grads, collections), stacked = jax.lax.scan(
+                body, (zeros, state.collections), (jnp.arange(accumulate), parts)
+            )
             grads = jax.tree.map(lambda g: g / accumulate, grads)
             metrics = jax.tree.map(lambda m: m.mean(), stacked)
         if axis_name is not None:
@@ -139,9 +151,16 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None:
-            ema = jax.tree.map(lambda old, new: ema_decay * old + (1.0 - ema_decay) * new, ema, params)
+            ema = jax.tree.map(
+                lambda old, new: ema_decay * old + (1.0 - ema_decay) * new, ema, params
+            )
         new = dataclasses.replace(
-            state, step=state.step + 1, params=params, collections=collections, opt_state=opt_state, ema=ema
+            state,
+            step=state.step + 1,
+            params=params,
+            collections=collections,
+            opt_state=opt_state,
+            ema=ema,
         )
         return new, metrics
 
@@ -154,13 +173,17 @@ def make_many_steps(step: StepFunction) -> StepFunction:
     It takes a step's arguments, with batches `[steps, batch, ...]`, and returns metrics `[steps]`.
     """
 
-    def many_steps(state: TrainState, batches: Any, *clips: jax.Array) -> tuple[TrainState, Metrics]:
+    def many_steps(
+        state: TrainState, batches: Any, *clips: jax.Array
+    ) -> tuple[TrainState, Metrics]:
         return jax.lax.scan(lambda state, batch: step(state, batch, *clips), state, batches)
 
     return many_steps
 
 
-def make_score_step(module: nn.Module, task: str, temperature: float = 1.0) -> Callable[[Any, jax.Array], jax.Array]:
+def make_score_step(
+    module: nn.Module, task: str, temperature: float = 1.0
+) -> Callable[[Any, jax.Array], jax.Array]:
     """Returns `score_step(model, x) -> probabilities (or a regression's numbers) [batch, classes]` for `TrainState.model()`.
 
     Args:

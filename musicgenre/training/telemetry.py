@@ -37,7 +37,9 @@ class Telemetry:
       name: what stands before it.
     """
 
-    def __init__(self, workdir: Path, start_step: int, total_steps: int, progress: bool, name: str = "train") -> None:
+    def __init__(
+        self, workdir: Path, start_step: int, total_steps: int, progress: bool, name: str = "train"
+    ) -> None:
         self._active = jax.process_index() == 0
         self._path = workdir / "metrics.jsonl"
         self._writer: Any = None
@@ -53,7 +55,9 @@ class Telemetry:
             pass
         else:
             self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
-        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", desc=name, disable=not progress)
+        self._bar = tqdm(
+            total=total_steps, initial=start_step, unit="step", desc=name, disable=not progress
+        )
 
     def write(self, step: int, **values: float) -> None:
         """Appends one row: the step, the seconds since this process began, and the values."""
@@ -75,7 +79,9 @@ class Telemetry:
     def progress(self, step: int, **values: float) -> None:
         """Moves the bar to a step and shows the values beside it."""
         self._bar.update(step - self._bar.n)
-        self._bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
+        self._bar.set_postfix(
+            {name: f"{value:.4g}" for name, value in values.items()}, refresh=False
+        )
 
     def close(self) -> None:
         """Closes the bar and the TensorBoard file."""
@@ -85,7 +91,10 @@ class Telemetry:
                 self._writer.close()
             except OSError as error:
                 # On a full disk this must not hide the error that ended the run.
-                logging.warning("TensorBoard's file could not be finished (%s); metrics.jsonl has the same numbers", error)
+                logging.warning(
+                    "TensorBoard's file could not be finished (%s); metrics.jsonl has the same numbers",
+                    error,
+                )
 
 
 class Profiler:
@@ -97,15 +106,21 @@ class Profiler:
       trains: the steps that this call trains. A first step that is none of them is warned of: nothing would be written.
     """
 
-    def __init__(self, workdir: Path, steps: tuple[int, int] | None, trains: range | None = None) -> None:
+    def __init__(
+        self, workdir: Path, steps: tuple[int, int] | None, trains: range | None = None
+    ) -> None:
         self._folder = os.fspath(workdir / "profile")
         self._steps = steps
         self._running = False
         if steps and trains is not None and steps[0] not in trains:
             there = (
-                f"trains steps {trains[0]} to {trains[-1]}" if trains else f"trains none: the run has its {trains.start} steps"
+                f"trains steps {trains[0]} to {trains[-1]}"
+                if trains
+                else f"trains none: the run has its {trains.start} steps"
             )
-            logging.warning("--profile_steps=%d,%d: no trace will be written; this call %s", *steps, there)
+            logging.warning(
+                "--profile_steps=%d,%d: no trace will be written; this call %s", *steps, there
+            )
 
     def before(self, step: int) -> None:
         """Is called before each step."""

@@ -14,9 +14,9 @@ from absl import logging
 from musicgenre.audio.features import FeatureSpec
 from musicgenre.config import differences
 from musicgenre.errors import UserError, did_you_mean
-from musicgenre.training.bundle import packaged_models, read_bundle, resolve_source
-from musicgenre.training.checkpoints import read_model
-from musicgenre.training.saved import saved_shapes
+from musicgenre.runs.bundle import packaged_models, read_bundle, resolve_source
+from musicgenre.runs.checkpoints import read_model
+from musicgenre.runs.notes import saved_shapes
 from musicgenre.training.state import TrainState
 
 
@@ -32,7 +32,9 @@ def layer_order(module: nn.Module, frames: int, bands: int) -> list[str]:
     """
     called: dict[str, None] = {}
 
-    def note(function: Any, arguments: Any, keywords: Any, context: nn.module.InterceptorContext) -> Any:
+    def note(
+        function: Any, arguments: Any, keywords: Any, context: nn.module.InterceptorContext
+    ) -> Any:
         if context.module.path:
             called.setdefault(context.module.path[0])
         return function(*arguments, **keywords)
@@ -43,11 +45,18 @@ def layer_order(module: nn.Module, frames: int, bands: int) -> list[str]:
 
     x = jax.ShapeDtypeStruct((1, frames, bands), jnp.float32)
     params = jax.eval_shape(init, jax.random.key(0), x)["params"]
-    return [name for name in params if name not in called] + [name for name in called if name in params]
+    return [name for name in params if name not in called] + [
+        name for name in called if name in params
+    ]
 
 
 def start_from(
-    state: TrainState, layers: Sequence[str], source: str | Path, *, model: dict[str, Any], features: FeatureSpec
+    state: TrainState,
+    layers: Sequence[str],
+    source: str | Path,
+    *,
+    model: dict[str, Any],
+    features: FeatureSpec,
 ) -> TrainState:
     """Returns a new run's state with the layers of another model, all but the head.
 
@@ -67,19 +76,28 @@ def start_from(
     notes, value = _read(source)
     there = notes["config"]["model"]
     if there["name"] != model["name"]:
-        raise UserError(f"config.init_from={str(source)!r} holds the model {there['name']!r}, not {model['name']!r}.")
+        raise UserError(
+            f"config.init_from={str(source)!r} holds the model {there['name']!r}, not {model['name']!r}."
+        )
     before = dataclasses.asdict(FeatureSpec.from_dict(notes["features"]))
     if changed := differences(before, dataclasses.asdict(features)):
-        logging.warning("config.init_from was trained on other features (there -> here): %s", "; ".join(changed))
+        logging.warning(
+            "config.init_from was trained on other features (there -> here): %s", "; ".join(changed)
+        )
     variables = dict(value["variables"])
     body = layers[:-1]
     params = _taken(state.params, variables.pop("params"), body, source)
-    collections = {name: _taken(tree, variables.get(name, {}), body, source) for name, tree in state.collections.items()}
+    collections = {
+        name: _taken(tree, variables.get(name, {}), body, source)
+        for name, tree in state.collections.items()
+    }
     ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
     return dataclasses.replace(state, params=params, collections=collections, ema=ema)
 
 
-def layer_rates(layers: Sequence[str], *, transferred: bool, transferred_rate: float, layer_decay: float) -> dict[str, float]:
+def layer_rates(
+    layers: Sequence[str], *, transferred: bool, transferred_rate: float, layer_decay: float
+) -> dict[str, float]:
     """Returns the factor of the learning rate of each layer.
 
     From the head backwards each layer's is `layer_decay` times that of the one after it (discriminative fine-tuning, Howard and
@@ -94,7 +112,8 @@ def layer_rates(layers: Sequence[str], *, transferred: bool, transferred_rate: f
     """
     last = len(layers) - 1
     return {
-        name: layer_decay ** (last - i) * (transferred_rate if transferred and i < last else 1.0) for i, name in enumerate(layers)
+        name: layer_decay ** (last - i) * (transferred_rate if transferred and i < last else 1.0)
+        for i, name in enumerate(layers)
     }
 
 
@@ -110,7 +129,9 @@ def _read(source: str | Path) -> tuple[dict[str, Any], Any]:
         return read_bundle(path)
     if not path.is_dir():
         names = did_you_mean(str(source), packaged_models())
-        raise UserError(f"config.init_from={str(source)!r}: no such workdir, bundle or packaged model.{names}")
+        raise UserError(
+            f"config.init_from={str(source)!r}: no such workdir, bundle or packaged model.{names}"
+        )
     restored = read_model(path / "checkpoints", "last", saved_shapes)
     return restored.meta, restored.value
 
@@ -122,11 +143,18 @@ def _taken(tree: Any, variables: Any, layers: Sequence[str], source: str | Path)
         if name not in tree:
             continue
         here, there = (
-            {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(t)}
+            {
+                jax.tree_util.keystr(path): np.shape(leaf)
+                for path, leaf in jax.tree_util.tree_leaves_with_path(t)
+            }
             for t in (tree[name], variables.get(name, {}))
         )
         if here != there:
-            path = next(path for path in sorted(here.keys() | there.keys()) if here.get(path) != there.get(path))
+            path = next(
+                path
+                for path in sorted(here.keys() | there.keys())
+                if here.get(path) != there.get(path)
+            )
             raise UserError(
                 f"config.init_from={str(source)!r}: its layer {name}{path} has the shape {there.get(path, 'none')} where "
                 f"{here.get(path, 'none')} is needed. Give the model the same fields, and the data the same frames and bands."

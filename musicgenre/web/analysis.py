@@ -13,10 +13,17 @@ from musicgenre.audio.decode import BLOCK, stream_audio
 from musicgenre.audio.features import to_db
 from musicgenre.errors import UserError
 from musicgenre.inference.tagger import Tagger
-from musicgenre.inference.windows import BATCH, Window, WindowScores, overview, overview_spec, stream_windows
+from musicgenre.inference.windows import (
+    BATCH,
+    Window,
+    WindowScores,
+    overview,
+    overview_spec,
+    stream_windows,
+)
 
 if TYPE_CHECKING:
-    from musicgenre.inference.similar import EmbeddingIndex
+    from musicgenre.inference.index import EmbeddingIndex
 
 # Columns of the spectrogram at most: as many pixels as a wide screen gives it.
 COLUMNS = 1500
@@ -74,19 +81,26 @@ def analyse(
     step = min(max(model.frames // _WINDOWS_A_WINDOW, -(-total // _WINDOWS), 1), model.frames)
     taggram = scores(step)[0]
     values = _mean(whole.probabilities)
-    order = np.arange(len(values)) if model.task == "regression" else np.argsort(-values, kind="stable")
+    order = (
+        np.arange(len(values)) if model.task == "regression" else np.argsort(-values, kind="stable")
+    )
     neighbours = None
     if index is not None:
         # Of a model of crops, `Tagger.embed` and so an index has other windows than an evaluation.
         windows = whole if model.frames == model.layout.frames else scores(model.frames)[0]
         neighbours = [
-            {"file": "/".join(PurePath(found.path).parts[-2:]), "similarity": float(found.similarity)}
+            {
+                "file": "/".join(PurePath(found.path).parts[-2:]),
+                "similarity": float(found.similarity),
+            }
             for found in index.search(_mean(windows.embeddings), NEIGHBOURS)
         ]
     return {
         "file": name,
         "seconds": samples / spec.sample_rate,
-        "labels": [{"label": tagger.labels[i], "probability": float(values[i])} for i in order.tolist()],
+        "labels": [
+            {"label": tagger.labels[i], "probability": float(values[i])} for i in order.tolist()
+        ],
         "taggram": {
             "starts": taggram.starts.round(4).tolist(),
             "ends": taggram.ends.round(4).tolist(),
@@ -101,9 +115,16 @@ def analyse(
 class _Counted:
     """The samples of a file in blocks at the model's rate, counted; a file that is too long is not decoded to its end."""
 
-    def __init__(self, path: Path, tagger: Tagger, max_seconds: float, wanted: Callable[[], bool]) -> None:
+    def __init__(
+        self, path: Path, tagger: Tagger, max_seconds: float, wanted: Callable[[], bool]
+    ) -> None:
         self.samples = 0
-        self._path, self._tagger, self._max_seconds, self._wanted = path, tagger, max_seconds, wanted
+        self._path, self._tagger, self._max_seconds, self._wanted = (
+            path,
+            tagger,
+            max_seconds,
+            wanted,
+        )
 
     def __iter__(self) -> Iterator[np.ndarray]:
         spec = self._tagger.model.features
@@ -116,7 +137,13 @@ class _Counted:
                 block = min(BLOCK, max(int(_BLOCK_SECONDS * file.samplerate), 1))
         except (soundfile.LibsndfileError, RuntimeError, OSError):
             pass  # the reader says better what is wrong
-        blocks = stream_audio(self._path, rate, min_seconds=self._tagger.min_seconds, block=block, resampler=spec.resampler)
+        blocks = stream_audio(
+            self._path,
+            rate,
+            min_seconds=self._tagger.min_seconds,
+            block=block,
+            resampler=spec.resampler,
+        )
         for samples in blocks:
             if not self._wanted():
                 raise Abandoned
@@ -132,7 +159,9 @@ class _Counted:
         )
 
 
-def _scores(tagger: Tagger, windows: Iterator[Window], counted: _Counted) -> tuple[WindowScores, int]:
+def _scores(
+    tagger: Tagger, windows: Iterator[Window], counted: _Counted
+) -> tuple[WindowScores, int]:
     """Returns what the network says of each window, and how many samples the file has."""
     firsts: list[int] = []
     lengths: list[int] = []
@@ -151,7 +180,12 @@ def _scores(tagger: Tagger, windows: Iterator[Window], counted: _Counted) -> tup
     first = np.array(firsts)
     end = np.minimum((first + np.array(lengths)) * spec.hop_length, counted.samples)
     probabilities, embeddings = (np.concatenate(column) for column in zip(*outputs, strict=True))
-    scores = WindowScores(first * spec.hop_length / spec.sample_rate, end / spec.sample_rate, probabilities, embeddings)
+    scores = WindowScores(
+        first * spec.hop_length / spec.sample_rate,
+        end / spec.sample_rate,
+        probabilities,
+        embeddings,
+    )
     return scores, counted.samples
 
 
@@ -168,7 +202,7 @@ def _spectrogram(tagger: Tagger, path: Path) -> dict[str, Any]:
       `floor` dB and 255 for the loudest cell; `start`: the left edge of the first column in seconds; `seconds` from one column
       to the next; `ticks`: pairs of a position (0 is the middle of the lowest band) and its frequency in Hz.
     """
-    from musicgenre.inference.figures import mel_ticks  # brings matplotlib
+    from musicgenre.studies.figures import mel_ticks  # brings matplotlib
 
     spec = overview_spec(tagger.model.features)
     power, seconds = overview(path, spec, COLUMNS, min_seconds=tagger.min_seconds)

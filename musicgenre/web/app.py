@@ -23,9 +23,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from musicgenre import __version__
 from musicgenre.errors import UserError
-from musicgenre.inference.bundle import model_card
-from musicgenre.inference.similar import EmbeddingIndex
+from musicgenre.inference.index import EmbeddingIndex
 from musicgenre.inference.tagger import Tagger
+from musicgenre.runs.bundle_writer import model_card
 from musicgenre.web.analysis import Abandoned, analyse
 
 # The header that names an upload, percent-encoded. A page of another site cannot send it without being asked for permission
@@ -67,7 +67,11 @@ class Limits:
 
 
 def create_app(
-    tagger: Tagger, index: EmbeddingIndex | None = None, limits: Limits | None = None, *, hosts: Collection[str] = ()
+    tagger: Tagger,
+    index: EmbeddingIndex | None = None,
+    limits: Limits | None = None,
+    *,
+    hosts: Collection[str] = (),
 ) -> FastAPI:
     """Returns the application: the page at `/`, `GET /api/model` and `POST /api/tag`.
 
@@ -92,13 +96,22 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        with tempfile.TemporaryDirectory(prefix=FOLDER_PREFIX, ignore_cleanup_errors=True) as folder:
+        with tempfile.TemporaryDirectory(
+            prefix=FOLDER_PREFIX, ignore_cleanup_errors=True
+        ) as folder:
             app.state.folder = Path(folder)
             # One file at a time: the network and the decoder each use every core.
             app.state.turn = anyio.Lock()
             yield
 
-    app = FastAPI(title="musicgenre", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="musicgenre",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+    )
 
     @app.get("/api/model")
     async def model() -> Response:
@@ -196,7 +209,10 @@ class _Guard:
         if host in self._hosts or is_address(host):
             await self._app(scope, receive, send_with_headers)
         else:
-            refusal = _error(400, "this server is not called by that name; whoever runs it can allow it with --allow_host.")
+            refusal = _error(
+                400,
+                "this server is not called by that name; whoever runs it can allow it with --allow_host.",
+            )
             await refusal(scope, receive, send_with_headers)
 
 
@@ -256,7 +272,9 @@ def _about(tagger: Tagger, index: EmbeddingIndex | None, limits: Limits) -> dict
         "synthetic": bool(model.dataset.get("synthetic")),
         "task": model.task,
         "labels": list(model.label_names),
-        "measure": None if value is None else {"name": measure, "value": float(value), "split": "validation"},
+        "measure": None
+        if value is None
+        else {"name": measure, "value": float(value), "split": "validation"},
         "window_seconds": model.frames * model.features.hop_length / model.features.sample_rate,
         "card": model.card or model_card(model),
         "neighbours": index is not None,

@@ -8,7 +8,9 @@ from musicgenre.errors import UserError
 
 
 def tone(rate, seconds=2.0, frequency=440.0):
-    return (0.5 * np.sin(2 * np.pi * frequency * np.arange(int(rate * seconds)) / rate)).astype(np.float32)
+    return (0.5 * np.sin(2 * np.pi * frequency * np.arange(int(rate * seconds)) / rate)).astype(
+        np.float32
+    )
 
 
 @pytest.mark.parametrize("extension", ["wav", "au", "flac", "ogg", "mp3", "aiff"])

@@ -8,7 +8,14 @@ import scipy.signal
 
 from musicgenre.audio import features
 from musicgenre.audio.decode import load_audio
-from musicgenre.audio.features import FeatureSpec, compress, compute_features, frame_waveform, mel_power, stft_power
+from musicgenre.audio.features import (
+    FeatureSpec,
+    compress,
+    compute_features,
+    frame_waveform,
+    mel_power,
+    stft_power,
+)
 from musicgenre.errors import UserError
 
 
@@ -22,13 +29,24 @@ def librosa_log_mel(samples, spec):
         fmin=spec.fmin,
         fmax=spec.top_frequency,
     )
-    return librosa.power_to_db(power, ref=np.max if spec.db_ref == "max" else float(spec.db_ref), top_db=spec.top_db).T
+    return librosa.power_to_db(
+        power, ref=np.max if spec.db_ref == "max" else float(spec.db_ref), top_db=spec.top_db
+    ).T
 
 
 SPECS = [
     FeatureSpec(),
     FeatureSpec(hop_length=1710),
-    FeatureSpec(sample_rate=16000, n_fft=512, hop_length=256, n_mels=96, fmin=30.0, fmax=7000.0, db_ref="1.0", top_db=100.0),
+    FeatureSpec(
+        sample_rate=16000,
+        n_fft=512,
+        hop_length=256,
+        n_mels=96,
+        fmin=30.0,
+        fmax=7000.0,
+        db_ref="1.0",
+        top_db=100.0,
+    ),
 ]
 
 
@@ -37,7 +55,9 @@ SPECS = [
 def test_log_mel_equals_librosa(spec, seconds):
     rng = np.random.default_rng(0)
     time = np.arange(int(seconds * spec.sample_rate)) / spec.sample_rate
-    samples = (np.sin(2 * np.pi * 440 * time) * np.exp(-3 * time) + 1e-4 * rng.standard_normal(len(time))).astype(np.float32)
+    samples = (
+        np.sin(2 * np.pi * 440 * time) * np.exp(-3 * time) + 1e-4 * rng.standard_normal(len(time))
+    ).astype(np.float32)
     ours = compute_features(samples, spec)
     assert ours.shape == (spec.frames(seconds), spec.n_mels)
     np.testing.assert_allclose(ours, librosa_log_mel(samples, spec), rtol=0, atol=1e-4)
@@ -49,7 +69,9 @@ def test_log_mel_equals_librosa_on_the_real_clips(real_data):
     for clip in clips:
         samples = load_audio(clip, 22050).samples
         for spec in (FeatureSpec(), FeatureSpec(hop_length=1710)):
-            np.testing.assert_allclose(compute_features(samples, spec), librosa_log_mel(samples, spec), rtol=0, atol=1e-4)
+            np.testing.assert_allclose(
+                compute_features(samples, spec), librosa_log_mel(samples, spec), rtol=0, atol=1e-4
+            )
 
 
 @pytest.mark.parametrize("clip_id", ["jazz.00000", "reggae.00000", "rock.00000"])
@@ -57,8 +79,12 @@ def test_the_arrays_are_what_this_front_end_gives_on_their_audio(real_data, clip
     """The published arrays keep every 3.34th frame at hop 512: each has its frame in ours, in order, to the quantisation."""
     with np.load(real_data / "gtzan_mels" / "train.npz", allow_pickle=False) as file:
         row = file["clip_id"].tolist().index(clip_id)
-        stored = file["db_min"][row] * (1 - (file["spectrogram"][row].astype(np.float32) + 0.5) / 256)
-    samples = load_audio(real_data / "gtzan_audio" / clip_id.split(".")[0] / f"{clip_id}.au", 22050).samples
+        stored = file["db_min"][row] * (
+            1 - (file["spectrogram"][row].astype(np.float32) + 0.5) / 256
+        )
+    samples = load_audio(
+        real_data / "gtzan_audio" / clip_id.split(".")[0] / f"{clip_id}.au", 22050
+    ).samples
     ours = compute_features(samples, FeatureSpec(hop_length=512)).T
     distance = np.stack([np.abs(stored[:, [frame]] - ours).mean(axis=0) for frame in range(387)])
     assert distance.min(axis=1).mean() < 0.1
@@ -91,7 +117,12 @@ def test_blocks_of_frames_follow_each_other(kind, frames):
     expected = np.abs(np.fft.rfft(cut * np.hanning(65)[:64])) ** 2
     found = stft_power(samples, spec) if kind == "stft" else mel_power(samples, spec)
     assert found.shape == (frames, spec.bands) and found.dtype == np.float32
-    np.testing.assert_allclose(found, expected if kind == "stft" else expected @ features.mel_filters(spec), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        found,
+        expected if kind == "stft" else expected @ features.mel_filters(spec),
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("hop", [100, 256, 300])
@@ -117,7 +148,13 @@ BANKS = [
 
 @pytest.mark.parametrize("spec", BANKS)
 def test_the_filter_bank_is_librosas(spec):
-    bank = librosa.filters.mel(sr=spec.sample_rate, n_fft=spec.n_fft, n_mels=spec.n_mels, fmin=spec.fmin, fmax=spec.top_frequency)
+    bank = librosa.filters.mel(
+        sr=spec.sample_rate,
+        n_fft=spec.n_fft,
+        n_mels=spec.n_mels,
+        fmin=spec.fmin,
+        fmax=spec.top_frequency,
+    )
     ours = features.mel_filters(spec)
     assert ours.dtype == np.float32 and ours.flags.c_contiguous
     np.testing.assert_allclose(ours, bank.T, rtol=2e-7, atol=1e-11)
@@ -125,17 +162,26 @@ def test_the_filter_bank_is_librosas(spec):
 
 def test_the_mel_scale_by_hand():
     """15 mels to 1 kHz and 27 more to 6.4 kHz; the window is SciPy's."""
-    np.testing.assert_allclose(features.mel_frequencies(0, 6400, 15)[[1, 5, 14]], [200, 1000, 6400], rtol=1e-12)
-    np.testing.assert_allclose(features._window(2048), scipy.signal.get_window("hann", 2048), rtol=0, atol=1e-15)
+    np.testing.assert_allclose(
+        features.mel_frequencies(0, 6400, 15)[[1, 5, 14]], [200, 1000, 6400], rtol=1e-12
+    )
+    np.testing.assert_allclose(
+        features._window(2048), scipy.signal.get_window("hann", 2048), rtol=0, atol=1e-15
+    )
 
 
 def test_bands_that_hear_nothing_are_told():
-    with pytest.warns(UserWarning, match=r"8 of 100 mel bands .* lower features.n_mels or raise features.n_fft"):
+    with pytest.warns(
+        UserWarning, match=r"8 of 100 mel bands .* lower features.n_mels or raise features.n_fft"
+    ):
         features.mel_filters(FeatureSpec(n_fft=256, n_mels=100, top_db=79.0))
 
 
 @pytest.mark.filterwarnings("ignore:8 of 100 mel bands")
-@pytest.mark.parametrize("spec", [*SPECS, FeatureSpec(n_fft=256, n_mels=100), FeatureSpec(n_mels=17, fmin=2000.0, fmax=9000.0)])
+@pytest.mark.parametrize(
+    "spec",
+    [*SPECS, FeatureSpec(n_fft=256, n_mels=100), FeatureSpec(n_mels=17, fmin=2000.0, fmax=9000.0)],
+)
 def test_groups_of_bands_leave_nothing_out(spec):
     """Put together they are the filter bank; some bands of a short transform hear no frequency at all."""
     whole = features.mel_filters(spec)
@@ -194,8 +240,12 @@ def test_fingerprint_tells_specs_apart():
 
 def test_stft_equals_librosa():
     spec = FeatureSpec(kind="stft", sample_rate=12000, n_fft=512, hop_length=256)
-    samples = np.random.default_rng(0).standard_normal(7000).astype(np.float32) * np.linspace(0, 1, 7000, dtype=np.float32)
-    expected = librosa.power_to_db(np.abs(librosa.stft(samples, n_fft=512, hop_length=256)) ** 2, ref=np.max, top_db=80.0).T
+    samples = np.random.default_rng(0).standard_normal(7000).astype(np.float32) * np.linspace(
+        0, 1, 7000, dtype=np.float32
+    )
+    expected = librosa.power_to_db(
+        np.abs(librosa.stft(samples, n_fft=512, hop_length=256)) ** 2, ref=np.max, top_db=80.0
+    ).T
     ours = compute_features(samples, spec)
     assert ours.shape == (spec.frames(7000 / 12000), spec.bands) == (28, 257)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-3)
@@ -214,19 +264,31 @@ def test_a_framed_waveform_is_the_samples():
 @pytest.mark.parametrize("kind", ["logmel", "stft"])
 def test_log10000_is_that_of_the_power(kind):
     """As in musicnn: log10(10000 x + 1) of librosa's power, of each cell on its own."""
-    spec = FeatureSpec(kind=kind, sample_rate=16000, n_fft=512, hop_length=256, n_mels=96, compression="log10000")
-    samples = np.random.default_rng(0).standard_normal(9000).astype(np.float32) * np.linspace(0, 1, 9000, dtype=np.float32)
+    spec = FeatureSpec(
+        kind=kind, sample_rate=16000, n_fft=512, hop_length=256, n_mels=96, compression="log10000"
+    )
+    samples = np.random.default_rng(0).standard_normal(9000).astype(np.float32) * np.linspace(
+        0, 1, 9000, dtype=np.float32
+    )
     if kind == "logmel":
-        power = librosa.feature.melspectrogram(y=samples, sr=16000, n_fft=512, hop_length=256, n_mels=96).T
+        power = librosa.feature.melspectrogram(
+            y=samples, sr=16000, n_fft=512, hop_length=256, n_mels=96
+        ).T
     else:
         power = np.abs(librosa.stft(samples, n_fft=512, hop_length=256)).T ** 2
     ours = compute_features(samples, spec)
     assert ours.dtype == np.float32 and ours.shape == (spec.frames(9000 / 16000), spec.bands)
-    np.testing.assert_allclose(ours, np.log10(10000 * power.astype(np.float64) + 1), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        ours, np.log10(10000 * power.astype(np.float64) + 1), rtol=0, atol=1e-5
+    )
     # No cell depends on another, so neither the loudness of the clip nor these fields matter.
     for other in ({"db_ref": "1.0"}, {"top_db": 20.0}):
-        np.testing.assert_array_equal(compute_features(samples, dataclasses.replace(spec, **other)), ours)
-    assert np.array_equal(compute_features(np.zeros(2000, np.float32), spec), np.zeros((8, spec.bands)))
+        np.testing.assert_array_equal(
+            compute_features(samples, dataclasses.replace(spec, **other)), ours
+        )
+    assert np.array_equal(
+        compute_features(np.zeros(2000, np.float32), spec), np.zeros((8, spec.bands))
+    )
 
 
 def test_values_of_log10000_by_hand():
@@ -239,7 +301,9 @@ def test_the_rounding_of_the_original_musicnn_is_small():
     """It keeps the power in float16 before the logarithm; the largest change is what the docstring says."""
     spec = FeatureSpec(compression="log10000")
     power = (2.0 ** np.linspace(-30, 10, 400_001)).astype(np.float32)[None]
-    change = np.abs(compress(power, spec) - compress(power.astype(np.float16).astype(np.float32), spec)).max()
+    change = np.abs(
+        compress(power, spec) - compress(power.astype(np.float16).astype(np.float32), spec)
+    ).max()
     assert 2.0e-4 < change < 2.2e-4
 
 
@@ -247,7 +311,10 @@ def test_the_rounding_of_the_original_musicnn_is_small():
     ("fields", "message"),
     [
         ({"compression": "log1000"}, "features.compression: 'log1000'.*Did you mean 'log10000'"),
-        ({"compression": "log10000", "kind": "mfcc"}, "compression='log10000' is of log-mels and the STFT, not .*'mfcc'"),
+        (
+            {"compression": "log10000", "kind": "mfcc"},
+            "compression='log10000' is of log-mels and the STFT, not .*'mfcc'",
+        ),
         ({"compression": "log10000", "kind": "waveform"}, "not of features.kind='waveform'"),
     ],
 )
@@ -257,25 +324,46 @@ def test_compressions_that_cannot_be(fields, message):
 
 
 def test_the_compression_is_part_of_what_a_spec_is():
-    spec = FeatureSpec(sample_rate=16000, n_fft=512, hop_length=256, n_mels=96, compression="log10000")
-    assert spec.describe() == "logmel 96 bands, 16000 Hz, n_fft 512, hop 256, 0-8000 Hz, log10(10000 x + 1) of the power"
+    spec = FeatureSpec(
+        sample_rate=16000, n_fft=512, hop_length=256, n_mels=96, compression="log10000"
+    )
+    assert (
+        spec.describe()
+        == "logmel 96 bands, 16000 Hz, n_fft 512, hop 256, 0-8000 Hz, log10(10000 x + 1) of the power"
+    )
     assert spec.fingerprint != dataclasses.replace(spec, compression="db").fingerprint
     # A spec that was saved before there was this field is one in dB.
-    assert FeatureSpec.from_dict({k: v for k, v in FeatureSpec().to_dict().items() if k != "compression"}) == FeatureSpec()
+    assert (
+        FeatureSpec.from_dict(
+            {k: v for k, v in FeatureSpec().to_dict().items() if k != "compression"}
+        )
+        == FeatureSpec()
+    )
 
 
 def test_the_resampler_is_part_of_what_a_spec_is():
     spec = FeatureSpec(resampler="kaiser_best")
-    assert spec.describe() == "logmel 128 bands, 22050 Hz by kaiser_best, n_fft 2048, hop 1024, 0-11025 Hz, dB re max, top 80 dB"
+    assert (
+        spec.describe()
+        == "logmel 128 bands, 22050 Hz by kaiser_best, n_fft 2048, hop 1024, 0-11025 Hz, dB re max, top 80 dB"
+    )
     assert FeatureSpec(kind="waveform", resampler="kaiser_best").describe() == (
         "waveform, 22050 Hz by kaiser_best, frames of 1024 samples"
     )
-    assert FeatureSpec.from_dict(spec.to_dict()) == spec != FeatureSpec() and spec.fingerprint != FeatureSpec().fingerprint
-    with pytest.raises(UserError, match=r"features.resampler: 'kaiser_fast' is not known.*Did you mean 'kaiser_best'"):
+    assert (
+        FeatureSpec.from_dict(spec.to_dict()) == spec != FeatureSpec()
+        and spec.fingerprint != FeatureSpec().fingerprint
+    )
+    with pytest.raises(
+        UserError,
+        match=r"features.resampler: 'kaiser_fast' is not known.*Did you mean 'kaiser_best'",
+    ):
         FeatureSpec(resampler="kaiser_fast")
 
 
 def test_what_was_made_before_there_was_a_choice_of_resampler_stays_valid():
     """The saved fields and the fingerprint of the default are those of then; the field may also be given."""
     assert "resampler" not in FeatureSpec().to_dict() and FeatureSpec().fingerprint == "6e4898e1"
-    assert FeatureSpec.from_dict(FeatureSpec().to_dict() | {"resampler": "soxr_hq"}) == FeatureSpec()
+    assert (
+        FeatureSpec.from_dict(FeatureSpec().to_dict() | {"resampler": "soxr_hq"}) == FeatureSpec()
+    )

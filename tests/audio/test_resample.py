@@ -33,11 +33,23 @@ def test_an_impulse_draws_the_filter():
     samples = np.zeros(201, np.float32)
     samples[100] = 1
     resampled = resample(samples, 8000, 16000, "kaiser_best")
-    np.testing.assert_allclose(resampled[[199, 200, 201, 202]], [0.6308683, 0.9173474, 0.6308683, 0.0815233], rtol=0, atol=1e-7)
-    assert len(resampled) == 402 and not resampled[:100].any() and not resampled[301:].any() and resampled[101:300].all()
+    np.testing.assert_allclose(
+        resampled[[199, 200, 201, 202]],
+        [0.6308683, 0.9173474, 0.6308683, 0.0815233],
+        rtol=0,
+        atol=1e-7,
+    )
+    assert (
+        len(resampled) == 402
+        and not resampled[:100].any()
+        and not resampled[301:].any()
+        and resampled[101:300].all()
+    )
 
 
-@pytest.mark.parametrize(("rate", "wanted"), [(44_100, 16_000), (48_000, 16_000), (8_000, 22_050), (44_099, 11_025)])
+@pytest.mark.parametrize(
+    ("rate", "wanted"), [(44_100, 16_000), (48_000, 16_000), (8_000, 22_050), (44_099, 11_025)]
+)
 def test_kaiser_best_keeps_a_sine_and_removes_what_folds_back(rate, wanted):
     kept = resample(sine(440, rate, rate // 4), rate, wanted, "kaiser_best")
     inner = slice(len(kept) // 4, -len(kept) // 4)
@@ -49,18 +61,32 @@ def test_kaiser_best_keeps_a_sine_and_removes_what_folds_back(rate, wanted):
 
 @pytest.mark.parametrize("resampler", ["soxr_hq", "kaiser_best"])
 @pytest.mark.parametrize(
-    ("rate", "wanted"), [(44_100, 16_000), (22_050, 16_000), (8_000, 22_050), (16_000, 16_000), (192_000, 22_050), (9_999, 7_000)]
+    ("rate", "wanted"),
+    [
+        (44_100, 16_000),
+        (22_050, 16_000),
+        (8_000, 22_050),
+        (16_000, 16_000),
+        (192_000, 22_050),
+        (9_999, 7_000),
+    ],
 )
 @pytest.mark.parametrize("size", [977, 10_001])
 def test_a_stream_gives_the_same_bits(resampler, rate, wanted, size):
     samples = noise(20_007)
     blocks = (samples[start : start + size] for start in range(0, len(samples), size))
     whole = resample(samples, rate, wanted, resampler)
-    np.testing.assert_array_equal(np.concatenate(list(resample_stream(blocks, rate, wanted, resampler))), whole)
-    assert len(whole) == (20_007 * wanted // rate if resampler == "kaiser_best" else -(-20_007 * wanted // rate))
+    np.testing.assert_array_equal(
+        np.concatenate(list(resample_stream(blocks, rate, wanted, resampler))), whole
+    )
+    assert len(whole) == (
+        20_007 * wanted // rate if resampler == "kaiser_best" else -(-20_007 * wanted // rate)
+    )
 
 
-@pytest.mark.parametrize(("rate", "wanted"), [(22_050, 16_000), (44_100, 22_050), (8_000, 22_050), (44_099, 11_025)])
+@pytest.mark.parametrize(
+    ("rate", "wanted"), [(22_050, 16_000), (44_100, 22_050), (8_000, 22_050), (44_099, 11_025)]
+)
 def test_the_default_is_librosas(rate, wanted):
     samples = noise(5_001)
     expected = librosa.resample(samples, orig_sr=rate, target_sr=wanted, res_type="soxr_hq")
@@ -85,4 +111,7 @@ def test_a_stream_holds_no_more_than_the_filter_reaches():
 
 @pytest.mark.parametrize("count", [1, 2, 50])
 def test_very_short_sounds(count):
-    assert len(resample(np.ones(count, np.float32), 44_100, 16_000, "kaiser_best")) == count * 160 // 441
+    assert (
+        len(resample(np.ones(count, np.float32), 44_100, 16_000, "kaiser_best"))
+        == count * 160 // 441
+    )

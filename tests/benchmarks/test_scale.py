@@ -7,7 +7,7 @@ import soundfile
 
 from benchmarks import scale
 from musicgenre.audio.features import FeatureSpec
-from musicgenre.pipeline.store import Store
+from musicgenre.store.store import Store
 
 
 def test_what_a_million_tracks_take_is_worked_by_hand():
@@ -45,7 +45,9 @@ def test_the_steps_of_a_clip_are_measured(tmp_path):
     short = dataclasses.replace(scale.KINDS[2], seconds=1.5, frames=32)
     seconds = scale.measure_clip(short, FeatureSpec(), 2, tmp_path)
     assert list(seconds) == ["hash", "decode", "resample", "mel", "write", "process_clip"]
-    assert all(len(values) == 2 and min(values) >= 0 and max(values) < 5 for values in seconds.values())
+    assert all(
+        len(values) == 2 and min(values) >= 0 and max(values) < 5 for values in seconds.values()
+    )
     # 44.1 kHz in stereo, as such previews are.
     info = soundfile.info(tmp_path / "clip.mp3")
     assert (info.samplerate, info.channels, info.format) == (44_100, 2, "MP3")
@@ -54,9 +56,13 @@ def test_the_steps_of_a_clip_are_measured(tmp_path):
 
 def test_the_tables_are_printed(capsys, monkeypatch):
     monkeypatch.setattr(
-        scale, "_in_own_process", lambda step, *rest: scale.build(*rest) if step == "build" else scale.start(*rest)
+        scale,
+        "_in_own_process",
+        lambda step, *rest: scale.build(*rest) if step == "build" else scale.start(*rest),
     )
     assert scale.main(["--clips=0", "--entries=100,200", "--frames=8", "--batches=2"]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"  100 clips,    0\.000 GB: open 0\.\d+ s.* \(1\.0 times the first row's\)", printed)
+    assert re.search(
+        r"  100 clips,    0\.000 GB: open 0\.\d+ s.* \(1\.0 times the first row's\)", printed
+    )
     assert "200 clips" in printed and printed.count("to do 0;") == 2

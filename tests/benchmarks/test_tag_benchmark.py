@@ -46,7 +46,11 @@ def test_the_network_alone_sees_what_tagging_sees(benchmark, tmp_path, monkeypat
     monkeypatch.setattr(benchmark, "Network", Counted)
     run = benchmark.contestants(benchmark.load_model(""), benchmark.write_clips(tmp_path, 4, 4.0))
     assert list(run) == ["tag", "network alone", "decode + features alone"]
-    for name, expected in (("tag", [3] * 4), ("network alone", [3] * 4), ("decode + features alone", [])):
+    for name, expected in (
+        ("tag", [3] * 4),
+        ("network alone", [3] * 4),
+        ("decode + features alone", []),
+    ):
         calls.clear()
         run[name]()
         assert calls == expected, name
@@ -62,7 +66,10 @@ def test_separate_processes_are_extrapolated(benchmark, capsys, monkeypatch):
     benchmark.report_processes("gtzan", ["a"] * 100, 5)
     printed = capsys.readouterr().out
     assert "one process: 4.0 s, 25.0 files/s" in printed
-    assert "2.02 s a file (median of 5, 2.02 to 2.02), so 202 s for 100 (extrapolated): 50.5 times as long" in printed
+    assert (
+        "2.02 s a file (median of 5, 2.02 to 2.02), so 202 s for 100 (extrapolated): 50.5 times as long"
+        in printed
+    )
     assert "2.5 to 7 s a call" in printed and "so 62 to 175 times as long" in printed
 
 

@@ -29,10 +29,16 @@ def test_contestants_take_turns_and_the_ratio_is_of_each_round(benchmark, monkey
     timings = timing.alternate(contestants, rounds=3, units=2)
     assert calls == ["a", "b", "a", "b", "b", "a", "a", "b"]
     assert timings["a"].seconds == (1.0, 20.0, 4.0) and timings["a"].median == 4.0
-    assert "median   4000.000 ms   quartiles 2500.000 to 12000.000   fastest 1000.000   3 rounds" in timings["a"].line()
+    assert (
+        "median   4000.000 ms   quartiles 2500.000 to 12000.000   fastest 1000.000   3 rounds"
+        in timings["a"].line()
+    )
     ratio = timing.ratio(timings["a"], timings["b"])
     assert (ratio.low, ratio.median, ratio.high) == (3.0, 4.0, 4.0)
-    assert ratio.line("a / b", at_most=4) == "  a / b: 4.000 (quartiles 3.000 to 4.000); bar: at most 4, met"
+    assert (
+        ratio.line("a / b", at_most=4)
+        == "  a / b: 4.000 (quartiles 3.000 to 4.000); bar: at most 4, met"
+    )
     assert ratio.line("a / b", at_least=4.5).endswith("bar: at least 4.5, NOT met")
 
 
@@ -41,7 +47,9 @@ def test_the_machine_is_described(benchmark):
     import jax
     import numpy
 
-    assert f"numpy {numpy.__version__}, jax {jax.__version__}, nothing-of-that-name (absent)" in text
+    assert (
+        f"numpy {numpy.__version__}, jax {jax.__version__}, nothing-of-that-name (absent)" in text
+    )
     assert "JAX devices: 1 x cpu (cpu)" in text and "cores usable" in text
 
 

@@ -8,7 +8,14 @@ from benchmarks import trace
 
 def test_own_times_are_worked_by_hand():
     # "outer" holds "first" and "second", which holds "inner"; "after" begins where "outer" ends, and goes on beside "beside".
-    events = [(0, 100, "outer"), (10, 20, "first"), (40, 50, "second"), (45, 5, "inner"), (100, 7, "after"), (105, 10, "beside")]
+    events = [
+        (0, 100, "outer"),
+        (10, 20, "first"),
+        (40, 50, "second"),
+        (45, 5, "inner"),
+        (100, 7, "after"),
+        (105, 10, "beside"),
+    ]
     own = {"outer": 30, "first": 20, "second": 45, "inner": 5, "after": 5, "beside": 10}
     assert dict(trace.own_times(events)) == own and sum(own.values()) == 115
 
@@ -16,9 +23,21 @@ def test_own_times_are_worked_by_hand():
 @pytest.mark.parametrize(
     ("name", "place", "primitive"),
     [
-        ("jit(train_step)/jvp(Conv1D)/conv1/conv_general_dilated", "forward conv1", "conv_general_dilated"),
-        ("jit(train_step)/transpose(jvp(Net))/block/dense1/dot_general", "backward block/dense1", "dot_general"),
-        ("jit(many)/while/body/jvp(Net)/max_pool/jit(_where)/select_n", "forward max_pool", "select_n"),
+        (
+            "jit(train_step)/jvp(Conv1D)/conv1/conv_general_dilated",
+            "forward conv1",
+            "conv_general_dilated",
+        ),
+        (
+            "jit(train_step)/transpose(jvp(Net))/block/dense1/dot_general",
+            "backward block/dense1",
+            "dot_general",
+        ),
+        (
+            "jit(many)/while/body/jvp(Net)/max_pool/jit(_where)/select_n",
+            "forward max_pool",
+            "select_n",
+        ),
         ("jit(train_step)/integer_pow", "the rest of the step", "integer_pow"),
     ],
 )
@@ -45,13 +64,19 @@ def test_a_real_trace_names_its_layers(tmp_path, capsys):
     rows = trace.operations(trace.newest(tmp_path))
     # One product forward and one backward (x needs no gradient), three times each. How long each takes is the machine's affair.
     counts = {(row.place, row.operation): row.count for row in rows}
-    assert counts["forward large", "dot_general"] == 3 and counts["backward large", "transpose"] == 3
+    assert (
+        counts["forward large", "dot_general"] == 3 and counts["backward large", "transpose"] == 3
+    )
     assert [row.typical for row in rows] == sorted((row.typical for row in rows), reverse=True)
     assert all(row.seconds > 0 and 0 < row.typical < 5 for row in rows[:5])
     assert trace.main([str(tmp_path), "--top=1"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 4 and printed[1].endswith(f"{rows[0].count}  {rows[0].place}: {rows[0].operation}")
-    assert printed[2].endswith(f"{len(rows) - 1} more") and printed[3].endswith(f"{sum(row.count for row in rows)}  together")
+    assert len(printed) == 4 and printed[1].endswith(
+        f"{rows[0].count}  {rows[0].place}: {rows[0].operation}"
+    )
+    assert printed[2].endswith(f"{len(rows) - 1} more") and printed[3].endswith(
+        f"{sum(row.count for row in rows)}  together"
+    )
 
 
 def test_without_a_trace_it_says_what_to_do(tmp_path, capsys):

@@ -32,11 +32,19 @@ def drawn_variables(module, frames, bands):
 
     def draw(leaf):
         if len(leaf.shape) > 1:
-            return np.float32(generator.standard_normal(leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1])))
+            return np.float32(
+                generator.standard_normal(leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
+            )
         return np.float32(generator.uniform(0.5, 1.5, leaf.shape))
 
-    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, frames, bands)), train=False))
-    return {name: jax.tree.map(draw, shapes[name]) for name in ("params", "batch_stats") if name in shapes}
+    shapes = jax.eval_shape(
+        lambda: module.init(jax.random.key(0), jnp.zeros((1, frames, bands)), train=False)
+    )
+    return {
+        name: jax.tree.map(draw, shapes[name])
+        for name in ("params", "batch_stats")
+        if name in shapes
+    }
 
 
 # Smaller inputs than the benchmark's where a network takes any: the parameters are the same, but for Conv1D's dense layer.
@@ -80,7 +88,9 @@ def test_a_gru_is_keras_1s(torch_nets):
     peer = torch_nets.GRU(5, 4)
     peer.load_state_dict({name: torch.from_numpy(value) for name, value in variables.items()})
     expected = crnn.GRU(4).apply({"params": variables}, x)
-    np.testing.assert_allclose(peer(torch.from_numpy(x)).detach().numpy(), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        peer(torch.from_numpy(x)).detach().numpy(), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_missing_parameter_is_refused(benchmark, torch_nets):
@@ -99,21 +109,44 @@ def test_memory_is_measured_in_a_process_of_its_own(benchmark, monkeypatch):
         return types.SimpleNamespace(stdout='a warning\n{"steps": 123.5, "peak": 200}\n')
 
     monkeypatch.setattr(benchmark.subprocess, "run", run)
-    assert benchmark.measure_memory("torch eager", "tiny", 8, "float32", tiny=True) == benchmark.Memory(123.5, 200)
-    expected = ["benchmarks.train_step", "--memory_of=torch eager", "--nets=tiny", "--batch=8", "--dtypes=float32", "--tiny"]
+    assert benchmark.measure_memory(
+        "torch eager", "tiny", 8, "float32", tiny=True
+    ) == benchmark.Memory(123.5, 200)
+    expected = [
+        "benchmarks.train_step",
+        "--memory_of=torch eager",
+        "--nets=tiny",
+        "--batch=8",
+        "--dtypes=float32",
+        "--tiny",
+    ]
     assert commands == [expected]
 
 
 def test_a_dry_run_prints_every_figure(benchmark, capsys, monkeypatch):
     sizes = {"jax": (300, 500)}
-    monkeypatch.setattr(benchmark, "measure_memory", lambda side, *_, **__: benchmark.Memory(*sizes.get(side, (200, 250))))
+    monkeypatch.setattr(
+        benchmark,
+        "measure_memory",
+        lambda side, *_, **__: benchmark.Memory(*sizes.get(side, (200, 250))),
+    )
     assert benchmark.main(["--tiny", "--no_compile"]) == 0
     printed = capsys.readouterr().out
     assert len(re.findall(r"jax / torch eager: [\d.]+ \(quartiles", printed)) == 2  # of both types
     assert printed.count("bar: at most 1, ") == 1  # in float32 alone
     assert "memory, steps, MB: jax 300, torch eager 200\n    jax / torch eager: 1.500" in printed
-    assert "memory, with compiling, MB: jax 500, torch eager 250\n    jax / torch eager: 2.000" in printed
-    assert len(re.findall(r"the device: [\d.]+ TFLOP/s in products of 1024\^3, [\d.]+ GB/s in copies", printed)) == 2
+    assert (
+        "memory, with compiling, MB: jax 500, torch eager 250\n    jax / torch eager: 2.000"
+        in printed
+    )
+    assert (
+        len(
+            re.findall(
+                r"the device: [\d.]+ TFLOP/s in products of 1024\^3, [\d.]+ GB/s in copies", printed
+            )
+        )
+        == 2
+    )
     with pytest.raises(SystemExit):
         benchmark.main(["--nets=conv3d"])
     assert "--nets: 'conv3d' is none of conv1d, fcn4, crnn" in capsys.readouterr().err

@@ -34,7 +34,9 @@ def two_files(tmp_path):
 
 
 def load(root, protocol, files="train valid test", **options):
-    return load_arrays(root, {split: f"{split}.npz" for split in files.split()}, protocol=protocol, **options)
+    return load_arrays(
+        root, {split: f"{split}.npz" for split in files.split()}, protocol=protocol, **options
+    )
 
 
 def split_of(dataset):
@@ -57,7 +59,10 @@ def test_no_artist_is_on_both_sides():
     together = 0
     for fold in range(4):
         splits = kfold_split(labels, 4, fold, seed=0, groups=groups)
-        sides = [{group for group, split in zip(groups, splits, strict=True) if split == side} for side in ("train", "valid")]
+        sides = [
+            {group for group, split in zip(groups, splits, strict=True) if split == side}
+            for side in ("train", "valid")
+        ]
         assert sides[0] & sides[1] <= {None}  # clips by nobody known are free to be anywhere
         together += splits.count("valid")
     assert together == 40
@@ -70,7 +75,10 @@ def test_folds_that_cannot_be():
         ((labels, 4, 4, 0), "data.fold=4 is not one of 0 to 3"),
         ((labels, 5, 0, 0), "the label 'a' has 4 clips, fewer than the 5 folds"),
         ((labels, 3, 0, 0, ["x", "y"] * 4), "of 2 artists or other groups, fewer than the 3 folds"),
-        ((labels, 2, 0, 0, ["x"] * 4 + ["y", "z"] * 2), "all clips of the label 'a' are of one artist"),
+        (
+            (labels, 2, 0, 0, ["x"] * 4 + ["y", "z"] * 2),
+            "all clips of the label 'a' are of one artist",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             kfold_split(*arguments)
@@ -79,15 +87,28 @@ def test_folds_that_cannot_be():
 def test_folds_are_made_of_the_files_that_are_given_and_the_test_file_stays(two_files):
     whole = [load(two_files, "random_kfold", folds=3, fold=fold) for fold in range(3)]
     assert whole[1].protocol == "random_kfold fold 1 of 3, seed 42"
-    assert all({clip_id for clip_id, split in split_of(d).items() if split == "test"} == {"clip12", "clip13"} for d in whole)
-    held_out = [clip_id for d in whole for clip_id, split in split_of(d).items() if split == "valid"]
+    assert all(
+        {clip_id for clip_id, split in split_of(d).items() if split == "test"}
+        == {"clip12", "clip13"}
+        for d in whole
+    )
+    held_out = [
+        clip_id for d in whole for clip_id, split in split_of(d).items() if split == "valid"
+    ]
     assert sorted(held_out) == sorted(f"clip{i}" for i in range(12))
     by_artist = load(two_files, "artist_kfold", "train", folds=2)
-    groups = {side: {clip.group for clip in by_artist.clips if clip.split == side} for side in ("train", "valid")}
-    assert groups["train"] | groups["valid"] == set("wxyz") and not groups["train"] & groups["valid"]
+    groups = {
+        side: {clip.group for clip in by_artist.clips if clip.split == side}
+        for side in ("train", "valid")
+    }
+    assert (
+        groups["train"] | groups["valid"] == set("wxyz") and not groups["train"] & groups["valid"]
+    )
     with pytest.raises(UserError, match="folds are made of the train and valid files"):
         load(two_files, "random_kfold", "test")
-    with pytest.raises(UserError, match=r"no protocol 'artist_kfolds'\. Did you mean 'artist_kfold'"):
+    with pytest.raises(
+        UserError, match=r"no protocol 'artist_kfolds'\. Did you mean 'artist_kfold'"
+    ):
         load(two_files, "artist_kfolds")
 
 
@@ -96,8 +117,13 @@ def test_segments_are_the_parts_of_their_clips(two_files, layout):
     if layout == "time_mel":
         with np.load(two_files / "train.npz") as there:
             turned = {name: there[name] for name in there.files}
-        np.savez(two_files / "train.npz", **turned | {"spectrogram": turned["spectrogram"].transpose(0, 2, 1)})
-    dataset = load_arrays(two_files, {"train": "train.npz"}, layout, "segment_leaked", folds=2, frames=3)
+        np.savez(
+            two_files / "train.npz",
+            **turned | {"spectrogram": turned["spectrogram"].transpose(0, 2, 1)},
+        )
+    dataset = load_arrays(
+        two_files, {"train": "train.npz"}, layout, "segment_leaked", folds=2, frames=3
+    )
     assert dataset.protocol == "segment_leaked fold 0 of 2, seed 42, 3 segments a clip"
     assert len(dataset.clips) == 24 and len({clip.row for clip in dataset.clips}) == 24
     file = open_array_file(two_files / "train.npz", layout)
@@ -109,7 +135,10 @@ def test_segments_are_the_parts_of_their_clips(two_files, layout):
         assert whole_clip(clip.clip_id) == f"clip{number}"
     np.testing.assert_array_equal(file.spectrogram(7)[:, 0], 7000 + np.arange(10))
     # At random: some clip has segments on both sides.
-    sides = {side: {whole_clip(c.clip_id) for c in dataset.clips if c.split == side} for side in ("train", "valid")}
+    sides = {
+        side: {whole_clip(c.clip_id) for c in dataset.clips if c.split == side}
+        for side in ("train", "valid")
+    }
     assert sides["train"] & sides["valid"]
 
 
@@ -128,9 +157,22 @@ def test_segments_of_a_clip_by_nobody_known_belong_together(two_files):
 
 def test_a_config_says_which_folds_and_each_has_a_store_of_its_own(two_files):
     places, held_out = set(), []
-    for protocol, fold in (("fault_filtered", 0), ("random_kfold", 0), ("random_kfold", 1), ("artist_kfold", 0)):
+    for protocol, fold in (
+        ("fault_filtered", 0),
+        ("random_kfold", 0),
+        ("random_kfold", 1),
+        ("artist_kfold", 0),
+    ):
         config = base_config()
-        config.data.update({"dataset": "arrays", "root": str(two_files), "protocol": protocol, "fold": fold, "folds": 2})
+        config.data.update(
+            {
+                "dataset": "arrays",
+                "root": str(two_files),
+                "protocol": protocol,
+                "fold": fold,
+                "folds": 2,
+            }
+        )
         config.data.files.update({"train": "train.npz", "valid": "valid.npz"})
         places.add(store_path(config))
         splits = split_of(load_dataset(dataset_options(config)))
@@ -147,8 +189,13 @@ def test_gtzan_by_artist(real_data):
     files = {"train": "train.npz", "valid": "valid.npz"}
     held_out = []
     for fold in range(5):
-        dataset = load_arrays(real_data / "gtzan_mels", files, protocol="artist_kfold", fold=fold, folds=5)
-        sides = {side: {c.group for c in dataset.clips if c.split == side and c.group} for side in ("train", "valid")}
+        dataset = load_arrays(
+            real_data / "gtzan_mels", files, protocol="artist_kfold", fold=fold, folds=5
+        )
+        sides = {
+            side: {c.group for c in dataset.clips if c.split == side and c.group}
+            for side in ("train", "valid")
+        }
         assert not sides["train"] & sides["valid"]
         held_out += [clip.clip_id for clip in dataset.clips if clip.split == "valid"]
     assert len(held_out) == len(set(held_out)) == 639

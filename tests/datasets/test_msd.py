@@ -34,17 +34,48 @@ METADATA = np.dtype(
         ("track_7digitalid", "<i4"),
     ]
 )
-LISTS = ("bars_confidence", "bars_start", "beats_confidence", "beats_start", "sections_confidence", "sections_start")
-SEGMENTS = ("confidence", "loudness_max", "loudness_max_time", "loudness_start", "pitches", "start", "timbre")
+LISTS = (
+    "bars_confidence",
+    "bars_start",
+    "beats_confidence",
+    "beats_start",
+    "sections_confidence",
+    "sections_start",
+)
+SEGMENTS = (
+    "confidence",
+    "loudness_max",
+    "loudness_max_time",
+    "loudness_start",
+    "pitches",
+    "start",
+    "timbre",
+)
 ANALYSIS = np.dtype(
     [("analysis_sample_rate", "<i4"), ("audio_md5", "S32")]
     + [(name, "<f8") for name in ("danceability", "duration", "end_of_fade_in", "energy")]
     + [
         (f"idx_{name}", "<i4")
-        for name in (*LISTS, *(f"segments_{part}" for part in SEGMENTS), "tatums_confidence", "tatums_start")
+        for name in (
+            *LISTS,
+            *(f"segments_{part}" for part in SEGMENTS),
+            "tatums_confidence",
+            "tatums_start",
+        )
     ]
-    + [("key", "<i4"), ("key_confidence", "<f8"), ("loudness", "<f8"), ("mode", "<i4"), ("mode_confidence", "<f8")]
-    + [("start_of_fade_out", "<f8"), ("tempo", "<f8"), ("time_signature", "<i4"), ("time_signature_confidence", "<f8")]
+    + [
+        ("key", "<i4"),
+        ("key_confidence", "<f8"),
+        ("loudness", "<f8"),
+        ("mode", "<i4"),
+        ("mode_confidence", "<f8"),
+    ]
+    + [
+        ("start_of_fade_out", "<f8"),
+        ("tempo", "<f8"),
+        ("time_signature", "<i4"),
+        ("time_signature_confidence", "<f8"),
+    ]
     + [("track_id", "S32")]
 )
 MUSICBRAINZ = np.dtype([("idx_artist_mbtags", "<i4"), ("year", "<i4")])
@@ -60,7 +91,10 @@ def write_h5(path, *songs, lists=True):
     tables = [np.zeros(len(songs), dtype) for dtype in (METADATA, ANALYSIS, MUSICBRAINZ)]
     terms, weights, tags, counts = [], [], [], []
     for row, song in enumerate(songs):
-        tables[0][row]["idx_artist_terms"], tables[2][row]["idx_artist_mbtags"] = len(terms), len(tags)
+        tables[0][row]["idx_artist_terms"], tables[2][row]["idx_artist_mbtags"] = (
+            len(terms),
+            len(tags),
+        )
         for name, value in song.items():
             if name == "terms":
                 terms += value
@@ -73,7 +107,9 @@ def write_h5(path, *songs, lists=True):
                 table[row][name] = value
     with h5py.File(path, "w") as file:
         for place, table in zip(("metadata", "analysis", "musicbrainz"), tables, strict=True):
-            file.create_group(place).create_dataset("songs", data=table, maxshape=(None,), chunks=(4,), compression="gzip")
+            file.create_group(place).create_dataset(
+                "songs", data=table, maxshape=(None,), chunks=(4,), compression="gzip"
+            )
         if lists:
             made = {
                 "metadata/artist_terms": np.array(terms, "S256"),
@@ -82,7 +118,9 @@ def write_h5(path, *songs, lists=True):
                 "musicbrainz/artist_mbtags_count": np.array(counts, "<i4"),
             }
             for place, data in made.items():
-                file.create_dataset(place, data=data, maxshape=(None,), chunks=(32,), compression="gzip")
+                file.create_dataset(
+                    place, data=data, maxshape=(None,), chunks=(32,), compression="gzip"
+                )
     return path
 
 
@@ -106,7 +144,11 @@ def folder_of(track_id):
 def root(tmp_path):
     """Twenty songs of ten artists with previews, five more without."""
     for number in range(25):
-        terms = {"rock": 1.0, "pop": 0.2} if number % 4 < 2 else {"jazz": 0.3, "rock": 0.9, f"rare {number}": 1.0}
+        terms = (
+            {"rock": 1.0, "pop": 0.2}
+            if number % 4 < 2
+            else {"jazz": 0.3, "rock": 0.9, f"rare {number}": 1.0}
+        )
         write_h5(tmp_path / folder_of(track(number)), song(number, f"AR{number // 2}", terms))
     (tmp_path / "previews").mkdir()
     for number in range(20):
@@ -116,28 +158,62 @@ def root(tmp_path):
 
 def test_a_real_song(real_data):
     (got,) = read_songs(real_data / "msd" / "TRAXLZU12903D05F94.h5")
-    assert (got.track_id, got.song_id, got.title) == ("TRAXLZU12903D05F94", "SOCWJDB12A58A776AF", "Never Gonna Give You Up")
-    assert (got.artist_name, got.artist_id, got.release) == ("Rick Astley", "ARWPYQI1187FB4D55A", "Big Tunes - Back 2 The 80s")
+    assert (got.track_id, got.song_id, got.title) == (
+        "TRAXLZU12903D05F94",
+        "SOCWJDB12A58A776AF",
+        "Never Gonna Give You Up",
+    )
+    assert (got.artist_name, got.artist_id, got.release) == (
+        "Rick Astley",
+        "ARWPYQI1187FB4D55A",
+        "Big Tunes - Back 2 The 80s",
+    )
     assert (got.year, got.duration) == (1987, pytest.approx(211.69587))
-    assert (got.track_7digitalid, got.release_7digitalid, got.artist_7digitalid) == (8707738, 786795, 3204)
+    assert (got.track_7digitalid, got.release_7digitalid, got.artist_7digitalid) == (
+        8707738,
+        786795,
+        3204,
+    )
     assert got.artist_terms[:2] == (("dance pop", 1.0), ("rock", pytest.approx(0.75590423)))
-    assert got.artist_terms[-1] == ("80s", pytest.approx(0.13391383)) and len(got.artist_terms) == 12
-    assert got.artist_mbtags == (("uk", 1), ("british", 1), ("english", 1), ("classic pop and rock", 1))
+    assert (
+        got.artist_terms[-1] == ("80s", pytest.approx(0.13391383)) and len(got.artist_terms) == 12
+    )
+    assert got.artist_mbtags == (
+        ("uk", 1),
+        ("british", 1),
+        ("english", 1),
+        ("classic pop and rock", 1),
+    )
 
 
 def test_made_files_are_like_a_real_one(real_data, tmp_path):
     path = write_h5(tmp_path / "song.h5", song(1, tags={"uk": 1}))
-    with h5py.File(real_data / "msd" / "TRAXLZU12903D05F94.h5", "r") as real, h5py.File(path, "r") as made:
+    with (
+        h5py.File(real_data / "msd" / "TRAXLZU12903D05F94.h5", "r") as real,
+        h5py.File(path, "r") as made,
+    ):
         places = []
-        made.visititems(lambda name, item: places.append(name) if isinstance(item, h5py.Dataset) else None)
+        made.visititems(
+            lambda name, item: places.append(name) if isinstance(item, h5py.Dataset) else None
+        )
         assert len(places) == 7
         for place in places:
-            assert (made[place].dtype, made[place].ndim, made[place].maxshape) == (real[place].dtype, 1, real[place].maxshape)
+            assert (made[place].dtype, made[place].ndim, made[place].maxshape) == (
+                real[place].dtype,
+                1,
+                real[place].maxshape,
+            )
 
 
 def test_one_song(tmp_path):
     terms, tags = {"soul": 0.25, "rhythm & blues": 1.0, "60s": 0.5}, {"uk": 1, "motown": 7}
-    more = {"title": "Älskar 愛".encode(), "artist_name": b"caf\xe9", "year": 1964, "duration": 12.5, "release_7digitalid": -1}
+    more = {
+        "title": "Älskar 愛".encode(),
+        "artist_name": b"caf\xe9",
+        "year": 1964,
+        "duration": 12.5,
+        "release_7digitalid": -1,
+    }
     (got,) = read_songs(write_h5(tmp_path / "a.h5", song(7, terms=terms, tags=tags, **more)))
     assert got == Song(
         track_id=track(7),
@@ -159,11 +235,20 @@ def test_one_song(tmp_path):
 def test_many_songs_with_and_without_lists(tmp_path, monkeypatch):
     # A block ends between rows whose lists join.
     monkeypatch.setattr("musicgenre.datasets.msd.BLOCK", 3)
-    songs = [song(i, terms={f"t{i}.{j}": 1 - j / 10 for j in range(i % 4)}, tags={f"m{i}": i} if i % 2 else {}) for i in range(8)]
+    songs = [
+        song(
+            i,
+            terms={f"t{i}.{j}": 1 - j / 10 for j in range(i % 4)},
+            tags={f"m{i}": i} if i % 2 else {},
+        )
+        for i in range(8)
+    ]
     got = list(read_songs(write_h5(tmp_path / "aggregate.h5", *songs)))
     assert [s.track_id for s in got] == [track(i) for i in range(8)]
     assert [len(s.artist_terms) for s in got] == [0, 1, 2, 3, 0, 1, 2, 3]
-    assert got[7].artist_terms == (("t7.0", 1.0), ("t7.1", 0.9), ("t7.2", 0.8)) and got[7].artist_mbtags == (("m7", 7),)
+    assert got[7].artist_terms == (("t7.0", 1.0), ("t7.1", 0.9), ("t7.2", 0.8)) and got[
+        7
+    ].artist_mbtags == (("m7", 7),)
     summary = list(read_songs(write_h5(tmp_path / "summary.h5", *songs, lists=False)))
     assert [s.track_7digitalid for s in summary] == list(range(1000, 1008))
     assert all(s.artist_terms == s.artist_mbtags == () for s in summary)
@@ -187,7 +272,9 @@ def drop_column(place, name):
     def change(file):
         rows = file[place][:]
         del file[place]
-        file.create_dataset(place, data=rows[[column for column in rows.dtype.names if column != name]])
+        file.create_dataset(
+            place, data=rows[[column for column in rows.dtype.names if column != name]]
+        )
 
     return change
 
@@ -204,18 +291,48 @@ def set_column(place, name, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda file: file.pop("musicbrainz"), "no table musicbrainz/songs; it is no file of the Million Song Dataset"),
+        (
+            lambda file: file.pop("musicbrainz"),
+            "no table musicbrainz/songs; it is no file of the Million Song Dataset",
+        ),
         (lambda file: file.move("metadata/songs", "metadata/old"), "no table metadata/songs"),
-        (lambda file: (file.pop("analysis/songs"), file["analysis"].create_group("songs")), "no table analysis/songs"),
-        (drop_column("metadata/songs", "track_7digitalid"), "metadata/songs has no column 'track_7digitalid'"),
-        (drop_column("metadata/songs", "idx_artist_terms"), "metadata/songs has no column 'idx_artist_terms'"),
-        (lambda file: file["analysis/songs"].resize((2,)), "analysis/songs has 2 rows where metadata/songs has 1"),
-        (lambda file: file.pop("metadata/artist_terms_weight"), r"not two lists of one length, but \(1,\) and None"),
-        (lambda file: file.pop("musicbrainz/artist_mbtags"), r"not two lists of one length, but None and \(0,\)"),
-        (lambda file: file["metadata/artist_terms"].resize((5,)), r"not two lists of one length, but \(5,\) and \(1,\)"),
-        (set_column("metadata/songs", "idx_artist_terms", 9), "idx_artist_terms is damaged .* 9 to 1"),
+        (
+            lambda file: (file.pop("analysis/songs"), file["analysis"].create_group("songs")),
+            "no table analysis/songs",
+        ),
+        (
+            drop_column("metadata/songs", "track_7digitalid"),
+            "metadata/songs has no column 'track_7digitalid'",
+        ),
+        (
+            drop_column("metadata/songs", "idx_artist_terms"),
+            "metadata/songs has no column 'idx_artist_terms'",
+        ),
+        (
+            lambda file: file["analysis/songs"].resize((2,)),
+            "analysis/songs has 2 rows where metadata/songs has 1",
+        ),
+        (
+            lambda file: file.pop("metadata/artist_terms_weight"),
+            r"not two lists of one length, but \(1,\) and None",
+        ),
+        (
+            lambda file: file.pop("musicbrainz/artist_mbtags"),
+            r"not two lists of one length, but None and \(0,\)",
+        ),
+        (
+            lambda file: file["metadata/artist_terms"].resize((5,)),
+            r"not two lists of one length, but \(5,\) and \(1,\)",
+        ),
+        (
+            set_column("metadata/songs", "idx_artist_terms", 9),
+            "idx_artist_terms is damaged .* 9 to 1",
+        ),
         (set_column("metadata/songs", "idx_artist_terms", -1), "idx_artist_terms is damaged"),
-        (set_column("analysis/songs", "track_id", b"../../../etc/x"), r"has the track_id '\.\./\.\./\.\./etc/x'"),
+        (
+            set_column("analysis/songs", "track_id", b"../../../etc/x"),
+            r"has the track_id '\.\./\.\./\.\./etc/x'",
+        ),
     ],
 )
 def test_what_a_file_lacks_is_named(tmp_path, change, message):
@@ -254,7 +371,9 @@ def test_a_walk_skips_and_lists_bad_files(root):
     write_h5(root / "data" / ".hidden" / "x.h5", song(99))
     items = list(walk_songs(root))
     bad = [item for item in items if isinstance(item, Skipped)]
-    assert len(items) == 26 and [(item.clip_id, item.path) for item in bad] == [("TRBAD", str(root / "data/A/TRBAD.h5"))]
+    assert len(items) == 26 and [(item.clip_id, item.path) for item in bad] == [
+        ("TRBAD", str(root / "data/A/TRBAD.h5"))
+    ]
     assert bad[0].reason.startswith("not an HDF5 file")
     assert bad[0] in load_msd(root, allow_missing=True).skipped
     with pytest.raises(UserError, match="no such folder"):
@@ -270,21 +389,37 @@ def test_songs_with_previews_are_clips_split_by_artist(root):
     assert dataset.label_names == ("rock", "jazz", "pop")
     assert dataset.protocol == "by artist, top 3 artist terms, 70/15/15, seed 42"
     assert [clip.clip_id for clip in dataset.clips] == [track(number) for number in range(20)]
-    assert dataset.clips[0].labels == ("rock", "pop") and dataset.clips[2].labels == ("rock", "jazz")
-    assert dataset.clips[3].group == "AR1" and dataset.clips[3].path == root / "previews" / f"{track(3)}.mp3"
+    assert dataset.clips[0].labels == ("rock", "pop") and dataset.clips[2].labels == (
+        "rock",
+        "jazz",
+    )
+    assert (
+        dataset.clips[3].group == "AR1"
+        and dataset.clips[3].path == root / "previews" / f"{track(3)}.mp3"
+    )
     by_artist = {}
     for clip in dataset.clips:
         by_artist.setdefault(clip.group, set()).add(clip.split)
     assert len(by_artist) == 10 and all(len(splits) == 1 for splits in by_artist.values())
-    assert {split for splits in by_artist.values() for split in splits} == {"train", "valid", "test"}
+    assert {split for splits in by_artist.values() for split in splits} == {
+        "train",
+        "valid",
+        "test",
+    }
     assert load_msd(root, top_k=3, allow_missing=True) == dataset
     other = load_msd(root, top_k=3, allow_missing=True, seed=1)
     assert [clip.split for clip in other.clips] != [clip.split for clip in dataset.clips]
-    assert dataset.notes[0] == "25 songs, 20 with a preview; 20 of them have one of the 3 commonest terms of 13."
+    assert (
+        dataset.notes[0]
+        == "25 songs, 20 with a preview; 20 of them have one of the 3 commonest terms of 13."
+    )
 
 
 def test_songs_without_a_preview_are_skipped_with_the_reason(root):
-    with pytest.raises(UserError, match=rf"{track(20)} has no preview yet \(5 of 25 songs.*fetch_previews.*allow_missing=True"):
+    with pytest.raises(
+        UserError,
+        match=rf"{track(20)} has no preview yet \(5 of 25 songs.*fetch_previews.*allow_missing=True",
+    ):
         load_msd(root)
     write_h5(root / folder_of(track(20)), song(20, track_7digitalid=0))
     (root / "previews" / "previews.csv").write_text(
@@ -313,7 +448,9 @@ def test_songs_without_a_common_term_are_skipped(root):
     write_h5(root / folder_of(track(0)), song(0, terms={"yodel": 1.0}))
     write_h5(root / folder_of(track(1)), song(1, terms={}))
     dataset = load_msd(root, top_k=2, allow_missing=True)
-    assert [(entry.clip_id, entry.reason) for entry in dataset.skipped if "preview:" not in entry.reason] == [
+    assert [
+        (entry.clip_id, entry.reason) for entry in dataset.skipped if "preview:" not in entry.reason
+    ] == [
         (track(0), "none of the 2 commonest artist terms"),
         (track(1), "none of the 2 commonest artist terms"),
     ]
@@ -330,11 +467,18 @@ def test_previews_may_lie_beside_the_song_and_the_folder_previews_wins(root):
     assert find_previews(root)[track(6)] == root / "previews" / f"{track(6)}.mp3"
     dataset = load_msd(root, allow_missing=True)
     assert len(dataset.clips) == 20
-    assert "1 sound files are named after tracks that no .h5 file knows; they are left out." in dataset.notes
+    assert (
+        "1 sound files are named after tracks that no .h5 file knows; they are left out."
+        in dataset.notes
+    )
 
 
 def test_a_summary_file_beside_the_songs_counts_nothing_twice(root):
-    write_h5(root / "AdditionalFiles" / "summary.h5", *(song(number) for number in range(25)), lists=False)
+    write_h5(
+        root / "AdditionalFiles" / "summary.h5",
+        *(song(number) for number in range(25)),
+        lists=False,
+    )
     dataset = load_msd(root, allow_missing=True)
     assert len(dataset.clips) == 20 and len(dataset.skipped) == 5
     assert "25 rows are of a song that came before; they count once." in dataset.notes
@@ -342,21 +486,29 @@ def test_a_summary_file_beside_the_songs_counts_nothing_twice(root):
 
 
 def test_one_file_of_many_songs_with_previews_beside_it(root):
-    path = write_h5(root / "all.h5", *(song(number, f"AR{number}", {"rock": 1.0}) for number in range(20)))
+    path = write_h5(
+        root / "all.h5", *(song(number, f"AR{number}", {"rock": 1.0}) for number in range(20))
+    )
     assert len(load_msd(path).clips) == 20
     write_h5(path, *(song(number) for number in range(20)), lists=False)
-    with pytest.raises(UserError, match=r"no song with a preview has artist terms.*A summary file has none"):
+    with pytest.raises(
+        UserError, match=r"no song with a preview has artist terms.*A summary file has none"
+    ):
         load_msd(path)
 
 
 def test_nothing_to_learn_from(root, tmp_path_factory):
     empty = tmp_path_factory.mktemp("empty")
     write_h5(empty / "a.h5", song(1))
-    with pytest.raises(UserError, match=r"none of the 1 songs has a preview in .*previews\. Fetch some: .*fetch_previews.py"):
+    with pytest.raises(
+        UserError,
+        match=r"none of the 1 songs has a preview in .*previews\. Fetch some: .*fetch_previews.py",
+    ):
         load_msd(empty, allow_missing=True)
     (empty / "a.h5").write_bytes(b"")
     with pytest.raises(
-        UserError, match=r"no song in its \.h5 files, 1 of which cannot be used; the first is .*a\.h5: not an HDF5"
+        UserError,
+        match=r"no song in its \.h5 files, 1 of which cannot be used; the first is .*a\.h5: not an HDF5",
     ):
         load_msd(empty)
 

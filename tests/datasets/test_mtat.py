@@ -1,21 +1,18 @@
 import gzip
-import runpy
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
+from mtat_tree import make_mtat_tree
 from sklearn.model_selection import train_test_split
 
 from musicgenre.audio.features import FeatureSpec
+from musicgenre.audio.layout import ClipLayout
 from musicgenre.datasets import mtat
 from musicgenre.datasets.mtat import leak, load_mtat, protocol_splits, read_table, split_tracks
 from musicgenre.errors import UserError
 from musicgenre.evaluation.audit import AuditSide, audit
-from musicgenre.pipeline.prepare import prepare_store
-from musicgenre.pipeline.store import ClipLayout
-
-make_mtat_tree = runpy.run_path(str(Path(__file__).with_name("mtat_tree.py")))["make_mtat_tree"]
+from musicgenre.store.prepare import prepare_store
 
 # Four clips of three tracks, in no order of their ids. Counts: guitar 3, harp 2, cello 2, odd 1, silence 0.
 ROWS = (
@@ -34,7 +31,9 @@ def table(rows=ROWS, header=HEADER, quote=""):
 
 def write(root, text, name="annotations_final.csv"):
     root.mkdir(exist_ok=True)
-    (root / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    (root / name).write_bytes(
+        gzip.compress(text.encode()) if name.endswith(".gz") else text.encode()
+    )
     return root
 
 
@@ -51,16 +50,31 @@ def count(splits):
 
 def test_both_forms_of_the_table_give_the_same(tmp_path):
     by_frequency = (0, 3, 4, 2, 1, 5, 6)  # guitar, cello, harp, odd, silence
-    rows = [(i, "".join(tags[column - 1] for column in by_frequency[1:-1]), path) for i, tags, path in ROWS]
+    rows = [
+        (i, "".join(tags[column - 1] for column in by_frequency[1:-1]), path)
+        for i, tags, path in ROWS
+    ]
     header = [HEADER[column] for column in by_frequency]
     original = read_table(write(tmp_path / "a", table(quote='"')))
     ours = read_table(write(tmp_path / "b", table(rows, header), "annotations_final.csv.gz"))
-    windows = read_table(write(tmp_path / "c", "\ufeff" + table(quote='"').replace("\n", "\r\n") + "\r\n"))
+    windows = read_table(
+        write(tmp_path / "c", "\ufeff" + table(quote='"').replace("\n", "\r\n") + "\r\n")
+    )
     for read in (original, ours, windows):
         assert read.tag_names == ("guitar", "cello", "harp", "odd", "silence")
         assert read.clip_ids == ("4", "30", "100", "200")
-        assert read.tags.astype(int).tolist() == [[1, 0, 1, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 1, 0]]
-        assert read.tracks == ("bob-second-02-two_b", "ann-first-01-one", "bob-second-02-two_b", "ann-third-01-three")
+        assert read.tags.astype(int).tolist() == [
+            [1, 0, 1, 0, 0],
+            [1, 1, 0, 0, 0],
+            [1, 1, 1, 0, 0],
+            [0, 0, 0, 1, 0],
+        ]
+        assert read.tracks == (
+            "bob-second-02-two_b",
+            "ann-first-01-one",
+            "bob-second-02-two_b",
+            "ann-third-01-three",
+        )
         assert read.artists == ("bob", "ann", "bob", "ann")
         assert read.mp3_paths[3] == "f/ann-third-01-three-58-87.mp3"
 
@@ -69,7 +83,10 @@ def test_clips_have_their_tags_by_frequency_and_their_track(tmp_path):
     touch(write(tmp_path, table()), *(path for _, _, path in ROWS))
     dataset = load_mtat(tmp_path, "clean", top_k=3)
     assert dataset.task == "multi_label" and dataset.name == "mtat"
-    assert dataset.label_names == ("guitar", "cello", "harp") and dataset.protocol == "clean, top 3 tags"
+    assert (
+        dataset.label_names == ("guitar", "cello", "harp")
+        and dataset.protocol == "clean, top 3 tags"
+    )
     assert [(c.clip_id, c.labels, c.split, c.group) for c in dataset.clips] == [
         ("100", ("guitar", "cello", "harp"), "train", "bob-second-02-two_b"),
         ("30", ("guitar", "cello"), "valid", "ann-first-01-one"),
@@ -77,7 +94,9 @@ def test_clips_have_their_tags_by_frequency_and_their_track(tmp_path):
     ]
     assert dataset.clips[1].path == tmp_path / "c" / "ann-first-01-one-0-29.mp3"
     everything = load_mtat(tmp_path, "all", top_k=3)
-    assert [(c.clip_id, c.labels, c.split) for c in everything.clips if c.split == "test"] == [("200", (), "test")]
+    assert [(c.clip_id, c.labels, c.split) for c in everything.clips if c.split == "test"] == [
+        ("200", (), "test")
+    ]
     assert everything.notes[:2] == (
         "mtat, protocol all, top 3 tags: train 2, valid 1, test 1 of 4 clips in the table; every mp3 is on disk",
         "leaks by the table: 0 of 1 test clips (0.0%) are from a track that is also in train, 0 (0.0%) by an artist who is in "
@@ -89,32 +108,73 @@ def test_a_tie_at_the_last_tag_is_broken_by_name_and_said(tmp_path):
     touch(write(tmp_path, table()), *(path for _, _, path in ROWS))
     dataset = load_mtat(tmp_path, "all", top_k=2)
     assert dataset.label_names == ("guitar", "cello")
-    assert dataset.notes[-1] == "the tags 'cello' and 'harp' are equally frequent; 'harp' is left out by alphabetical order"
+    assert (
+        dataset.notes[-1]
+        == "the tags 'cello' and 'harp' are equally frequent; 'harp' is left out by alphabetical order"
+    )
     assert len(load_mtat(tmp_path, "all", top_k=3).notes) == 2
-    write(tmp_path, table([(clip_id, tags[:4], path) for clip_id, tags, path in ROWS], (*HEADER[:5], HEADER[6])))
+    write(
+        tmp_path,
+        table(
+            [(clip_id, tags[:4], path) for clip_id, tags, path in ROWS], (*HEADER[:5], HEADER[6])
+        ),
+    )
     assert len(load_mtat(tmp_path, "all", top_k=4).notes) == 2
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (table().replace("\t1\t1\t0\t0\t0/bob", "\t1\t2\t0\t0\t0/bob"), r"final\.csv, line 3, column guitar: '2' is not 0 or 1"),
-        (table().replace("\t1\t1\t0\t0\t0/bob", "\t-\t1\t0\t0\t0/bob"), "line 3, column harp: '-' is not 0 or 1"),
-        (table(quote='"').replace('"1"\t"0"\t"0"\t"0/bob', '"1"\t""\t"0"\t"0/bob'), "line 3, column cello: '' is not 0 or 1"),
-        (table().replace("\t00110", "\t00110").replace("0\t0\t0\t0\tf/", "0\t0\t01\t0\tf/"), "line 4, column cello: '01' is not"),
-        (table([*ROWS, ("0030", "10000", "1/a-b-01-c-0-29.mp3")]), "line 6, column clip_id: clip 0030 is already on line 2"),
-        (table([*ROWS, ("x7", "10000", "1/a-b-01-c-0-29.mp3")]), "line 6, column clip_id: 'x7' is not a number"),
+        (
+            table().replace("\t1\t1\t0\t0\t0/bob", "\t1\t2\t0\t0\t0/bob"),
+            r"final\.csv, line 3, column guitar: '2' is not 0 or 1",
+        ),
+        (
+            table().replace("\t1\t1\t0\t0\t0/bob", "\t-\t1\t0\t0\t0/bob"),
+            "line 3, column harp: '-' is not 0 or 1",
+        ),
+        (
+            table(quote='"').replace('"1"\t"0"\t"0"\t"0/bob', '"1"\t""\t"0"\t"0/bob'),
+            "line 3, column cello: '' is not 0 or 1",
+        ),
+        (
+            table().replace("\t00110", "\t00110").replace("0\t0\t0\t0\tf/", "0\t0\t01\t0\tf/"),
+            "line 4, column cello: '01' is not",
+        ),
+        (
+            table([*ROWS, ("0030", "10000", "1/a-b-01-c-0-29.mp3")]),
+            "line 6, column clip_id: clip 0030 is already on line 2",
+        ),
+        (
+            table([*ROWS, ("x7", "10000", "1/a-b-01-c-0-29.mp3")]),
+            "line 6, column clip_id: 'x7' is not a number",
+        ),
         (
             table([*ROWS, ("7", "10000", ROWS[2][2])]),
             "line 6, column mp3_path: f/ann-third-01-three-58-87.mp3 is already on line 4",
         ),
         (table([*ROWS, ("7", "10000", "")]), "line 6, column mp3_path: '' is not a path such as"),
-        (table([*ROWS, ("7", "10000", "../a-b-01-c-0-29.mp3")]), r"line 6, column mp3_path: '\.\./a-b"),
-        (table([*ROWS, ("7", "10000", "/etc/a-b-01-c-0-29.mp3")]), "line 6, column mp3_path: '/etc/a-b"),
-        (table([*ROWS, ("7", "1000", "1/a-b-01-c-0-29.mp3")]), "line 6: 6 fields where the header has 7"),
+        (
+            table([*ROWS, ("7", "10000", "../a-b-01-c-0-29.mp3")]),
+            r"line 6, column mp3_path: '\.\./a-b",
+        ),
+        (
+            table([*ROWS, ("7", "10000", "/etc/a-b-01-c-0-29.mp3")]),
+            "line 6, column mp3_path: '/etc/a-b",
+        ),
+        (
+            table([*ROWS, ("7", "1000", "1/a-b-01-c-0-29.mp3")]),
+            "line 6: 6 fields where the header has 7",
+        ),
         (table().replace("c/ann", "c/a\tnn"), "line 2: 8 fields where the header has 7"),
-        (table(header=("Clip ID", *HEADER[1:])), "line 1: no column clip_id among the 7 columns.*Is it 'Clip ID'"),
-        (table().replace("\t", ","), "line 1: no column clip_id among the 1 columns .*separated by tabs"),
+        (
+            table(header=("Clip ID", *HEADER[1:])),
+            "line 1: no column clip_id among the 7 columns.*Is it 'Clip ID'",
+        ),
+        (
+            table().replace("\t", ","),
+            "line 1: no column clip_id among the 1 columns .*separated by tabs",
+        ),
         (table(header=("clip_id", "odd", "odd", *HEADER[3:])), "line 1: 2 columns named 'odd'"),
         (table(header=("clip_id", "", *HEADER[2:])), "line 1: a column without a name"),
         ("clip_id\tmp3_path\n1\ta-b-01-c-0-29.mp3\n", "line 1: no column of a tag"),
@@ -128,7 +188,9 @@ def test_a_table_that_cannot_be_used_is_named_by_line_and_column(tmp_path, text,
 
 
 def test_files_that_are_no_table(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"no annotations_final\.csv or .*download\.py --dataset=mtat --root="):
+    with pytest.raises(
+        UserError, match=r"no annotations_final\.csv or .*download\.py --dataset=mtat --root="
+    ):
         read_table(tmp_path)
     packed = gzip.compress(table().encode())
     (tmp_path / "annotations_final.csv.gz").write_bytes(packed[: len(packed) // 2])
@@ -148,19 +210,26 @@ def test_mistakes_with_protocols(tmp_path):
     with pytest.raises(UserError, match=r"MTAT has no protocol 'reprot'\. Did you mean 'report'"):
         protocol_splits(read, "reprot")
     for top_k in (0, 5):
-        with pytest.raises(UserError, match=rf"data\.top_k={top_k} is not one of 1 to 4, the tags that occur"):
+        with pytest.raises(
+            UserError, match=rf"data\.top_k={top_k} is not one of 1 to 4, the tags that occur"
+        ):
             protocol_splits(read, "clean", top_k=top_k)
     with pytest.raises(UserError, match="three shares"):
         protocol_splits(read, "grouped", top_k=4, fractions=(0.5, 0.2, 0.2))
     moved = read_table(write(tmp_path, table([*ROWS, ("7", "10000", "mp3/a-b-01-c-0-29.mp3")])))
-    with pytest.raises(UserError, match=r"clip 7, column mp3_path: 'mp3/a-b-01-c-0-29\.mp3' is in none of the folders"):
+    with pytest.raises(
+        UserError,
+        match=r"clip 7, column mp3_path: 'mp3/a-b-01-c-0-29\.mp3' is in none of the folders",
+    ):
         protocol_splits(moved, "clean", top_k=4)
     assert count(protocol_splits(moved, "report", top_k=4)) == (3, 1, 1)
 
 
 def test_missing_files_are_named_counted_or_listed(tmp_path):
     write(tmp_path, table())
-    touch(tmp_path, ROWS[1][2], "ann-first-01-one-0-29.mp3")  # one in its folder, one beside the table
+    touch(
+        tmp_path, ROWS[1][2], "ann-first-01-one-0-29.mp3"
+    )  # one in its folder, one beside the table
     with pytest.raises(UserError) as caught:
         load_mtat(tmp_path, "all", top_k=4)
     assert str(caught.value) == (
@@ -173,11 +242,18 @@ def test_missing_files_are_named_counted_or_listed(tmp_path):
         ("30", "ann-first-01-one-0-29.mp3"),
         ("4", "0/bob-second-02-two_b-29-58.mp3"),
     ]
-    assert [(s.clip_id, s.reason) for s in dataset.skipped] == [("100", "not on disk"), ("200", "not on disk")]
-    assert dataset.notes[0].endswith("train 2, valid 1, test 1 of 4 clips in the table; 2 mp3s are not on disk")
+    assert [(s.clip_id, s.reason) for s in dataset.skipped] == [
+        ("100", "not on disk"),
+        ("200", "not on disk"),
+    ]
+    assert dataset.notes[0].endswith(
+        "train 2, valid 1, test 1 of 4 clips in the table; 2 mp3s are not on disk"
+    )
     for path in (tmp_path / ROWS[1][2], tmp_path / "ann-first-01-one-0-29.mp3"):
         path.unlink()
-    with pytest.raises(UserError, match=r"4 of 4 mp3s are missing \(mtat.*\)\. The command that fetches them"):
+    with pytest.raises(
+        UserError, match=r"4 of 4 mp3s are missing \(mtat.*\)\. The command that fetches them"
+    ):
         load_mtat(tmp_path, "all", top_k=4, allow_missing=True)
 
 
@@ -189,7 +265,9 @@ def test_the_report_splits_at_random_twice(tmp_path):
     # The inner split is over positions among the rest in the table's order, whatever order the outer one gave them.
     inner, valid = train_test_split(np.sort(rest), test_size=0.2, random_state=7)
     assert set(np.flatnonzero(splits == "test")) == set(test)
-    assert set(np.flatnonzero(splits == "valid")) == set(valid) and set(np.flatnonzero(splits == "train")) == set(inner)
+    assert set(np.flatnonzero(splits == "valid")) == set(valid) and set(
+        np.flatnonzero(splits == "train")
+    ) == set(inner)
     assert count(splits) == (64, 16, 20)
 
 
@@ -213,7 +291,11 @@ def test_tracks_stay_whole_and_tags_are_spread():
         assert abs((splits == split).mean() - share) < 0.02
         # Tracks have four clips or so: no tag is further off than by one track.
         assert np.abs(tags[splits == split].sum(axis=0) - share * tags.sum(axis=0)).max() <= 4
-    assert splits.tolist() == split_tracks(tags, tracks, 0, (0.6, 0.2, 0.2)) != split_tracks(tags, tracks, 1, (0.6, 0.2, 0.2))
+    assert (
+        splits.tolist()
+        == split_tracks(tags, tracks, 0, (0.6, 0.2, 0.2))
+        != split_tracks(tags, tracks, 1, (0.6, 0.2, 0.2))
+    )
     assert set(split_tracks(tags, tracks, 0, (0.8, 0.2, 0))) == {"train", "valid"}
     with pytest.raises(UserError, match=r"data\.fractions=\(0, 0\.5, 0\.5\) must be three shares"):
         split_tracks(tags, tracks, 0, (0, 0.5, 0.5))
@@ -222,7 +304,9 @@ def test_tracks_stay_whole_and_tags_are_spread():
 def test_the_tree_reads_alike_in_both_forms(tmp_path):
     original = load_mtat_splits(make_mtat_tree(tmp_path / "a", audio=False))
     assert original == load_mtat_splits(make_mtat_tree(tmp_path / "b", audio=False, quoted=False))
-    assert {protocol: count(splits) for protocol, splits in original[1].items() if protocol != "grouped"} == {
+    assert {
+        protocol: count(splits) for protocol, splits in original[1].items() if protocol != "grouped"
+    } == {
         "report": (60, 16, 20),  # ceil(.2 x 96) = 20, ceil(.2 x 76) = 16
         "clean": (56, 20, 20),
         "all": (56, 20, 20),
@@ -231,15 +315,22 @@ def test_the_tree_reads_alike_in_both_forms(tmp_path):
 
 def load_mtat_splits(root):
     read = read_table(root)
-    return read.tag_names, {protocol: protocol_splits(read, protocol, top_k=12) for protocol in mtat.PROTOCOLS}
+    return read.tag_names, {
+        protocol: protocol_splits(read, protocol, top_k=12) for protocol in mtat.PROTOCOLS
+    }
 
 
 def test_an_empty_mp3_is_counted_and_then_skipped_by_prepare(tmp_path):
     make_mtat_tree(tmp_path / "mtat", clips=4, seconds=2, empty=1)
     dataset = load_mtat(tmp_path / "mtat", "clean", top_k=6)
-    assert dataset.notes[0] == "mtat, protocol clean, top 6 tags: train 5 of 5 clips in the table; every mp3 is on disk"
+    assert (
+        dataset.notes[0]
+        == "mtat, protocol clean, top 6 tags: train 5 of 5 clips in the table; every mp3 is on disk"
+    )
     spec = FeatureSpec(sample_rate=16000, n_mels=16)
-    summary = prepare_store(dataset, spec, ClipLayout(32), tmp_path / "store", workers=1, progress=False)
+    summary = prepare_store(
+        dataset, spec, ClipLayout(32), tmp_path / "store", workers=1, progress=False
+    )
     assert summary.splits == {"train": 4}
     assert [(s["clip_id"], s["reason"]) for s in summary.skipped] == [
         ("30", f"{tmp_path}/mtat/0/nobody-nothing-01-silence_0-0-2.mp3: empty file (0 bytes).")
@@ -262,8 +353,15 @@ def test_the_real_table(real_table):
         ("electro", 474),
     ]
     # Equally frequent tags come in alphabetical order; none of these pairs lies at the boundary.
-    assert real_table.tag_names[28:30] == ("no vocal", "pop") and real_table.tag_names[47:49] == ("female voice", "metal")
-    known = {i: path for i, path in zip(real_table.clip_ids, real_table.mp3_paths, strict=True) if i in mtat.EMPTY_IN_THE_ARCHIVE}
+    assert real_table.tag_names[28:30] == ("no vocal", "pop") and real_table.tag_names[47:49] == (
+        "female voice",
+        "metal",
+    )
+    known = {
+        i: path
+        for i, path in zip(real_table.clip_ids, real_table.mp3_paths, strict=True)
+        if i in mtat.EMPTY_IN_THE_ARCHIVE
+    }
     assert known == mtat.EMPTY_IN_THE_ARCHIVE
 
 
@@ -278,7 +376,9 @@ def test_the_real_table(real_table):
 def test_the_published_counts_and_the_leaks(real_table, protocol, counts, tracks, artists):
     splits = protocol_splits(real_table, protocol)
     assert count(splits) == counts
-    assert leak(splits, real_table.tracks) == (tracks, counts[2]) and leak(splits, real_table.artists) == (artists, counts[2])
+    assert leak(splits, real_table.tracks) == (tracks, counts[2]) and leak(
+        splits, real_table.artists
+    ) == (artists, counts[2])
     if protocol == "report":
         other = protocol_splits(real_table, protocol, seed=1)
         assert other != splits and count(other) == counts
@@ -301,12 +401,19 @@ def test_the_audit_reports_the_leak_of_the_reports_split(real_table):
         sides = []
         for split in ("test", "train"):
             rows = [i for i, part in enumerate(splits) if part == split]
-            ids, tracks = [real_table.clip_ids[i] for i in rows], [real_table.tracks[i] for i in rows]
+            ids, tracks = (
+                [real_table.clip_ids[i] for i in rows],
+                [real_table.tracks[i] for i in rows],
+            )
             sides.append(AuditSide(ids, [None] * len(ids), tracks))
         result = audit(*sides, group_name="track")
-        assert [(f.kind, f.clips) for f in result.findings] == ([("same track", clips)] if clips else [])
+        assert [(f.kind, f.clips) for f in result.findings] == (
+            [("same track", clips)] if clips else []
+        )
         train = Counter(sides[1].groups)
-        assert sum(f.pairs for f in result.findings) == sum(train[track] for track in sides[0].groups)
+        assert sum(f.pairs for f in result.findings) == sum(
+            train[track] for track in sides[0].groups
+        )
 
 
 def test_the_real_folder_counts_what_it_lacks(real_data):

@@ -32,13 +32,17 @@ def gtzan(tmp_path):
 def test_the_fault_filtered_lists(gtzan):
     dataset = load_gtzan(gtzan)
     assert count(dataset) == {"train": 443, "valid": 197, "test": 290}
-    assert sum(clip.group is not None for clip in dataset.clips) == len({c.clip_id for c in dataset.clips} & set(artist_groups()))
+    assert sum(clip.group is not None for clip in dataset.clips) == len(
+        {c.clip_id for c in dataset.clips} & set(artist_groups())
+    )
     assert dataset.label_names == GENRES and dataset.clips[0].labels == ("blues",)
 
 
 def test_a_missing_clip_is_named_or_listed(gtzan):
     (gtzan / "jazz" / "jazz.00054.wav").unlink()
-    with pytest.raises(UserError, match=r"jazz\.00054 is not on disk \(1 of the 930 clips.*allow_missing=True"):
+    with pytest.raises(
+        UserError, match=r"jazz\.00054 is not on disk \(1 of the 930 clips.*allow_missing=True"
+    ):
         load_gtzan(gtzan)
     dataset = load_gtzan(gtzan, allow_missing=True)
     assert count(dataset)["train"] == 442
@@ -49,7 +53,10 @@ def test_artist_folds_share_no_artist_and_cover_every_known_clip(gtzan):
     tested = []
     for fold in range(3):
         dataset = load_gtzan(gtzan, "artist_folds", fold=fold)
-        groups = {split: {c.group for c in dataset.clips if c.split == split} for split in ("train", "valid", "test")}
+        groups = {
+            split: {c.group for c in dataset.clips if c.split == split}
+            for split in ("train", "valid", "test")
+        }
         assert (
             not groups["train"] & groups["test"]
             and not groups["train"] & groups["valid"]
@@ -66,7 +73,11 @@ def test_artist_folds_share_no_artist_and_cover_every_known_clip(gtzan):
 def test_the_reports_random_split(gtzan):
     dataset = load_gtzan(gtzan, "random")
     assert count(dataset) == {"train": 670, "valid": 330, "test": 0}
-    assert dataset.clips == load_gtzan(gtzan, "random").clips != load_gtzan(gtzan, "random", seed=1).clips
+    assert (
+        dataset.clips
+        == load_gtzan(gtzan, "random").clips
+        != load_gtzan(gtzan, "random", seed=1).clips
+    )
 
 
 def test_stratified_folds_partition_the_clips(gtzan):
@@ -81,10 +92,14 @@ def test_stratified_folds_partition_the_clips(gtzan):
 
 
 def test_mistakes_with_gtzan(gtzan, tmp_path):
-    with pytest.raises(UserError, match=r"no protocol 'fault_filterd'\. Did you mean 'fault_filtered'"):
+    with pytest.raises(
+        UserError, match=r"no protocol 'fault_filterd'\. Did you mean 'fault_filtered'"
+    ):
         load_gtzan(gtzan, "fault_filterd")
     touch(gtzan, "blues/blues.00000.au")
-    with pytest.raises(UserError, match=r"blues\.00000\.\w+ and blues\.00000\.\w+ are the same clip"):
+    with pytest.raises(
+        UserError, match=r"blues\.00000\.\w+ and blues\.00000\.\w+ are the same clip"
+    ):
         load_gtzan(gtzan)
     with pytest.raises(UserError, match=r"not GTZAN's layout.*blues/blues\.00000\.wav"):
         load_gtzan(tmp_path / "nowhere")
@@ -101,7 +116,10 @@ def test_groups_are_never_split_and_shares_are_near():
         assert len({s for s, g in zip(splits, groups, strict=True) if g == group}) == 1
     for label in "ab":
         mine = [s for s, x in zip(splits, labels, strict=True) if x == label]
-        assert abs(mine.count("train") / len(mine) - 0.6) < 0.05 and abs(mine.count("test") / len(mine) - 0.2) < 0.05
+        assert (
+            abs(mine.count("train") / len(mine) - 0.6) < 0.05
+            and abs(mine.count("test") / len(mine) - 0.2) < 0.05
+        )
     assert splits != group_split(labels, groups, 1, (0.6, 0.2, 0.2))
     assert set(group_split(["a"] * 3, [None] * 3, 0)) == {"train", "valid", "test"}
     assert set(group_split(["a"] * 30, [None] * 30, 0, (0.8, 0.2, 0))) == {"train", "valid"}
@@ -173,7 +191,11 @@ def write_csv(root, text, encoding="utf-8"):
 
 
 def test_csv_with_labels_splits_and_groups(tmp_path):
-    path = write_csv(tmp_path, "path;label;split;group\none.wav;a;train;g\ntwo.wav;b;val;\nsub/three.wav;a;TEST;h\n", "utf-8-sig")
+    path = write_csv(
+        tmp_path,
+        "path;label;split;group\none.wav;a;train;g\ntwo.wav;b;val;\nsub/three.wav;a;TEST;h\n",
+        "utf-8-sig",
+    )
     dataset = load_csv(path)
     assert dataset.task == "single_label" and dataset.label_names == ("a", "b")
     assert [(c.clip_id, c.split, c.group) for c in dataset.clips] == [
@@ -186,7 +208,10 @@ def test_csv_with_labels_splits_and_groups(tmp_path):
 
 def test_csv_with_tags(tmp_path):
     dataset = load_csv(
-        write_csv(tmp_path, "path,labels,split\none.wav,slow|guitar,train\ntwo.wav,,train\nsub/three.wav,fast,valid\n")
+        write_csv(
+            tmp_path,
+            "path,labels,split\none.wav,slow|guitar,train\ntwo.wav,,train\nsub/three.wav,fast,valid\n",
+        )
     )
     assert dataset.task == "multi_label" and dataset.label_names == ("fast", "guitar", "slow")
     assert [c.labels for c in dataset.clips] == [("slow", "guitar"), ("fast",), ()]
@@ -199,7 +224,10 @@ def test_csv_with_tags(tmp_path):
         ("path\none.wav\n", "line 1: the header must name the columns path and label"),
         ("path,label\none.wav,a,b\n", "line 2: 3 fields where the header has 2"),
         ("path,label\none.wav,\n", "line 2: empty label"),
-        ("path,label,split\none.wav,a,training\n", "line 2: split 'training' is not train, valid or test"),
+        (
+            "path,label,split\none.wav,a,training\n",
+            "line 2: split 'training' is not train, valid or test",
+        ),
         ("path,label\none.wav,a\none.wav,b\n", "line 3: one.wav is already on line 2"),
         ("path,label\nfour.wav,a\n", r"line 2: .*four\.wav is not on disk"),
         ("path,label\n", "no rows"),
@@ -211,25 +239,36 @@ def test_csv_mistakes_name_the_line(tmp_path, text, message):
 
 
 def test_csv_may_miss_files_if_told_so(tmp_path):
-    dataset = load_csv(write_csv(tmp_path, "path,label\none.wav,a\nfour.wav,b\n"), allow_missing=True)
+    dataset = load_csv(
+        write_csv(tmp_path, "path,label\none.wav,a\nfour.wav,b\n"), allow_missing=True
+    )
     assert len(dataset.clips) == 1 and dataset.skipped[0].clip_id == "four.wav"
 
 
 def test_the_real_arrays(real_data, tmp_path):
     root = real_data / "gtzan_mels"
     dataset = load_arrays(root, {"train": "train.npz", "valid": "valid.npz", "test": ""})
-    assert count(dataset) == {"train": 442, "valid": 197, "test": 0} and dataset.label_names == GENRES
+    assert (
+        count(dataset) == {"train": 442, "valid": 197, "test": 0} and dataset.label_names == GENRES
+    )
     file = open_array_file(root / "valid.npz")
     assert file.frames_and_bands == (387, 128)
     with np.load(root / "valid.npz", allow_pickle=False) as raw:
         steps, floor = raw["spectrogram"], raw["db_min"]
-        chosen = {name: (raw[name] if name == "genres" else raw[name][[5, 9]]) for name in raw.files}
+        chosen = {
+            name: (raw[name] if name == "genres" else raw[name][[5, 9]]) for name in raw.files
+        }
     decibels = file.spectrogram(7)
     assert decibels.shape == (387, 128) and decibels.min() >= -80 and decibels.max() < 0
-    np.testing.assert_allclose(decibels[100, 30], floor[7] * (1 - (float(steps[7, 30, 100]) + 0.5) / 256), rtol=1e-6)
+    np.testing.assert_allclose(
+        decibels[100, 30], floor[7] * (1 - (float(steps[7, 30, 100]) + 0.5) / 256), rtol=1e-6
+    )
     np.savez(tmp_path / "unseen.npz", **chosen)
     unseen = load_arrays(tmp_path, {"test": "unseen.npz"})
-    assert count(unseen)["test"] == 2 and unseen.clips[0].group == artist_groups()[unseen.clips[0].clip_id][0]
+    assert (
+        count(unseen)["test"] == 2
+        and unseen.clips[0].group == artist_groups()[unseen.clips[0].clip_id][0]
+    )
 
 
 def fields(**changed):
@@ -309,13 +348,19 @@ def test_npy_with_its_table_in_the_other_layout(tmp_path):
         load_arrays(tmp_path, {"train": "mels.npy"}, "time_mel")
     (tmp_path / "mels.csv").write_text("clip_id,label,group\nx,a,g\ny,b,\n")
     dataset = load_arrays(tmp_path, {"train": "mels.npy"}, "time_mel")
-    assert [(c.clip_id, c.labels, c.group) for c in dataset.clips] == [("x", ("a",), "g"), ("y", ("b",), None)]
-    np.testing.assert_array_equal(open_array_file(tmp_path / "mels.npy", "time_mel").spectrogram(1), values[1])
+    assert [(c.clip_id, c.labels, c.group) for c in dataset.clips] == [
+        ("x", ("a",), "g"),
+        ("y", ("b",), None),
+    ]
+    np.testing.assert_array_equal(
+        open_array_file(tmp_path / "mels.npy", "time_mel").spectrogram(1), values[1]
+    )
 
 
 def test_a_split_list_that_is_gone_is_named(gtzan, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.resources, "files", lambda package: tmp_path / "no package")
     with pytest.raises(
-        UserError, match=r"data/train_filtered\.txt: this list should come with the package.*Install musicgenre again"
+        UserError,
+        match=r"data/train_filtered\.txt: this list should come with the package.*Install musicgenre again",
     ):
         load_gtzan(gtzan)

@@ -13,11 +13,21 @@ def rendered(tmp_path_factory):
 
 
 def test_every_style_is_in_every_split_and_no_artist_in_two(rendered):
-    assert rendered.synthetic and len(rendered.clips) == 50 and rendered.label_names == tuple(sorted(STYLES))
+    assert (
+        rendered.synthetic
+        and len(rendered.clips) == 50
+        and rendered.label_names == tuple(sorted(STYLES))
+    )
     for split in ("train", "valid", "test"):
         assert {clip.labels[0] for clip in rendered.clips if clip.split == split} == set(STYLES)
-    artists = {split: {clip.group for clip in rendered.clips if clip.split == split} for split in ("train", "valid", "test")}
-    assert not artists["train"] & artists["valid"] and not (artists["train"] | artists["valid"]) & artists["test"]
+    artists = {
+        split: {clip.group for clip in rendered.clips if clip.split == split}
+        for split in ("train", "valid", "test")
+    }
+    assert (
+        not artists["train"] & artists["valid"]
+        and not (artists["train"] | artists["valid"]) & artists["test"]
+    )
 
 
 def test_files_are_real_sound_of_the_stated_length(rendered):

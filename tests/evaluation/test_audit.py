@@ -27,7 +27,9 @@ def disguised(spectrogram, shift):
     """The same recording 6 dB softer, with a tilt of 8 dB, noise, and some frames cut from its start."""
     generator = np.random.default_rng(99)
     moved = np.concatenate([spectrogram[shift:], spectrogram[:shift][::-1]])
-    return moved - 6 + np.linspace(-4, 4, spectrogram.shape[1]) + generator.normal(0, 1.5, moved.shape)
+    return (
+        moved - 6 + np.linspace(-4, 4, spectrogram.shape[1]) + generator.normal(0, 1.5, moved.shape)
+    )
 
 
 def side(*clips, prefix, groups=None):
@@ -42,7 +44,9 @@ def side(*clips, prefix, groups=None):
 
 
 def test_unrelated_clips_pass():
-    result = audit(side(*map(music, range(20)), prefix="e"), side(*map(music, range(20, 60)), prefix="t"))
+    result = audit(
+        side(*map(music, range(20)), prefix="e"), side(*map(music, range(20, 60)), prefix="t")
+    )
     assert result.clean
     assert result.findings == ()
     assert result.closest < NEAR_IDENTICAL - 0.1
@@ -56,7 +60,9 @@ def test_finds_a_softer_shifted_copy(shift, copy_is_trained_on):
     other = [*(music(i) for i in range(10, 20)), disguised(one[4], shift)]
     sides = [side(*one, prefix="a"), side(*other, prefix="b")]
     result = audit(*(sides if copy_is_trained_on else sides[::-1]))
-    assert [(f.kind, f.severity, f.pairs, f.clips) for f in result.findings] == [("near-identical", "same recording", 1, 1)]
+    assert [(f.kind, f.severity, f.pairs, f.clips) for f in result.findings] == [
+        ("near-identical", "same recording", 1, 1)
+    ]
     pair = result.findings[0].examples[0]
     assert {pair.evaluated, pair.trained} == {"a4", "b10"}
     assert result.closest > 0.8
@@ -83,7 +89,9 @@ def test_fingerprints_of_any_size(shape):
 def test_padding_is_left_out():
     spectrogram = music(0, frames=80)
     padded = np.concatenate([spectrogram, np.full((300, BANDS), -80.0)])
-    np.testing.assert_array_equal(fingerprint_spectrogram(padded), fingerprint_spectrogram(spectrogram[:80]))
+    np.testing.assert_array_equal(
+        fingerprint_spectrogram(padded), fingerprint_spectrogram(spectrogram[:80])
+    )
 
 
 def test_silence_is_like_nothing():
@@ -116,7 +124,12 @@ def test_counts_are_exact_where_examples_are_not():
     trained = AuditSide([f"t{i}" for i in range(5)], [None] * 5, ["x", "x", "x", "y", None])
     result = audit(evaluated, trained, group_name="track", max_examples=4)
     (finding,) = result.findings
-    assert (finding.kind, finding.pairs, finding.clips, len(finding.examples)) == ("same track", 60, 20, 4)
+    assert (finding.kind, finding.pairs, finding.clips, len(finding.examples)) == (
+        "same track",
+        60,
+        20,
+        4,
+    )
     assert finding.examples[0].detail == "track x, 3 training clips"
     assert result.summary() == [
         "LEAK: 30 evaluated clips against 5 trained on",
@@ -130,7 +143,10 @@ def test_counts_are_exact_where_examples_are_not():
 
 
 def test_blocks_do_not_change_the_result(monkeypatch):
-    one, other = side(*map(music, range(7)), prefix="e"), side(*map(music, range(5, 12)), prefix="t")
+    one, other = (
+        side(*map(music, range(7)), prefix="e"),
+        side(*map(music, range(5, 12)), prefix="t"),
+    )
     whole = audit(one, other)
     monkeypatch.setattr(module, "_PAIRS_PER_BLOCK", 14)
     assert audit(one, other).findings == whole.findings
@@ -160,7 +176,10 @@ def test_real_clips_and_their_copies(real_data):
         clips[split] = decibel.transpose(0, 2, 1)
         ids = [str(clip) for clip in arrays["clip_id"]]
         sides[split] = AuditSide(
-            ids, ids, [artists.get(clip) for clip in ids], np.stack([fingerprint_spectrogram(clip) for clip in clips[split]])
+            ids,
+            ids,
+            [artists.get(clip) for clip in ids],
+            np.stack([fingerprint_spectrogram(clip) for clip in clips[split]]),
         )
     result = audit(sides["valid"], sides["train"])
     # The fault-filtered lists share no artist and no replica.
@@ -169,7 +188,9 @@ def test_real_clips_and_their_copies(real_data):
     assert (result.unknown_groups, result.unknown_groups_trained) == (4, 32)
     copies = np.stack([fingerprint_spectrogram(disguised(clip, 4)) for clip in clips["valid"]])
     names = [f"copy of {clip}" for clip in sides["valid"].clip_ids]
-    (finding,) = audit(sides["valid"], AuditSide(names, names, [None] * len(names), copies)).findings
+    (finding,) = audit(
+        sides["valid"], AuditSide(names, names, [None] * len(names), copies)
+    ).findings
     assert (finding.pairs, finding.clips) == (197, 197)
     assert all(pair.trained == f"copy of {pair.evaluated}" for pair in finding.examples)
 
@@ -181,9 +202,18 @@ def test_training_clips_that_are_not_known_are_never_no_leak():
         "training clips unknown: m.safetensors does not list them; whether evaluated clips are among them cannot be said"
     ]
     assert not nothing.clean and not nothing.findings and nothing.to_dict()["clean"] is False
-    some = audit(few, AuditSide(["c"], ["3"], ["y"]), unknown="its source does not list them").summary()
-    assert some[1] == "nothing found among the training clips that are known: 2 evaluated clips against 1 trained on"
-    leak = audit(few, AuditSide(["c"], ["2"], ["y"]), unknown="its source does not list them").summary()
-    assert leak[0] == "LEAK: 2 evaluated clips against 1 trained on" and leak[1].startswith("training clips unknown")
+    some = audit(
+        few, AuditSide(["c"], ["3"], ["y"]), unknown="its source does not list them"
+    ).summary()
+    assert (
+        some[1]
+        == "nothing found among the training clips that are known: 2 evaluated clips against 1 trained on"
+    )
+    leak = audit(
+        few, AuditSide(["c"], ["2"], ["y"]), unknown="its source does not list them"
+    ).summary()
+    assert leak[0] == "LEAK: 2 evaluated clips against 1 trained on" and leak[1].startswith(
+        "training clips unknown"
+    )
     assert leak[2] == "same content: 1 of 2 evaluated clips (1 pair)"
     assert not any("no leak" in line for line in (*nothing.summary(), *some, *leak))

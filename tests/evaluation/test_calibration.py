@@ -15,17 +15,23 @@ def sure_of_the_first(clips, right):
 def test_a_temperature_divides_the_logits():
     logits = np.random.default_rng(0).normal(size=(7, 3, 5))
     windows = softmax(logits, axis=-1)
-    np.testing.assert_allclose(tempered(windows, 1.7), softmax(logits / 1.7, axis=-1).mean(axis=1), rtol=1e-12)
+    np.testing.assert_allclose(
+        tempered(windows, 1.7), softmax(logits / 1.7, axis=-1).mean(axis=1), rtol=1e-12
+    )
     np.testing.assert_array_equal(tempered(windows, 1.0), windows.mean(axis=1))
     # sqrt(0.8) and sqrt(0.2) are as 2 to 1; the other window is even, and stays so.
-    assert tempered(np.array([[[0.8, 0.2], [0.5, 0.5]]]), 2.0) == pytest.approx(np.array([[7 / 12, 5 / 12]]))
+    assert tempered(np.array([[[0.8, 0.2], [0.5, 0.5]]]), 2.0) == pytest.approx(
+        np.array([[7 / 12, 5 / 12]])
+    )
     assert np.isfinite(tempered(np.array([[[1.0, 0.0]]]), 0.1)).all()
 
 
 def test_the_fitted_temperature_by_hand():
     # Right for 3 of 4, so 0.9 should be 0.75: the logit ln 9 becomes ln 3.
     assert fit_temperature(*sure_of_the_first(4, 3)) == pytest.approx(2, rel=1e-4)
-    assert fit_temperature(*sure_of_the_first(100, 99)) == pytest.approx(np.log(9) / np.log(99), rel=1e-4)
+    assert fit_temperature(*sure_of_the_first(100, 99)) == pytest.approx(
+        np.log(9) / np.log(99), rel=1e-4
+    )
     # Nothing is sure enough where all are right; the search ends at its bound.
     assert fit_temperature(*sure_of_the_first(4, 4)) == pytest.approx(0.1, rel=0.01)
     with pytest.raises(UserError, match="0 clips with 0 labels"):
@@ -35,12 +41,16 @@ def test_the_fitted_temperature_by_hand():
 def test_the_temperature_of_a_mean_over_windows_is_the_best_one():
     generator = np.random.default_rng(1)
     logits = generator.normal(scale=3, size=(400, 4, 6))
-    labels = np.array([generator.choice(6, p=row) for row in softmax(logits.mean(axis=1) / 2, axis=-1)])
+    labels = np.array(
+        [generator.choice(6, p=row) for row in softmax(logits.mean(axis=1) / 2, axis=-1)]
+    )
     windows = softmax(logits, axis=-1)
     found = fit_temperature(windows, labels)
 
     def loss(temperature):
-        return -np.log(softmax(logits / temperature, axis=-1).mean(axis=1)[np.arange(400), labels]).mean()
+        return -np.log(
+            softmax(logits / temperature, axis=-1).mean(axis=1)[np.arange(400), labels]
+        ).mean()
 
     assert loss(found) < min(loss(1.02 * found), loss(0.98 * found), loss(1.0))
 
@@ -48,7 +58,9 @@ def test_the_temperature_of_a_mean_over_windows_is_the_best_one():
 def test_no_clip_has_a_say_in_its_own_temperature():
     # One artist's clips ask for 2, the other's for 1; each gets what the other asks for.
     (one, labels), (other, more) = sure_of_the_first(4, 3), sure_of_the_first(10, 9)
-    scores, temperatures = cross_fitted(np.concatenate([one, other]), np.concatenate([labels, more]), ["a"] * 4 + ["b"] * 10)
+    scores, temperatures = cross_fitted(
+        np.concatenate([one, other]), np.concatenate([labels, more]), ["a"] * 4 + ["b"] * 10
+    )
     assert sorted(temperatures) == pytest.approx([1, 2], rel=1e-3)
     assert scores[:4, 0] == pytest.approx(np.full(4, 0.9), rel=1e-3)
     assert scores[4:, 0] == pytest.approx(np.full(10, 0.75), rel=1e-3)
@@ -77,7 +89,10 @@ def test_accuracy_against_coverage_by_hand():
         "wilson": list(wilson(1, 2)),
         "threshold": 0.8,
     }
-    assert [(row["target"], row["n"], row["threshold"]) for row in rest] == [(0.8, 4, 0.6), (0.9, 4, 0.6)]
+    assert [(row["target"], row["n"], row["threshold"]) for row in rest] == [
+        (0.8, 4, 0.6),
+        (0.9, 4, 0.6),
+    ]
     with pytest.raises(UserError, match="at least one clip"):
         risk_coverage(np.zeros(0), np.zeros(0))
 
@@ -86,7 +101,10 @@ def test_the_order_of_equal_confidences_does_not_matter():
     generator = np.random.default_rng(2)
     confidence, correct = np.round(generator.random(300), 1), generator.integers(0, 2, 300)
     order = generator.permutation(300)
-    found, other = risk_coverage(confidence, correct), risk_coverage(confidence[order], correct[order])
+    found, other = (
+        risk_coverage(confidence, correct),
+        risk_coverage(confidence[order], correct[order]),
+    )
     assert found["aurc"] == pytest.approx(other["aurc"], abs=1e-12) and found["at"] == other["at"]
     assert len(found["curve"]["accuracy"]) == 200
     even = risk_coverage(np.full(10, 0.3), np.arange(10) % 2)

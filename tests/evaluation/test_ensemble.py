@@ -35,14 +35,25 @@ SECOND = [[0.3, 0.3, 0.4], [0.1, 0.8, 0.1]]
 
 
 def test_the_mean_of_the_probabilities_is_measured():
-    other = member(SECOND, config={"seed": 1, "model": {"name": "conv1d", "width": 8}}, checkpoint={"step": 9, "which": "last"})
+    other = member(
+        SECOND,
+        config={"seed": 1, "model": {"name": "conv1d", "width": 8}},
+        checkpoint={"step": 9, "which": "last"},
+    )
     both = ensemble([member(FIRST), other], ["s0", "s1"])
     np.testing.assert_allclose(both.scores, [[0.45, 0.35, 0.2], [0.3, 0.6, 0.1]])
     # Each alone is right once, both together twice.
     assert [measure(one)["accuracy"] for one in (member(FIRST), other, both)] == [0.5, 0.5, 1.0]
-    assert both.config == {"models": ["s0", "s1"], "seed": [0, 1], "model": {"name": "conv1d", "width": 8}}
+    assert both.config == {
+        "models": ["s0", "s1"],
+        "seed": [0, 1],
+        "model": {"name": "conv1d", "width": 8},
+    }
     assert both.checkpoint == {"step": "7, 9", "which": "last"} and both.curves == ()
-    assert both.notes == ["Mean of the probabilities (arithmetic, all weigh the same) of 2 models: s0, s1.", "said by all"]
+    assert both.notes == [
+        "Mean of the probabilities (arithmetic, all weigh the same) of 2 models: s0, s1.",
+        "said by all",
+    ]
     assert both.windows.shape == (2, 2, 3)
 
 
@@ -58,13 +69,18 @@ def test_a_model_with_more_windows_weighs_no_more():
 def test_numbers_have_a_mean_too():
     values = dict(task="regression", targets=np.zeros((2, 3)), audit=None)
     both = ensemble([member(FIRST, **values), member(SECOND, **values)], ["s0", "s1"])
-    assert measure(both, resamples=20)["mse"] == pytest.approx(np.square(np.add(FIRST, SECOND) / 2).mean())
+    assert measure(both, resamples=20)["mse"] == pytest.approx(
+        np.square(np.add(FIRST, SECOND) / 2).mean()
+    )
     assert both.notes[0].startswith("Mean of the outputs ")
 
 
 def test_the_audit_that_found_something_is_shown():
     side = AuditSide(["x", "y"], ["1", "2"], ["one", "two"])
-    clean, leak = audit(side, AuditSide(["z"], ["3"], ["three"])), audit(side, AuditSide(["x"], ["1"], ["one"]))
+    clean, leak = (
+        audit(side, AuditSide(["z"], ["3"], ["three"])),
+        audit(side, AuditSide(["x"], ["1"], ["one"])),
+    )
     both = ensemble([member(FIRST, audit=clean), member(SECOND, audit=leak)], ["s0", "s1"])
     assert clean.clean and not both.audit.clean
     assert ensemble([member(FIRST, audit=clean), member(SECOND)], ["s0", "s1"]).audit is clean

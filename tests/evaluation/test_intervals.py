@@ -41,7 +41,9 @@ def test_clips_of_unknown_group_stand_alone():
     assert bootstrap_mean(correct, [None] * 50) == bootstrap_mean(correct)
     # A group that happens to be called like an unknown clip's number is no unknown clip.
     values = np.array([0, 1, 1, 0])
-    assert bootstrap_mean(values, [None, "0", "0", None]) == bootstrap_mean(values, ["a", "b", "b", "c"])
+    assert bootstrap_mean(values, [None, "0", "0", None]) == bootstrap_mean(
+        values, ["a", "b", "b", "c"]
+    )
 
 
 def test_generic_bootstrap_equals_the_fast_one():
@@ -52,7 +54,9 @@ def test_generic_bootstrap_equals_the_fast_one():
         return counts @ values / counts.sum(), counts.sum()
 
     both = bootstrap(statistics, 60, groups, resamples=500, seed=7)
-    assert both[0] == pytest.approx(bootstrap_mean(values, groups, resamples=500, seed=7), abs=1e-12)
+    assert both[0] == pytest.approx(
+        bootstrap_mean(values, groups, resamples=500, seed=7), abs=1e-12
+    )
     assert both[1] == (60, 60)
 
 
@@ -77,7 +81,13 @@ def test_seeds_summary_by_hand():
 
 
 def test_one_seed_has_no_deviation():
-    assert seeds_summary([0.4]) == {"n": 1, "mean": 0.4, "std": None, "interval": None, "values": [0.4]}
+    assert seeds_summary([0.4]) == {
+        "n": 1,
+        "mean": 0.4,
+        "std": None,
+        "interval": None,
+        "values": [0.4],
+    }
 
 
 def test_refusals():

@@ -78,7 +78,9 @@ def test_calibration_error_by_hand():
 def test_few_clips_show_a_calibration_error_by_chance():
     # Of one clip of 0.5 it is 0.5 whether it is right or not; of n in one bin it is the mean deviation of a binomial share.
     assert ece_by_chance(np.array([0.5])) == 0.5
-    assert ece_by_chance(np.full(400, 0.5)) == pytest.approx(np.sqrt(2 * 0.25 / (np.pi * 400)), rel=0.15)
+    assert ece_by_chance(np.full(400, 0.5)) == pytest.approx(
+        np.sqrt(2 * 0.25 / (np.pi * 400)), rel=0.15
+    )
     assert ece_by_chance(np.ones(50)) == 0
 
 
@@ -87,8 +89,12 @@ def test_single_label_agrees_with_scikit_learn():
     measured = single_label_metrics(scores, labels, list("abcde"))
     predicted = scores.argmax(axis=1)
     assert measured["accuracy"] == pytest.approx(sk.accuracy_score(labels, predicted))
-    assert measured["balanced_accuracy"] == pytest.approx(sk.balanced_accuracy_score(labels, predicted))
-    assert measured["macro_precision"] == pytest.approx(sk.precision_score(labels, predicted, average="macro", zero_division=0))
+    assert measured["balanced_accuracy"] == pytest.approx(
+        sk.balanced_accuracy_score(labels, predicted)
+    )
+    assert measured["macro_precision"] == pytest.approx(
+        sk.precision_score(labels, predicted, average="macro", zero_division=0)
+    )
     assert measured["macro_f1"] == pytest.approx(sk.f1_score(labels, predicted, average="macro"))
     assert measured["top3_accuracy"] == pytest.approx(sk.top_k_accuracy_score(labels, scores, k=3))
     assert measured["nll"] == pytest.approx(sk.log_loss(labels, scores))
@@ -121,7 +127,9 @@ def test_a_certain_mistake_has_a_finite_loss():
 
 
 def multi_label_case():
-    scores = np.array([[0.9, 0.6, 0.1, 0.7], [0.8, 0.2, 0.3, 0.6], [0.3, 0.7, 0.2, 0.9], [0.6, 0.1, 0.4, 0.8]])
+    scores = np.array(
+        [[0.9, 0.6, 0.1, 0.7], [0.8, 0.2, 0.3, 0.6], [0.3, 0.7, 0.2, 0.9], [0.6, 0.1, 0.4, 0.8]]
+    )
     targets = np.array([[1, 1, 0, 1], [0, 0, 0, 1], [1, 1, 0, 1], [0, 0, 0, 1]])
     return scores, targets, ("rock", "vocal", "never", "always")
 
@@ -168,8 +176,14 @@ def test_weighted_aucs_agree_with_scikit_learn_on_ties_and_weights():
     [
         (dict(scores=SCORES[:, :2]), r"scores must have the shape \[clips, 3\]"),
         (dict(scores=SCORES[:0], labels=LABELS[:0]), "nothing to measure"),
-        (dict(scores=np.where(SCORES == 0.8, np.nan, SCORES)), "clip 2 has nan for 'b', which is not a number"),
-        (dict(scores=np.where(SCORES == 0.8, 1.5, SCORES)), r"clip 2 has 1.5 for 'b', which lies outside"),
+        (
+            dict(scores=np.where(SCORES == 0.8, np.nan, SCORES)),
+            "clip 2 has nan for 'b', which is not a number",
+        ),
+        (
+            dict(scores=np.where(SCORES == 0.8, 1.5, SCORES)),
+            r"clip 2 has 1.5 for 'b', which lies outside",
+        ),
         (dict(scores=SCORES / 2), "clip 0 sum to 0.5000"),
         (dict(labels=LABELS[:3]), "labels must have the shape"),
         (dict(labels=LABELS.astype(float)), "labels must be integers"),
@@ -194,12 +208,18 @@ def test_a_regressions_measures_equal_scikit_learns():
     truth = generator.standard_normal((40, 3))
     guess = truth * [1.0, 0.5, 0.0] + 0.3 * generator.standard_normal((40, 3))
     got = regression_metrics(guess, truth, ("a", "b", "c"))
-    assert got["r2"] == pytest.approx(sk.r2_score(truth, guess)) and got["mse"] == pytest.approx(((guess - truth) ** 2).mean())
-    assert got["correlation"] == pytest.approx(np.mean([np.corrcoef(guess[:, i], truth[:, i])[0, 1] for i in range(3)]))
+    assert got["r2"] == pytest.approx(sk.r2_score(truth, guess)) and got["mse"] == pytest.approx(
+        ((guess - truth) ** 2).mean()
+    )
+    assert got["correlation"] == pytest.approx(
+        np.mean([np.corrcoef(guess[:, i], truth[:, i])[0, 1] for i in range(3)])
+    )
     assert got["per_class"][2]["r2"] < 0 < got["per_class"][0]["r2"] and got["outputs"] == 3
     # Weights are repetitions.
     weights = generator.integers(0, 4, 40)
-    repeated = regression_metrics(np.repeat(guess, weights, axis=0), np.repeat(truth, weights, axis=0), ("a", "b", "c"))
+    repeated = regression_metrics(
+        np.repeat(guess, weights, axis=0), np.repeat(truth, weights, axis=0), ("a", "b", "c")
+    )
     assert weighted_r2(guess, truth)(weights) == pytest.approx((repeated["r2"], repeated["mse"]))
 
 

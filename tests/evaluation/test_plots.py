@@ -39,7 +39,10 @@ def boxes(texts):
 def overlap(found):
     """The number of pairs of boxes that share more than the width of a line."""
     return sum(
-        one.x0 < other.x1 - 1 and other.x0 < one.x1 - 1 and one.y0 < other.y1 - 1 and other.y0 < one.y1 - 1
+        one.x0 < other.x1 - 1
+        and other.x0 < one.x1 - 1
+        and one.y0 < other.y1 - 1
+        and other.y0 < one.y1 - 1
         for i, one in enumerate(found)
         for other in found[:i]
     )
@@ -56,16 +59,22 @@ def test_confusion_matrix_of_any_size(tmp_path, classes):
 
 def test_confusion_matrix_has_numbers_up_to_25_classes(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plots, "save", lambda figure, path, title: drawn.append(len(figure.axes[0].texts)))
+    monkeypatch.setattr(
+        plots, "save", lambda figure, path, title: drawn.append(len(figure.axes[0].texts))
+    )
     for classes in (10, 25, 26):
-        plots.confusion_matrix(tmp_path / "c.png", np.ones((classes, classes), int), ["x"] * classes, "")
+        plots.confusion_matrix(
+            tmp_path / "c.png", np.ones((classes, classes), int), ["x"] * classes, ""
+        )
     assert drawn == [100, 625, 0]
 
 
 def test_per_class_bars_keep_the_label_order(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(plots, "save", lambda figure, path, title: figures.append(figure))
-    plots.per_class_bars(tmp_path / "b.png", ["z", "a", "m"], {"F1": [0.2, None, 0.6]}, [3, 0, 5], "")
+    plots.per_class_bars(
+        tmp_path / "b.png", ["z", "a", "m"], {"F1": [0.2, None, 0.6]}, [3, 0, 5], ""
+    )
     axes = figures[0].axes[0]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["z  (3)", "a  (0)", "m  (5)"]
     assert axes.get_ylim()[0] > axes.get_ylim()[1]
@@ -89,23 +98,39 @@ def test_the_coverage_curve_shows_what_the_table_says(tmp_path, drawn):
     plots.coverage_curve(tmp_path / "c.png", found, "")
     plots.coverage_curve(tmp_path / "c.png", risk_coverage(confidence, np.zeros(60)), "")
     axes, worst = (figure.axes[0] for figure in drawn)
-    assert list(axes.lines[0].get_ydata()) == found["curve"]["accuracy"] and list(axes.lines[1].get_ydata()) == [0.75, 0.75]
-    assert [list(line.get_ydata()) for line in axes.lines[2::2]] == [row["wilson"] for row in found["at"]]
-    assert [text.get_text() for text in axes.texts] == [f"{100 * row['accuracy']:.1f} %" for row in found["at"]]
+    assert list(axes.lines[0].get_ydata()) == found["curve"]["accuracy"] and list(
+        axes.lines[1].get_ydata()
+    ) == [0.75, 0.75]
+    assert [list(line.get_ydata()) for line in axes.lines[2::2]] == [
+        row["wilson"] for row in found["at"]
+    ]
+    assert [text.get_text() for text in axes.texts] == [
+        f"{100 * row['accuracy']:.1f} %" for row in found["at"]
+    ]
     for one in (axes, worst):
         # Nothing lies under the legend or the axis.
         legend = one.get_legend().get_window_extent()
-        assert overlap([legend, *boxes(one.texts)]) == 0 and min(box.y0 for box in boxes(one.texts)) > 0
-        assert legend.y1 < one.transData.transform((0, min(min(line.get_ydata()) for line in one.lines)))[1] + 1
+        assert (
+            overlap([legend, *boxes(one.texts)]) == 0
+            and min(box.y0 for box in boxes(one.texts)) > 0
+        )
+        assert (
+            legend.y1
+            < one.transData.transform((0, min(min(line.get_ydata()) for line in one.lines)))[1] + 1
+        )
 
 
 def test_the_other_figures_are_drawn(tmp_path):
     scores = np.array([[0.7, 0.3], [0.4, 0.6], [0.9, 0.1]])
     measured = single_label_metrics(scores, np.array([0, 1, 1]), ["a", "b"])
     plots.reliability_diagram(tmp_path / "r.png", measured["reliability"], measured["ece"], "title")
-    plots.roc_curves(tmp_path / "o.png", scores, np.eye(2, dtype=int)[[0, 1, 1]], ["a", "b"], "title")
+    plots.roc_curves(
+        tmp_path / "o.png", scores, np.eye(2, dtype=int)[[0, 1, 1]], ["a", "b"], "title"
+    )
     plots.roc_curves(tmp_path / "p.png", scores[:1], np.array([[1, 0]]), ["a", "b"], "one clip")
-    plots.learning_curves(tmp_path / "l.png", [{"step": 1, "learning_rate": 0.1}], "nothing recorded")
+    plots.learning_curves(
+        tmp_path / "l.png", [{"step": 1, "learning_rate": 0.1}], "nothing recorded"
+    )
     plots.comparison_plot(
         tmp_path / "c.png",
         [{"name": "a", "mean": 0.5, "interval": None, "values": [0.5]}],
@@ -132,7 +157,9 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 def test_labels_are_ordered_by_their_clips_and_splits_lie_on_each_other(tmp_path, drawn):
     counts = {"train": [3, 10, 0], "test": [4, 1, 2]}
     plots.label_distribution(tmp_path / "l.png", ["a", "b $x$", "c"], counts, "")
-    plots.label_distribution(tmp_path / "l.png", ["a", "b $x$", "c"], counts, "", by_count=False, most=2)
+    plots.label_distribution(
+        tmp_path / "l.png", ["a", "b $x$", "c"], counts, "", by_count=False, most=2
+    )
     by_count, given = (figure.axes[0] for figure in drawn)
     assert [text.get_text() for text in by_count.get_xticklabels()] == ["b $x$", "a", "c"]
     assert [bar.get_height() for bar in by_count.patches] == [10, 3, 0, 1, 4, 2]
@@ -147,7 +174,9 @@ def test_labels_are_ordered_by_their_clips_and_splits_lie_on_each_other(tmp_path
 @pytest.mark.parametrize("labels", [2, 12, 13, 50, 80, 188])
 def test_labels_never_cover_each_other(tmp_path, drawn, labels):
     names = [f"a longer label {i}" for i in range(labels)]
-    plots.label_distribution(tmp_path / "l.png", names, {"clips": np.arange(4000, 4000 + labels)}, "", marked=50)
+    plots.label_distribution(
+        tmp_path / "l.png", names, {"clips": np.arange(4000, 4000 + labels)}, "", marked=50
+    )
     axes = drawn[0].axes[0]
     assert [text.get_text() for text in axes.get_xticklabels()] == names[::-1]
     ticks = axes.get_xticklabels()
@@ -160,29 +189,48 @@ def test_labels_never_cover_each_other(tmp_path, drawn, labels):
 
 
 def test_the_labels_that_are_used_have_a_colour_of_their_own(tmp_path, drawn):
-    plots.label_distribution(tmp_path / "l.png", ["a", "b", "c"], {"clips": [1, 3, 2]}, "", marked=2)
+    plots.label_distribution(
+        tmp_path / "l.png", ["a", "b", "c"], {"clips": [1, 3, 2]}, "", marked=2
+    )
     axes = drawn[0].axes[0]
     colours = [bar.get_facecolor() for bar in axes.patches]
     assert colours[0] == colours[1] != colours[2]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["the 2 most frequent", "the other 1"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "the 2 most frequent",
+        "the other 1",
+    ]
 
 
 def test_time_and_bands_of_a_spectrogram(tmp_path, drawn):
     values = np.linspace(-80, 0, 40 * 8).reshape(40, 8)
     values[0, 0] = -90.0
-    panel = plots.TimePanel(values, 0.5, -0.25, "mel", "frequency (Hz)", {2.0: "250", 5.5: "1000"}, "dB", (-80.0, 0.0))
+    panel = plots.TimePanel(
+        values, 0.5, -0.25, "mel", "frequency (Hz)", {2.0: "250", 5.5: "1000"}, "dB", (-80.0, 0.0)
+    )
     wave = np.zeros(20_000)
     wave[7], wave[12_345] = 0.9, -0.8
-    plots.time_panels(tmp_path / "s.png", [plots.TimePanel(wave, 0.001, name="wave", ylabel="amplitude"), panel], "")
+    plots.time_panels(
+        tmp_path / "s.png",
+        [plots.TimePanel(wave, 0.001, name="wave", ylabel="amplitude"), panel],
+        "",
+    )
     line, image = drawn[0].axes[:2]
     (picture,) = image.get_images()
     # Frames are centred on multiples of half a second, bands on whole numbers.
     assert picture.get_extent() == [-0.25, 19.75, -0.5, 7.5]
     np.testing.assert_array_equal(picture.get_array(), values.T)
-    assert picture.get_cmap().name == "magma" and picture.get_clim() == (-80, 0) and picture.origin == "lower"
+    assert (
+        picture.get_cmap().name == "magma"
+        and picture.get_clim() == (-80, 0)
+        and picture.origin == "lower"
+    )
     assert image.get_yticks().tolist() == [2.0, 5.5]
     assert [text.get_text() for text in image.get_yticklabels()] == ["250", "1000"]
-    assert (image.get_ylabel(), image.get_xlabel(), line.get_ylabel()) == ("frequency (Hz)", "time (s)", "amplitude")
+    assert (image.get_ylabel(), image.get_xlabel(), line.get_ylabel()) == (
+        "frequency (Hz)",
+        "time (s)",
+        "amplitude",
+    )
     assert image.get_xlim() == line.get_xlim() == (0, 19.75)
     bar = drawn[0].axes[2]
     assert bar.get_ylabel() == "dB" and picture.colorbar.extend == "min"
@@ -206,7 +254,9 @@ def layer(name, kind, sources, *, settings="", inputs="9 x 4", output="9 x 4", p
 
 SMALL_NET = [
     layer("input", "Input", [], inputs=""),
-    layer("conv", "Conv", [(0, "")], settings="8 features, kernel 3", output="9 x 8", parameters=1104),
+    layer(
+        "conv", "Conv", [(0, "")], settings="8 features, kernel 3", output="9 x 8", parameters=1104
+    ),
     layer("norm", "BatchNorm", [(1, "")], inputs="9 x 8", output="9 x 8", parameters=16),
     layer("left", "Dense", [(2, "ReLU, max-pool")], inputs="3 x 8", output="3 x 2", parameters=18),
     layer("right", "Dense", [(2, "ReLU")], inputs="9 x 8", output="9 x 2", parameters=18),
@@ -233,14 +283,18 @@ def test_a_network_is_drawn_with_its_shapes_and_branches(tmp_path, drawn):
         "6  output",
     ]
     corners = [
-        (patch.get_y(), patch.get_height()) for patch in axes.patches if isinstance(patch, Rectangle) and patch.get_width() > 1
+        (patch.get_y(), patch.get_height())
+        for patch in axes.patches
+        if isinstance(patch, Rectangle) and patch.get_width() > 1
     ]
     ends = [y + height for y, height in corners]
     gaps = [round(start - end, 6) for (start, _), end in zip(corners[1:], ends[:-1], strict=True)]
     # The norm joins its convolution; all others have an arrow above them.
     assert gaps[1] == 0 and min(gaps[:1] + gaps[2:]) > 0.2
     # Arrows: one each for six layers without the norm. A short bar begins that of the second branch.
-    assert len([text for text in axes.texts if hasattr(text, "arrow_patch") and text.arrow_patch]) == 5
+    assert (
+        len([text for text in axes.texts if hasattr(text, "arrow_patch") and text.arrow_patch]) == 5
+    )
     assert len(axes.lines) == 1
 
 
@@ -250,8 +304,18 @@ def test_long_networks_are_folded_and_stay_readable(tmp_path, drawn, blocks):
     for block in range(blocks):
         path = f"encoder/stage{block}/a_long_name_of_a_block_{block}"
         settings = "64 features, kernel 7 x 7, stride 2 x 2, padding 3 x 3, groups 2, no bias"
-        layers.append(layer(f"{path}/conv", "Conv", [(len(layers) - 1, "")], settings=settings, parameters=12_345_678))
-        layers.append(layer(f"{path}/norm", "BatchNorm", [(len(layers) - 1, "")], parameters=12_345))
+        layers.append(
+            layer(
+                f"{path}/conv",
+                "Conv",
+                [(len(layers) - 1, "")],
+                settings=settings,
+                parameters=12_345_678,
+            )
+        )
+        layers.append(
+            layer(f"{path}/norm", "BatchNorm", [(len(layers) - 1, "")], parameters=12_345)
+        )
         layers.append(layer("sum", "Join", [(len(layers) - 3, ""), (len(layers) - 1, "")]))
     layers.append(layer("output", "Output", [(len(layers) - 1, "")]))
     plots.architecture(tmp_path / "a.png", layers, "A network")
@@ -268,13 +332,21 @@ def test_long_networks_are_folded_and_stay_readable(tmp_path, drawn, blocks):
 
 def test_few_colours_look_the_same(tmp_path, monkeypatch):
     values = np.random.default_rng(0).uniform(-80, 0, (120, 32))
-    panels = [plots.TimePanel(np.sin(np.arange(300.0)), 0.1), plots.TimePanel(values, 0.25, unit="dB")]
+    panels = [
+        plots.TimePanel(np.sin(np.arange(300.0)), 0.1),
+        plots.TimePanel(values, 0.25, unit="dB"),
+    ]
     plots.time_panels(tmp_path / "few.png", panels, "title")
     plots.time_panels(tmp_path / "again.png", panels, "title")
     save = plots.save
-    monkeypatch.setattr(plots, "save", lambda figure, path, title, palette: save(figure, path, title))
+    monkeypatch.setattr(
+        plots, "save", lambda figure, path, title, palette: save(figure, path, title)
+    )
     plots.time_panels(tmp_path / "all.png", panels, "title")
-    few, full = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB"), int) for name in ("few", "all"))
+    few, full = (
+        np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB"), int)
+        for name in ("few", "all")
+    )
     assert np.abs(few - full).max() <= 64 and np.abs(few - full).mean() < 2
     assert (tmp_path / "few.png").stat().st_size < 0.5 * (tmp_path / "all.png").stat().st_size
     assert (tmp_path / "few.png").read_bytes() == (tmp_path / "again.png").read_bytes()

@@ -41,7 +41,10 @@ def single(**changes):
         targets=labels,
         groups=["x", "x", "y", "y", "z", "z", "w", "w", None, None],
         config={"model": {"name": "conv1d"}, "note": NASTY},
-        curves=[{"step": 1, "train_loss": 1.0}, {"step": 2, "valid_loss": 1.1, "valid_accuracy": 0.5}],
+        curves=[
+            {"step": 1, "train_loss": 1.0},
+            {"step": 2, "valid_loss": 1.1, "valid_accuracy": 0.5},
+        ],
         checkpoint={"step": 2, "which": "last", "selected_on": None},
         command="evaluate --workdir=x",
     )
@@ -85,7 +88,9 @@ def test_files_and_numbers(tmp_path):
     assert "NaN" not in text and "Infinity" not in text
     saved = json.loads(text)
     assert saved["accuracy"] == 0.8
-    assert saved["intervals"]["accuracy"]["wilson"] == pytest.approx([0.4901625, 0.9433178], abs=1e-6)
+    assert saved["intervals"]["accuracy"]["wilson"] == pytest.approx(
+        [0.4901625, 0.9433178], abs=1e-6
+    )
     assert saved["intervals"]["bootstrap_unit"] == "artist"
     assert saved["intervals"]["bootstrap_units"] == 6
     measured = measure(single(), resamples=200)
@@ -111,7 +116,15 @@ def test_predictions_are_sorted_and_readable(tmp_path):
     write_report(tmp_path, single(), resamples=20)
     with open(tmp_path / "predictions.csv", encoding="utf-8", newline="") as handle:
         rows = list(csv.DictReader(handle))
-    assert list(rows[0]) == ["clip_id", "split", "truth", "predicted", "correct", "p_blues", "p_ro,ck"]
+    assert list(rows[0]) == [
+        "clip_id",
+        "split",
+        "truth",
+        "predicted",
+        "correct",
+        "p_blues",
+        "p_ro,ck",
+    ]
     assert [row["clip_id"] for row in rows] == sorted(single().clip_ids)
     assert sum(int(row["correct"]) for row in rows) == 8
     assert list(rows[0].values()) == [NASTY, "valid", "ro,ck", "blues", "0", "0.950000", "0.050000"]
@@ -147,7 +160,9 @@ def quick(evaluation, **arguments):
 
 def test_each_class_has_an_interval_of_its_recall():
     # Both have five clips and four right; of the tags "rock" has 1 of 2, and "never" has none.
-    assert [row["recall_wilson"] for row in quick(single())["per_class"]] == [pytest.approx(wilson(4, 5))] * 2
+    assert [row["recall_wilson"] for row in quick(single())["per_class"]] == [
+        pytest.approx(wilson(4, 5))
+    ] * 2
     found = [row["recall_wilson"] for row in quick(tagging())["per_class"]]
     assert found == [pytest.approx(wilson(1, 2)), pytest.approx(wilson(2, 2)), None]
 
@@ -155,7 +170,9 @@ def test_each_class_has_an_interval_of_its_recall():
 def test_abstention_is_measured_where_there_is_one_label():
     found = quick(single())["abstention"]
     # The surest is wrong, then come the eight that are right.
-    assert found["curve"]["accuracy"] == pytest.approx([0, *(i / (i + 1) for i in range(1, 9)), 0.8])
+    assert found["curve"]["accuracy"] == pytest.approx(
+        [0, *(i / (i + 1) for i in range(1, 9)), 0.8]
+    )
     assert [row["n"] for row in found["at"]] == [9, 9, 9] and found["at"][0]["threshold"] == 0.8
 
 
@@ -163,9 +180,14 @@ def test_a_temperature_fitted_on_the_evaluated_clips_says_so(tmp_path):
     metrics = quick(single(), calibration=single())
     found = metrics["calibration"]
     assert found["shared"] == 10 and found["fitted_on"] == "fitted on valid (10 clips of gtzan)"
-    assert found["before"]["nll"] == pytest.approx(metrics["nll"]) and found["before"]["ece"] == pytest.approx(metrics["ece"])
+    assert found["before"]["nll"] == pytest.approx(metrics["nll"]) and found["before"][
+        "ece"
+    ] == pytest.approx(metrics["ece"])
     # Fitted on the very clips it can only gain, and more than one that is fitted on others.
-    assert found["after"]["nll"] < found["before"]["nll"] and found["after"]["nll"] < found["cross_fitted"]["nll"]
+    assert (
+        found["after"]["nll"] < found["before"]["nll"]
+        and found["after"]["nll"] < found["cross_fitted"]["nll"]
+    )
     assert len(found["cross_fitted"]["temperatures"]) == 5
     page = write_report(tmp_path, single(), metrics=metrics).read_text(encoding="utf-8")
     assert "fitted on the evaluated clips themselves" in page and "5 parts of the artists" in page
@@ -176,23 +198,37 @@ def test_a_temperature_fitted_on_the_evaluated_clips_says_so(tmp_path):
     )
     # All other measures are without it.
     plain = quick(single())
-    assert {key: value for key, value in metrics.items() if key != "calibration"} == plain and calibration_line(plain) == ""
+    assert {
+        key: value for key, value in metrics.items() if key != "calibration"
+    } == plain and calibration_line(plain) == ""
 
 
 def test_a_temperature_fitted_elsewhere_or_given(tmp_path):
     other = single(clip_ids=[f"other{i}" for i in range(10)], split="test")
     found = quick(single(), calibration=other)["calibration"]
-    assert (found["shared"], found["cross_fitted"], found["fitted_on"]) == (0, None, "fitted on test (10 clips of gtzan)")
-    trained = quick(single(), calibration=single(split="train", clip_ids=other.clip_ids))["calibration"]
+    assert (found["shared"], found["cross_fitted"], found["fitted_on"]) == (
+        0,
+        None,
+        "fitted on test (10 clips of gtzan)",
+    )
+    trained = quick(single(), calibration=single(split="train", clip_ids=other.clip_ids))[
+        "calibration"
+    ]
     assert "too sure" in trained["fitted_on"]
     some = single(clip_ids=[*(f"clip{i}" for i in range(1, 4)), *(f"other{i}" for i in range(7))])
-    page = write_report(tmp_path, single(), metrics=quick(single(), calibration=some)).read_text(encoding="utf-8")
-    assert "fitted on 3 of the 10 evaluated clips" in page and "evaluated clips themselves" not in page
+    page = write_report(tmp_path, single(), metrics=quick(single(), calibration=some)).read_text(
+        encoding="utf-8"
+    )
+    assert (
+        "fitted on 3 of the 10 evaluated clips" in page and "evaluated clips themselves" not in page
+    )
     found = quick(single(), calibration=2.0)["calibration"]
     assert (found["temperature"], found["fitted_on"]) == (2.0, "given")
     # 0.8 becomes 2/3, as sqrt(0.8) and sqrt(0.2) are as 2 to 1; the two that are wrong likewise.
     before = np.array([0.8] * 8 + [0.3, 0.05])
-    assert found["after"]["nll"] == pytest.approx(-np.log(before**0.5 / (before**0.5 + (1 - before) ** 0.5)).mean())
+    assert found["after"]["nll"] == pytest.approx(
+        -np.log(before**0.5 / (before**0.5 + (1 - before) ** 0.5)).mean()
+    )
 
 
 def test_a_temperature_comes_on_top_of_the_models_own():
@@ -200,7 +236,9 @@ def test_a_temperature_comes_on_top_of_the_models_own():
     plain, on_top = (quick(one, calibration=one)["calibration"] for one in (single(), scored))
     assert on_top["temperature"] == pytest.approx(1.5 * plain["temperature"])
     assert on_top["after"] == plain["after"]
-    assert on_top["cross_fitted"]["temperatures"] == pytest.approx([1.5 * t for t in plain["cross_fitted"]["temperatures"]])
+    assert on_top["cross_fitted"]["temperatures"] == pytest.approx(
+        [1.5 * t for t in plain["cross_fitted"]["temperatures"]]
+    )
     # The one that it has already changes nothing.
     found = quick(scored, calibration=1.5)
     assert found["calibration"]["after"]["nll"] == pytest.approx(found["nll"])
@@ -210,12 +248,17 @@ def test_tags_and_numbers_take_no_temperature():
     numbers = tagging(task="regression")
     for one in (tagging(), numbers):
         found = quick(one, calibration=one)
-        assert found == quick(one) and not {"abstention", "calibration", "ece_by_chance", "brier"} & found.keys()
+        assert (
+            found == quick(one)
+            and not {"abstention", "calibration", "ece_by_chance", "brier"} & found.keys()
+        )
 
 
 def test_headline():
     line = headline(measure(single(), resamples=200))
-    expected = r"accuracy 80\.0 % \(95 % Wilson 49\.0-94\.3, artist bootstrap [\d.]+-[\d.]+\), 10 clips"
+    expected = (
+        r"accuracy 80\.0 % \(95 % Wilson 49\.0-94\.3, artist bootstrap [\d.]+-[\d.]+\), 10 clips"
+    )
     assert re.fullmatch(expected, line)
     assert headline({"accuracy": 0.5, "n": 4}) == "accuracy 50.0 %, 4 clips"
     line = headline(measure(tagging(), resamples=100))
@@ -224,7 +267,14 @@ def test_headline():
 
 
 def test_one_clip_alone_can_be_reported(tmp_path):
-    one = single(clip_ids=["a"], paths=["a"], groups=[None], scores=np.array([[0.6, 0.4]]), targets=np.array([0]), curves=())
+    one = single(
+        clip_ids=["a"],
+        paths=["a"],
+        groups=[None],
+        scores=np.array([[0.6, 0.4]]),
+        targets=np.array([0]),
+        curves=(),
+    )
     write_report(tmp_path, one, resamples=20)
     saved = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
     assert saved["macro_roc_auc"] is None
@@ -236,9 +286,13 @@ def test_page_says_what_a_reader_must_know(tmp_path):
     evaluation = single()
     ids, groups = evaluation.clip_ids, evaluation.groups
     leak = audit(AuditSide(ids, ids, groups), AuditSide(["clip9", "q"], ["h", "i"], [None, "y"]))
-    skipped = [{"clip_id": "jazz.00054", "path": "/data/jazz.00054.wav", "reason": "cannot be decoded"}]
+    skipped = [
+        {"clip_id": "jazz.00054", "path": "/data/jazz.00054.wav", "reason": "cannot be decoded"}
+    ]
     checkpoint = {"step": 7, "which": "best", "selected_on": "valid accuracy"}
-    told = dataclasses.replace(evaluation, synthetic=True, audit=leak, skipped=skipped, checkpoint=checkpoint)
+    told = dataclasses.replace(
+        evaluation, synthetic=True, audit=leak, skipped=skipped, checkpoint=checkpoint
+    )
     page = write_report(tmp_path, told, resamples=20).read_text(encoding="utf-8")
     for words in (
         "SYNTHETIC",
@@ -253,11 +307,16 @@ def test_page_says_what_a_reader_must_know(tmp_path):
         "The artist is unknown for 2 of 10 clips",
     ):
         assert words in page, words
-    assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))["audit"]["clean"] is False
+    assert (
+        json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))["audit"]["clean"]
+        is False
+    )
 
 
 def test_the_test_split_is_not_said_to_flatter(tmp_path):
-    told = single(split="test", checkpoint={"step": 7, "which": "best", "selected_on": "valid accuracy"})
+    told = single(
+        split="test", checkpoint={"step": 7, "which": "best", "selected_on": "valid accuracy"}
+    )
     page = write_report(tmp_path, told, resamples=20).read_text(encoding="utf-8")
     assert "flatter" not in page
 
@@ -272,7 +331,9 @@ def test_refusals(tmp_path):
     with pytest.raises(UserError, match="at least one run"):
         summarise_seeds(tmp_path, [], title="x")
     with pytest.raises(UserError, match="measure in common"):
-        summarise_seeds(tmp_path, [("a", {"accuracy": 0.5}), ("b", {"macro_roc_auc": 0.5})], title="x")
+        summarise_seeds(
+            tmp_path, [("a", {"accuracy": 0.5}), ("b", {"macro_roc_auc": 0.5})], title="x"
+        )
     with pytest.raises(UserError, match="for 1 seeds"):
         summarise_seeds(tmp_path, [("a", {"accuracy": 0.5})], title="x", correct=np.ones((2, 4)))
 
@@ -285,27 +346,46 @@ def test_summary_over_seeds(tmp_path):
     correct = np.zeros((3, 10))
     correct[0, :4] = correct[1, :5] = correct[2, :6] = 1
     page = summarise_seeds(
-        tmp_path, runs, title="<b>seeds", correct=correct, groups=["x"] * 5 + ["y"] * 5, synthetic=True
+        tmp_path,
+        runs,
+        title="<b>seeds",
+        correct=correct,
+        groups=["x"] * 5 + ["y"] * 5,
+        synthetic=True,
     ).read_text(encoding="utf-8")
     saved = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     assert saved["measures"]["accuracy"]["mean"] == pytest.approx(0.5)
-    assert saved["measures"]["accuracy"]["interval"] == pytest.approx([0.2515862, 0.7484138], abs=1e-6)
+    assert saved["measures"]["accuracy"]["interval"] == pytest.approx(
+        [0.2515862, 0.7484138], abs=1e-6
+    )
     assert saved["left_out"] == ["macro_roc_auc"]
     # The two artists' means are (4 + 5 + 5) / 15 and 1 / 15, and a bootstrap of two draws either twice.
     assert saved["over_clips"]["bootstrap"] == pytest.approx([1 / 15, 14 / 15])
     assert saved["over_clips"]["bootstrap_unit"] == "artist"
-    assert "50.0 %" in page and "25.2-74.8" in page and "SYNTHETIC" in page and "&lt;b&gt;seeds" in page
+    assert (
+        "50.0 %" in page
+        and "25.2-74.8" in page
+        and "SYNTHETIC" in page
+        and "&lt;b&gt;seeds" in page
+    )
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert "ensemble" not in page and "ensemble" not in saved
 
 
 def test_the_ensemble_stands_beside_its_seeds(tmp_path):
     metrics = quick(single())
-    page = summarise_seeds(tmp_path, [("s0", metrics), ("s1", metrics)], title="x", ensemble=metrics).read_text(encoding="utf-8")
+    page = summarise_seeds(
+        tmp_path, [("s0", metrics), ("s1", metrics)], title="x", ensemble=metrics
+    ).read_text(encoding="utf-8")
     saved = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))["ensemble"]
     assert saved["accuracy"] == 0.8 and saved["brier"] == metrics["brier"]
-    assert saved["intervals"]["accuracy"]["wilson"] == pytest.approx([0.4901625, 0.9433178], abs=1e-6)
-    assert re.search(r"accuracy of the ensemble.*\s*<b>80\.0 %</b><span class=\"small\">95 % Wilson 49\.0-94\.3 ·", page)
+    assert saved["intervals"]["accuracy"]["wilson"] == pytest.approx(
+        [0.4901625, 0.9433178], abs=1e-6
+    )
+    assert re.search(
+        r"accuracy of the ensemble.*\s*<b>80\.0 %</b><span class=\"small\">95 % Wilson 49\.0-94\.3 ·",
+        page,
+    )
 
 
 def test_summary_of_variants(tmp_path):

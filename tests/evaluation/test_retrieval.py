@@ -17,10 +17,16 @@ def test_worked_by_hand_with_and_without_groups():
     labels = np.array([0, 0, 1, 1, 1])
     found = precision_at_k(embeddings, labels, 2)
     np.testing.assert_allclose(found["by_query"], [0.5, 0.5, 0, 1, 1])
-    assert found["precision"] == pytest.approx(0.6) and found["macro_precision"] == pytest.approx((0.5 + 2 / 3) / 2)
-    assert found["per_class"]["precision"] == pytest.approx([0.5, 2 / 3]) and found["per_class"]["n"] == [2, 3]
+    assert found["precision"] == pytest.approx(0.6) and found["macro_precision"] == pytest.approx(
+        (0.5 + 2 / 3) / 2
+    )
+    assert found["per_class"]["precision"] == pytest.approx([0.5, 2 / 3]) and found["per_class"][
+        "n"
+    ] == [2, 3]
     # At random: 1 of the 4 others for the class 0, 2 of 4 for the class 1. At best one of the two for the class 0.
-    assert found["chance"] == pytest.approx((2 * 0.25 + 3 * 0.5) / 5) and found["per_class"]["ceiling"] == [0.5, 1]
+    assert found["chance"] == pytest.approx((2 * 0.25 + 3 * 0.5) / 5) and found["per_class"][
+        "ceiling"
+    ] == [0.5, 1]
     assert (found["n"], found["left_out"], found["k"]) == (5, 0, 2)
     # Clips 3 and 4 are one artist's: 3: 2 1; 4: 2 1. The unknown ones are nobody's.
     found = precision_at_k(embeddings, labels, 2, [None, "x", None, "y", "y"])
@@ -33,11 +39,18 @@ def test_equals_scikit_learn_on_many_clips():
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 4, 1100)  # more than one block of queries
     embeddings = generator.standard_normal((1100, 8)) + 0.8 * np.eye(8)[labels]
-    nearest = NearestNeighbors(n_neighbors=11, metric="cosine").fit(embeddings).kneighbors(embeddings)[1][:, 1:]
+    nearest = (
+        NearestNeighbors(n_neighbors=11, metric="cosine")
+        .fit(embeddings)
+        .kneighbors(embeddings)[1][:, 1:]
+    )
     expected = (labels[nearest] == labels[:, None]).mean(axis=1)
     found = precision_at_k(embeddings, labels, 10)
     np.testing.assert_allclose(found["by_query"], expected)
-    assert found["precision"] == pytest.approx(expected.mean()) and found["precision"] > 0.3 > found["chance"] > 0.2
+    assert (
+        found["precision"] == pytest.approx(expected.mean())
+        and found["precision"] > 0.3 > found["chance"] > 0.2
+    )
 
 
 def test_clips_whose_group_leaves_too_few_are_left_out_and_counted():
@@ -74,6 +87,10 @@ def test_equal_embeddings_and_zeros_count_once():
     ],
 )
 def test_input_that_cannot_be_used(changes, message):
-    arguments = {"embeddings": on_circle(0, 10, 20, 30), "labels": np.array([0, 0, 1, 1]), "k": 1} | changes
+    arguments = {
+        "embeddings": on_circle(0, 10, 20, 30),
+        "labels": np.array([0, 0, 1, 1]),
+        "k": 1,
+    } | changes
     with pytest.raises(UserError, match=message):
         precision_at_k(**arguments)

@@ -35,7 +35,9 @@ def tested():
             Outcome("turned", False, "Turns four.", scores(1, 1, 1, 0, 1, 0)),
             Outcome("less sure", True, "Turns none.", scores(0, 0, 0, 0, 0, 0, sure=0.7)),
         ],
-        equalised=np.stack([scores(1, 0, 0, 0, 0, 0), scores(0, 1, 0, 0, 1, 0), scores(0, 0, 0, 0, 1, 1)]),
+        equalised=np.stack(
+            [scores(1, 0, 0, 0, 0, 0), scores(0, 1, 0, 0, 1, 0), scores(0, 0, 0, 0, 1, 1)]
+        ),
         equaliser="gains",
         missing=[{"name": "mp3", "reason": "no encoder."}],
         skipped=[{"clip_id": "bad", "path": "bad.wav", "reason": "bad.wav: empty"}],
@@ -46,14 +48,20 @@ def tested():
 
 def test_measures_worked_by_hand(tested):
     found = measure(tested)
-    assert found["clips"] == 6 and found["accuracy"] == pytest.approx(4 / 6) and found["unit"] == "artist"
+    assert (
+        found["clips"] == 6
+        and found["accuracy"] == pytest.approx(4 / 6)
+        and found["unit"] == "artist"
+    )
     calm, turned = found["transforms"]  # the irrelevant ones first
     assert (turned["name"], turned["kind"], calm["kind"]) == ("turned", "audible", "irrelevant")
     assert turned["changed"] == 4 and turned["share_changed_interval"] == list(wilson(4, 6))
     assert (turned["worse"], turned["better"]) == (3, 1)
     # Four clips differ; three or more of four on one side, both ways: 2 (4 + 1) / 16.
     assert turned["p"] == pytest.approx(10 / 16)
-    assert turned["accuracy"] == pytest.approx(2 / 6) and turned["accuracy_change"] == pytest.approx(-2 / 6)
+    assert turned["accuracy"] == pytest.approx(2 / 6) and turned[
+        "accuracy_change"
+    ] == pytest.approx(-2 / 6)
     difference = np.array([-1.0, -1, -1, 0, 1, 0])
     assert turned["accuracy_change_interval"] == list(bootstrap_mean(difference, tested.groups))
     # The true label goes from 0.8 to 0.2 three times, and from 0.2 to 0.8 once.
@@ -70,7 +78,11 @@ def test_measures_worked_by_hand(tested):
     assert searched["lowest"]["count"] == 2 and searched["lowest"]["interval"] == list(wilson(2, 6))
     assert searched["highest"]["count"] == 6
     lines = headline(found)
-    assert "66.7 %" in lines[0] and "6 of 6 clips (100.0 %)" in lines[1] and "turned, alters 66.7 %" in lines[2]
+    assert (
+        "66.7 %" in lines[0]
+        and "6 of 6 clips (100.0 %)" in lines[1]
+        and "turned, alters 66.7 %" in lines[2]
+    )
     assert "as low as 33.3 %" in lines[3] and "as high as 100.0 %" in lines[3]
 
 
@@ -78,7 +90,13 @@ def test_without_labels_the_decision_before_is_followed(tested):
     found = measure(dataclasses.replace(tested, targets=None, groups=[None] * 6))
     turned = found["transforms"][1]
     assert turned["changed"] == 4 and turned["probability_change"] == pytest.approx(-4 * 0.6 / 6)
-    assert found["accuracy"] is turned["accuracy"] is turned["p"] is found["equalisers"]["lowest"] is None
+    assert (
+        found["accuracy"]
+        is turned["accuracy"]
+        is turned["p"]
+        is found["equalisers"]["lowest"]
+        is None
+    )
     assert found["unit"] == "clip" and found["kinds"]["audible"]["right_under_all"] is None
     assert len(headline(found)) == 3 and "ccuracy" not in " ".join(headline(found))
 
@@ -95,8 +113,15 @@ def test_the_report_says_it_all(tested, tmp_path):
     row = next(line for line in text.splitlines() if line.startswith("| turned"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[:2] == ["turned", "audible"] and cells[2].startswith("66.7 (30.0 to 90.3)")
-    assert cells[3] == "33.3" and cells[4].startswith("-33.3 (") and cells[5] == "3 / 1" and cells[6] == "0.62"
-    assert "+0.0 (+0.0 to +0.0)" in text and not re.search(r"-0\.0+(?!\d)", text)  # a rounded zero has no minus
+    assert (
+        cells[3] == "33.3"
+        and cells[4].startswith("-33.3 (")
+        and cells[5] == "3 / 1"
+        and cells[6] == "0.62"
+    )
+    assert "+0.0 (+0.0 to +0.0)" in text and not re.search(
+        r"-0\.0+(?!\d)", text
+    )  # a rounded zero has no minus
     for part in ("mp3: no encoder.", "bad: bad.wav: empty", "a note", "python x", "Turns four."):
         assert part in text
     saved = json.loads((tmp_path / "robustness.json").read_text())
@@ -104,7 +129,9 @@ def test_the_report_says_it_all(tested, tmp_path):
     assert saved["clip_results"][3]["changed_by"] == {} and saved["skipped"][0]["clip_id"] == "bad"
     assert saved["transforms"] == measure(tested)["transforms"]
     page = (tmp_path / "report.html").read_text()
-    assert "data:image/png;base64," in page and "66.7 (30.0 to 90.3)" in page and "no encoder" in page
+    assert (
+        "data:image/png;base64," in page and "66.7 (30.0 to 90.3)" in page and "no encoder" in page
+    )
     with Image.open(tmp_path / "robustness.png") as image:
         assert image.width > 1200 and np.asarray(image.convert("L")).std() > 10
 

@@ -15,13 +15,18 @@ from musicgenre.datasets.base import find_audio
 from musicgenre.errors import UserError
 from musicgenre.evaluation.calibration import tempered
 from musicgenre.evaluation.report import write_report
-from musicgenre.inference.bundle import save_bundle
-from musicgenre.inference.evaluate import evaluate_model, store_of_arrays, temperature_source, training_store
-from musicgenre.inference.model import load_model
 from musicgenre.inference.predict import Prediction, predict_files, render
 from musicgenre.inference.windows import file_inputs
-from musicgenre.pipeline.store import Store
-from musicgenre.training.loop import train
+from musicgenre.runs.bundle_writer import save_bundle
+from musicgenre.runs.model import load_model
+from musicgenre.store.store import Store
+from musicgenre.studies.evaluate import (
+    evaluate_model,
+    store_of_arrays,
+    temperature_source,
+    training_store,
+)
+from musicgenre.training.fit import train
 from musicgenre.training.scoring import score_clips
 from musicgenre.training.step import make_score_step
 
@@ -50,9 +55,13 @@ def test_a_long_file_is_the_mean_of_its_windows(model, tmp_path):
     # Frames are those of the whole file, each window has a dB reference of its own, and the last one ends with the file.
     power = mel_power(samples, model.features)
     for row, start in zip(inputs, (0, 64, 160 - 64), strict=True):
-        np.testing.assert_array_equal(row, to_db(power[start : start + 64], model.features).astype(np.float16))
+        np.testing.assert_array_equal(
+            row, to_db(power[start : start + 64], model.features).astype(np.float16)
+        )
     first = compute_features(samples[:size], model.features)[:63]
-    np.testing.assert_allclose(inputs[0][:62] - inputs[0][:62].max(), first[:62] - first[:62].max(), atol=0.05)
+    np.testing.assert_allclose(
+        inputs[0][:62] - inputs[0][:62].max(), first[:62] - first[:62].max(), atol=0.05
+    )
 
 
 def test_files_alone_or_together_give_the_same_and_bad_ones_say_why(model, tmp_path):
@@ -62,7 +71,10 @@ def test_files_alone_or_together_give_the_same_and_bad_ones_say_why(model, tmp_p
     alone = [next(predict_files(model, [path])).probabilities for path in good]
     together = list(predict_files(model, [good[0], bad, *good[1:], tmp_path / "gone.wav"]))
     assert [bool(p.error) for p in together] == [False, True, False, False, True]
-    assert "bad.mp3: not a sound file" in together[1].error and "gone.wav: no such file" in together[4].error
+    assert (
+        "bad.mp3: not a sound file" in together[1].error
+        and "gone.wav: no such file" in together[4].error
+    )
     for one, other in zip(alone, (together[0], together[2], together[3]), strict=True):
         np.testing.assert_array_equal(one, other.probabilities)
         assert abs(one.sum() - 1) < 1e-5
@@ -70,7 +82,10 @@ def test_files_alone_or_together_give_the_same_and_bad_ones_say_why(model, tmp_p
 
 def test_forms_of_output():
     names = ("a", "b", "c")
-    predictions = [Prediction("x, y.mp3", np.array([0.2, 0.5, 0.3])), Prediction("bad.mp3", None, "broken")]
+    predictions = [
+        Prediction("x, y.mp3", np.array([0.2, 0.5, 0.3])),
+        Prediction("bad.mp3", None, "broken"),
+    ]
     assert list(render(predictions, names, "table", 2)) == ["x, y.mp3  b 50.0 %  c 30.0 %"]
     parsed = json.loads("\n".join(render(predictions, names, "json", 1)))
     assert parsed == [
@@ -79,7 +94,10 @@ def test_forms_of_output():
     ]
     rows = list(csv.reader(render(predictions, names, "csv", 1)))
     assert rows[0] == ["path", "label", "a", "b", "c", "error"]
-    assert rows[1:] == [["x, y.mp3", "b", "0.200000", "0.500000", "0.300000", ""], ["bad.mp3", "", "", "", "", "broken"]]
+    assert rows[1:] == [
+        ["x, y.mp3", "b", "0.200000", "0.500000", "0.300000", ""],
+        ["bad.mp3", "", "", "", "", "broken"],
+    ]
 
 
 def test_evaluation_gives_the_scores_of_training(model, small_config):
@@ -95,7 +113,9 @@ def test_an_unseen_file_of_the_same_form_is_scored_as_test(model, small_arrays, 
         arrays = dict(file)
     order = np.array([4, 2, 7])
     # Another order of the labels and fewer of them: the truth is told by name.
-    renamed = {k: v[order] for k, v in arrays.items() if k != "genres"} | {"genres": np.array(["low", "middle", "high"])}
+    renamed = {k: v[order] for k, v in arrays.items() if k != "genres"} | {
+        "genres": np.array(["low", "middle", "high"])
+    }
     np.savez(tmp_path / "unseen.npz", **renamed)
     store = store_of_arrays(model, tmp_path / "unseen.npz", "test", tmp_path / "scratch")
     evaluation = evaluate_model(model, store, "test")
@@ -113,13 +133,22 @@ def test_leaks_from_the_training_clips_are_found(model, small_arrays, tmp_path):
     copies["spectrogram"] = copies["spectrogram"].copy()
     copies["spectrogram"][2] -= 3.0
     np.savez(tmp_path / "leaky.npz", **copies)
-    evaluation = evaluate_model(model, store_of_arrays(model, tmp_path / "leaky.npz", "test", tmp_path / "scratch"), "test")
+    evaluation = evaluate_model(
+        model, store_of_arrays(model, tmp_path / "leaky.npz", "test", tmp_path / "scratch"), "test"
+    )
     assert not evaluation.audit.clean
-    assert {finding.kind for finding in evaluation.audit.findings} >= {"same clip", "same content", "near-identical"}
+    assert {finding.kind for finding in evaluation.audit.findings} >= {
+        "same clip",
+        "same content",
+        "near-identical",
+    }
 
 
 def test_a_bundle_is_evaluated_and_never_said_to_have_no_leak(small_config, tmp_path):
-    save_bundle(dataclasses.replace(tiny_model(labels=("high", "low", "middle")), which="best"), tmp_path / "tiny.safetensors")
+    save_bundle(
+        dataclasses.replace(tiny_model(labels=("high", "low", "middle")), which="best"),
+        tmp_path / "tiny.safetensors",
+    )
     model = load_model(tmp_path / "tiny.safetensors")
     place = store_path(small_config)
     evaluation = evaluate_model(model, Store.open(place), "valid")
@@ -131,13 +160,18 @@ def test_a_bundle_is_evaluated_and_never_said_to_have_no_leak(small_config, tmp_
     ]
     said = evaluation.audit.summary()
     assert not evaluation.audit.clean and len(said) == 1
-    assert said[0].startswith("training clips unknown: ") and "tiny.safetensors does not list them" in said[0]
+    assert (
+        said[0].startswith("training clips unknown: ")
+        and "tiny.safetensors does not list them" in said[0]
+    )
     report = write_report(tmp_path / "report", evaluation, resamples=20).read_text()
     assert "<strong>Training clips unknown</strong>" in report and "no leak" not in report.lower()
     # The store's training split need not be the one that the model was trained on.
     trained = evaluate_model(model, Store.open(place), "train")
     assert trained.audit.unknown and trained.notes == []
-    with pytest.raises(UserError, match=r"tiny.safetensors: a bundle does not say which store .* --store="):
+    with pytest.raises(
+        UserError, match=r"tiny.safetensors: a bundle does not say which store .* --store="
+    ):
         training_store(tmp_path / "tiny.safetensors")
 
 
@@ -145,13 +179,17 @@ def test_each_window_is_scored_with_the_temperature(small_config, tmp_path):
     model = tiny_model(data__crop_frames=60, data__eval_chunks=3, batch_size=4)
     # Evaluated as a bundle is, which lists no training clips.
     (tmp_path / "bundle").touch()
-    model = dataclasses.replace(model, label_names=("high", "low", "middle"), workdir=tmp_path / "bundle")
+    model = dataclasses.replace(
+        model, label_names=("high", "low", "middle"), workdir=tmp_path / "bundle"
+    )
     store = Store.open(store_path(small_config))
     plain = evaluate_model(model, store, "valid")
     assert plain.windows.shape == (9, 3, 3) and plain.temperature == 1
     # As training scores clips: 27 windows in 7 batches, the last of them filled up.
     score = jax.jit(make_score_step(model.module, model.task))
-    expected = score_clips(score, model.model, store, store.indices("valid"), batch_size=4, crop_frames=60, chunks=3)
+    expected = score_clips(
+        score, model.model, store, store.indices("valid"), batch_size=4, crop_frames=60, chunks=3
+    )
     np.testing.assert_allclose(plain.scores, expected, rtol=1e-5, atol=1e-7)
     warm = evaluate_model(dataclasses.replace(model, temperature=1.7), store, "valid")
     np.testing.assert_allclose(warm.scores, tempered(plain.windows, 1.7), rtol=1e-4)
@@ -199,7 +237,9 @@ def test_no_run_is_a_clear_error(tmp_path):
         load_model(tmp_path / "empty")
 
 
-def test_the_real_clips_go_through_a_checkpoint_of_the_arrays(real_data, small_config, prepared, tmp_path):
+def test_the_real_clips_go_through_a_checkpoint_of_the_arrays(
+    real_data, small_config, prepared, tmp_path
+):
     """A short training on the real arrays, then the real `.au` and FLAC files at the same front end (hop 1710)."""
     config = ConfigDict(small_config.to_dict())
     config.data.root = str(real_data / "gtzan_mels")
@@ -207,7 +247,15 @@ def test_the_real_clips_go_through_a_checkpoint_of_the_arrays(real_data, small_c
     config.data.frames = 387
     config.features.n_mels = 128
     config.features.hop_length = 1710
-    config.model = ConfigDict({"name": "conv1d", "module": "", "filters": (64, 64, 64), "dense": (128,), "batch_norm": True})
+    config.model = ConfigDict(
+        {
+            "name": "conv1d",
+            "module": "",
+            "filters": (64, 64, 64),
+            "dense": (128,),
+            "batch_norm": True,
+        }
+    )
     config.batch_size = 32
     config.epochs = 4
     config.optimizer.schedule = "constant"

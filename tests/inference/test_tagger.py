@@ -12,8 +12,8 @@ from tiny_model import tiny_model
 import musicgenre
 from musicgenre import Tagger
 from musicgenre.errors import UserError
-from musicgenre.inference.bundle import save_bundle
 from musicgenre.inference.predict import predict_files
+from musicgenre.runs.bundle_writer import save_bundle
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,9 @@ def tagger(tmp_path_factory):
 
 
 def sound(path, seconds=3.0, seed=0):
-    soundfile.write(path, 0.1 * np.random.default_rng(seed).standard_normal(int(22050 * seconds)), 22050)
+    soundfile.write(
+        path, 0.1 * np.random.default_rng(seed).standard_normal(int(22050 * seconds)), 22050
+    )
     return path
 
 
@@ -33,7 +35,9 @@ def test_tags_are_ordered_and_those_of_predict(tagger, tmp_path):
     tags = tagger.tag(path)
     expected = next(predict_files(tagger.model, [path])).probabilities
     assert [tag.probability for tag in tags] == sorted(expected.tolist(), reverse=True)
-    assert {tag.label: tag.probability for tag in tags} == dict(zip(tagger.labels, expected.tolist(), strict=True))
+    assert {tag.label: tag.probability for tag in tags} == dict(
+        zip(tagger.labels, expected.tolist(), strict=True)
+    )
     assert abs(sum(tag.probability for tag in tags) - 1) < 1e-5
     assert tagger.tag(path, top=1) == tags[:1]
 
@@ -49,7 +53,9 @@ def test_a_taggram_covers_the_file_and_its_mean_is_the_tags(tagger, tmp_path):
     for label, probability in tagger.tag(path):
         assert mean[label] == pytest.approx(probability, abs=1e-6)
     np.testing.assert_allclose(tagger.embed(path), found.embeddings.mean(axis=0), atol=1e-6)
-    assert len(tagger.taggram(path, step_seconds=0.2).starts) == 13  # 172 hops, windows of 64 at 0, 9, ... 108
+    assert (
+        len(tagger.taggram(path, step_seconds=0.2).starts) == 13
+    )  # 172 hops, windows of 64 at 0, 9, ... 108
     with pytest.raises(UserError, match="at most a window's 64"):
         tagger.taggram(path, step_seconds=30)
     with pytest.raises(UserError, match="must not be negative"):
@@ -59,7 +65,12 @@ def test_a_taggram_covers_the_file_and_its_mean_is_the_tags(tagger, tmp_path):
 def test_a_bad_file_yields_its_error_and_the_rest_goes_on(tagger, tmp_path):
     bad = tmp_path / "bad.mp3"
     bad.write_text("no music")
-    files = [sound(tmp_path / "a.wav"), bad, sound(tmp_path / "b.wav", 2.0, 1), tmp_path / "gone.wav"]
+    files = [
+        sound(tmp_path / "a.wav"),
+        bad,
+        sound(tmp_path / "b.wav", 2.0, 1),
+        tmp_path / "gone.wav",
+    ]
     found = list(tagger.tag_files(files, top=2))
     assert [file.path for file in found] == [str(path) for path in files]
     assert [len(file.tags) for file in found] == [2, 0, 2, 0]
@@ -71,7 +82,9 @@ def test_a_bad_file_yields_its_error_and_the_rest_goes_on(tagger, tmp_path):
 
 def test_a_regression_keeps_the_order_of_its_outputs(tmp_path):
     tags = Tagger(tiny_model("regression", ("x", "y", "z"))).tag(sound(tmp_path / "a.wav"))
-    assert [tag.label for tag in tags] == ["x", "y", "z"] and min(tag.probability for tag in tags) < 0
+    assert [tag.label for tag in tags] == ["x", "y", "z"] and min(
+        tag.probability for tag in tags
+    ) < 0
 
 
 def test_a_network_without_an_embedding_tags_all_the_same(tmp_path):
@@ -84,7 +97,11 @@ def test_a_network_without_an_embedding_tags_all_the_same(tmp_path):
 
     variables = Plain(3).init(jax.random.key(0), np.zeros((1, 64, 16)))
     model = tiny_model()
-    tagger = Tagger(dataclasses.replace(model, module=Plain(3), model={"variables": variables, "norm": model.model["norm"]}))
+    tagger = Tagger(
+        dataclasses.replace(
+            model, module=Plain(3), model={"variables": variables, "norm": model.model["norm"]}
+        )
+    )
     path = sound(tmp_path / "a.wav")
     assert len(tagger.tag(path)) == 3
     with pytest.raises(UserError, match="sows no embedding"):
@@ -96,6 +113,11 @@ def test_importing_the_package_is_light():
         "import sys, musicgenre.cli as cli; cli.build_parser(); "
         "print([name for name in ('jax', 'flax', 'librosa', 'matplotlib') if name in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
     with pytest.raises(AttributeError, match="no attribute 'Taggre'"):
         musicgenre.Taggre  # noqa: B018

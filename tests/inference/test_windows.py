@@ -11,8 +11,15 @@ from musicgenre.audio.resample import resample
 from musicgenre.datasets.base import Clip
 from musicgenre.errors import UserError
 from musicgenre.inference import windows
-from musicgenre.inference.windows import Network, file_inputs, overview, score_files, stream_power, stream_windows
-from musicgenre.pipeline.prepare import process_clip
+from musicgenre.inference.windows import (
+    Network,
+    file_inputs,
+    overview,
+    score_files,
+    stream_power,
+    stream_windows,
+)
+from musicgenre.store.prepare import process_clip
 
 
 def noise(count, seed=0):
@@ -34,7 +41,9 @@ def in_blocks(samples, size):
         {"n_fft": 2048, "hop_length": 512, "kind": "mfcc"},
     ],
 )
-@pytest.mark.parametrize(("count", "size"), [(50_000, 3_001), (20_480, 1_024), (700, 100), (30_000, 30_000)])
+@pytest.mark.parametrize(
+    ("count", "size"), [(50_000, 3_001), (20_480, 1_024), (700, 100), (30_000, 30_000)]
+)
 def test_frames_of_a_stream_are_those_of_the_whole_file(fields, count, size):
     spec = FeatureSpec(n_mels=16, n_mfcc=8, **fields)
     samples = noise(count)
@@ -48,7 +57,8 @@ def test_a_waveform_is_framed_alike_in_blocks(count, size):
     samples = noise(count)
     spec = FeatureSpec(kind="waveform", hop_length=100)
     np.testing.assert_array_equal(
-        np.concatenate(list(stream_power(in_blocks(samples, size), spec))), frame_waveform(samples, 100)
+        np.concatenate(list(stream_power(in_blocks(samples, size), spec))),
+        frame_waveform(samples, 100),
     )
 
 
@@ -67,8 +77,12 @@ def test_windows_follow_each_other_and_the_last_ends_with_the_file(hops, starts,
     model = tiny_model()
     samples = noise(512 * hops + 100)
     found = list(stream_windows(in_blocks(samples, 5_000), model.features, model))
-    assert [window.start for window in found] == starts and [window.length for window in found] == lengths
-    assert {window.inputs.shape for window in found} == {(64, 16)} and found[0].inputs.dtype == np.float16
+    assert [window.start for window in found] == starts and [
+        window.length for window in found
+    ] == lengths
+    assert {window.inputs.shape for window in found} == {(64, 16)} and found[
+        0
+    ].inputs.dtype == np.float16
 
 
 def test_a_step_sets_windows_closer():
@@ -84,7 +98,17 @@ def test_a_step_sets_windows_closer():
 def test_a_model_of_crops_takes_those_of_its_evaluation_or_a_row_of_them():
     model = tiny_model(data__frames=160, data__crop_frames=60, data__eval_chunks=3)
     samples = noise(512 * 400)  # clips at 0, 160 and 240
-    assert [w.start for w in stream_windows([samples], model.features, model)] == [0, 50, 100, 160, 210, 260, 240, 290, 340]
+    assert [w.start for w in stream_windows([samples], model.features, model)] == [
+        0,
+        50,
+        100,
+        160,
+        210,
+        260,
+        240,
+        290,
+        340,
+    ]
     row = list(stream_windows([samples], model.features, model, step=60))
     assert [w.start for w in row] == [0, 60, 100, 160, 220, 260, 300, 340]
     # The dB reference is the clip's, not the crop's, as in training.
@@ -94,12 +118,17 @@ def test_a_model_of_crops_takes_those_of_its_evaluation_or_a_row_of_them():
 
 
 @pytest.mark.parametrize(
-    ("name", "rate", "seconds"), [("a.wav", 22050, 1.2), ("b.flac", 44100, 9.3), ("c.mp3", 32000, 5.0), ("d.ogg", 8000, 4.0)]
+    ("name", "rate", "seconds"),
+    [("a.wav", 22050, 1.2), ("b.flac", 44100, 9.3), ("c.mp3", 32000, 5.0), ("d.ogg", 8000, 4.0)],
 )
-def test_streamed_probabilities_equal_those_of_the_whole_file(tmp_path, monkeypatch, name, rate, seconds):
+def test_streamed_probabilities_equal_those_of_the_whole_file(
+    tmp_path, monkeypatch, name, rate, seconds
+):
     monkeypatch.setattr(windows, "BLOCK", 4_001)
     path = tmp_path / name
-    soundfile.write(path, np.stack([noise(int(rate * seconds)), noise(int(rate * seconds), 1)], axis=1), rate)
+    soundfile.write(
+        path, np.stack([noise(int(rate * seconds)), noise(int(rate * seconds), 1)], axis=1), rate
+    )
     model = tiny_model()
     network = Network(model)
     inputs = file_inputs(load_audio(path, 22050).samples, model)
@@ -108,7 +137,9 @@ def test_streamed_probabilities_equal_those_of_the_whole_file(tmp_path, monkeypa
     assert len(scores.windows.starts) == len(inputs)
     np.testing.assert_allclose(scores.windows.probabilities, whole, atol=1e-5)
     np.testing.assert_allclose(scores.probabilities, whole.mean(axis=0), atol=1e-5)
-    assert scores.windows.ends[-1] == pytest.approx(seconds, abs=0.06) and scores.embedding.shape == (16,)
+    assert scores.windows.ends[-1] == pytest.approx(
+        seconds, abs=0.06
+    ) and scores.embedding.shape == (16,)
 
 
 def test_no_more_of_a_long_file_is_held_than_a_clip_and_two_blocks():
@@ -173,7 +204,10 @@ def test_a_walk_that_is_left_early_leaves_no_thread_behind(tmp_path):
         (b"no music" * 40, "not a sound file"),
         (np.zeros(44_100, np.float32), "silent"),
         (noise(2_000), "too short"),
-        (np.where(np.arange(441_000) % 400_000 == 9, np.nan, noise(441_000)), "2 of its samples are not finite"),
+        (
+            np.where(np.arange(441_000) % 400_000 == 9, np.nan, noise(441_000)),
+            "2 of its samples are not finite",
+        ),
         ("cut", "truncated"),
     ],
 )
@@ -195,12 +229,16 @@ def test_what_is_wrong_with_a_file_is_said_as_when_it_is_read_whole(tmp_path, co
 
 
 @pytest.mark.parametrize("resampler", ["soxr_hq", "kaiser_best"])
-@pytest.mark.parametrize(("rate", "wanted"), [(44_100, 22_050), (8_000, 22_050), (48_000, 16_000), (192_000, 22_050)])
+@pytest.mark.parametrize(
+    ("rate", "wanted"), [(44_100, 22_050), (8_000, 22_050), (48_000, 16_000), (192_000, 22_050)]
+)
 def test_a_stream_is_resampled_to_the_bit(tmp_path, rate, wanted, resampler):
     path = tmp_path / "any.wav"
     soundfile.write(path, noise(int(2.01 * rate) + 7), rate, subtype="FLOAT")
     blocks = list(stream_audio(path, wanted, block=10_001, resampler=resampler))
-    np.testing.assert_array_equal(np.concatenate(blocks), load_audio(path, wanted, resampler=resampler).samples)
+    np.testing.assert_array_equal(
+        np.concatenate(blocks), load_audio(path, wanted, resampler=resampler).samples
+    )
 
 
 def test_a_model_gets_its_own_resampler(tmp_path):
@@ -211,14 +249,18 @@ def test_a_model_gets_its_own_resampler(tmp_path):
     model = tiny_model(features__sample_rate=16_000)
     inputs, pictures, clips = {}, {}, {}
     for name in ("soxr_hq", "kaiser_best"):
-        own = dataclasses.replace(model, features=dataclasses.replace(model.features, resampler=name))
+        own = dataclasses.replace(
+            model, features=dataclasses.replace(model.features, resampler=name)
+        )
         resampled = resample(samples, 44_100, 16_000, name)
         inputs[name] = file_inputs(resampled, own)
         (scores,) = score_files(own, [path], keep_windows=True)
         np.testing.assert_array_equal(scores.windows.probabilities, Network(own)(inputs[name])[0])
         pictures[name] = overview(path, own.features)[0]
         np.testing.assert_allclose(pictures[name], mel_power(resampled, own.features), rtol=1e-4)
-        clips[name] = process_clip(Clip("any", path, (), "train"), own.features, own.layout, "mel_time", 1.0).features
+        clips[name] = process_clip(
+            Clip("any", path, (), "train"), own.features, own.layout, "mel_time", 1.0
+        ).features
         np.testing.assert_array_equal(clips[name], inputs[name][0])
     for made in (inputs, pictures, clips):
         assert not np.array_equal(made["soxr_hq"], made["kaiser_best"])
@@ -235,4 +277,6 @@ def test_an_overview_averages_frames_of_the_whole_file(tmp_path, frames):
     assert 50 <= len(power) <= 100
     together = round(seconds * 22050 / 512)
     assert together == 8
-    np.testing.assert_allclose(power, whole[: len(power) * 8].reshape(-1, 8, 16).mean(axis=1), rtol=1e-4)
+    np.testing.assert_allclose(
+        power, whole[: len(power) * 8].reshape(-1, 8, 16).mean(axis=1), rtol=1e-4
+    )

@@ -25,26 +25,41 @@ class Learned(NamedTuple):
 
 
 def _variable_shapes(module: nn.Module, frames: int, bands: int) -> dict[str, Any]:
-    return dict(jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, frames, bands)), train=False)))
+    return dict(
+        jax.eval_shape(
+            lambda: module.init(jax.random.key(0), jnp.zeros((1, frames, bands)), train=False)
+        )
+    )
 
 
 def _count(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def _layer_outputs(module: nn.Module, variables: dict[str, Any], x: jax.Array) -> dict[str, jax.Array]:
-    seen = module.apply(variables, x, train=False, capture_intermediates=True, mutable=["intermediates"])[1]["intermediates"]
+def _layer_outputs(
+    module: nn.Module, variables: dict[str, Any], x: jax.Array
+) -> dict[str, jax.Array]:
+    seen = module.apply(
+        variables, x, train=False, capture_intermediates=True, mutable=["intermediates"]
+    )[1]["intermediates"]
     del seen["__call__"]  # the logits, which the head returns
-    return {name: (value["__call__"] if isinstance(value, dict) else value)[0] for name, value in seen.items()}
+    return {
+        name: (value["__call__"] if isinstance(value, dict) else value)[0]
+        for name, value in seen.items()
+    }
 
 
-def _drawn(module: nn.Module, frames: int, bands: int, vector: Callable[..., np.ndarray]) -> dict[str, Any]:
+def _drawn(
+    module: nn.Module, frames: int, bands: int, vector: Callable[..., np.ndarray]
+) -> dict[str, Any]:
     """Variables drawn with NumPy, which needs no compiling: kernels of unit gain, vectors by `vector(generator, name, shape)`."""
     generator = np.random.default_rng(0)
 
     def draw(path, leaf):
         if leaf.ndim > 1:
-            return np.float32(generator.standard_normal(leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1])))
+            return np.float32(
+                generator.standard_normal(leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
+            )
         return np.float32(vector(generator, path[-1].key, leaf.shape))
 
     return jax.tree_util.tree_map_with_path(draw, _variable_shapes(module, frames, bands))
@@ -52,13 +67,19 @@ def _drawn(module: nn.Module, frames: int, bands: int, vector: Callable[..., np.
 
 def _filled(module: nn.Module, frames: int, bands: int) -> dict[str, Any]:
     def vector(generator, name, shape):
-        return generator.uniform(0.5, 2.0, shape) if name in ("scale", "var") else 0.3 * generator.standard_normal(shape)
+        return (
+            generator.uniform(0.5, 2.0, shape)
+            if name in ("scale", "var")
+            else 0.3 * generator.standard_normal(shape)
+        )
 
     return _drawn(module, frames, bands, vector)
 
 
 def _lively(module: nn.Module, frames: int, bands: int) -> dict[str, Any]:
-    return _drawn(module, frames, bands, lambda generator, name, shape: generator.uniform(0.1, 0.4, shape))
+    return _drawn(
+        module, frames, bands, lambda generator, name, shape: generator.uniform(0.1, 0.4, shape)
+    )
 
 
 @pytest.fixture
@@ -91,7 +112,9 @@ def layer_shapes() -> Callable[[nn.Module, int, int], dict[str, tuple[int, ...]]
 
     def shapes(module, frames, bands):
         variables = _variable_shapes(module, frames, bands)
-        outputs = jax.eval_shape(lambda v: _layer_outputs(module, v, jnp.zeros((2, frames, bands))), variables)
+        outputs = jax.eval_shape(
+            lambda v: _layer_outputs(module, v, jnp.zeros((2, frames, bands))), variables
+        )
         return {name: output.shape for name, output in outputs.items()}
 
     return shapes
@@ -135,7 +158,10 @@ def check_bfloat16() -> Callable[[dict[str, Any], int, int], None]:
         x = np.random.default_rng(1).standard_normal((2, frames, bands), np.float32)
         module = models.build(model, num_classes=3, frames=frames, bands=bands)
         half = models.build(model, num_classes=3, frames=frames, bands=bands, dtype="bfloat16")
-        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(_variable_shapes(half, frames, bands)))
+        assert all(
+            leaf.dtype == jnp.float32
+            for leaf in jax.tree.leaves(_variable_shapes(half, frames, bands))
+        )
         variables = _lively(module, frames, bands)
         logits, low = _apply(module, variables, x)[0], _apply(half, variables, x)[0]
         assert low.dtype == jnp.float32
@@ -154,10 +180,14 @@ def learn() -> Callable[..., Learned]:
         @jax.jit
         def step(variables, state):
             def mean_loss(params):
-                logits, new = module.apply(variables | {"params": params}, x, train=True, mutable=["batch_stats"])
+                logits, new = module.apply(
+                    variables | {"params": params}, x, train=True, mutable=["batch_stats"]
+                )
                 return loss(logits, y).mean(), new
 
-            (value, new), gradients = jax.value_and_grad(mean_loss, has_aux=True)(variables["params"])
+            (value, new), gradients = jax.value_and_grad(mean_loss, has_aux=True)(
+                variables["params"]
+            )
             updates, state = optimizer.update(gradients, state)
             params = optax.apply_updates(variables["params"], updates)
             return {"params": params, **new}, state, value, gradients
@@ -178,7 +208,10 @@ def numpy_norm() -> Callable[..., np.ndarray]:
     """`(y, variables, name, epsilon)`: a layer's batch normalisation in use; without parameters of its own it only normalises."""
 
     def norm(y, variables, name, epsilon=1e-5):
-        p, s = variables["params"].get(name, {"scale": 1, "bias": 0}), variables["batch_stats"][name]
+        p, s = (
+            variables["params"].get(name, {"scale": 1, "bias": 0}),
+            variables["batch_stats"][name],
+        )
         return (y - s["mean"]) / np.sqrt(s["var"] + epsilon) * p["scale"] + p["bias"]
 
     return norm
@@ -191,7 +224,9 @@ def numpy_conv() -> Callable[..., np.ndarray]:
     def conv(x, kernel, stride=1):
         size = kernel.shape[0]
         pad = (size // 2, size // 2)
-        windows = np.lib.stride_tricks.sliding_window_view(np.pad(x, (pad, pad, (0, 0))), (size, size), axis=(0, 1))
+        windows = np.lib.stride_tricks.sliding_window_view(
+            np.pad(x, (pad, pad, (0, 0))), (size, size), axis=(0, 1)
+        )
         return np.einsum("tbiuv,uvio->tbo", windows[::stride, ::stride], kernel)
 
     return conv

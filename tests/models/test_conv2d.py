@@ -9,13 +9,19 @@ CONVOLUTIONS = 16 * (32 + 32 * 144 + 144 * 256) + 32 + 144 + 256
 
 
 def build(frames=387, bands=128, num_classes=10, **fields):
-    return models.build({"name": "conv2d", **fields}, num_classes=num_classes, frames=frames, bands=bands)
+    return models.build(
+        {"name": "conv2d", **fields}, num_classes=num_classes, frames=frames, bands=bands
+    )
 
 
-@pytest.mark.parametrize(("frames", "windows", "expected"), [(647, 2, 2_784_186), (387, 1, 1_735_610)])
+@pytest.mark.parametrize(
+    ("frames", "windows", "expected"), [(647, 2, 2_784_186), (387, 1, 1_735_610)]
+)
 def test_it_has_as_many_parameters_as_conv1d(frames, windows, expected, parameter_count):
     sizes = {
-        name: parameter_count(models.build({"name": name}, num_classes=10, frames=frames, bands=128), frames, 128)
+        name: parameter_count(
+            models.build({"name": name}, num_classes=10, frames=frames, bands=128), frames, 128
+        )
         for name in ("conv1d", "conv2d")
     }
     assert sizes["conv2d"] == CONVOLUTIONS + (512 * windows * 2048 + 2048) + 20_490 == expected
@@ -47,12 +53,18 @@ def test_the_network_is_the_one_described(filled, apply):
     x = np.random.default_rng(1).standard_normal((1, 9, 4)).astype(np.float32)
     p = variables["params"]
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(x[0], ((0, 1), (0, 1))), (2, 2))
-    y = np.maximum(np.einsum("tbuv,uvo->tbo", windows, p["conv1"]["kernel"][:, :, 0]) + p["conv1"]["bias"], 0)
-    y = y[:8].reshape(4, 2, 2, 2, 2).max(axis=(1, 3)).reshape(2, 2, 2, 2)  # window, frame, band, filter
+    y = np.maximum(
+        np.einsum("tbuv,uvo->tbo", windows, p["conv1"]["kernel"][:, :, 0]) + p["conv1"]["bias"], 0
+    )
+    y = (
+        y[:8].reshape(4, 2, 2, 2, 2).max(axis=(1, 3)).reshape(2, 2, 2, 2)
+    )  # window, frame, band, filter
     both = np.concatenate([y.max(axis=(1, 2)), y.mean(axis=(1, 2))], axis=1).ravel()
     hidden = np.maximum(both @ p["dense1"]["kernel"] + p["dense1"]["bias"], 0)
     logits, _ = apply(module, variables, x)
-    np.testing.assert_allclose(logits[0], hidden @ p["head"]["kernel"] + p["head"]["bias"], atol=1e-6)
+    np.testing.assert_allclose(
+        logits[0], hidden @ p["head"]["kernel"] + p["head"]["bias"], atol=1e-6
+    )
 
 
 def test_too_small_an_input_is_refused_with_both_shapes(check_runs):
@@ -66,4 +78,7 @@ def test_too_small_an_input_is_refused_with_both_shapes(check_runs):
 
 def test_batch_norm_convolutions_have_no_bias(variable_shapes):
     variables = variable_shapes(build(batch_norm=True), 387, 128)
-    assert "bias" not in variables["params"]["conv1"] and set(variables) == {"params", "batch_stats"}
+    assert "bias" not in variables["params"]["conv1"] and set(variables) == {
+        "params",
+        "batch_stats",
+    }

@@ -12,33 +12,48 @@ SMALL = {"filters": (2, 3), "time_pools": (2, 2), "band_pools": (2, 2), "units":
 
 
 def build(frames=1366, bands=96, num_classes=50, **fields):
-    return models.build({"name": "crnn", **fields}, num_classes=num_classes, frames=frames, bands=bands)
+    return models.build(
+        {"name": "crnn", **fields}, num_classes=num_classes, frames=frames, bands=bands
+    )
 
 
 def stats_after_a_step(module, variables, x):
     variables["batch_stats"]["input_norm"]["mean"][:] = 0
 
     def apply(variables, x):
-        return module.apply(variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(2)})
+        return module.apply(
+            variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(2)}
+        )
 
     return jax.jit(apply)(variables, x)[1]["batch_stats"]
 
 
-def test_the_public_codes_parameters_are_counted_one_by_one(variable_shapes, parameter_count, count):
+def test_the_public_codes_parameters_are_counted_one_by_one(
+    variable_shapes, parameter_count, count
+):
     params = variable_shapes(build(conv_bias=True), 1366, 96)["params"]
     assert sum(count(params[f"conv{i}"]) for i in range(1, 5)) == 369_664
     assert sum(count(params[f"norm{i}"]) for i in range(1, 5)) == 896
     assert count(params["input_norm"]) == 2 * (1366 + 2 * 37) == 2880
-    assert [count(params[f"gru{i}"]) for i in (1, 2)] == [3 * (128 * 32 + 32 * 32 + 32), 3 * (32 * 32 + 32 * 32 + 32)]
+    assert [count(params[f"gru{i}"]) for i in (1, 2)] == [
+        3 * (128 * 32 + 32 * 32 + 32),
+        3 * (32 * 32 + 32 * 32 + 32),
+    ]
     assert count(params["head"]) == 1650
     assert count(params) == 369_664 + 896 + 2880 + 21_696 + 1650 == 396_786
     # Without the biases that normalisation makes idle.
     assert parameter_count(build(), 1366, 96) == 396_786 - (64 + 3 * 128)
 
 
-@pytest.mark.parametrize(("name", "millions"), [("0.1M", 0.1), ("0.25M", 0.25), ("0.5M", 0.5), ("1M", 1.0), ("3M", 3.0)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("0.1M", 0.1), ("0.25M", 0.25), ("0.5M", 0.5), ("1M", 1.0), ("3M", 3.0)],
+    ids=str,
+)
 def test_the_papers_sizes(name, millions, parameter_count):
-    assert parameter_count(build(**CRNN_SIZES[name]), 1366, 96) == pytest.approx(millions * 1e6, rel=0.01)
+    assert parameter_count(build(**CRNN_SIZES[name]), 1366, 96) == pytest.approx(
+        millions * 1e6, rel=0.01
+    )
 
 
 def test_every_shape(layer_shapes):
@@ -57,13 +72,17 @@ def test_every_shape(layer_shapes):
     assert seen["embedding"] == (2, 32)
 
 
-@pytest.mark.parametrize("scale", [0.3, 5.0])  # the second drives the gates into the flat ends of the hard sigmoid
+@pytest.mark.parametrize(
+    "scale", [0.3, 5.0]
+)  # the second drives the gates into the flat ends of the hard sigmoid
 def test_the_recurrence_equals_a_loop_in_numpy(scale):
     module = GRU(3)
     x = scale * jax.random.normal(jax.random.key(0), (2, 7, 4))
     params = module.init(jax.random.key(1), x)["params"]
     params["bias"] = jax.random.normal(jax.random.key(2), (9,))
-    w, u, b = (np.asarray(params[name], np.float64) for name in ("kernel", "recurrent_kernel", "bias"))
+    w, u, b = (
+        np.asarray(params[name], np.float64) for name in ("kernel", "recurrent_kernel", "bias")
+    )
     states = np.zeros((2, 7, 3))
     flat = 0
     for clip in range(2):
@@ -91,7 +110,11 @@ def test_each_gate_is_initialised_on_its_own():
 
 def test_the_input_is_normalised_frame_by_frame_after_padding(filled):
     module = build(**SMALL)
-    x = -40 + 10 * jax.random.normal(jax.random.key(0), (2, 1366, 96)) + jnp.linspace(0, 20, 1366)[:, None]
+    x = (
+        -40
+        + 10 * jax.random.normal(jax.random.key(0), (2, 1366, 96))
+        + jnp.linspace(0, 20, 1366)[:, None]
+    )
     stats = stats_after_a_step(module, filled(module, 1366, 96), x)
     mean = np.asarray(stats["input_norm"]["mean"])
     assert mean.shape == (1440,) and not mean[:37].any() and not mean[-37:].any()
@@ -103,12 +126,16 @@ def test_normalisation_of_bands_comes_before_padding(filled):
     module = build(40, 96, input_norm="band", **SMALL)
     x = -40 + jax.random.normal(jax.random.key(0), (4, 40, 96))
     stats = stats_after_a_step(module, filled(module, 40, 96), x)
-    np.testing.assert_allclose(stats["input_norm"]["mean"], 0.1 * np.asarray(x).mean(axis=(0, 1)), rtol=1e-4)
+    np.testing.assert_allclose(
+        stats["input_norm"]["mean"], 0.1 * np.asarray(x).mean(axis=(0, 1)), rtol=1e-4
+    )
 
 
 def test_inputs_that_do_not_fit_are_refused_with_both_shapes(check_runs):
     for frames in (1365, 1367):
-        with pytest.raises(UserError, match=rf"exactly 1366 frames, but its input is {frames} frames x 96 bands"):
+        with pytest.raises(
+            UserError, match=rf"exactly 1366 frames, but its input is {frames} frames x 96 bands"
+        ):
             build(frames)
     with pytest.raises(UserError, match=r"at least 96 bands.*1366 frames x 95 bands"):
         build(1366, 95)
@@ -117,17 +144,29 @@ def test_inputs_that_do_not_fit_are_refused_with_both_shapes(check_runs):
         with pytest.raises(UserError, match=r"at least 22 frames.*21 frames x 96 bands"):
             build(21, 96, input_norm=norm)
         check_runs(build(22, 96, input_norm=norm, filters=(2, 2, 2, 2)), (1, 22, 96), (1, 50))
-    with pytest.raises(UserError, match=r"model.input_norm: 'bands' is not known. Did you mean 'band'"):
+    with pytest.raises(
+        UserError, match=r"model.input_norm: 'bands' is not known. Did you mean 'band'"
+    ):
         build(input_norm="bands")
     with pytest.raises(UserError, match="one length"):
         build(filters=(8, 8))
 
 
 def test_a_small_batch_of_noise_is_learned_by_heart(filled, learn):
-    module = build(60, 16, 4, input_norm="band", conv_dropout=0.0, dropout=0.0, **SMALL | {"units": (16, 16)})
+    module = build(
+        60, 16, 4, input_norm="band", conv_dropout=0.0, dropout=0.0, **SMALL | {"units": (16, 16)}
+    )
     x = jax.random.normal(jax.random.key(0), (6, 60, 16))
     y = jax.random.bernoulli(jax.random.key(1), 0.4, (6, 4)).astype(jnp.float32)
-    learned = learn(module, filled(module, 60, 16), x, y, optax.sigmoid_binary_cross_entropy, rate=2e-2, steps=150)
+    learned = learn(
+        module,
+        filled(module, 60, 16),
+        x,
+        y,
+        optax.sigmoid_binary_cross_entropy,
+        rate=2e-2,
+        steps=150,
+    )
     # The gradient reaches everything, the first layer through both recurrent ones too.
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(learned.first_gradients))
     assert learned.losses[0] > 0.4 and learned.losses[-1] < 0.03

@@ -6,19 +6,32 @@ import jax.numpy as jnp
 import pytest
 
 from musicgenre import models
-from musicgenre.models.describe import Source, describe, settings_text, shape_text, table, total_parameters
+from musicgenre.models.describe import (
+    Source,
+    describe,
+    settings_text,
+    shape_text,
+    table,
+    total_parameters,
+)
 
 
 def count(module, frames, bands):
     """The number of parameters that initialisation makes."""
-    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, frames, bands)), train=False))
+    shapes = jax.eval_shape(
+        lambda: module.init(jax.random.key(0), jnp.zeros((1, frames, bands)), train=False)
+    )
     return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
 
 
 def test_the_reports_network():
     """Sizes worked by hand: SAME convolutions halve (rounded up), pools halve (rounded down), 20 frames leave 5 windows."""
-    layers = describe(models.build({"name": "conv1d"}, num_classes=10, frames=647, bands=128), 647, 128)
-    assert [(layer.name, layer.kind, layer.inputs, layer.output, layer.parameters) for layer in layers] == [
+    layers = describe(
+        models.build({"name": "conv1d"}, num_classes=10, frames=647, bands=128), 647, 128
+    )
+    assert [
+        (layer.name, layer.kind, layer.inputs, layer.output, layer.parameters) for layer in layers
+    ] == [
         ("input", "Input", (), (647, 128), 0),
         ("conv1", "Conv", ((647, 128),), (324, 256), 4 * 128 * 256 + 256),
         ("conv2", "Conv", ((162, 256),), (81, 256), 4 * 256 * 256 + 256),
@@ -31,14 +44,26 @@ def test_the_reports_network():
     assert total_parameters(layers) == 2_775_818
     assert layers[1].settings == {"features": 256, "kernel_size": (4,), "strides": (2,)}
     assert settings_text(layers[1]) == "256 features, kernel 4, stride 2"
-    assert [source.layer for layer in layers[1:] for source in layer.sources] == [0, 1, 2, 3, 4, 5, 6]
+    assert [source.layer for layer in layers[1:] for source in layer.sources] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
     assert "ReLU" in layers[4].sources[0].operations and layers[6].sources == (Source(5),)
 
 
 @pytest.mark.parametrize("name", list(models.registered()))
 def test_every_model_is_described(name):
     cls = models.registered()[name]
-    limits = cls.input_limits(models.hyperparameters(cls)) if hasattr(cls, "input_limits") else models.InputLimits()
+    limits = (
+        cls.input_limits(models.hyperparameters(cls))
+        if hasattr(cls, "input_limits")
+        else models.InputLimits()
+    )
     frames = limits.max_frames or max(limits.min_frames, 187)
     bands = limits.max_bands or max(limits.min_bands, 96, -(-limits.min_values // frames))
     module = models.build({"name": name}, num_classes=7, frames=frames, bands=bands)
@@ -81,7 +106,10 @@ class Branches(nn.Module):
 
 def test_branches_skips_and_shared_layers_come_out_as_they_are():
     layers = describe(Branches(), 20, 5)
-    found = {i: (layer.name, [(source.layer, *source.operations) for source in layer.sources]) for i, layer in enumerate(layers)}
+    found = {
+        i: (layer.name, [(source.layer, *source.operations) for source in layer.sources])
+        for i, layer in enumerate(layers)
+    }
     assert found == {
         0: ("input", []),
         1: ("stem", [(0,)]),
@@ -136,7 +164,9 @@ def test_modules_of_flax_are_one_layer_each():
         ("head", "Dense"),
     ]
     # Three gates of a GRU: weights of the input with a bias each, of the state with one for the candidate alone.
-    assert layers[2].parameters == 3 * (4 * 3 + 3) + 3 * 3 * 3 + 3 and layers[2].settings == {"features": 3}
+    assert layers[2].parameters == 3 * (4 * 3 + 3) + 3 * 3 * 3 + 3 and layers[2].settings == {
+        "features": 3
+    }
     # Query, key, value and output.
     assert layers[3].parameters == 4 * (3 * 3 + 3)
     # It takes no layer's output; what it gives is added to the attention's.
@@ -197,7 +227,15 @@ def test_a_users_own_module(tmp_path, monkeypatch):
 
 def test_the_table_has_a_line_for_each_layer():
     lines = table(describe(Branches(), 20, 5)).splitlines()
-    assert lines[0].split() == ["layer", "kind", "settings", "input", "output", "parameters", "from"]
+    assert lines[0].split() == [
+        "layer",
+        "kind",
+        "settings",
+        "input",
+        "output",
+        "parameters",
+        "from",
+    ]
     assert lines[2 + 3].split() == [
         "3",
         "side3",
@@ -225,7 +263,10 @@ def test_the_table_has_a_line_for_each_layer():
 @pytest.mark.parametrize(
     ("module", "words"),
     [
-        (nn.Conv(8, (7, 51), padding=((3, 3), (0, 0)), use_bias=False), "8 features, kernel 7 x 51, padding 3 x 0, no bias"),
+        (
+            nn.Conv(8, (7, 51), padding=((3, 3), (0, 0)), use_bias=False),
+            "8 features, kernel 7 x 51, padding 3 x 0, no bias",
+        ),
         (nn.Conv(8, (3,), strides=1, feature_group_count=2), "8 features, kernel 3, groups 2"),
         (nn.Conv(8, (3,), padding=((1, 2),)), "8 features, kernel 3, padding 1+2"),
         (nn.Dropout(0.25, deterministic=True), "rate 0.25"),
@@ -236,6 +277,8 @@ def test_settings_in_words(module, words):
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x, train=False):
-            return module.clone(parent=self)(x[..., None] if isinstance(module, nn.Conv) and len(module.kernel_size) == 2 else x)
+            return module.clone(parent=self)(
+                x[..., None] if isinstance(module, nn.Conv) and len(module.kernel_size) == 2 else x
+            )
 
     assert settings_text(describe(Net(), 60, 60)[1]) == words

@@ -12,7 +12,9 @@ from musicgenre.models.fcn import FCN_SIZES
 
 
 def build(frames=1366, bands=96, num_classes=50, **fields):
-    return models.build({"name": "fcn", **fields}, num_classes=num_classes, frames=frames, bands=bands)
+    return models.build(
+        {"name": "fcn", **fields}, num_classes=num_classes, frames=frames, bands=bands
+    )
 
 
 def test_every_shape_of_fcn4(layer_shapes, variable_shapes, count):
@@ -34,7 +36,9 @@ def test_every_shape_of_fcn4(layer_shapes, variable_shapes, count):
         "head": (2, 50),
     }
     assert FCN_SIZES["fcn4"] == {
-        field: value for field, value in models.resolve({"name": "fcn"}).items() if field in FCN_SIZES["fcn4"]
+        field: value
+        for field, value in models.resolve({"name": "fcn"}).items()
+        if field in FCN_SIZES["fcn4"]
     }
     # Kernels of 3 x 3, a scale and a bias for each filter, and the head.
     filters = (1, 128, 384, 768, 2048)
@@ -69,9 +73,13 @@ def test_every_size_ends_in_one_position(name, pooled, layer_shapes):
 
 
 def test_too_small_an_input_is_refused_with_both_shapes(check_runs):
-    with pytest.raises(UserError, match=r"at least 1280 frames, but its input is 627 frames x 96 bands"):
+    with pytest.raises(
+        UserError, match=r"at least 1280 frames, but its input is 627 frames x 96 bands"
+    ):
         build(627, 96)
-    with pytest.raises(UserError, match=r"at least 1280 frames and at least 96 bands.*1279 frames x 95 bands"):
+    with pytest.raises(
+        UserError, match=r"at least 1280 frames and at least 96 bands.*1279 frames x 95 bands"
+    ):
         build(1279, 95)
     check_runs(build(1280, 96, filters=(2, 2, 2, 2)), (1, 1280, 96), (1, 50))
     with pytest.raises(UserError, match=r"at least 600 frames.*599 frames x 128 bands"):
@@ -79,17 +87,24 @@ def test_too_small_an_input_is_refused_with_both_shapes(check_runs):
 
 
 def test_fields_of_the_layers_have_one_length():
-    with pytest.raises(UserError, match=r"'fcn'.*model.filters=\(8, 8\), model.time_pools=\(4, 5, 8, 8\).*one length"):
+    with pytest.raises(
+        UserError,
+        match=r"'fcn'.*model.filters=\(8, 8\), model.time_pools=\(4, 5, 8, 8\).*one length",
+    ):
         build(filters=(8, 8))
 
 
 def test_the_network_is_the_one_described(filled, apply, numpy_conv, numpy_norm):
     """A small one, worked with NumPy: four positions are left, of which each filter's maximum counts."""
-    module = build(14, 5, num_classes=2, filters=(3, 2), time_pools=(2, 3), band_pools=(2, 1), pointwise=(4,))
+    module = build(
+        14, 5, num_classes=2, filters=(3, 2), time_pools=(2, 3), band_pools=(2, 1), pointwise=(4,)
+    )
     variables = filled(module, 14, 5)
     x = np.random.default_rng(1).standard_normal((1, 14, 5)).astype(np.float32)
     p = variables["params"]
-    y = np.maximum(numpy_norm(numpy_conv(x[0][:, :, None], p["conv1"]["kernel"]), variables, "norm1"), 0)
+    y = np.maximum(
+        numpy_norm(numpy_conv(x[0][:, :, None], p["conv1"]["kernel"]), variables, "norm1"), 0
+    )
     y = y[:, :4].reshape(7, 2, 2, 2, 3).max(axis=(1, 3))
     y = np.maximum(numpy_norm(numpy_conv(y, p["conv2"]["kernel"]), variables, "norm2"), 0)
     y = y[:6].reshape(2, 3, 2, 2).max(axis=1).max(axis=(0, 1))
@@ -104,7 +119,15 @@ def test_a_small_batch_of_noise_is_learned_by_heart(filled, apply, learn):
     module = build(16, 16, num_classes=5, **fields)
     x = jax.random.normal(jax.random.key(0), (8, 16, 16))
     y = jax.random.bernoulli(jax.random.key(1), 0.4, (8, 5)).astype(jnp.float32)
-    learned = learn(module, filled(module, 16, 16), x, y, optax.sigmoid_binary_cross_entropy, rate=1e-2, steps=100)
+    learned = learn(
+        module,
+        filled(module, 16, 16),
+        x,
+        y,
+        optax.sigmoid_binary_cross_entropy,
+        rate=1e-2,
+        steps=100,
+    )
     assert learned.losses[0] > 0.5 and learned.losses[-1] < 0.02
     # In use, with the running mean and deviation, it gives the same answers.
     logits, _ = apply(module, learned.variables, x)

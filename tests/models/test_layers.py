@@ -72,9 +72,14 @@ def test_several_kernels_are_one_after_the_other():
         x = np.float32(drawn(*shape))
         kernels = tuple(np.float32(i + drawn(3, 3, shape[3], 16)) for i in range(count))
         dys = tuple((i + 1) * lax_conv(x, kernel, stride) for i, kernel in enumerate(kernels))
-        ys, back = jax.vjp(lambda x, kernels, stride=stride: fast_convs(x, kernels, stride), x, kernels)
+        ys, back = jax.vjp(
+            lambda x, kernels, stride=stride: fast_convs(x, kernels, stride), x, kernels
+        )
         dx, gradients = back(dys)
-        expected = [product_and_gradients(lax_conv, x, kernel, stride, dy) for kernel, dy in zip(kernels, dys, strict=True)]
+        expected = [
+            product_and_gradients(lax_conv, x, kernel, stride, dy)
+            for kernel, dy in zip(kernels, dys, strict=True)
+        ]
         assert worst(ys, [y for y, _, _ in expected]) < 2e-6
         assert worst(gradients, [gradient for _, _, gradient in expected]) < 2e-6
         assert worst(dx, sum(dx for _, dx, _ in expected)) < 2e-6
@@ -84,25 +89,37 @@ def test_several_kernels_are_one_after_the_other():
 @pytest.mark.parametrize("plus", [True, False])
 def test_the_fast_normalisation_is_flax_s(relu, plus):
     """Values, running statistics and all gradients at a real width, in float32 against nn.BatchNorm in float64."""
-    x, added = drawn(2, 23, 15, 128) * 2 + 0.5, np.random.default_rng(1).standard_normal((2, 23, 15, 128))
+    x, added = (
+        drawn(2, 23, 15, 128) * 2 + 0.5,
+        np.random.default_rng(1).standard_normal((2, 23, 15, 128)),
+    )
     scale = np.linspace(-1, 2, 128)
     params = {"scale": scale, "bias": scale[::-1] / 3}
     stats = {"mean": np.zeros(128), "var": np.ones(128)}
 
     def plain(params, stats, x, added):
         norm = nn.BatchNorm(use_running_average=False, momentum=0.9, epsilon=1e-5, dtype=x.dtype)
-        y, updated = norm.apply({"params": params, "batch_stats": stats}, x, mutable=["batch_stats"])
+        y, updated = norm.apply(
+            {"params": params, "batch_stats": stats}, x, mutable=["batch_stats"]
+        )
         y = y + added if plus else y
         return nn.relu(y) if relu else y, updated["batch_stats"]
 
     def ours(params, stats, x, added):
         norm = batch_norm(True, None, jnp.float32)
         variables = {"params": params, "batch_stats": stats}
-        y, updated = norm.apply(variables, x, plus=added if plus else None, relu=relu, mutable=["batch_stats"])
+        y, updated = norm.apply(
+            variables, x, plus=added if plus else None, relu=relu, mutable=["batch_stats"]
+        )
         return y, updated["batch_stats"]
 
     def with_gradients(function, params, stats, x, added, dy):
-        y, back = jax.vjp(lambda *differentiated: function(differentiated[0], stats, *differentiated[1:]), params, x, added)
+        y, back = jax.vjp(
+            lambda *differentiated: function(differentiated[0], stats, *differentiated[1:]),
+            params,
+            x,
+            added,
+        )
         return y, back((dy, jax.tree.map(lambda a: 0.3 + a, stats)))
 
     run = jax.jit(with_gradients, static_argnums=0)
@@ -111,7 +128,10 @@ def test_the_fast_normalisation_is_flax_s(relu, plus):
         expected = jax.tree.map(np.asarray, run(plain, params, stats, x, added, dy))
     found = run(ours, *jax.tree.map(np.float32, (params, stats, x, added, dy)))
     assert expected[0][0].dtype == np.float64 and found[0][0].dtype == np.float32
-    (_, (of_params, of_x, of_added)), (_, (expected_params, expected_x, expected_added)) = found, expected
+    (_, (of_params, of_x, of_added)), (_, (expected_params, expected_x, expected_added)) = (
+        found,
+        expected,
+    )
     assert worst(found[0], expected[0]) < 1e-6
     assert worst((of_params, of_x), (expected_params, expected_x)) < 1e-5
     if plus:
@@ -120,7 +140,9 @@ def test_the_fast_normalisation_is_flax_s(relu, plus):
 
 def test_which_products_are_winograd():
     shapes = [jnp.zeros(shape) for shape in ((2, 16, 16, 128), (2, 8, 8, 128), (2, 16, 16, 1))]
-    kernels = [jnp.zeros((size, size, x.shape[3], 32)) for x, size in zip(shapes, (3, 3, 3), strict=True)]
+    kernels = [
+        jnp.zeros((size, size, x.shape[3], 32)) for x, size in zip(shapes, (3, 3, 3), strict=True)
+    ]
     found = [fast._suits_winograd(x, kernel, 1) for x, kernel in zip(shapes, kernels, strict=True)]
     assert found == [True, False, False]  # 128 tiles, 32 tiles, one channel
     assert not fast._suits_winograd(shapes[0], kernels[0], 2)
@@ -153,7 +175,9 @@ class Block(nn.Module):
             if self.conv is Conv:
                 x = Conv(features, 3, stride, train=True, dtype=x.dtype, name=f"conv{i}")(x)
             else:
-                x = nn.Conv(features, (3, 3), (stride, stride), padding=1, use_bias=False, name=f"conv{i}")(x)
+                x = nn.Conv(
+                    features, (3, 3), (stride, stride), padding=1, use_bias=False, name=f"conv{i}"
+                )(x)
             x = nn.relu(batch_norm(True, None, x.dtype, name=f"norm{i}")(x))
         return layers.max_pool(x, (2, 2))
 
@@ -191,7 +215,9 @@ def fast_calls(monkeypatch):
 
     norm = layers.fast_norm
     monkeypatch.setattr(layers, "fast_convs", convs)
-    monkeypatch.setattr(layers, "fast_norm", lambda *arguments: calls.append("norm") or norm(*arguments))
+    monkeypatch.setattr(
+        layers, "fast_norm", lambda *arguments: calls.append("norm") or norm(*arguments)
+    )
     return calls
 
 
@@ -201,7 +227,9 @@ def test_fast_products_are_for_training_on_one_cpu_in_float32(monkeypatch, fast_
     def used(train, dtype=jnp.float32, features=32, axis_name=None):
         def run():
             y, _ = Conv(features, train=train, dtype=dtype).init_with_output(jax.random.key(0), x)
-            return batch_norm(train, axis_name, dtype).init_with_output(jax.random.key(0), y, plus=y, relu=True)
+            return batch_norm(train, axis_name, dtype).init_with_output(
+                jax.random.key(0), y, plus=y, relu=True
+            )
 
         fast_calls.clear()
         jax.eval_shape(run)
@@ -226,7 +254,9 @@ def test_convolutions_together_are_each_of_them(train):
         @nn.compact
         def __call__(self, x):
             convs = [Conv(32, stride=2, train=train, name=name) for name in ("one", "other")]
-            return convolve_together(x, *convs) if self.together else tuple(conv(x) for conv in convs)
+            return (
+                convolve_together(x, *convs) if self.together else tuple(conv(x) for conv in convs)
+            )
 
     x = np.float32(drawn(2, 9, 7, 3))
     variables = Pair(True).init(jax.random.key(0), x)
@@ -249,7 +279,11 @@ def test_the_two_dimensional_networks_train_with_it(fast_calls, model, frames, b
     """Convolutions and normalisations; those of an input's frames or of all its numbers stay Flax's."""
     module = models.build(model, num_classes=3, frames=frames, bands=bands)
     key = jax.random.key(0)
-    jax.eval_shape(lambda: module.init({"params": key, "dropout": key}, jnp.zeros((2, frames, bands)), train=True))
+    jax.eval_shape(
+        lambda: module.init(
+            {"params": key, "dropout": key}, jnp.zeros((2, frames, bands)), train=True
+        )
+    )
     norms = fast_calls.count("norm")
     assert (len(fast_calls) - norms, norms) == count
 
@@ -264,6 +298,8 @@ def test_the_overlapping_pool_is_nn_max_pool_and_so_is_its_gradient(shape):
 
     expected, back = jax.vjp(plain, x)
     dy = np.float32(np.arange(expected.size).reshape(expected.shape) % 13 + 1)
-    found, gradients = jax.jit(lambda x, dy: (max_pool_overlapping(x), jax.vjp(max_pool_overlapping, x)[1](dy)))(x, dy)
+    found, gradients = jax.jit(
+        lambda x, dy: (max_pool_overlapping(x), jax.vjp(max_pool_overlapping, x)[1](dy))
+    )(x, dy)
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_array_equal(gradients[0], back(dy)[0])

@@ -20,28 +20,49 @@ from musicgenre.models.modulation import (
 )
 
 # A small front: 2 blocks of 6 bands in windows of 8 frames, one block of 12 in windows of 4.
-SMALL = {"regions": (2, 1), "windows": (8, 4), "scale_edges": (0, 1, 3), "rate_edges": (0, 1, 2, 4), "groups": 3, "cepstra": 5}
+SMALL = {
+    "regions": (2, 1),
+    "windows": (8, 4),
+    "scale_edges": (0, 1, 3),
+    "rate_edges": (0, 1, 2, 4),
+    "groups": 3,
+    "cepstra": 5,
+}
 ALL = {name: getattr(Modulation, name) for name in SMALL}
 
 features = jax.jit(lambda x: modulation_features(x, **SMALL))
-spectrum = jax.jit(lambda x, *sizes: modulation_spectrum(x, jnp.ones(x.shape[:2]), *sizes), static_argnums=(1, 2, 3, 4))
-correlations = jax.jit(lambda x, groups: band_correlations(x, jnp.ones(x.shape[:2]), groups), static_argnums=1)
-views = jax.jit(lambda x, *values: loudness_views(x, jnp.ones(x.shape[:2]), *values), static_argnums=(1, 2))
+spectrum = jax.jit(
+    lambda x, *sizes: modulation_spectrum(x, jnp.ones(x.shape[:2]), *sizes),
+    static_argnums=(1, 2, 3, 4),
+)
+correlations = jax.jit(
+    lambda x, groups: band_correlations(x, jnp.ones(x.shape[:2]), groups), static_argnums=1
+)
+views = jax.jit(
+    lambda x, *values: loudness_views(x, jnp.ones(x.shape[:2]), *values), static_argnums=(1, 2)
+)
 
 
 def build(frames=64, bands=128, **fields):
-    return models.build({"name": "modulation", **fields}, num_classes=10, frames=frames, bands=bands)
+    return models.build(
+        {"name": "modulation", **fields}, num_classes=10, frames=frames, bands=bands
+    )
 
 
 def clips(batch=2, frames=21, bands=13, seed=0):
-    return np.float32(-40 + 10 * np.random.default_rng(seed).standard_normal((batch, frames, bands)))
+    return np.float32(
+        -40 + 10 * np.random.default_rng(seed).standard_normal((batch, frames, bands))
+    )
 
 
 def binned(values, edges, axis):
     """Means between edges, with NumPy; the last bin takes the rest."""
     size = values.shape[axis]
     ends = [edge for edge in edges if edge < size] + [size]
-    parts = [values.take(range(a, b), axis).mean(axis, keepdims=True) for a, b in itertools.pairwise(ends)]
+    parts = [
+        values.take(range(a, b), axis).mean(axis, keepdims=True)
+        for a, b in itertools.pairwise(ends)
+    ]
     return np.concatenate(parts, axis)
 
 
@@ -53,7 +74,10 @@ def worked_spectrum(x, regions, window, scale_edges, rate_edges):
     for r in range(regions):
         block = scipy.fft.dct(x[:, r * width : (r + 1) * width], norm="ortho", axis=1)
         starts = range(0, len(x) - window + 1, window // 2)
-        magnitude = np.mean([np.abs(np.fft.rfft(block[s : s + window] * hann[:, None], axis=0)) for s in starts], axis=0)
+        magnitude = np.mean(
+            [np.abs(np.fft.rfft(block[s : s + window] * hann[:, None], axis=0)) for s in starts],
+            axis=0,
+        )
         found.append(np.log(binned(binned(magnitude.T, scale_edges, 0), rate_edges, 1) + 0.1))
     return np.stack(found)
 
@@ -73,12 +97,20 @@ def test_the_front_is_the_one_described():
             worked_spectrum(clip, 2, 8, *edges).ravel(),
             worked_spectrum(clip, 1, 4, *edges).ravel(),
             # The floor under the variance takes about 1 % of a correlation of levels this lively.
-            np.corrcoef(level.T)[np.triu_indices(3, 1)] * np.prod(np.sqrt([level.var(0) / (level.var(0) + 0.05)]), axis=0).mean(),
+            np.corrcoef(level.T)[np.triu_indices(3, 1)]
+            * np.prod(np.sqrt([level.var(0) / (level.var(0) + 0.05)]), axis=0).mean(),
             scipy.fft.dct(difference, norm="ortho", axis=1)[:, :5].std(axis=0),
         ]
         for block, want in zip(got, expected, strict=True):
             np.testing.assert_allclose(block[row], want, atol=2e-3, rtol=1e-4)
-    assert [block.shape for block in got] == [(2, 13), (2, 13), (2, 2 * 3 * 4), (2, 3 * 3), (2, 3), (2, 5)]
+    assert [block.shape for block in got] == [
+        (2, 13),
+        (2, 13),
+        (2, 2 * 3 * 4),
+        (2, 3 * 3),
+        (2, 3),
+        (2, 5),
+    ]
 
 
 def test_a_regular_beat_lies_in_its_rate_and_a_regular_comb_in_its_scale():
@@ -94,7 +126,9 @@ def test_a_regular_beat_lies_in_its_rate_and_a_regular_comb_in_its_scale():
     np.testing.assert_allclose(np.exp(found[0, [4, 6]]), 20 * np.sqrt(32) * 4 + 0.1, rtol=1e-3)
     np.testing.assert_allclose(found[0, [3, 7]], np.log(0.1), atol=0.02)
     # The 7th DCT pattern, still over time: scale 7 (3.5 cycles over the bands), rate 0.
-    comb = np.tile(np.cos(np.pi * 7 * (band + 0.5) / 32)[None, None, :], (1, 128, 1)).astype(np.float32)
+    comb = np.tile(np.cos(np.pi * 7 * (band + 0.5) / 32)[None, None, :], (1, 128, 1)).astype(
+        np.float32
+    )
     found = np.asarray(spectrum(20 * comb, 1, 32, edges, edges))[0, 0]
     assert np.unravel_index(found.argmax(), found.shape) == (7, 0)
     # A pattern on the upper half of the bands is found in the upper of two regions.
@@ -110,7 +144,9 @@ def test_views_count_loudness_differently():
     under = np.float64(x) - np.float64(x).max(axis=(1, 2), keepdims=True)
     np.testing.assert_allclose(plain, under, atol=1e-4)
     np.testing.assert_allclose(floor, 10 * np.log10(10 ** (under / 10) + 0.1), atol=1e-4)
-    np.testing.assert_allclose(contrast, 4 * np.tanh((under - under.mean(axis=1, keepdims=True)) / 4), atol=1e-4)
+    np.testing.assert_allclose(
+        contrast, 4 * np.tanh((under - under.mean(axis=1, keepdims=True)) / 4), atol=1e-4
+    )
     # The loudest value stays within half a dB of 0; nothing sinks below the floor, however quiet.
     assert 0.4 < floor.max() < 0.42 and floor.min() >= -10
     silence = views(np.array([[[0.0], [-400.0], [-np.float32(1e30)]]], np.float32), (50.0,), (8.0,))
@@ -120,13 +156,19 @@ def test_views_count_loudness_differently():
 
 def test_each_view_has_the_features_of_its_own():
     x = clips()
-    several = jax.jit(lambda x: modulation_features(x, **SMALL, floors=(20.0,), contrasts=(8.0,)))(x)
+    several = jax.jit(lambda x: modulation_features(x, **SMALL, floors=(20.0,), contrasts=(8.0,)))(
+        x
+    )
     assert len(several) == 18
     for got, plain in zip(several, features(x), strict=False):
         np.testing.assert_allclose(got, plain, atol=1e-3)
-    for view, blocks in zip(views(x, (20.0,), (8.0,))[1:], (several[6:12], several[12:]), strict=True):
+    for view, blocks in zip(
+        views(x, (20.0,), (8.0,))[1:], (several[6:12], several[12:]), strict=True
+    ):
         np.testing.assert_allclose(blocks[0], view.mean(axis=1), atol=1e-4)
-        np.testing.assert_allclose(blocks[2].ravel(), spectrum(view, 2, 8, (0, 1, 3), (0, 1, 2, 4)).ravel(), atol=1e-3)
+        np.testing.assert_allclose(
+            blocks[2].ravel(), spectrum(view, 2, 8, (0, 1, 3), (0, 1, 2, 4)).ravel(), atol=1e-3
+        )
         np.testing.assert_allclose(blocks[4], correlations(view, 3), atol=1e-3)
 
 
@@ -164,7 +206,9 @@ def test_silence_around_a_clip_does_not_count():
     found = several(short)
     assert all(np.isfinite(block).all() for block in found)
     under = short - short.max(axis=(1, 2), keepdims=True)
-    np.testing.assert_allclose(found[2], spectrum(under, 2, 8, (0, 1, 3), (0, 1, 2, 4)).reshape(2, -1), atol=1e-3)
+    np.testing.assert_allclose(
+        found[2], spectrum(under, 2, 8, (0, 1, 3), (0, 1, 2, 4)).reshape(2, -1), atol=1e-3
+    )
 
 
 def test_bands_that_move_together_correlate():
@@ -174,12 +218,15 @@ def test_bands_that_move_together_correlate():
     np.testing.assert_allclose(correlations(x, 3)[0], [1, -1, -1], atol=2e-3)
     # What does not move has no correlation, rather than an undefined one.
     np.testing.assert_allclose(correlations(np.ones((1, 400, 3), np.float32), 3)[0], 0)
-    np.testing.assert_allclose(jax.jit(deviation)(x, np.ones((1, 400)))[0], x[0].std(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(deviation)(x, np.ones((1, 400)))[0], x[0].std(axis=0), rtol=1e-5
+    )
 
 
 def test_bins_average_and_the_last_takes_the_rest():
     np.testing.assert_allclose(
-        bin_matrix((0, 1, 3, 7, 9), 6), [[1, 0, 0], [0, 0.5, 0], [0, 0.5, 0], [0, 0, 1 / 3], [0, 0, 1 / 3], [0, 0, 1 / 3]]
+        bin_matrix((0, 1, 3, 7, 9), 6),
+        [[1, 0, 0], [0, 0.5, 0], [0, 0.5, 0], [0, 0, 1 / 3], [0, 0, 1 / 3], [0, 0, 1 / 3]],
     )
 
 
@@ -190,7 +237,10 @@ def test_the_sizes(variable_shapes, count, layer_shapes):
     assert size == 1709 and shapes["batch_stats"]["feature_norm"]["mean"].shape == (size,)
     assert count(shapes["params"]) == size * 256 + 256 + 256 * 10 + 10 == 440_330
     # A floor and a contrast make three views of it.
-    assert count(variable_shapes(build(387, floors=(50.0,), contrasts=(8.0,)), 387, 128)["params"]) == 3 * size * 256 + 2826
+    assert (
+        count(variable_shapes(build(387, floors=(50.0,), contrasts=(8.0,)), 387, 128)["params"])
+        == 3 * size * 256 + 2826
+    )
     # As many parameters for any length, so that a model trained on crops scores whole clips.
     assert variable_shapes(build(64), 64, 128) == shapes
     assert layer_shapes(build(hidden=(8, 6)), 64, 128)["embedding"] == (2, 6)
@@ -202,7 +252,11 @@ def test_each_kind_of_feature_has_the_same_weight(filled):
     module = build(16, 12, **SMALL, hidden=(), dropout=0.0, input_dropout=0.0)
     variables = filled(module, 16, 12)
     x = clips(64, 16, 12)
-    run = jax.jit(lambda x: module.apply(variables, x, train=True, mutable=["batch_stats", "intermediates"])[1])
+    run = jax.jit(
+        lambda x: module.apply(variables, x, train=True, mutable=["batch_stats", "intermediates"])[
+            1
+        ]
+    )
     updated = run(x)
     embedding = np.asarray(updated["intermediates"]["embedding"][0])
     assert np.abs(embedding.mean(axis=0)).max() < 1e-3
@@ -212,7 +266,9 @@ def test_each_kind_of_feature_has_the_same_weight(filled):
     # The running statistics move a hundredth of the way.
     old, new = variables["batch_stats"]["feature_norm"], updated["batch_stats"]["feature_norm"]
     raw = np.concatenate([np.asarray(block) for block in features(x)], axis=1)
-    np.testing.assert_allclose(new["mean"], 0.99 * old["mean"] + 0.01 * raw.mean(axis=0), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        new["mean"], 0.99 * old["mean"] + 0.01 * raw.mean(axis=0), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_gradients_are_finite_even_of_silence(filled):
@@ -238,7 +294,9 @@ def test_the_front_stays_in_float32(filled, apply):
     """Rounding dB to bfloat16 would move the features by tenths; only the layers after them are rounded."""
     fields = {"hidden": (), **SMALL}
     full, half = (
-        models.build({"name": "modulation", **fields}, num_classes=3, frames=16, bands=12, dtype=dtype)
+        models.build(
+            {"name": "modulation", **fields}, num_classes=3, frames=16, bands=12, dtype=dtype
+        )
         for dtype in ("float32", "bfloat16")
     )
     variables, x = filled(full, 16, 12), clips(2, 16, 12)
@@ -252,7 +310,11 @@ def test_the_smallest_inputs_run_and_one_below_is_refused(check_runs):
     with pytest.raises(UserError, match=r"at least 32 bands.*64 frames x 31 bands"):
         build(64, 31)
     check_runs(build(64, 32, hidden=(4,)), (2, 64, 32), (2, 10))
-    check_runs(build(2, 1, regions=(1,), windows=(2,), groups=0, cepstra=0, hidden=(4,)), (2, 2, 1), (2, 10))
+    check_runs(
+        build(2, 1, regions=(1,), windows=(2,), groups=0, cepstra=0, hidden=(4,)),
+        (2, 2, 1),
+        (2, 10),
+    )
 
 
 @pytest.mark.parametrize(

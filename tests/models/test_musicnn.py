@@ -34,13 +34,18 @@ def test_the_originals_sizes(layer_shapes, variable_shapes):
         "dense1": (200,),
         "head": (50,),
     }
-    assert layers["input_norm"] == (2, 187, 96, 1) and layers["pool_norm"] == (2, 2 * (561 + 3 * 64))
+    assert layers["input_norm"] == (2, 187, 96, 1) and layers["pool_norm"] == (
+        2,
+        2 * (561 + 3 * 64),
+    )
     assert layers["embedding"] == (2, 200)
 
 
 def test_shapes_and_number_of_the_published_weights(variable_shapes, count):
     """Shapes of the variables of the public checkpoint MTT_musicnn; the sum of them is worked by hand."""
-    variables = variable_shapes(models.build({"name": "musicnn"}, num_classes=50, frames=187, bands=96), 187, 96)
+    variables = variable_shapes(
+        models.build({"name": "musicnn"}, num_classes=50, frames=187, bands=96), 187, 96
+    )
     params = variables["params"]
     assert {name: layer["kernel"].shape for name, layer in params.items() if "kernel" in layer} == {
         "timbral1": (7, 38, 1, 204),
@@ -55,7 +60,9 @@ def test_shapes_and_number_of_the_published_weights(variable_shapes, count):
         "head": (200, 50),
     }
     assert all(layer["bias"].shape for layer in params.values())
-    front = 2 + (7 * 38 * 204 + 3 * 204) + (7 * 67 * 204 + 3 * 204) + (128 + 64 + 32) * 51 + 3 * 3 * 51
+    front = (
+        2 + (7 * 38 * 204 + 3 * 204) + (7 * 67 * 204 + 3 * 204) + (128 + 64 + 32) * 51 + 3 * 3 * 51
+    )
     middle = (7 * 561 * 64 + 3 * 64) + 2 * (7 * 64 * 64 + 3 * 64)
     back = 2 * 1506 + (1506 * 200 + 3 * 200) + (200 * 50 + 50)
     assert count(params) == front + middle + back == 787_159
@@ -82,13 +89,25 @@ def test_the_network_is_the_originals(lively, apply, numpy_norm):
         width, height = kernel.shape[:2]
         x = np.pad(x, (((width - 1) // 2, width // 2), (0, 0), (0, 0)))
         rows = range(x.shape[1] - height + 1)
-        out = [[np.einsum("tbc,tbco->o", x[t : t + width, b : b + height], kernel) for b in rows] for t in range(frames)]
+        out = [
+            [np.einsum("tbc,tbco->o", x[t : t + width, b : b + height], kernel) for b in rows]
+            for t in range(frames)
+        ]
         return norm(np.maximum(np.array(out) + p[name]["bias"], 0), f"{name}_norm")
 
     normal = norm(x[0].astype(np.float64)[:, :, None], "input_norm")
-    assert p["timbral1"]["kernel"].shape == (7, 4, 1, 3) and p["timbral2"]["kernel"].shape == (7, 7, 1, 3)
+    assert p["timbral1"]["kernel"].shape == (7, 4, 1, 3) and p["timbral2"]["kernel"].shape == (
+        7,
+        7,
+        1,
+        3,
+    )
     front = np.concatenate(
-        [convolve(normal, name).max(axis=1) for name in ("timbral1", "timbral2", "temporal1", "temporal2")], axis=1
+        [
+            convolve(normal, name).max(axis=1)
+            for name in ("timbral1", "timbral2", "temporal1", "temporal2")
+        ],
+        axis=1,
     )
     for name in ("mid1", "mid2", "mid3"):
         p[name]["kernel"] = p[name]["kernel"][:, None]
@@ -96,12 +115,16 @@ def test_the_network_is_the_originals(lively, apply, numpy_norm):
     second = convolve(first[:, None], "mid2")[:, 0] + first
     third = convolve(second[:, None], "mid3")[:, 0] + second
     everything = np.concatenate([front, first, second, third], axis=1)
-    pooled = norm(np.stack([everything.max(axis=0), everything.mean(axis=0)], axis=1).ravel(), "pool_norm")
+    pooled = norm(
+        np.stack([everything.max(axis=0), everything.mean(axis=0)], axis=1).ravel(), "pool_norm"
+    )
     hidden = np.maximum(pooled @ p["dense1"]["kernel"] + p["dense1"]["bias"], 0)
     penultimate = norm(hidden, "dense1_norm")
     logits, embedding = apply(module, variables, x)
     np.testing.assert_allclose(embedding[0], penultimate, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(logits[0], penultimate @ p["head"]["kernel"] + p["head"]["bias"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        logits[0], penultimate @ p["head"]["kernel"] + p["head"]["bias"], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_maximum_over_bands_has_the_gradient_of_flax_after_batch_norm():
@@ -111,10 +134,17 @@ def test_the_maximum_over_bands_has_the_gradient_of_flax_after_batch_norm():
 
         def loss(pool, x):
             positive = nn.relu(x)
-            return (pool((positive - positive.mean((0, 1, 2))) / jnp.sqrt(positive.var((0, 1, 2)) + 1e-3)) * weights).sum()
+            return (
+                pool(
+                    (positive - positive.mean((0, 1, 2))) / jnp.sqrt(positive.var((0, 1, 2)) + 1e-3)
+                )
+                * weights
+            ).sum()
 
         ours = jax.jit(jax.grad(lambda x: loss(_max_over_bands, x)))(x)
-        flax = jax.jit(jax.grad(lambda x: loss(lambda v: nn.max_pool(v, (1, 13), (1, 13))[:, :, 0], x)))(x)
+        flax = jax.jit(
+            jax.grad(lambda x: loss(lambda v: nn.max_pool(v, (1, 13), (1, 13))[:, :, 0], x))
+        )(x)
         assert float(jnp.abs(ours - flax).max()) < 1e-9 * float(jnp.abs(flax).max())
 
 
@@ -125,7 +155,9 @@ def test_fewest_frames_and_bands(check_runs):
     with pytest.raises(UserError, match=r"at least 5 bands.*1 frames x 4 bands"):
         models.build(model, num_classes=3, frames=1, bands=4)
     module = models.build({"name": "musicnn"}, num_classes=3, frames=1, bands=3)
-    assert jax.eval_shape(lambda: module.init_with_output(jax.random.key(0), jnp.ones((2, 1, 3)))[0]).shape == (2, 3)
+    assert jax.eval_shape(
+        lambda: module.init_with_output(jax.random.key(0), jnp.ones((2, 1, 3)))[0]
+    ).shape == (2, 3)
     with pytest.raises(UserError, match="at least 3 bands"):
         models.build({"name": "musicnn"}, num_classes=3, frames=187, bands=2)
     with pytest.raises(UserError, match=r"at least 1 frames.*0 frames x 3 bands"):
@@ -134,8 +166,13 @@ def test_fewest_frames_and_bands(check_runs):
 
 @pytest.mark.parametrize("height", [0.0, -0.4, 1.5])
 def test_a_height_is_a_share_of_the_bands(height):
-    with pytest.raises(UserError, match=f"timbral_heights of 'musicnn' must be above 0 and at most 1, not {height:g}"):
-        models.build(NARROW | {"timbral_heights": (0.4, height)}, num_classes=3, frames=187, bands=96)
+    with pytest.raises(
+        UserError,
+        match=f"timbral_heights of 'musicnn' must be above 0 and at most 1, not {height:g}",
+    ):
+        models.build(
+            NARROW | {"timbral_heights": (0.4, height)}, num_classes=3, frames=187, bands=96
+        )
 
 
 def test_bfloat16(check_bfloat16):
@@ -144,11 +181,27 @@ def test_bfloat16(check_bfloat16):
 
 def test_it_learns_the_tags_of_one_batch(lively, apply, learn):
     """Eight clips of noise with three random tags each; scored with the running statistics."""
-    sizes = {"timbral_filters": 8, "timbral_heights": (0.5,), "temporal_filters": 4, "temporal_widths": (4,), "mid_layers": 2}
-    module = models.build(NARROW | sizes | {"dense": 16, "dropout": 0.0}, num_classes=3, frames=16, bands=10)
+    sizes = {
+        "timbral_filters": 8,
+        "timbral_heights": (0.5,),
+        "temporal_filters": 4,
+        "temporal_widths": (4,),
+        "mid_layers": 2,
+    }
+    module = models.build(
+        NARROW | sizes | {"dense": 16, "dropout": 0.0}, num_classes=3, frames=16, bands=10
+    )
     x = np.random.default_rng(1).standard_normal((8, 16, 10), np.float32)
     tags = np.float32(np.random.default_rng(2).random((8, 3)) < 0.5)
-    learned = learn(module, lively(module, 16, 10), x, tags, optax.sigmoid_binary_cross_entropy, rate=1e-2, steps=300)
+    learned = learn(
+        module,
+        lively(module, 16, 10),
+        x,
+        tags,
+        optax.sigmoid_binary_cross_entropy,
+        rate=1e-2,
+        steps=300,
+    )
     assert learned.losses[0] > 0.4 and learned.losses[-1] < 0.01
     logits, _ = apply(module, learned.variables, x)
     np.testing.assert_array_equal(logits > 0, tags > 0.5)

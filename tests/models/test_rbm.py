@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from musicgenre import models
-from musicgenre.training.contrastive import RBM, hidden_probabilities
+from musicgenre.training.objectives.rbm import RBM, hidden_probabilities
 
 
 def sigmoid(x):
@@ -14,7 +14,9 @@ def sigmoid(x):
 def test_fengs_sizes():
     """32 frames of 20 coefficients into 512 and 256 units."""
     module = models.build({"name": "rbm"}, num_classes=10, frames=32, bands=20)
-    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 32, 20)), train=False))
+    variables = jax.eval_shape(
+        lambda: module.init(jax.random.key(0), jnp.zeros((1, 32, 20)), train=False)
+    )
     assert {name: layer["kernel"].shape for name, layer in variables["params"].items()} == {
         "layer1": (640, 512),
         "layer2": (512, 256),
@@ -40,17 +42,25 @@ def test_the_network_is_the_one_described():
     np.testing.assert_allclose(hidden_probabilities(rbm, first), embedding, atol=1e-6)
 
 
-@pytest.mark.parametrize(("frames", "bands", "layers"), [(1, 1, (4,)), (1, 1, ()), (7, 3, (2, 2, 2))])
+@pytest.mark.parametrize(
+    ("frames", "bands", "layers"), [(1, 1, (4,)), (1, 1, ()), (7, 3, (2, 2, 2))]
+)
 def test_any_input_and_depth_will_do(frames, bands, layers):
-    module = models.build({"name": "rbm", "layers": layers}, num_classes=3, frames=frames, bands=bands)
+    module = models.build(
+        {"name": "rbm", "layers": layers}, num_classes=3, frames=frames, bands=bands
+    )
     variables = module.init(jax.random.key(0), jnp.zeros((2, frames, bands)), train=False)
-    logits, embedding = models.apply_model(module, {"params": variables["params"]}, jnp.ones((2, frames, bands)))
+    logits, embedding = models.apply_model(
+        module, {"params": variables["params"]}, jnp.ones((2, frames, bands))
+    )
     assert logits.shape == (2, 3)
     assert embedding.shape == (2, layers[-1] if layers else frames * bands)
 
 
 def test_dropout_falls_on_the_hidden_units_in_training_only():
-    module = models.build({"name": "rbm", "layers": (400,), "dropout": 0.25}, num_classes=400, frames=2, bands=2)
+    module = models.build(
+        {"name": "rbm", "layers": (400,), "dropout": 0.25}, num_classes=400, frames=2, bands=2
+    )
     x = jnp.zeros((1, 2, 2))
     variables = module.init(jax.random.key(0), x, train=False)
     # With this head the logits are the hidden units themselves, sigmoid(0) where nothing is dropped.

@@ -35,7 +35,9 @@ def smallest_input(name, kind=""):
     limits = input_limits(cls)
     kind = kind or (limits.kinds[0] if limits.kinds else "logmel")
     bands = {"waveform": 729, "stft": 257, "mfcc": 20}.get(kind, 128)
-    bands = max(bands, limits.min_bands) if kind == "mfcc" else min(bands, limits.max_bands or bands)
+    bands = (
+        max(bands, limits.min_bands) if kind == "mfcc" else min(bands, limits.max_bands or bands)
+    )
     return max(limits.min_frames, -(-limits.min_values // bands)), bands, kind
 
 
@@ -53,10 +55,14 @@ def test_every_model_honours_the_contract(name):
     # Transfer renews the last layer, whatever its name.
     assert layer_order(module, frames, bands)[-1] == "head"
     # In bfloat16, which keeps the parameters' type.
-    half = models.build({"name": name}, num_classes=7, frames=frames, bands=bands, kind=kind, dtype="bfloat16")
+    half = models.build(
+        {"name": name}, num_classes=7, frames=frames, bands=bands, kind=kind, dtype="bfloat16"
+    )
     out, _ = jax.jit(lambda v, x: models.apply_model(half, v, x))(variables, x)
     assert out.dtype == jnp.float32
-    np.testing.assert_allclose(out, logits, atol=0.05 * max(1.0, float(np.abs(logits).max())) + 0.05)
+    np.testing.assert_allclose(
+        out, logits, atol=0.05 * max(1.0, float(np.abs(logits).max())) + 0.05
+    )
 
 
 @pytest.mark.parametrize("kind", ["logmel", "mfcc", "stft"])
@@ -66,13 +72,17 @@ def test_every_spectral_input_serves_every_model(name, kind):
     kinds = input_limits(cls).kinds
     if kinds and kind not in kinds:
         assert kinds == ("waveform",)
-        with pytest.raises(UserError, match=f"needs .*features of the kind waveform, but its input is .* of {kind}"):
+        with pytest.raises(
+            UserError, match=f"needs .*features of the kind waveform, but its input is .* of {kind}"
+        ):
             models.build({"name": name}, num_classes=3, frames=647, bands=128, kind=kind)
         return
     frames, bands, _ = smallest_input(name, kind)
     module = models.build({"name": name}, num_classes=3, frames=frames, bands=bands, kind=kind)
     shape = jax.ShapeDtypeStruct((2, frames, bands), jnp.float32)
-    logits = jax.eval_shape(lambda x: module.init_with_output(jax.random.key(0), x, train=False)[0], shape)
+    logits = jax.eval_shape(
+        lambda x: module.init_with_output(jax.random.key(0), x, train=False)[0], shape
+    )
     assert logits.shape == (2, 3)
 
 
@@ -94,8 +104,14 @@ def test_a_users_own_module_needs_no_edit_here(tmp_path, monkeypatch):
     ("model", "message"),
     [
         ({"name": "conv1"}, "no model 'conv1'. Did you mean 'conv1d'"),
-        ({"name": "conv1d", "filtres": (1,)}, "model.filtres is not a field of the model 'conv1d'. Did you mean 'filters'"),
-        ({"name": "conv1d", "width": "wide"}, "model.width of 'conv1d' must be int like 4, not 'wide'"),
+        (
+            {"name": "conv1d", "filtres": (1,)},
+            "model.filtres is not a field of the model 'conv1d'. Did you mean 'filters'",
+        ),
+        (
+            {"name": "conv1d", "width": "wide"},
+            "model.width of 'conv1d' must be int like 4, not 'wide'",
+        ),
         ({"name": "conv1d", "batch_norm": 1}, "model.batch_norm of 'conv1d' must be bool"),
         ({"name": "conv1d", "filters": (1.5,)}, "model.filters of 'conv1d' must be tuple"),
         ({"name": "x", "module": "no.such.module"}, "model.module='no.such.module': no module"),
@@ -119,7 +135,9 @@ def test_a_name_is_taken_only_once():
 def test_pools_equal_flax(window):
     x = jax.random.normal(jax.random.key(0), (2, 23, 6))
     np.testing.assert_array_equal(max_pool_time(x, window), nn.max_pool(x, (window,), (window,)))
-    np.testing.assert_allclose(avg_pool_time(x, window), nn.avg_pool(x, (window,), (window,)), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(
+        avg_pool_time(x, window), nn.avg_pool(x, (window,), (window,)), rtol=1e-6, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize(("frames", "window"), [(97, 2), (81, 2), (24, 4), (33, 3)])
@@ -133,12 +151,18 @@ def test_pool_gradients_equal_flax_after_batch_norm_at_real_width(frames, window
             return (pool(nn.relu(normal)) ** 2 * jnp.arange(128)).sum()
 
         scale = jnp.linspace(0.5, 2.0, 128)
-        ours = jax.jit(jax.grad(lambda x, s: loss(lambda v: max_pool_time(v, window), x, s), (0, 1)))(x, scale)
-        flax = jax.jit(jax.grad(lambda x, s: loss(lambda v: nn.max_pool(v, (window,), (window,)), x, s), (0, 1)))(x, scale)
+        ours = jax.jit(
+            jax.grad(lambda x, s: loss(lambda v: max_pool_time(v, window), x, s), (0, 1))
+        )(x, scale)
+        flax = jax.jit(
+            jax.grad(
+                lambda x, s: loss(lambda v: nn.max_pool(v, (window,), (window,)), x, s), (0, 1)
+            )
+        )(x, scale)
         ours, flax = jax.tree.map(np.asarray, (ours, flax))
-        single = jax.jit(jax.grad(lambda x, s: loss(lambda v: max_pool_time(v, window), x, s), (0, 1)))(
-            x.astype(jnp.float32), scale.astype(jnp.float32)
-        )
+        single = jax.jit(
+            jax.grad(lambda x, s: loss(lambda v: max_pool_time(v, window), x, s), (0, 1))
+        )(x.astype(jnp.float32), scale.astype(jnp.float32))
     for one, other, low in zip(ours, flax, single, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9 * np.abs(other).max())
         assert np.linalg.norm(low - other) < 1e-4 * np.linalg.norm(other)
@@ -172,13 +196,20 @@ def test_of_equal_maxima_the_first_gets_the_gradient(window):
 
 
 @pytest.mark.parametrize(
-    ("frames", "bands", "window"), [(23, 9, (2, 2)), (20, 15, (4, 5)), (17, 8, (8, 4)), (15, 7, None), (6, 4, None)]
+    ("frames", "bands", "window"),
+    [(23, 9, (2, 2)), (20, 15, (4, 5)), (17, 8, (8, 4)), (15, 7, None), (6, 4, None)],
 )
-def test_gradients_over_frames_and_bands_equal_flax_after_batch_norm_at_real_width(frames, bands, window):
+def test_gradients_over_frames_and_bands_equal_flax_after_batch_norm_at_real_width(
+    frames, bands, window
+):
     """As above, in two dimensions; None stands for the global maximum."""
     whole = (frames, bands)
     ours = global_max if window is None else lambda v: max_pool(v, window)
-    flax = (lambda v: nn.max_pool(v, whole)[:, 0, 0]) if window is None else lambda v: nn.max_pool(v, window, window)
+    flax = (
+        (lambda v: nn.max_pool(v, whole)[:, 0, 0])
+        if window is None
+        else lambda v: nn.max_pool(v, window, window)
+    )
     with jax.enable_x64(True):
         x = jax.random.normal(jax.random.key(1), (4, frames, bands, 128), jnp.float64)
         scale = jnp.linspace(0.5, 2.0, 128)
@@ -188,7 +219,9 @@ def test_gradients_over_frames_and_bands_equal_flax_after_batch_norm_at_real_wid
             return (pool(nn.relu(normal)) ** 2 * jnp.arange(128)).sum()
 
         def gradients(pool, *arguments):
-            return jax.tree.map(np.asarray, jax.jit(jax.grad(lambda x, s: loss(pool, x, s), (0, 1)))(*arguments))
+            return jax.tree.map(
+                np.asarray, jax.jit(jax.grad(lambda x, s: loss(pool, x, s), (0, 1)))(*arguments)
+            )
 
         double, reference = gradients(ours, x, scale), gradients(flax, x, scale)
         single = gradients(ours, x.astype(jnp.float32), scale.astype(jnp.float32))

@@ -20,24 +20,34 @@ TWO_CHANNELS = 2 * 7 * 7 * 64
 
 
 def build(frames=387, bands=128, num_classes=10, **fields):
-    return models.build({"name": "resnet", **fields}, num_classes=num_classes, frames=frames, bands=bands)
+    return models.build(
+        {"name": "resnet", **fields}, num_classes=num_classes, frames=frames, bands=bands
+    )
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_counts(name, parameter_count):
-    original = parameter_count(build(num_classes=1000, preactivation=False, **RESNET_SIZES[name]), 64, 64)
+    original = parameter_count(
+        build(num_classes=1000, preactivation=False, **RESNET_SIZES[name]), 64, 64
+    )
     assert original + TWO_CHANNELS == PUBLISHED[name]
     # An identity unit normalises its input instead of its output, and the last output is normalised at the end, so that
     # only the normalisation of the shortcuts falls away: those of three stages, for bottlenecks of the first one as well.
     shortcuts = (256, 512, 1024, 2048) if RESNET_SIZES[name]["bottleneck"] else (128, 256, 512)
-    assert original - parameter_count(build(num_classes=1000, **RESNET_SIZES[name]), 64, 64) == 2 * sum(shortcuts)
+    assert original - parameter_count(
+        build(num_classes=1000, **RESNET_SIZES[name]), 64, 64
+    ) == 2 * sum(shortcuts)
 
 
 def test_the_reports_count_worked_by_hand(parameter_count):
     stem = 49 * 64 + 2 * 64
     first = 2 * 9 * 64 * 64 + 2 * 64  # its input is normalised by the stem
     second = 2 * 64 + 9 * 64 * 128 + 2 * 128 + 9 * 128 * 128 + 64 * 128
-    assert parameter_count(build(), 64, 64) == stem + first + second + 2 * 128 + 128 * 10 + 10 == 308_426
+    assert (
+        parameter_count(build(), 64, 64)
+        == stem + first + second + 2 * 128 + 128 * 10 + 10
+        == 308_426
+    )
     assert RESNET_SIZES["report"].items() <= models.resolve({"name": "resnet"}).items()
 
 
@@ -54,12 +64,16 @@ def test_every_shape_of_resnet50(preactivation, layer_shapes):
     assert seen["stage2_unit1_conv1"] == (2, 97, 32, 128)
     assert seen["stage2_unit1_conv2"] == (2, 49, 16, 128)
     assert seen["embedding"] == (2, 2048)
-    assert [name for name in seen if name.endswith("_shortcut")] == [f"stage{i}_unit1_shortcut" for i in (1, 2, 3, 4)]
+    assert [name for name in seen if name.endswith("_shortcut")] == [
+        f"stage{i}_unit1_shortcut" for i in (1, 2, 3, 4)
+    ]
 
 
 @pytest.mark.parametrize("preactivation", [False, True])
 @pytest.mark.parametrize("bottleneck", [False, True])
-def test_the_network_is_the_one_described(preactivation, bottleneck, filled, apply, numpy_conv, numpy_norm):
+def test_the_network_is_the_one_described(
+    preactivation, bottleneck, filled, apply, numpy_conv, numpy_norm
+):
     """Two units of two stages, worked with NumPy."""
     module = build(21, 14, preactivation=preactivation, bottleneck=bottleneck, filters=2)
     variables = filled(module, 21, 14)
@@ -69,12 +83,18 @@ def test_the_network_is_the_one_described(preactivation, bottleneck, filled, app
     def relu(y):
         return np.maximum(y, 0)
 
-    y = relu(numpy_norm(numpy_conv(x[0][:, :, None], p["stem"]["kernel"], 2), variables, "stem_norm"))
+    y = relu(
+        numpy_norm(numpy_conv(x[0][:, :, None], p["stem"]["kernel"], 2), variables, "stem_norm")
+    )
     padded = np.pad(y, ((1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
-    y = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(0, 1))[::2, ::2].max(axis=(3, 4))
+    y = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(0, 1))[::2, ::2].max(
+        axis=(3, 4)
+    )
     for stage, stride in ((1, 1), (2, 2)):
         name = f"stage{stage}_unit1"
-        z = start = relu(numpy_norm(y, variables, f"{name}_in_norm")) if preactivation and stage == 2 else y
+        z = start = (
+            relu(numpy_norm(y, variables, f"{name}_in_norm")) if preactivation and stage == 2 else y
+        )
         steps = [1, stride, 1] if bottleneck else [stride, 1]
         for i, step in enumerate(steps, start=1):
             z = numpy_conv(z, p[f"{name}_conv{i}"]["kernel"], step)
@@ -83,7 +103,11 @@ def test_the_network_is_the_one_described(preactivation, bottleneck, filled, app
         if f"{name}_shortcut" in p:
             y = numpy_conv(start, p[f"{name}_shortcut"]["kernel"], stride)
             y = y if preactivation else numpy_norm(y, variables, f"{name}_shortcut_norm")
-        y = y + z if preactivation else relu(y + numpy_norm(z, variables, f"{name}_conv{len(steps)}_norm"))
+        y = (
+            y + z
+            if preactivation
+            else relu(y + numpy_norm(z, variables, f"{name}_conv{len(steps)}_norm"))
+        )
     y = (relu(numpy_norm(y, variables, "last_norm")) if preactivation else y).mean(axis=(0, 1))
     logits, _ = apply(module, variables, x)
     np.testing.assert_allclose(logits[0], y @ p["head"]["kernel"] + p["head"]["bias"], atol=2e-5)
@@ -98,7 +122,11 @@ def test_an_identity_unit_whose_last_kernel_is_zero_lets_its_input_through(fille
         variables["params"][f"stage2_unit{unit}_conv2"]["kernel"] = jnp.zeros_like(kernel)
     short = build(33, 20, blocks=(1, 1), filters=4)
     fewer = {
-        kind: {name: value for name, value in tree.items() if "unit2" not in name and "unit3" not in name}
+        kind: {
+            name: value
+            for name, value in tree.items()
+            if "unit2" not in name and "unit3" not in name
+        }
         for kind, tree in variables.items()
     }
     np.testing.assert_array_equal(apply(module, variables, x)[0], apply(short, fewer, x)[0])
@@ -108,7 +136,9 @@ def test_any_input_will_do_and_a_stage_has_units(check_runs):
     for preactivation in (False, True):
         check_runs(build(1, 1, preactivation=preactivation, filters=2), (2, 1, 1), (2, 10))
     for blocks in ((), (1, 0)):
-        with pytest.raises(UserError, match=r"model.blocks of 'resnet' takes at least one unit for each stage"):
+        with pytest.raises(
+            UserError, match=r"model.blocks of 'resnet' takes at least one unit for each stage"
+        ):
             build(blocks=blocks)
 
 

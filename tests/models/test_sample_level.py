@@ -9,7 +9,13 @@ from musicgenre.errors import UserError
 
 FULL = {"name": "sample_level"}
 # A 3^2 model: 27 samples leave one position.
-TINY = {"name": "sample_level", "first_filters": 2, "filters": (3, 2), "last_filters": 4, "excite_ratio": 2}
+TINY = {
+    "name": "sample_level",
+    "first_filters": 2,
+    "filters": (3, 2),
+    "last_filters": 4,
+    "excite_ratio": 2,
+}
 
 
 def test_the_papers_sizes(layer_shapes, variable_shapes):
@@ -21,7 +27,11 @@ def test_the_papers_sizes(layer_shapes, variable_shapes):
     found = [layers[f"conv{i + 1}"] for i in range(11)]
     assert found == [(2, *sizes) for sizes in zip(lengths, filters, strict=True)]
     assert layers["embedding"] == (2, 512)
-    assert params["conv1"]["kernel"].shape == (3, 1, 128) and params["conv11"]["kernel"].shape == (1, 512, 512)
+    assert params["conv1"]["kernel"].shape == (3, 1, 128) and params["conv11"]["kernel"].shape == (
+        1,
+        512,
+        512,
+    )
 
 
 def test_parameters_counted_by_hand(parameter_count):
@@ -46,7 +56,9 @@ def test_squeeze_and_excitation_counted_by_hand(parameter_count):
 @pytest.mark.parametrize("samples", [27, 60])
 def test_the_network_is_the_one_described(squeeze_excite, samples, lively, apply, numpy_norm):
     """Worked with NumPy; 60 samples leave two positions, whose mean is taken, and six samples that are dropped."""
-    module = models.build(TINY | {"squeeze_excite": squeeze_excite}, num_classes=2, frames=samples, bands=1)
+    module = models.build(
+        TINY | {"squeeze_excite": squeeze_excite}, num_classes=2, frames=samples, bands=1
+    )
     x = np.random.default_rng(0).standard_normal((1, samples, 1), np.float32)
     variables = lively(module, samples, 1)
     p = variables["params"]
@@ -55,7 +67,9 @@ def test_the_network_is_the_one_described(squeeze_excite, samples, lively, apply
         kernel = p[name]["kernel"]
         padded = np.pad(x, ((len(kernel) // 2,) * 2, (0, 0))) if stride == 1 else x
         starts = range(0, len(padded) - len(kernel) + 1, stride)
-        out = np.array([np.einsum("tc,tco->o", padded[t : t + len(kernel)], kernel) for t in starts])
+        out = np.array(
+            [np.einsum("tc,tco->o", padded[t : t + len(kernel)], kernel) for t in starts]
+        )
         return np.maximum(numpy_norm(out, variables, f"{name}_norm"), 0)
 
     def pool(x):
@@ -83,20 +97,33 @@ def test_frames_are_joined_to_the_waveform(lively, apply):
     module = models.build(TINY, num_classes=2, frames=9, bands=3)
     x = np.random.default_rng(0).standard_normal((2, 27), np.float32)
     variables = lively(module, 9, 3)
-    logits = [apply(module, variables, x.reshape(2, frames, 27 // frames))[0] for frames in (1, 3, 9, 27)]
+    logits = [
+        apply(module, variables, x.reshape(2, frames, 27 // frames))[0] for frames in (1, 3, 9, 27)
+    ]
     for other in logits[1:]:
         np.testing.assert_array_equal(other, logits[0])
-    assert not np.allclose(logits[0], apply(module, variables, x.reshape(2, 9, 3).swapaxes(1, 2))[0])
+    assert not np.allclose(
+        logits[0], apply(module, variables, x.reshape(2, 9, 3).swapaxes(1, 2))[0]
+    )
 
 
 def test_fewest_samples_and_the_kind_of_features(check_runs):
     module = models.build(FULL, num_classes=3, frames=59_049, bands=1, kind="waveform")
-    assert jax.eval_shape(lambda: module.init_with_output(jax.random.key(0), jnp.ones((2, 59_049, 1)))[0]).shape == (2, 3)
-    with pytest.raises(UserError, match=r"at least 59049 values.*59048 frames x 1 bands of waveform"):
+    assert jax.eval_shape(
+        lambda: module.init_with_output(jax.random.key(0), jnp.ones((2, 59_049, 1)))[0]
+    ).shape == (2, 3)
+    with pytest.raises(
+        UserError, match=r"at least 59049 values.*59048 frames x 1 bands of waveform"
+    ):
         models.build(FULL, num_classes=3, frames=59_048, bands=1, kind="waveform")
-    with pytest.raises(UserError, match="features of the kind waveform, but its input is 647 frames x 128 bands of logmel"):
+    with pytest.raises(
+        UserError,
+        match="features of the kind waveform, but its input is 647 frames x 128 bands of logmel",
+    ):
         models.build(FULL, num_classes=3, frames=647, bands=128, kind="logmel")
-    check_runs(models.build(TINY, num_classes=3, frames=9, bands=3, kind="waveform"), (2, 9, 3), (2, 3))
+    check_runs(
+        models.build(TINY, num_classes=3, frames=9, bands=3, kind="waveform"), (2, 9, 3), (2, 3)
+    )
     with pytest.raises(UserError, match="at least 27 values"):
         models.build(TINY, num_classes=3, frames=13, bands=2)
 
@@ -108,7 +135,13 @@ def test_bfloat16(check_bfloat16):
 @pytest.mark.parametrize("squeeze_excite", [False, True])
 def test_it_learns_the_labels_of_one_batch(squeeze_excite, lively, apply, learn):
     """Nine waveforms of noise in three classes."""
-    model = TINY | {"first_filters": 8, "filters": (8, 8), "last_filters": 16, "dropout": 0.0, "squeeze_excite": squeeze_excite}
+    model = TINY | {
+        "first_filters": 8,
+        "filters": (8, 8),
+        "last_filters": 16,
+        "dropout": 0.0,
+        "squeeze_excite": squeeze_excite,
+    }
     module = models.build(model, num_classes=3, frames=9, bands=9)
     x = np.random.default_rng(1).standard_normal((9, 9, 9), np.float32)
     labels = jnp.arange(9) % 3

@@ -14,11 +14,15 @@ REST = 512 * 512 + 2 * 512 + 512 * 50 + 50
 
 
 def build(frames=231, bands=128, **fields):
-    return models.build({"name": "short_chunk", **fields}, num_classes=50, frames=frames, bands=bands)
+    return models.build(
+        {"name": "short_chunk", **fields}, num_classes=50, frames=frames, bands=bands
+    )
 
 
 def test_the_published_counts(parameter_count):
-    plain, residual = (parameter_count(build(residual=residual), 231, 128) for residual in (False, True))
+    plain, residual = (
+        parameter_count(build(residual=residual), 231, 128) for residual in (False, True)
+    )
     assert plain == sum(9 * a * b + 2 * b for a, b in PAIRS) + REST == 3_685_042
     assert residual == sum(9 * (2 * a * b + b * b) + 6 * b for a, b in PAIRS) + REST == 12_098_354
     # The public code's: with idle biases of every convolution and of the dense layer, and the input's scale and offset.
@@ -44,7 +48,9 @@ def test_every_shape(residual, sizes, layer_shapes):
 
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize(("frames", "bands"), [(8, 6), (7, 5)])
-def test_the_network_is_the_one_described(residual, frames, bands, filled, apply, numpy_conv, numpy_norm):
+def test_the_network_is_the_one_described(
+    residual, frames, bands, filled, apply, numpy_conv, numpy_norm
+):
     """A small one, worked with NumPy."""
     module = build(frames, bands, residual=residual, filters=(3, 2), dense=4)
     variables = filled(module, frames, bands)
@@ -63,7 +69,9 @@ def test_the_network_is_the_one_described(residual, frames, bands, filled, apply
             y = np.maximum(layer(y, f"conv{i}"), 0)
             rows, columns = y.shape[0] // 2, y.shape[1] // 2
             y = y[: 2 * rows, : 2 * columns].reshape(rows, 2, columns, 2, -1).max(axis=(1, 3))
-    y = np.maximum(numpy_norm(y.max(axis=(0, 1)) @ p["dense"]["kernel"], variables, "dense_norm"), 0)
+    y = np.maximum(
+        numpy_norm(y.max(axis=(0, 1)) @ p["dense"]["kernel"], variables, "dense_norm"), 0
+    )
     logits, _ = apply(module, variables, x)
     np.testing.assert_allclose(logits[0], y @ p["head"]["kernel"] + p["head"]["bias"], atol=1e-5)
 

@@ -29,8 +29,18 @@ def test_the_posts_sizes(layer_shapes, variable_shapes):
 
 
 def test_parameters_counted_by_hand(parameter_count):
-    count = parameter_count(models.build({"name": "spotify"}, num_classes=40, frames=599, bands=128), 599, 128)
-    by_hand = 131_328 + 262_400 + 262_400 + 524_800 + (1536 * 2048 + 2048) + (2048 * 2048 + 2048) + (2048 * 40 + 40)
+    count = parameter_count(
+        models.build({"name": "spotify"}, num_classes=40, frames=599, bands=128), 599, 128
+    )
+    by_hand = (
+        131_328
+        + 262_400
+        + 262_400
+        + 524_800
+        + (1536 * 2048 + 2048)
+        + (2048 * 2048 + 2048)
+        + (2048 * 40 + 40)
+    )
     assert by_hand == 8_607_016
     assert count == by_hand
 
@@ -49,18 +59,24 @@ def test_the_network_is_the_one_described(lively, apply):
 
     first = conv(x[0], "conv1").reshape(4, 2, 2).max(axis=1)
     second = conv(first, "conv2")
-    pooled = np.concatenate([second.mean(axis=0), second.max(axis=0), np.sqrt((second**2).sum(axis=0))])
+    pooled = np.concatenate(
+        [second.mean(axis=0), second.max(axis=0), np.sqrt((second**2).sum(axis=0))]
+    )
     hidden = np.maximum(pooled @ p["dense1"]["kernel"] + p["dense1"]["bias"], 0)
     logits, embedding = apply(module, {"params": p}, x)
     np.testing.assert_allclose(embedding[0], hidden, atol=1e-6)
-    np.testing.assert_allclose(logits[0], hidden @ p["head"]["kernel"] + p["head"]["bias"], atol=1e-6)
+    np.testing.assert_allclose(
+        logits[0], hidden @ p["head"]["kernel"] + p["head"]["bias"], atol=1e-6
+    )
 
 
 def test_l2_pool_is_the_norm():
     x = np.random.default_rng(0).standard_normal((2, 5, 3), np.float32)
     np.testing.assert_allclose(l2_pool(x), np.linalg.norm(x, axis=1), rtol=1e-6)
     gradient = jax.grad(lambda x: l2_pool(x)[0, 1])(x)
-    np.testing.assert_allclose(gradient[0, :, 1], x[0, :, 1] / np.linalg.norm(x[0, :, 1]), rtol=1e-6)
+    np.testing.assert_allclose(
+        gradient[0, :, 1], x[0, :, 1] / np.linalg.norm(x[0, :, 1]), rtol=1e-6
+    )
     assert l2_pool(x.astype(jnp.bfloat16)).dtype == jnp.float32
 
 
@@ -98,5 +114,7 @@ def test_it_learns_the_factors_of_one_batch(lively, learn):
     module = models.build(model, num_classes=4, frames=110, bands=6)
     x = np.random.default_rng(1).standard_normal((6, 110, 6), np.float32)
     targets = np.random.default_rng(2).standard_normal((6, 4), np.float32)
-    losses = learn(module, lively(module, 110, 6), x, targets, optax.squared_error, rate=3e-3, steps=150).losses
+    losses = learn(
+        module, lively(module, 110, 6), x, targets, optax.squared_error, rate=3e-3, steps=150
+    ).losses
     assert losses[0] > 0.5 and losses[-1] < 0.01

@@ -39,11 +39,15 @@ def test_the_network_is_the_originals(apply, filled, numpy_norm, numpy_conv):
     x = np.random.default_rng(0).standard_normal((1, frames, bands), np.float32)
 
     def pool(y, size, stride):
-        windows = np.lib.stride_tricks.sliding_window_view(y, size, axis=(0, 1))[:: stride[0], :: stride[1]]
+        windows = np.lib.stride_tricks.sliding_window_view(y, size, axis=(0, 1))[
+            :: stride[0], :: stride[1]
+        ]
         return windows.max(axis=(-2, -1))
 
     y = numpy_norm(x[0].astype(np.float64)[:, :, None], variables, "input_norm", 1e-3)
-    for i, (size, stride) in enumerate([((4, 1), (2, 2)), *[((2, 2), (2, 2))] * 3, ((4, 4), (4, 4))], start=1):
+    for i, (size, stride) in enumerate(
+        [((4, 1), (2, 2)), *[((2, 2), (2, 2))] * 3, ((4, 4), (4, 4))], start=1
+    ):
         layer = variables["params"][f"conv{i}"]
         y = np.maximum(numpy_conv(y, np.asarray(layer["kernel"], np.float64)) + layer["bias"], 0)
         y = pool(numpy_norm(y, variables, f"conv{i}_norm", 1e-3), size, stride)
@@ -51,7 +55,9 @@ def test_the_network_is_the_originals(apply, filled, numpy_norm, numpy_conv):
     logits, embedding = apply(module, variables, x)
     head = variables["params"]["head"]
     np.testing.assert_allclose(embedding[0], y.ravel(), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(logits[0], y.ravel() @ head["kernel"] + head["bias"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        logits[0], y.ravel() @ head["kernel"] + head["bias"], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_frames_of_the_embedding_follow_each_other(apply, filled):
@@ -88,9 +94,17 @@ def test_dropout_is_where_the_original_has_it(filled):
         module = models.build(NARROW | fields, num_classes=3, frames=66, bands=63)
         variables = filled(module, 66, 63)
         key = {"dropout": jax.random.key(1)}
-        apply = jax.jit(lambda v: module.apply(v, x, train=True, rngs=key, mutable=["intermediates", "batch_stats"]))
+        apply = jax.jit(
+            lambda v: module.apply(
+                v, x, train=True, rngs=key, mutable=["intermediates", "batch_stats"]
+            )
+        )
         logits, sown = apply(variables)
-        return np.asarray(logits), np.asarray(sown["intermediates"]["embedding"][0]), variables["params"]
+        return (
+            np.asarray(logits),
+            np.asarray(sown["intermediates"]["embedding"][0]),
+            variables["params"],
+        )
 
     logits, embedding, params = run(1.0, 0.0)
     np.testing.assert_allclose(embedding, np.tile(params["conv5_norm"]["bias"], (2, 1)), atol=1e-5)
@@ -119,8 +133,15 @@ def test_the_gradient_of_the_overlapping_pool_is_right_after_batch_norm():
 
 
 def test_it_learns_the_tags_of_one_batch(learn, lively):
-    module = models.build(NARROW | {"filters": 4, "layer_dropout": 0.0, "dropout": 0.0}, num_classes=3, frames=66, bands=63)
+    module = models.build(
+        NARROW | {"filters": 4, "layer_dropout": 0.0, "dropout": 0.0},
+        num_classes=3,
+        frames=66,
+        bands=63,
+    )
     x = np.random.default_rng(1).standard_normal((4, 66, 63), np.float32)
     tags = np.float32(np.random.default_rng(2).random((4, 3)) < 0.5)
-    losses = learn(module, lively(module, 66, 63), x, tags, optax.sigmoid_binary_cross_entropy, 2e-2, 20).losses
+    losses = learn(
+        module, lively(module, 66, 63), x, tags, optax.sigmoid_binary_cross_entropy, 2e-2, 20
+    ).losses
     assert losses[0] > 0.4 and losses[-1] < 0.25

@@ -8,12 +8,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from musicgenre.config import base_config, clip_layout, feature_spec, to_plain
-from musicgenre.inference.model import TrainedModel, model_of_notes
-from musicgenre.training.saved import saved_module, saved_shapes
+from musicgenre.runs.model import TrainedModel, model_of_notes
+from musicgenre.runs.notes import saved_module, saved_shapes
 
 
 def tiny_model(
-    task: str = "single_label", labels: tuple[str, ...] = ("low", "middle", "high/est"), **changes: Any
+    task: str = "single_label",
+    labels: tuple[str, ...] = ("low", "middle", "high/est"),
+    **changes: Any,
 ) -> TrainedModel:
     """Returns a model of windows of 64 frames x 16 bands at a hop of 512 (1.49 s); `changes` are fields, `__` for the dot."""
     config = base_config()
@@ -21,7 +23,9 @@ def tiny_model(
     config.data.normalise = "band"
     config.features.n_mels = 16
     config.features.hop_length = 512
-    config.model = ConfigDict({"name": "conv1d", "module": "", "filters": (8, 16), "dense": (16,), "batch_norm": True})
+    config.model = ConfigDict(
+        {"name": "conv1d", "module": "", "filters": (8, 16), "dense": (16,), "batch_norm": True}
+    )
     config.data.root = "/somewhere/private"
     for name, value in changes.items():
         node = config
@@ -35,18 +39,39 @@ def tiny_model(
         "task": task,
         "features": feature_spec(config).to_dict(),
         "layout": vars(clip_layout(config)),
-        "dataset": {"name": "made_up", "root": "/somewhere/private", "protocol": "random", "task": task, "synthetic": False},
+        "dataset": {
+            "name": "made_up",
+            "root": "/somewhere/private",
+            "protocol": "random",
+            "task": task,
+            "synthetic": False,
+        },
     }
     shapes = saved_shapes(notes)
     bands = feature_spec(config).bands
     frames = config.data.crop_frames or config.data.frames
     module = saved_module(notes)
-    start = jax.jit(lambda: module.init(jax.random.key(0), np.zeros((1, frames, bands), np.float32), train=False))()
+    start = jax.jit(
+        lambda: module.init(
+            jax.random.key(0), np.zeros((1, frames, bands), np.float32), train=False
+        )
+    )()
     noise = np.random.default_rng(1)
     # Far from even probabilities, so that a wrong window shows.
-    params = jax.tree.map(lambda a: np.asarray(a) + 0.3 * noise.standard_normal(a.shape).astype(np.float32), start["params"])
+    params = jax.tree.map(
+        lambda a: np.asarray(a) + 0.3 * noise.standard_normal(a.shape).astype(np.float32),
+        start["params"],
+    )
     variables = {name: params if name == "params" else start[name] for name in shapes["variables"]}
-    norm = {name: np.full(shape.shape, {"mean": -30.0, "std": 15.0}[name], np.float32) for name, shape in shapes["norm"].items()}
+    norm = {
+        name: np.full(shape.shape, {"mean": -30.0, "std": 15.0}[name], np.float32)
+        for name, shape in shapes["norm"].items()
+    }
     return model_of_notes(
-        notes, {"variables": variables, "norm": norm}, workdir=Path("run"), step=7, which="last", measure=("accuracy", 0.5)
+        notes,
+        {"variables": variables, "norm": norm},
+        workdir=Path("run"),
+        step=7,
+        which="last",
+        measure=("accuracy", 0.5),
     )

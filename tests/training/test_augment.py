@@ -44,17 +44,27 @@ EVERYTHING = {
 
 
 def clips(size=6, frames=40, bands=8):
-    return (-40 + 10 * np.random.default_rng(0).standard_normal((size, frames, bands))).astype(np.float16)
+    return (-40 + 10 * np.random.default_rng(0).standard_normal((size, frames, bands))).astype(
+        np.float16
+    )
 
 
 def batch(size=6, frames=40, **more):
-    return {"x": clips(size, frames), "y": (np.arange(size) % 3).astype(np.int32), "mask": np.ones(size, np.float32)} | more
+    return {
+        "x": clips(size, frames),
+        "y": (np.arange(size) % 3).astype(np.int32),
+        "mask": np.ones(size, np.float32),
+    } | more
 
 
 def augmented(key=0, size=6, frames=40, **fields):
-    given = batch(size, frames, offset=np.zeros(size, np.int32), length=np.full(size, frames, np.int32))
+    given = batch(
+        size, frames, offset=np.zeros(size, np.int32), length=np.full(size, frames, np.int32)
+    )
     # Zeros everywhere but in `mean` of the split: what is masked can be told from the rest.
-    return given["x"], jax.jit(Augmentation(frames, **fields))(given, jax.random.key(key), {"mean": np.full((1, 8), 500.0)})
+    return given["x"], jax.jit(Augmentation(frames, **fields))(
+        given, jax.random.key(key), {"mean": np.full((1, 8), 500.0)}
+    )
 
 
 def test_a_shift_by_whole_bands_moves_them_and_half_a_band_is_the_mean():
@@ -74,7 +84,9 @@ def test_a_stretched_ramp_is_a_steeper_or_flatter_ramp():
     ramp = np.tile(np.arange(50.0, dtype=np.float32)[None, :, None], (5, 1, 2))
     rate = np.array([1.0, 1.25, 0.5, 1.25, 2.0], np.float32)
     first = np.array([3, 3, 3, 30, 0], np.int32)
-    got = np.asarray(time_stretch(ramp, rate, first, np.array([50, 50, 50, 50, 24], np.int32), 20))[:, :, 0]
+    got = np.asarray(time_stretch(ramp, rate, first, np.array([50, 50, 50, 50, 24], np.int32), 20))[
+        :, :, 0
+    ]
     time = np.arange(20)
     np.testing.assert_allclose(got[0], 3 + time)
     np.testing.assert_allclose(got[1], 3 + 1.25 * time)
@@ -87,7 +99,9 @@ def test_a_stretched_ramp_is_a_steeper_or_flatter_ramp():
 
 def test_the_window_holds_the_fastest_clip():
     assert window_frames(256, 1000, 0.0) == 256
-    assert window_frames(21, 1000, 0.25) == 27  # 20 steps of 1.25 frames: 26 frames, and one to spare
+    assert (
+        window_frames(21, 1000, 0.25) == 27
+    )  # 20 steps of 1.25 frames: 26 frames, and one to spare
     assert window_frames(256, 260, 0.5) == 260
     # A window is as good as the whole clip, to the bit.
     x = clips(1, 400)[:, :, :1].astype(np.float32)
@@ -95,7 +109,9 @@ def test_the_window_holds_the_fastest_clip():
         start_of_window = min(start, 400 - 27)
         whole = time_stretch(x, jnp.array([rate]), jnp.array([start]), jnp.array([400]), 21)
         window = x[:, start_of_window : start_of_window + 27]
-        part = time_stretch(window, jnp.array([rate]), jnp.array([start - start_of_window]), jnp.array([27]), 21)
+        part = time_stretch(
+            window, jnp.array([rate]), jnp.array([start - start_of_window]), jnp.array([27]), 21
+        )
         np.testing.assert_array_equal(whole, part)
 
 
@@ -120,8 +136,12 @@ def test_a_band_limit_falls_in_straight_lines_to_the_floor():
     x = np.full((3, 2, 8), -10.0, np.float32)
     x[:, 0, 4] = 0.0
     slope = jnp.array([[10.0, 3.0], [10.0, 3.0], [1.0, 1.0]])
-    got = np.asarray(band_limit(x, jnp.array([2.0, 0.0, 0.0]), jnp.array([7.0, 3.5, 7.0]), slope, 25.0))
-    np.testing.assert_allclose(got[0], [[-25, -20, -10, -10, 0, -10, -10, -10], [-25, -20, -10, -10, -10, -10, -10, -10]])
+    got = np.asarray(
+        band_limit(x, jnp.array([2.0, 0.0, 0.0]), jnp.array([7.0, 3.5, 7.0]), slope, 25.0)
+    )
+    np.testing.assert_allclose(
+        got[0], [[-25, -20, -10, -10, 0, -10, -10, -10], [-25, -20, -10, -10, -10, -10, -10, -10]]
+    )
     # Band 4 lies half a band beyond the edge, and is what the floor is counted from.
     np.testing.assert_allclose(got[1, 0], [-10, -10, -10, -10, -1.5, -14.5, -17.5, -20.5])
     np.testing.assert_allclose(got[1, 1], [-10, -10, -10, -10, -11.5, -14.5, -17.5, -20.5])
@@ -131,7 +151,9 @@ def test_a_band_limit_falls_in_straight_lines_to_the_floor():
 def test_each_end_is_limited_on_its_own_and_as_far_as_its_share():
     size = 800
     flat = batch(size) | {"x": np.zeros((size, 40, 8), np.float16)}
-    limit = jax.jit(Augmentation(40, low_pass=0.5, high_pass=0.25, pass_share=0.5, top_db=6.0, probability=0.1))
+    limit = jax.jit(
+        Augmentation(40, low_pass=0.5, high_pass=0.25, pass_share=0.5, top_db=6.0, probability=0.1)
+    )
     got = np.asarray(limit(flat, jax.random.key(0), NORM)["x"])
     assert (got == got[:, :1]).all() and got.max() == 0.0 and got.min() == -6.0
     # Of eight bands the upper four and the lower two can be touched, and no edge ever lies further in.
@@ -146,7 +168,9 @@ def test_masks_and_cuts_are_where_they_are_said_to_be():
     x = np.ones((2, 6, 4), np.float32)
     got = np.asarray(mask(x, jnp.array([1, 4]), jnp.array([2, 0]), jnp.float32(9), axis=1))
     assert got[0, :, 0].tolist() == [1, 9, 9, 1, 1, 1] and (got[1] == 1).all()
-    got = np.asarray(mask(x, jnp.array([3, 0]), jnp.array([1, 4]), jnp.arange(4.0)[None, None], axis=2))
+    got = np.asarray(
+        mask(x, jnp.array([3, 0]), jnp.array([1, 4]), jnp.arange(4.0)[None, None], axis=2)
+    )
     assert got[0, 0].tolist() == [1, 1, 1, 3] and got[1, 2].tolist() == [0, 1, 2, 3]
     cut, share = cutmix(x, 5 * x, jnp.array([0, 5]), jnp.array([3, 1]))
     np.testing.assert_allclose(share, [0.5, 5 / 6], rtol=1e-6)
@@ -185,7 +209,11 @@ def test_masks_cover_half_of_their_widest_on_average_each_to_its_own_width():
     np.testing.assert_allclose((widths > 0).mean(), 0.5 * 8 / 9, atol=0.075)
 
 
-@pytest.mark.parametrize("fields", [{"gain": 6.0}, {"eq": 4.0, "eq_points": 2}, {"noise": 2.0}], ids=["gain", "eq", "noise"])
+@pytest.mark.parametrize(
+    "fields",
+    [{"gain": 6.0}, {"eq": 4.0, "eq_points": 2}, {"noise": 2.0}],
+    ids=["gain", "eq", "noise"],
+)
 def test_changes_of_level_have_their_range_and_shape(fields):
     x, got = augmented(size=300, **fields)
     change = np.asarray(got["x"]) - x
@@ -194,7 +222,9 @@ def test_changes_of_level_have_their_range_and_shape(fields):
         level = change.mean(axis=(1, 2))
         assert 5.8 < np.abs(level).max() <= 6.001 and abs(level.mean()) < 0.7
     elif "eq" in fields:
-        np.testing.assert_allclose(np.diff(change, n=2, axis=2), 0, atol=3e-5)  # a tilt is a straight line
+        np.testing.assert_allclose(
+            np.diff(change, n=2, axis=2), 0, atol=3e-5
+        )  # a tilt is a straight line
         assert 3.9 < np.abs(change).max() <= 4.001
         assert np.abs(np.corrcoef(change[:, 0, 0], change[:, 0, -1])[0, 1]) < 0.2
     else:
@@ -209,7 +239,9 @@ def test_a_clips_mean_fills_masks_where_there_is_no_normalisation():
     masked = (got != x).all(axis=2)
     assert masked.any()
     for row in np.flatnonzero(masked.any(axis=1)):
-        np.testing.assert_allclose(got[row][masked[row]], x[row].astype(np.float32).mean(), rtol=1e-5)
+        np.testing.assert_allclose(
+            got[row][masked[row]], x[row].astype(np.float32).mean(), rtol=1e-5
+        )
 
 
 def test_mixed_clips_are_the_sum_of_their_shares():
@@ -238,7 +270,9 @@ def test_the_key_decides_and_each_clip_has_its_own():
     _, other = augmented(1, **fields)
     np.testing.assert_array_equal(one["x"], again["x"])
     assert (np.asarray(one["x"]) != np.asarray(other["x"])).mean() > 0.8
-    same = jax.jit(Augmentation(40, gain=6.0))(batch() | {"x": np.zeros((6, 40, 8), np.float16)}, jax.random.key(0), NORM)
+    same = jax.jit(Augmentation(40, gain=6.0))(
+        batch() | {"x": np.zeros((6, 40, 8), np.float16)}, jax.random.key(0), NORM
+    )
     assert len(set(np.asarray(same["x"])[:, 0, 0].tolist())) == 6
     # One more kind leaves what the others draw as it was.
     _, more = augmented(0, gain=6.0, time_masks=1)
@@ -271,9 +305,16 @@ def stepped(task, y, augmentation=None, norm=NORM, **options):
     module = models.build(network, num_classes=3, frames=40, bands=8)
     optimizer = optax.sgd(1.0)
     state = create_state(module, optimizer, norm, seed=0, frames=40, bands=8, ema=False)
-    step = make_train_step(module, optimizer, seed=0, task=task, augmentation=augmentation, **options)
+    step = make_train_step(
+        module, optimizer, seed=0, task=task, augmentation=augmentation, **options
+    )
     new, metrics = jax.jit(step)(state, batch() | {"y": y})
-    return module, state, metrics, jax.tree.map(lambda a, b: np.asarray(a - b), state.params, new.params)
+    return (
+        module,
+        state,
+        metrics,
+        jax.tree.map(lambda a, b: np.asarray(a - b), state.params, new.params),
+    )
 
 
 @pytest.mark.parametrize("task", ["single_label", "multi_label", "regression"])
@@ -283,7 +324,11 @@ def test_a_mixed_batch_has_the_loss_and_gradient_of_its_soft_labels(task):
     targets = np.eye(3, dtype=np.float32)[y] * (2.5 if task == "regression" else 1.0)
     augmentation = Augmentation(40, mixup=0.7)
     module, state, metrics, gradient = stepped(
-        task, y if task == "single_label" else targets, augmentation, class_weights=weights, label_smoothing=0.1
+        task,
+        y if task == "single_label" else targets,
+        augmentation,
+        class_weights=weights,
+        label_smoothing=0.1,
     )
     key = jax.random.fold_in(jax.random.key(0), 0)
     mixed = jax.jit(augmentation)(batch(), key, NORM)
@@ -304,7 +349,9 @@ def test_a_mixed_batch_has_the_loss_and_gradient_of_its_soft_labels(task):
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), gradient, expected)
     if task == "single_label":
-        logits = jax.jit(lambda x: module.apply({"params": state.params}, x, train=False))((mixed["x"] + 40.0) / 10.0)
+        logits = jax.jit(lambda x: module.apply({"params": state.params}, x, train=False))(
+            (mixed["x"] + 40.0) / 10.0
+        )
         best = np.asarray(logits).argmax(axis=1)
         np.testing.assert_allclose(metrics["accuracy"], soft[np.arange(6), best].mean(), rtol=1e-5)
 
@@ -313,7 +360,9 @@ def test_parts_of_a_batch_are_augmented_as_the_whole_batch():
     y = (np.arange(6) % 3).astype(np.int32)
     augmentation = Augmentation(40, gain=6.0, mixup=0.4)
     _, _, one, whole = stepped("single_label", y, augmentation, class_weights=jnp.ones(3))
-    _, _, other, parts = stepped("single_label", y, augmentation, class_weights=jnp.ones(3), accumulate=3)
+    _, _, other, parts = stepped(
+        "single_label", y, augmentation, class_weights=jnp.ones(3), accumulate=3
+    )
     np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), whole, parts)
 
@@ -321,27 +370,54 @@ def test_parts_of_a_batch_are_augmented_as_the_whole_batch():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"augment.gain": -1.0}, "config.augment.gain must not be negative or infinite, but is -1.0"),
+        (
+            {"augment.gain": -1.0},
+            "config.augment.gain must not be negative or infinite, but is -1.0",
+        ),
         ({"augment.noise": float("nan")}, "config.augment.noise must not be negative"),
-        ({"augment.mix_share": 0.0}, "config.augment.mix_share must be above 0 and at most 1, not 0.0"),
+        (
+            {"augment.mix_share": 0.0},
+            "config.augment.mix_share must be above 0 and at most 1, not 0.0",
+        ),
         ({"augment.probability": 1.5}, "config.augment.probability must be above 0 and at most 1"),
         ({"augment.eq_points": 1}, "config.augment.eq_points must be at least 2"),
         ({"augment.time_stretch": 1.5}, "config.augment.time_stretch must be at most 1"),
-        ({"augment.time_shuffle": 1}, "time_shuffle=1 must be 0 .off. or from 2 segments to the 647 frames"),
-        ({"augment.pitch_shift": 128.0}, "config.augment.pitch_shift=128.0 must be below the 128 bands"),
-        ({"augment.time_masks": 1, "augment.time_mask_share": 0.001}, "time_mask_share=0.001 of 647 frames is less than one"),
-        ({"augment.pitch_shift": 1.0, "features.kind": "stft"}, "augment.pitch_shift is for features.kind=logmel, not 'stft'"),
+        (
+            {"augment.time_shuffle": 1},
+            "time_shuffle=1 must be 0 .off. or from 2 segments to the 647 frames",
+        ),
+        (
+            {"augment.pitch_shift": 128.0},
+            "config.augment.pitch_shift=128.0 must be below the 128 bands",
+        ),
+        (
+            {"augment.time_masks": 1, "augment.time_mask_share": 0.001},
+            "time_mask_share=0.001 of 647 frames is less than one",
+        ),
+        (
+            {"augment.pitch_shift": 1.0, "features.kind": "stft"},
+            "augment.pitch_shift is for features.kind=logmel, not 'stft'",
+        ),
         (
             {"augment.band_masks": 1, "features.kind": "mfcc"},
             "augment.band_masks is for features.kind=logmel or stft, not",
         ),
-        ({"augment.gain": 1.0, "features.compression": "log10000"}, "augment.gain is in dB.*compression='log10000' is not"),
-        ({"augment.time_shuffle": 4, "data.normalise": "position"}, "augment.time_shuffle needs a normalisation.*normalise=band"),
+        (
+            {"augment.gain": 1.0, "features.compression": "log10000"},
+            "augment.gain is in dB.*compression='log10000' is not",
+        ),
+        (
+            {"augment.time_shuffle": 4, "data.normalise": "position"},
+            "augment.time_shuffle needs a normalisation.*normalise=band",
+        ),
         (
             {"augment.mixup": 1.0, "batch_size": 1},
             "augment.mixup mixes.*config.batch_size must be at least 2",
         ),
-        ({"data.on_device": "allways"}, "config.data.on_device='allways' is not known. Did you mean 'always'"),
+        (
+            {"data.on_device": "allways"},
+            "config.data.on_device='allways' is not known. Did you mean 'always'",
+        ),
         ({"steps_per_call": 0}, "config.steps_per_call must be at least 1"),
     ],
 )

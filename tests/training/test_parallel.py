@@ -13,8 +13,9 @@ from ml_collections import ConfigDict
 
 from musicgenre.config import to_plain
 from musicgenre.errors import UserError
-from musicgenre.inference.model import load_model
-from musicgenre.training import hosts, loop
+from musicgenre.runs.model import load_model
+from musicgenre.training import fit as loop
+from musicgenre.training import hosts
 from musicgenre.training.parallel import Parallel
 from musicgenre.training.telemetry import read_rows
 
@@ -31,7 +32,8 @@ path, process, port = sys.argv[1:]
 if port != "0":
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(process))
 from musicgenre.config import from_plain
-from musicgenre.training import loop, parallel
+from musicgenre.training import fit as loop
+from musicgenre.training import parallel
 received = loop._Signals.received
 for run in json.load(open(path)):
     devices = jax.devices()[: run["devices"]]
@@ -107,11 +109,19 @@ def start(runs, tmp_path, process=0, port=0, forced=8, then=""):
     """Starts a process for runs of (config, workdir, kind, devices, step to stop after or 0)."""
     path = tmp_path / "runs.json"
     names = ("config", "workdir", "kind", "devices", "stop")
-    plain = [dict(zip(names, (to_plain(config), str(workdir), *rest), strict=True)) for config, workdir, *rest in runs]
+    plain = [
+        dict(zip(names, (to_plain(config), str(workdir), *rest), strict=True))
+        for config, workdir, *rest in runs
+    ]
     path.write_text(json.dumps(plain))
     command = [sys.executable, "-c", MAIN + then, str(path), str(process), str(port)]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment(forced), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=ROOT,
+        env=environment(forced),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -171,7 +181,9 @@ def assert_close(one, other):
 
 def test_many_devices_give_the_single_devices_result(config, tmp_path):
     # With averaged parameters and a batch in parts; 24 clips are 2 steps an epoch.
-    config.update_from_flattened_dict({"batch_size": 16, "optimizer.accumulate": 2, "ema_decay": 0.9})
+    config.update_from_flattened_dict(
+        {"batch_size": 16, "optimizer.accumulate": 2, "ema_decay": 0.9}
+    )
     runs = [
         ("one", fed(config, "always"), "jit", 1, 0),
         ("four", fed(config, "never"), "jit", 4, 0),
@@ -182,7 +194,13 @@ def test_many_devices_give_the_single_devices_result(config, tmp_path):
         ("moved", fed(config, "always"), "jit", 1, 2),
         ("moved", fed(config, "always"), "fsdp", 8, 0),
     ]
-    output = finish(start([(settings, tmp_path / name, *rest) for name, settings, *rest in runs], tmp_path, then=MEMORY))
+    output = finish(
+        start(
+            [(settings, tmp_path / name, *rest) for name, settings, *rest in runs],
+            tmp_path,
+            then=MEMORY,
+        )
+    )
     for name in ("four", "jit", "pmap", "moved"):
         assert_close(tmp_path / "one", tmp_path / name)
 
@@ -190,8 +208,16 @@ def test_many_devices_give_the_single_devices_result(config, tmp_path):
     # In numbers: the big kernel is 3 x 3 x 64 x 512, everything else 640 + 512 + 1,539; the parameters, their average and Adam's
     # two moments have all of it. Beside them: norm's 16, and three counters of steps.
     big, small = 294_912, 2_691
-    assert found["jit"] == {"bytes": 4 * (4 * (big + small) + 16 + 2), "gathers": 0, "created": True}
-    assert found["fsdp"] == {"bytes": 4 * (4 * (big // 8 + small) + 16 + 2), "gathers": 1, "created": True}
+    assert found["jit"] == {
+        "bytes": 4 * (4 * (big + small) + 16 + 2),
+        "gathers": 0,
+        "created": True,
+    }
+    assert found["fsdp"] == {
+        "bytes": 4 * (4 * (big // 8 + small) + 16 + 2),
+        "gathers": 1,
+        "created": True,
+    }
     # What one device has while it makes its parts of the state, results and all, is less than the big kernel once, in bytes.
     assert found["making"] < 4 * big
     assert found["apart"] < 1e-6
@@ -204,7 +230,10 @@ def test_two_processes_give_the_single_processs_result(config, tmp_path):
     loop.train(fed(config, "never"), tmp_path / "one", progress=False, devices=jax.devices()[:1])
     port = free_port()
     # The second run is stopped after two steps, and goes on in one process.
-    runs = [(fed(config, "auto"), tmp_path / "two", "jit", 2, 0), (fed(config, "auto"), tmp_path / "moved", "jit", 2, 2)]
+    runs = [
+        (fed(config, "auto"), tmp_path / "two", "jit", 2, 0),
+        (fed(config, "auto"), tmp_path / "moved", "jit", 2, 2),
+    ]
     both = [start(runs, tmp_path, process, port, forced=1) for process in range(2)]
     try:
         for process in both:
@@ -225,7 +254,8 @@ import os, pathlib, signal, sys, time
 import jax
 from musicgenre.models.conv1d import Conv1D
 from musicgenre.models.registry import register
-from musicgenre.training import loop, parallel
+from musicgenre.training import fit as loop
+from musicgenre.training import parallel
 
 @register("dying")
 class Dying(Conv1D):
@@ -249,7 +279,9 @@ if os.environ.get("FATE") == "die":
 """
 
 
-def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(config, tmp_path, monkeypatch):
+def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(
+    config, tmp_path, monkeypatch
+):
     (tmp_path / "dying.py").write_text(DYING)
     monkeypatch.syspath_prepend(tmp_path)
     settings = fed(config, "auto", **{"epochs": 4, "model.name": "dying", "model.module": "dying"})
@@ -261,8 +293,19 @@ def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(config, tm
 
     def run_both(fate):
         port = free_port()
-        command = [sys.executable, str(ROOT / "experiments/train.py"), "--config=config.py", "--workdir=run", "--parallel=fsdp"]
-        command += ["--noprogress", "--verbosity=0", f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
+        command = [
+            sys.executable,
+            str(ROOT / "experiments/train.py"),
+            "--config=config.py",
+            "--workdir=run",
+            "--parallel=fsdp",
+        ]
+        command += [
+            "--noprogress",
+            "--verbosity=0",
+            f"--coordinator=127.0.0.1:{port}",
+            "--num_processes=2",
+        ]
         command += ["--heartbeat_seconds=10"]
         both = [
             subprocess.Popen(
@@ -285,20 +328,30 @@ def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(config, tm
     codes, said = run_both("die")
     assert codes == [hosts.LOST, -signal.SIGKILL], said
     last = said[0].splitlines()[-1]
-    assert last.startswith("error: process 0 of 2 cannot go on (") and "another process has ended" in last
-    assert last.endswith("Start all processes again with the same commands: the run goes on from the last whole checkpoint.")
+    assert (
+        last.startswith("error: process 0 of 2 cannot go on (")
+        and "another process has ended" in last
+    )
+    assert last.endswith(
+        "Start all processes again with the same commands: the run goes on from the last whole checkpoint."
+    )
     assert said[1].splitlines()[-1].startswith("error: process 1 of 2 was ended from outside")
 
     codes, said = run_both("live")
     assert codes == [0, 0], said
-    assert "going on from step 6 of 12" in said[0] and "run: trained 12 steps; validation accuracy" in said[0]
+    assert (
+        "going on from step 6 of 12" in said[0]
+        and "run: trained 12 steps; validation accuracy" in said[0]
+    )
     loop.train(settings, tmp_path / "one", progress=False, devices=jax.devices()[:1])
     assert_close(tmp_path / "one", tmp_path / "run")
 
 
 def test_a_batch_that_cannot_be_cut_is_refused():
     spread = Parallel.create("jit")
-    with pytest.raises(UserError, match=r"batch_size=7 does not divide by \d+ devices x optimizer.accumulate=2"):
+    with pytest.raises(
+        UserError, match=r"batch_size=7 does not divide by \d+ devices x optimizer.accumulate=2"
+    ):
         spread.check_batch_size(7, 2)
     with pytest.raises(UserError, match="--parallel must be one of jit, pmap, fsdp, not 'tpu'"):
         Parallel.create("tpu")
@@ -308,5 +361,8 @@ def test_joining_takes_all_three_flags():
     with pytest.raises(UserError, match="--coordinator needs --num_processes and --process_id"):
         hosts.join("127.0.0.1:1", 2, None, 30)
     jax.devices()
-    with pytest.raises(UserError, match=r"--process_id=2: not joined \(jax.distributed.initialize\(\) must be called before"):
+    with pytest.raises(
+        UserError,
+        match=r"--process_id=2: not joined \(jax.distributed.initialize\(\) must be called before",
+    ):
         hosts.join("127.0.0.1:1", 2, 2, 30)

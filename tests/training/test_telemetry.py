@@ -9,9 +9,18 @@ from musicgenre.training.telemetry import Profiler
     ("trains", "warning"),
     [
         (range(120), ""),
-        (range(20), "--profile_steps=20,5: no trace will be written; this call trains steps 0 to 19"),
-        (range(100, 120), "--profile_steps=20,5: no trace will be written; this call trains steps 100 to 119"),
-        (range(100, 100), "--profile_steps=20,5: no trace will be written; this call trains none: the run has its 100 steps"),
+        (
+            range(20),
+            "--profile_steps=20,5: no trace will be written; this call trains steps 0 to 19",
+        ),
+        (
+            range(100, 120),
+            "--profile_steps=20,5: no trace will be written; this call trains steps 100 to 119",
+        ),
+        (
+            range(100, 100),
+            "--profile_steps=20,5: no trace will be written; this call trains none: the run has its 100 steps",
+        ),
     ],
 )
 def test_steps_that_are_not_trained_are_warned_of(monkeypatch, tmp_path, trains, warning):

@@ -11,18 +11,20 @@ from tiny_model import tiny_model
 from musicgenre import models
 from musicgenre.config import base_config
 from musicgenre.errors import UserError
-from musicgenre.inference.bundle import save_bundle
-from musicgenre.inference.evaluate import evaluate_model
-from musicgenre.inference.model import load_model
-from musicgenre.pipeline.store import Store
-from musicgenre.training.loop import train
+from musicgenre.runs.bundle_writer import save_bundle
+from musicgenre.runs.model import load_model
+from musicgenre.store.store import Store
+from musicgenre.studies.evaluate import evaluate_model
+from musicgenre.training.fit import train
 from musicgenre.training.optimisers import make_optimizer
 from musicgenre.training.transfer import layer_order, layer_rates
 
 
 def changed(config, **fields):
     config = ConfigDict(config.to_dict())
-    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
+    config.update_from_flattened_dict(
+        {name.replace("__", "."): value for name, value in fields.items()}
+    )
     return config
 
 
@@ -39,7 +41,9 @@ def source(small_config, tmp_path):
 
 
 def test_layers_come_in_the_order_of_their_calls():
-    module = models.build({"name": "conv1d", "batch_norm": True}, num_classes=10, frames=387, bands=128)
+    module = models.build(
+        {"name": "conv1d", "batch_norm": True}, num_classes=10, frames=387, bands=128
+    )
     order = ["conv1", "norm1", "conv2", "norm2", "conv3", "norm3", "dense1", "head"]
     assert layer_order(module, 387, 128) == order
 
@@ -48,11 +52,17 @@ def test_rates_by_hand():
     layers = ["a", "b", "head"]
     rates = layer_rates(layers, transferred=True, transferred_rate=0.1, layer_decay=0.5)
     assert rates == pytest.approx({"a": 0.025, "b": 0.05, "head": 1.0})
-    assert layer_rates(layers, transferred=False, transferred_rate=0.1, layer_decay=1.0) == {"a": 1.0, "b": 1.0, "head": 1.0}
+    assert layer_rates(layers, transferred=False, transferred_rate=0.1, layer_decay=1.0) == {
+        "a": 1.0,
+        "b": 1.0,
+        "head": 1.0,
+    }
 
 
 def test_an_adam_step_is_scaled_layer_by_layer():
-    config = ConfigDict(base_config().optimizer.to_dict() | {"schedule": "constant", "learning_rate": 0.1})
+    config = ConfigDict(
+        base_config().optimizer.to_dict() | {"schedule": "constant", "learning_rate": 0.1}
+    )
     tree = {"a": {"kernel": jnp.ones((2, 2))}, "head": {"kernel": jnp.ones((2, 2))}}
     optimizer = make_optimizer(config, 10, {"a": 0.25, "head": 1.0})
     updates, _ = optimizer.update(tree, optimizer.init(tree), tree)
@@ -60,11 +70,15 @@ def test_an_adam_step_is_scaled_layer_by_layer():
     np.testing.assert_allclose(updates["a"]["kernel"], -0.025, rtol=1e-4)
     np.testing.assert_allclose(updates["head"]["kernel"], -0.1, rtol=1e-4)
     plain = make_optimizer(config, 10, {"a": 1.0, "head": 1.0})
-    assert jax.tree.structure(plain.init(tree)) == jax.tree.structure(optax.adam(lambda _: 0.1).init(tree))
+    assert jax.tree.structure(plain.init(tree)) == jax.tree.structure(
+        optax.adam(lambda _: 0.1).init(tree)
+    )
 
 
 def test_a_frozen_body_stays_and_a_new_head_learns(source, tmp_path):
-    config = changed(source, init_from=str(tmp_path / "source"), optimizer__transferred_rate=0.0, seed=1)
+    config = changed(
+        source, init_from=str(tmp_path / "source"), optimizer__transferred_rate=0.0, seed=1
+    )
     train(config, tmp_path / "run", progress=False)
     before, after = params(tmp_path / "source"), params(tmp_path / "run")
     for layer in set(before) - {"head"}:
@@ -72,7 +86,8 @@ def test_a_frozen_body_stays_and_a_new_head_learns(source, tmp_path):
     assert np.abs(before["head"]["kernel"] - after["head"]["kernel"]).max() > 0.05
     # It also starts from the statistics of batch normalisation: two seeds would not share them to that degree.
     means = [
-        np.asarray(load_model(tmp_path / run).model["variables"]["batch_stats"]["norm1"]["var"]) for run in ("source", "run")
+        np.asarray(load_model(tmp_path / run).model["variables"]["batch_stats"]["norm1"]["var"])
+        for run in ("source", "run")
     ]
     assert np.corrcoef(*means)[0, 1] > 0.9
 
@@ -80,9 +95,14 @@ def test_a_frozen_body_stays_and_a_new_head_learns(source, tmp_path):
 def test_a_slow_body_moves_less_than_a_free_one(source, tmp_path):
     moved = {}
     for rate in (0.1, 1.0):
-        config = changed(source, init_from=str(tmp_path / "source"), optimizer__transferred_rate=rate, epochs=1)
+        config = changed(
+            source, init_from=str(tmp_path / "source"), optimizer__transferred_rate=rate, epochs=1
+        )
         train(config, tmp_path / str(rate), progress=False)
-        difference = params(tmp_path / "source")["conv1"]["kernel"] - params(tmp_path / str(rate))["conv1"]["kernel"]
+        difference = (
+            params(tmp_path / "source")["conv1"]["kernel"]
+            - params(tmp_path / str(rate))["conv1"]["kernel"]
+        )
         moved[rate] = float(np.linalg.norm(difference))
     assert 0 < moved[0.1] < 0.25 * moved[1.0]
 
@@ -110,7 +130,9 @@ def test_the_run_goes_on_without_its_source_and_the_audit_remembers_it(source, t
 def test_a_bundle_is_a_source_whose_clips_are_not_known(small_config, tmp_path, caplog):
     """All but the head, of five labels there and three here, comes over; nothing ever says that there is no leak."""
     bundle = tmp_path / "tags.safetensors"
-    there = tiny_model("multi_label", tuple("abcde"), features__compression="log10000", features__top_db=60.0)
+    there = tiny_model(
+        "multi_label", tuple("abcde"), features__compression="log10000", features__top_db=60.0
+    )
     save_bundle(there, bundle)
     config = changed(
         small_config,
@@ -122,7 +144,10 @@ def test_a_bundle_is_a_source_whose_clips_are_not_known(small_config, tmp_path, 
     with caplog.at_level("WARNING", "absl"):
         train(config, tmp_path / "run", progress=False)
     assert "a bundle does not list the clips that it was trained on" in caplog.text
-    assert "other features (there -> here): compression: log10000 -> db; top_db: 60.0 -> 80.0" in caplog.text
+    assert (
+        "other features (there -> here): compression: log10000 -> db; top_db: 60.0 -> 80.0"
+        in caplog.text
+    )
     model = load_model(tmp_path / "run")
     before, after = (m.model["variables"]["params"] for m in (there, model))
     for layer in set(before) - {"head"}:
@@ -163,5 +188,9 @@ def test_what_is_no_source_is_named(small_config, tmp_path, monkeypatch, place, 
 
 
 def test_a_rate_without_a_source_is_refused(small_config, tmp_path):
-    with pytest.raises(UserError, match=r"transferred_rate has no effect without config\.init_from"):
-        train(changed(small_config, optimizer__transferred_rate=0.5), tmp_path / "run", progress=False)
+    with pytest.raises(
+        UserError, match=r"transferred_rate has no effect without config\.init_from"
+    ):
+        train(
+            changed(small_config, optimizer__transferred_rate=0.5), tmp_path / "run", progress=False
+        )

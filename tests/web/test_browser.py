@@ -67,19 +67,30 @@ def test_the_page_in_a_browser(browser, live, tmp_path):
     wait = WebDriverWait(browser, 20, poll_frequency=0.05)
     with live(create_app(tagger, limits=Limits(max_bytes=5_000_000))) as port:
         browser.get(f"http://127.0.0.1:{port}/")
-        wait.until(lambda _: "accuracy 64.0 % on its validation split" in browser.find_element(By.ID, "summary").text)
+        wait.until(
+            lambda _: (
+                "accuracy 64.0 % on its validation split"
+                in browser.find_element(By.ID, "summary").text
+            )
+        )
         assert "up to 5 MB and 10 minutes each" in browser.find_element(By.ID, "limits").text
         assert not browser.find_element(By.ID, "synthetic").is_displayed()
 
         # By keyboard: the field for files is the first thing that is reached.
         browser.find_element(By.TAG_NAME, "body").send_keys(Keys.TAB)
         files = browser.switch_to.active_element
-        assert files.get_attribute("id") == "files" and files.accessible_name.startswith("Drop music here, or choose files")
+        assert files.get_attribute("id") == "files" and files.accessible_name.startswith(
+            "Drop music here, or choose files"
+        )
         files.send_keys("\n".join(map(str, (song, bad, large))))
         wait.until(lambda _: len(browser.find_elements(By.CSS_SELECTOR, ".bars, .error")) == 3)
         good, broken, too_large = browser.find_elements(By.CSS_SELECTOR, ".result")
-        assert texts(broken, "[role=alert]") == ["bad.mp3: not a sound file that can be decoded (Format not recognised)."]
-        assert texts(too_large, "[role=alert]") == ["large.wav: larger than the 5 MB that this server takes."]
+        assert texts(broken, "[role=alert]") == [
+            "bad.mp3: not a sound file that can be decoded (Format not recognised)."
+        ]
+        assert texts(too_large, "[role=alert]") == [
+            "large.wav: larger than the 5 MB that this server takes."
+        ]
 
         # What is shown is what the model says.
         assert texts(good, "h2") == ["<b>song & dance.flac"] and texts(good, ".status") == ["0:40"]
@@ -105,30 +116,51 @@ def test_the_page_in_a_browser(browser, live, tmp_path):
             share = taggram.probabilities[np.abs(middles - seconds).argmin(), row]
             np.testing.assert_allclose(colour, low + share * (high - low), atol=1.5)
         # One time axis for both.
-        levels, cells = (good.find_element(By.CSS_SELECTOR, f"canvas.{name}").rect for name in ("levels", "cells"))
-        assert (levels["x"], levels["width"]) == (cells["x"], cells["width"]) and levels["width"] > 600
+        levels, cells = (
+            good.find_element(By.CSS_SELECTOR, f"canvas.{name}").rect
+            for name in ("levels", "cells")
+        )
+        assert (levels["x"], levels["width"]) == (cells["x"], cells["width"]) and levels[
+            "width"
+        ] > 600
         assert texts(good, ".names span") == [tag.label for tag in tags]
 
         # The player's place is shown over both, and followed.
         browser.execute_script("document.querySelector('audio').currentTime = 10")
         wait.until(lambda _: "0:10.0: " in good.text)
         head = good.find_element(By.CSS_SELECTOR, ".head").rect
-        assert head["x"] + head["width"] / 2 == pytest.approx(levels["x"] + levels["width"] / 4, abs=1.5)
+        assert head["x"] + head["width"] / 2 == pytest.approx(
+            levels["x"] + levels["width"] / 4, abs=1.5
+        )
         assert head["height"] > levels["height"] + cells["height"]
         good.find_element(By.CSS_SELECTOR, ".cells").click()
-        wait.until(lambda _: abs(browser.execute_script("return document.querySelector('audio').currentTime") - 20) < 0.2)
+        wait.until(
+            lambda _: (
+                abs(
+                    browser.execute_script("return document.querySelector('audio').currentTime")
+                    - 20
+                )
+                < 0.2
+            )
+        )
 
         # The same as a table, the labels in the order of the bars.
         good.find_element(By.TAG_NAME, "summary").click()
         wait.until(lambda _: good.find_elements(By.CSS_SELECTOR, "tbody tr"))
         assert texts(good, "thead th") == ["from", "to", *(tag.label for tag in tags)]
-        cell = good.find_elements(By.CSS_SELECTOR, "tbody tr")[1].find_elements(By.TAG_NAME, "td")[2]
+        cell = good.find_elements(By.CSS_SELECTOR, "tbody tr")[1].find_elements(By.TAG_NAME, "td")[
+            2
+        ]
         assert cell.text == f"{100 * taggram.probabilities[1, row]:.1f} %"
 
         # The card, with its words and not its Markdown.
         browser.find_element(By.CSS_SELECTOR, "#about summary").click()
         card = browser.find_element(By.ID, "card").text
-        assert "accuracy 0.6396 on the validation split" in card and "modulation on arrays" in card and "`" not in card
+        assert (
+            "accuracy 0.6396 on the validation split" in card
+            and "modulation on arrays" in card
+            and "`" not in card
+        )
         assert tmp_path.joinpath("page.png").write_bytes(browser.get_screenshot_as_png()) > 20_000
 
         # On a phone nothing is wider than the screen.
@@ -142,17 +174,36 @@ def test_the_page_in_a_browser(browser, live, tmp_path):
             features = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}
             wanted = [{"name": name, "value": value} for name, value in features.items()]
             browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": wanted})
-            for selector in ("h1", "#summary", "#limits", ".link", ".bars .number", ".error", ".hertz span", "footer", "button"):
+            for selector in (
+                "h1",
+                "#summary",
+                "#limits",
+                ".link",
+                ".bars .number",
+                ".error",
+                ".hertz span",
+                "footer",
+                "button",
+            ):
                 assert contrast(browser, selector) >= 4.5, (scheme, selector)
 
         good.find_element(By.CSS_SELECTOR, ".result-head button").click()
         assert len(browser.find_elements(By.CSS_SELECTOR, ".result")) == 2
 
-        messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-        asked = [message["params"]["request"]["url"] for message in messages if message["method"] == "Network.requestWillBeSent"]
+        messages = [
+            json.loads(entry["message"])["message"] for entry in browser.get_log("performance")
+        ]
+        asked = [
+            message["params"]["request"]["url"]
+            for message in messages
+            if message["method"] == "Network.requestWillBeSent"
+        ]
         # `chrome` is the browser itself, whose first tab is its own page.
         own = re.compile(rf"((blob:)?http://127\.0\.0\.1:{port}/|data:|chrome(-[a-z]+)?:)")
-        assert {f"http://127.0.0.1:{port}/{path}" for path in ("", "page.js", "style.css", "api/model", "api/tag")} <= set(asked)
+        assert {
+            f"http://127.0.0.1:{port}/{path}"
+            for path in ("", "page.js", "style.css", "api/model", "api/tag")
+        } <= set(asked)
         assert [url for url in asked if not own.match(url)] == []
         # That a file was refused is all that the console says.
         said = [entry["message"] for entry in browser.get_log("browser")]
@@ -172,7 +223,9 @@ def contrast(browser, selector):
     luminances = []
     for colour in colours:
         channels = np.array([int(value) for value in re.findall(r"\d+", colour)[:3]]) / 255
-        linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+        linear = np.where(
+            channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4
+        )
         luminances.append(float(linear @ [0.2126, 0.7152, 0.0722]))
     return (max(luminances) + 0.05) / (min(luminances) + 0.05)
 

@@ -1,0 +1,1 @@
+"""Downloads: data sets from their own hosts, and previews of songs."""

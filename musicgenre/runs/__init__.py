@@ -1,0 +1,1 @@
+"""Saved runs: checkpoints, notes, bundles, and the models loaded from them."""

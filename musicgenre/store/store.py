@@ -1,0 +1,620 @@
+"""The spectrogram store: float16 shards, one file with what is known of the clips, and a small JSON manifest over both.
+
+    <store>/manifest.json                 front end, layout, data set, label names, clips per split, names of the files below
+    <store>/clips-1a2b3c4d.safetensors    columns over all clips: ids, paths, labels, splits, groups, where each clip lies
+    <store>/skipped-1a2b3c4d.jsonl        one line for each clip that could not be used: clip_id, path, reason
+    <store>/shards/00000.npy              float16 [clips, frames, bands]
+    <store>/shards/00000.json             what the shard was made from: features, sources, lengths, SHA-256, skips
+
+Shards are written once and never changed. The files beside the manifest are named after their content (SHA-256), and the
+manifest is written last: a reader sees the old or the new store, and a store without a manifest is unfinished.
+
+Opening reads the manifest and checks sizes. Columns are read when they are first asked for, and shards are read in place,
+a few files open at a time, so that a million clips start as a thousand do. `docs/scaling.md` has the figures.
+
+Stores of schema 1, whose manifest held the clips as JSON, are read as well; preparing them again writes schema 2 without
+computing a clip.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import mmap
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save
+
+from musicgenre.audio.features import FeatureSpec
+from musicgenre.audio.layout import ClipLayout
+from musicgenre.errors import UserError
+from musicgenre.files import read_json, replacing, sha256, write_json
+
+SCHEMA = 2
+# Of a shard's record. It is older than the manifest's, so that shards of schema 1 stay good.
+SHARD_SCHEMA = 1
+# Stores up to this size have their checksums verified whenever they are opened for training or evaluation.
+_ALWAYS_VERIFY_BYTES = 4 * 2**30
+# Shards kept open for reading: macOS allows a process 256 files by default, Linux 1,024. A store of no more is mapped.
+_OPEN_SHARDS = 128
+# What a pickled store is made of; the rest is read again.
+_PICKLED = (
+    "path",
+    "features",
+    "layout",
+    "dataset",
+    "label_names",
+    "_split_names",
+    "_index",
+    "_skipped",
+    "_arrays",
+)
+
+
+class Store:
+    """A finished store, opened for reading. Columns and shards are read on first use, so that it pickles small.
+
+    Attributes:
+      path: the store's folder.
+      features: the front end that made it.
+      layout: frames per clip, padding and excerpt.
+      dataset: name, root, protocol, task, whether the audio is synthetic, and what a group is.
+      label_names: labels in the order of the model's outputs.
+    """
+
+    path: Path
+    features: FeatureSpec
+    layout: ClipLayout
+    dataset: dict[str, Any]
+    label_names: tuple[str, ...]
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.features = FeatureSpec.from_dict(manifest["features"])
+        self.layout = ClipLayout(**manifest["layout"])
+        self.dataset = manifest["dataset"]
+        self.label_names = tuple(manifest["label_names"])
+        # The files of the columns and the skipped clips; of schema 1 what they would hold.
+        self._index: dict[str, Any] | None = None
+        self._skipped: dict[str, Any] | list[dict[str, str]] | None = manifest["skipped"]
+        self._arrays: dict[str, np.ndarray] = {}
+        if manifest["schema"] == 1:
+            self._split_names, self._arrays = _read_schema_1(manifest)
+        else:
+            self._split_names, self._index = tuple(manifest["splits"]), manifest["clips"]
+        self._reader: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: self.__dict__[name] for name in _PICKLED}
+        return state if self._index is None else state | {"_arrays": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reader = None
+
+    @classmethod
+    def open(cls, path: str | Path, verify: bool | None = None) -> "Store":
+        """Opens a finished store.
+
+        Args:
+          path: the store's folder.
+          verify: compare every shard with its SHA-256; None does so for stores up to 4 GiB and otherwise
+            compares sizes only. The columns are always compared.
+
+        Raises:
+          UserError: no finished store is there, it has another schema, or one of its files is missing or damaged.
+        """
+        path = Path(path)
+        manifest_path = path / "manifest.json"
+        if not manifest_path.is_file():
+            raise UserError(
+                f"{path}: no finished spectrogram store (manifest.json is missing). "
+                "Run experiments/prepare.py with the same --config first."
+            )
+        manifest = read_json(manifest_path, "store manifest")
+        found = manifest.get("schema") if isinstance(manifest, dict) else None
+        if found not in (1, SCHEMA):
+            raise UserError(
+                f"{manifest_path}: schema {found!r} is not one that this version reads (1 and {SCHEMA}). "
+                "Prepare the store again in another folder."
+            )
+        try:
+            store = cls(path, manifest)
+            files = [
+                record for record in (store._index, manifest["skipped"]) if isinstance(record, dict)
+            ]
+            for record in files:
+                if problem := file_problem(path, record, full=True, what="part"):
+                    raise UserError(
+                        f"{problem} Run experiments/prepare.py again: it writes it anew and computes nothing."
+                    )
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{manifest_path}: incomplete manifest ({error}). Run experiments/prepare.py again."
+            ) from error
+        full = (
+            verify
+            if verify is not None
+            else int(store._column("shard_bytes").sum()) <= _ALWAYS_VERIFY_BYTES
+        )
+        check = functools.partial(file_problem, path / "shards", full=full)
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            # Sizes alone are looked up sooner than they are handed to another thread.
+            for problem in (pool.map if full else map)(check, store._shard_records()):
+                if problem:
+                    raise UserError(
+                        f"{problem} Run experiments/prepare.py again: it rebuilds only that shard."
+                    )
+        return store
+
+    def __len__(self) -> int:
+        return len(self._column("row"))
+
+    @functools.cached_property
+    def clip_ids(self) -> np.ndarray:
+        """Ids, str `[clips]`, sorted; everything that has a value for each clip is in this order."""
+        return np.array(self._text("clip_id"), dtype=object)
+
+    @functools.cached_property
+    def paths(self) -> np.ndarray:
+        """Source files, str `[clips]`."""
+        return np.array(self._text("path"), dtype=object)
+
+    @functools.cached_property
+    def labels(self) -> list[tuple[str, ...]]:
+        """A tuple of labels for each clip; of many clips rather ask for `targets`."""
+        names = [self.label_names[number] for number in self._column("label").tolist()]
+        return [
+            tuple(names[start:end])
+            for start, end in itertools.pairwise(self._column("label_bounds").tolist())
+        ]
+
+    @functools.cached_property
+    def values(self) -> np.ndarray | None:
+        """For a regression, float32 `[clips, label_names]`; otherwise None."""
+        return self._column("values") if self.task == "regression" else None
+
+    @functools.cached_property
+    def splits(self) -> np.ndarray:
+        """One of "train", "valid" and "test" for each clip, `[clips]`."""
+        return np.array(self._split_names)[self._column("split")]
+
+    @functools.cached_property
+    def groups(self) -> list[str | None]:
+        """The artist or track of each clip, or None."""
+        names = [*self._text("group_name"), None]  # the number of a clip without a group is -1
+        return [names[number] for number in self._column("group").tolist()]
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """Real frames of each clip, int32 `[clips]`."""
+        return self._column("length")
+
+    @functools.cached_property
+    def hashes(self) -> np.ndarray:
+        """SHA-256 of each clip's source (the file, or the array row) in hexadecimal, str `[clips]`."""
+        digits = self._column("sha256").tobytes().hex()
+        return np.array([digits[i : i + 64] for i in range(0, len(digits), 64)], dtype=object)
+
+    @functools.cached_property
+    def skipped(self) -> list[dict[str, str]]:
+        """One mapping `clip_id`, `path`, `reason` for each clip that could not be used."""
+        if self._skipped is None or isinstance(self._skipped, list):
+            return self._skipped or []
+        text = (self.path / self._skipped["file"]).read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
+    @property
+    def task(self) -> str:
+        """One of "single_label", "multi_label" and "regression"."""
+        return str(self.dataset["task"])
+
+    @property
+    def group_name(self) -> str:
+        """What a group is, such as "artist" or "track"."""
+        return str(self.dataset.get("group_name", "artist"))
+
+    @property
+    def bands(self) -> int:
+        """Values per frame."""
+        return self.features.bands
+
+    def indices(self, split: str) -> np.ndarray:
+        """Returns the clips of a split, int64 `[n]`, in order of their ids.
+
+        Raises:
+          UserError: the split has no clips; the message lists those that have.
+        """
+        numbers = self._column("split")
+        if split in self._split_names:
+            return np.flatnonzero(numbers == self._split_names.index(split))
+        counts = np.bincount(numbers, minlength=len(self._split_names))
+        there = ", ".join(
+            f"{name} ({count})" for name, count in zip(self._split_names, counts, strict=True)
+        )
+        raise UserError(f"{self.path}: no clips in the split {split!r}. There are: {there}.")
+
+    def targets(self, indices: np.ndarray) -> np.ndarray:
+        """Returns class numbers, int32 `[n]`, 0/1 tags or numbers, float32 `[n, labels]`, by the store's task."""
+        if self.values is not None:
+            return self.values[indices]
+        numbers, bounds = self._column("label"), self._column("label_bounds")
+        first = bounds[indices]
+        if self.task == "single_label":
+            return numbers[first]
+        counts = bounds[indices + 1] - first
+        rows = np.repeat(np.arange(len(indices)), counts)
+        # Of each label: how many of its clip's come before it, and where those of the clip begin.
+        offsets = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        targets = np.zeros((len(indices), len(self.label_names)), np.float32)
+        targets[rows, numbers[np.repeat(first, counts) + offsets]] = 1.0
+        return targets
+
+    def gather(
+        self, indices: np.ndarray, starts: np.ndarray | None = None, frames: int | None = None
+    ) -> np.ndarray:
+        """Copies clips out of the shards. Several threads may do so at the same time.
+
+        Args:
+          indices: clips, `[n]`.
+          starts: first frame of each, `[n]`; 0 if None.
+          frames: frames of each from there; all if None.
+
+        Returns:
+          float16 `[n, frames, bands]`.
+
+        Raises:
+          ValueError: frames that a clip does not have.
+          UserError: a shard is missing or cut short.
+        """
+        frames = frames or self.layout.frames
+        first = np.zeros(len(indices), np.int64) if starts is None else np.asarray(starts, np.int64)
+        low, high = min(listed := first.tolist(), default=0), max(listed, default=0)
+        # In the file a clip's frames are followed by the next clip's.
+        if not (low >= 0 and high + frames <= self.layout.frames):
+            raise ValueError(
+                f"frames {low} to {high + frames} of clips of {self.layout.frames} frames"
+            )
+        numbers, begins = self._places
+        result = np.empty((len(indices), frames, self.bands), np.float16)
+        if result.size:
+            rows = result.view(np.uint8).reshape(len(indices), -1)
+            shards: list[Any] = list(map(self._open, numbers[indices].tolist()))
+            places = (begins[indices] + 2 * self.bands * first).tolist()
+            type(shards[0]).read(rows, shards, places)
+        return result
+
+    @functools.cached_property
+    def _places(self) -> tuple[np.ndarray, np.ndarray]:
+        """The number of each clip's shard, int32 `[clips]`, and the byte of its file where the clip begins, int64 `[clips]`."""
+        clip_bytes = 2 * self.bands * self.layout.frames
+        # What a file holds before its clips is NumPy's header.
+        headers = self._column("shard_bytes") - clip_bytes * self._column("shard_rows").astype(
+            np.int64
+        )
+        shards, rows = self._column("shard"), self._column("row").astype(np.int64)
+        return self._column("shard_number")[shards], headers[shards] + clip_bytes * rows
+
+    @functools.cached_property
+    def _open(self) -> "Callable[[int], _MappedShard | _OpenShard]":
+        """A function that opens a shard by its number and keeps those used last.
+
+        A map is the quickest to copy from once its pages have been seen. Of many shards they hardly ever have: then reading is
+        quicker, counts no pages to this process, and leaves no more files open than it may have.
+        """
+        kind = _MappedShard if len(self._column("shard_number")) <= _OPEN_SHARDS else _OpenShard
+        opener: Callable[[int], _MappedShard | _OpenShard] = functools.partial(
+            kind, f"{self.path}/shards"
+        )
+        return functools.lru_cache(_OPEN_SHARDS)(opener)
+
+    def _column(self, name: str) -> np.ndarray:
+        """Returns one of the arrays that `clip_columns` and `write_manifest` describe."""
+        if name not in self._arrays:
+            if self._reader is None:
+                assert self._index is not None
+                self._reader = safe_open(
+                    os.fspath(self.path / self._index["file"]), framework="numpy"
+                )
+            self._arrays[name] = self._reader.get_tensor(name)
+        return self._arrays[name]
+
+    def _text(self, name: str) -> list[str]:
+        """Returns the strings of a column that `_pack` made."""
+        data, bounds = self._column(name).tobytes(), self._column(f"{name}_bounds").tolist()
+        return [
+            data[start:end].decode("utf-8", "surrogatepass")
+            for start, end in itertools.pairwise(bounds)
+        ]
+
+    def _shard_records(self) -> Iterator[dict[str, Any]]:
+        """Yields `file`, `bytes` and `sha256` of each shard."""
+        columns = (self._column(f"shard_{name}") for name in ("number", "bytes", "sha256"))
+        for number, size, digest in zip(*columns, strict=True):
+            yield {
+                "file": f"{number:05d}.npy",
+                "bytes": int(size),
+                "sha256": digest.tobytes().hex(),
+            }
+
+
+class _MappedShard:
+    """A shard mapped into memory, until nothing refers to it any more."""
+
+    def __init__(self, folder: str, number: int) -> None:
+        self.path = f"{folder}/{number:05d}.npy"
+        try:
+            with open(self.path, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:
+            raise UserError(_cut_short(self.path)) from None  # an empty file
+        except OSError as error:
+            raise UserError(_unreadable(self.path, error)) from error
+        self._bytes = np.frombuffer(self._map, np.uint8)
+
+    @staticmethod
+    def read(rows: np.ndarray, shards: "Sequence[_MappedShard]", places: Sequence[int]) -> None:
+        """Fills `rows`, uint8 `[n, bytes]`, each from its shard and the byte at its place on.
+
+        Raises:
+          UserError: a shard's file ends before.
+        """
+        for shard in set(shards):
+            # To touch what a file has lost since it was mapped would end the process.
+            if shard._map.size() < len(shard._bytes):
+                raise UserError(_cut_short(shard.path))
+        size = rows.shape[1]
+        parts = [
+            shard._bytes[place : place + size] for shard, place in zip(shards, places, strict=True)
+        ]
+        try:
+            # One call for all of them takes a quarter less time than one for each.
+            np.concatenate(parts, out=rows.reshape(-1))
+        except ValueError:
+            short = next(
+                shard for shard, part in zip(shards, parts, strict=True) if len(part) < size
+            )
+            raise UserError(_cut_short(short.path)) from None
+
+
+class _OpenShard:
+    """A shard open for reading. It is closed when nothing refers to it any more, so no other thread's reading is cut off."""
+
+    def __init__(self, folder: str, number: int) -> None:
+        self.path = f"{folder}/{number:05d}.npy"
+        try:
+            self._number = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(_unreadable(self.path, error)) from error
+        self._close = os.close  # at Python's end the module may go first
+
+    def __del__(self) -> None:
+        if hasattr(self, "_close"):
+            self._close(self._number)
+
+    @staticmethod
+    def read(rows: np.ndarray, shards: "Sequence[_OpenShard]", places: Sequence[int]) -> None:
+        """Fills `rows`, uint8 `[n, bytes]`, each from its shard and the byte at its place on.
+
+        Raises:
+          UserError: a shard's file ends before, or cannot be read.
+        """
+        for row, shard, place in zip(rows, shards, places, strict=True):
+            shard._read(row, place)
+
+    def _read(self, target: np.ndarray, offset: int) -> None:
+        try:
+            # One call nearly always does; the system may return less when it is interrupted.
+            while (count := os.preadv(self._number, [target.data], offset)) < len(target):
+                if count == 0:
+                    raise UserError(_cut_short(self.path))
+                target, offset = target[count:], offset + count
+        except OSError as error:
+            raise UserError(_unreadable(self.path, error)) from error
+
+
+def _cut_short(path: str) -> str:
+    return f"{path}: this shard is damaged (it ends early). Run experiments/prepare.py again."
+
+
+def _unreadable(path: str, error: OSError) -> str:
+    return f"{path}: this shard of the store cannot be read ({error.strerror}). Run experiments/prepare.py again."
+
+
+def clip_columns(
+    label_names: Sequence[str],
+    split_names: Sequence[str],
+    *,
+    clip_id: Iterable[str],
+    path: Iterable[str],
+    labels: Iterable[Sequence[str]],
+    split: Iterable[str],
+    group: Iterable[str | None],
+    shard: np.ndarray,
+    row: np.ndarray,
+    length: np.ndarray,
+    sha256: np.ndarray,
+    values: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """Returns the columns of the clips of a store, each in the order of the clips.
+
+    Args:
+      label_names: all labels.
+      split_names: all splits.
+      clip_id: ids.
+      path: source files.
+      labels: the labels of each clip.
+      split: the split of each.
+      group: the artist or track of each, or None.
+      shard: where each clip lies, as a position in the list of shards, int `[clips]`.
+      row: its row there, int `[clips]`.
+      length: real frames, int `[clips]`.
+      sha256: of the source, uint8 `[clips, 32]`.
+      values: for a regression, `[clips, label_names]`.
+
+    Returns:
+      `clip_id`, `path` and `group_name`: UTF-8, uint8 `[bytes]`, with `<name>_bounds`, int64 `[n + 1]`, the begin of each
+      string and the end of the last; `group`: int32, a position in `group_name`, or -1; `label`: int32 `[labels of all
+      clips]`, positions in `label_names`, and `label_bounds`; `split`: uint8, a position in `split_names`; the others as
+      given, in int32, uint8 and float32.
+    """
+    own = [list(each) for each in labels]
+    label_number = {name: number for number, name in enumerate(label_names)}
+    split_number = {name: number for number, name in enumerate(split_names)}
+    groups = list(group)
+    group_names = sorted({name for name in groups if name is not None})
+    group_number: dict[str | None, int] = {
+        name: number for number, name in enumerate(group_names)
+    } | {None: -1}
+    columns = {
+        **_pack("clip_id", clip_id),
+        **_pack("path", path),
+        **_pack("group_name", group_names),
+        "group": np.array([group_number[name] for name in groups], np.int32),
+        "label": np.array([label_number[name] for each in own for name in each], np.int32),
+        "label_bounds": _bounds([len(each) for each in own]),
+        "split": np.array([split_number[name] for name in split], np.uint8),
+        "shard": np.asarray(shard, np.int32),
+        "row": np.asarray(row, np.int32),
+        "length": np.asarray(length, np.int32),
+        "sha256": np.asarray(sha256, np.uint8),
+    }
+    return columns if values is None else columns | {"values": np.asarray(values, np.float32)}
+
+
+def shard_columns(shards: Iterable[tuple[int, int, int, str]]) -> dict[str, np.ndarray]:
+    """Returns the columns of a store's shards.
+
+    Args:
+      shards: number, rows, bytes and SHA-256 in hexadecimal of each.
+
+    Returns:
+      `shard_number` and `shard_rows`, int32, `shard_bytes`, int64, and `shard_sha256`, uint8 `[shards, 32]`.
+    """
+    numbers, rows, sizes, digests = zip(*shards, strict=True)
+    return {
+        "shard_number": np.array(numbers, np.int32),
+        "shard_rows": np.array(rows, np.int32),
+        "shard_bytes": np.array(sizes, np.int64),
+        "shard_sha256": digest_rows(digests),
+    }
+
+
+def digest_rows(digests: Iterable[str]) -> np.ndarray:
+    """Returns hexadecimal SHA-256 sums as uint8 `[n, 32]`."""
+    return np.frombuffer(bytes.fromhex("".join(digests)), np.uint8).reshape(-1, 32)
+
+
+def write_manifest(
+    path: Path,
+    header: dict[str, Any],
+    columns: dict[str, np.ndarray],
+    skipped: Iterable[dict[str, str]],
+) -> None:
+    """Writes what is known of the clips, and then the manifest; a file that is there and the same is left alone.
+
+    Args:
+      path: the store's folder.
+      header: features, layout, data set, label names and clips per split.
+      columns: from `clip_columns` and `shard_columns`.
+      skipped: one mapping `clip_id`, `path`, `reason` for each clip that could not be used.
+
+    Raises:
+      UserError: the folder cannot be written, or the disk is full; the store is as it was.
+    """
+    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped).encode()
+    clips = _write_named(path, "clips", ".safetensors", save(columns))
+    manifest = header | {
+        "schema": SCHEMA,
+        "clips": clips,
+        "skipped": _write_named(path, "skipped", ".jsonl", lines) if lines else None,
+    }
+    place = path / "manifest.json"
+    # A second run changes no file.
+    if (
+        not place.is_file()
+        or place.read_text(encoding="utf-8")
+        != json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+    ):
+        write_json(place, manifest)
+    kept = {record["file"] for record in (clips, manifest["skipped"]) if record}
+    for old in [*path.glob("clips-*.safetensors"), *path.glob("skipped-*.jsonl")]:
+        if old.name not in kept:
+            old.unlink(missing_ok=True)
+
+
+def _write_named(path: Path, name: str, ending: str, content: bytes) -> dict[str, Any]:
+    """Writes a file that is named after its content, and returns its `file`, `bytes` and `sha256`."""
+    digest = hashlib.sha256(content).hexdigest()
+    file = path / f"{name}-{digest[:8]}{ending}"
+    record = {"file": file.name, "bytes": len(content), "sha256": digest}
+    if file_problem(path, record, full=True):
+        with replacing(file) as temporary:
+            temporary.write_bytes(content)
+    return record
+
+
+def _read_schema_1(manifest: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
+    """Returns the names of the splits and the columns of a manifest of schema 1, which lists every clip."""
+    clips, shards = manifest["clips"], manifest["shards"]
+    split_names = tuple(sorted(set(clips["split"])))
+    lists = {name: clips[name] for name in ("clip_id", "path", "labels", "split", "group")}
+    arrays = {name: np.array(clips[name], np.int32) for name in ("shard", "row", "length")}
+    values = np.array(clips["values"], np.float32) if "values" in clips else None
+    columns = clip_columns(
+        manifest["label_names"],
+        split_names,
+        **lists,
+        **arrays,
+        sha256=digest_rows(clips["sha256"]),
+        values=values,
+    )
+    records = [
+        (int(Path(shard["file"]).stem), shard["rows"], shard["bytes"], shard["sha256"])
+        for shard in shards
+    ]
+    return split_names, columns | shard_columns(records)
+
+
+def _pack(name: str, strings: Iterable[str]) -> dict[str, np.ndarray]:
+    """Returns strings as one array of their bytes and one of their bounds."""
+    # Names of files that are no text reach Python as lone surrogates.
+    parts = [text.encode("utf-8", "surrogatepass") for text in strings]
+    return {
+        name: np.frombuffer(b"".join(parts), np.uint8),
+        f"{name}_bounds": _bounds([len(part) for part in parts]),
+    }
+
+
+def _bounds(lengths: Sequence[int]) -> np.ndarray:
+    """Returns where parts of these lengths begin, and where the last ends, int64 `[n + 1]`."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.asarray(lengths, np.int64))])
+
+
+def file_problem(folder: Path, record: dict[str, Any], full: bool, what: str = "shard") -> str:
+    """Returns what is wrong with a file of a store as a sentence that names it, or "" where nothing is.
+
+    Args:
+      folder: where it lies.
+      record: its `file`, `bytes` and `sha256`.
+      full: compare the checksum, not only the size.
+      what: what the file is.
+    """
+    file = folder / record["file"]
+    try:
+        size = file.stat().st_size
+    except OSError:
+        return f"{file}: this {what} of the store is missing."
+    if size != record["bytes"]:
+        return (
+            f"{file}: this {what} is damaged ({size} bytes where {record['bytes']} were written)."
+        )
+    if full and sha256(file) != record["sha256"]:
+        return f"{file}: this {what} is damaged (its SHA-256 is not the one that was written)."
+    return ""

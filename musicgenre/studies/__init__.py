@@ -1,0 +1,1 @@
+"""What needs a model and a store, or trains: evaluation, ablation, robustness, figures."""

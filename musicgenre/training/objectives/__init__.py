@@ -1,0 +1,1 @@
+"""What a run learns from: labels, views of one clip, reconstructions, teachers."""

@@ -1,0 +1,333 @@
+import csv
+import re
+from urllib.parse import unquote
+
+import jax
+import numpy as np
+import pytest
+import soundfile
+from ml_collections import ConfigDict
+from PIL import Image
+from tiny_model import tiny_model
+
+from musicgenre.cli import explain
+from musicgenre.cli import main as cli
+from musicgenre.evaluation import plots
+from musicgenre.explain import plots as explain_plots
+from musicgenre.inference.tagger import Tagger
+from musicgenre.runs.bundle_writer import save_bundle
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly():
+    """Each network runs a few times only, so that most of the time would go into compiling it well."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def music(tmp_path):
+    """Two good files, the second of which has a tone from 2 to 3 s, and one that is none."""
+    (tmp_path / "music").mkdir()
+    generator = np.random.default_rng(0)
+    for name, seconds in (("a b#1%.wav", 2), ("c.flac", 4)):
+        samples = 0.05 * generator.standard_normal(22050 * seconds)
+        if name == "c.flac":
+            samples[44100:66150] += 0.3 * np.sin(2 * np.pi * 1500 * np.arange(22050) / 22050)
+        soundfile.write(tmp_path / "music" / name, samples, 22050)
+    (tmp_path / "music" / "bad.wav").write_bytes(b"RIFF")
+    return tmp_path / "music"
+
+
+def run(*arguments):
+    return cli.main(["explain", *map(str, arguments)])
+
+
+def addresses(page):
+    """The files that a page shows, plays or leads to."""
+    text = page.read_text()
+    assert "http" not in text
+    return [
+        page.parent / unquote(address) for address in re.findall(r'(?:src|href)="([^"]+)"', text)
+    ]
+
+
+def test_a_folder_is_explained_and_its_bad_file_reported(bundle, music, tmp_path, capsys):
+    out = tmp_path / "out"
+    (music / "a b#1%.wav").rename(music / "other.wav.txt")
+    assert run(music, f"--model={bundle}", f"--out={out}", "--cut", "--top=2", "--seconds=1") == 3
+    captured = capsys.readouterr()
+    assert "bad.wav: not a sound file" in captured.err and "1 files done, 1 failed" in captured.err
+    tagger = Tagger.load(bundle)
+    label = tagger.tag(music / "c.flac", top=1)[0].label
+    assert (
+        f"{music}/c.flac: {label} " in captured.out
+        and f"1 file explained -> {out}/index.html" in captured.out
+    )
+    for page in (out / "index.html", out / "c" / "index.html"):
+        assert addresses(page) and all(path.is_file() for path in addresses(page)), page
+    assert {path.suffix for path in addresses(out / "c" / "index.html")} == {
+        ".html",
+        ".png",
+        ".wav",
+    }
+    assert f"What speaks for {label}" in (out / "c" / "index.html").read_text().replace(
+        "&#x2F;", "/"
+    )
+
+    with np.load(out / "c" / "activations.npz", allow_pickle=False) as found:
+        assert (
+            found["conv1"].shape == (32, 8)
+            and found["embedding"].shape == (16,)
+            and found["output"].shape == (3,)
+        )
+        shown = found["output"]
+    with np.load(out / "c" / "saliency.npz", allow_pickle=False) as found:
+        assert (
+            found["gradient_times_input"].shape == found["integrated_gradients"].shape == (64, 16)
+        )
+        assert found["grad_cam"].shape == (8,) and str(found["target"]) == label
+        start, end = float(found["start"]), float(found["end"])
+    # It is the window in which the label is most probable.
+    windows = tagger.taggram(music / "c.flac")
+    best = windows.probabilities[:, tagger.labels.index(label)].argmax()
+    assert (start, end) == pytest.approx((windows.starts[best], windows.ends[best]))
+    np.testing.assert_allclose(
+        np.exp(shown) / np.exp(shown).sum(), windows.probabilities[best], rtol=1e-3
+    )
+    original, rate = soundfile.read(out / "c" / "original.wav")
+    whole, _ = soundfile.read(music / "c.flac")
+    first = round(start * rate)
+    np.testing.assert_allclose(original, whole[first : first + len(original)], atol=1e-4)
+    assert len(original) == pytest.approx((end - start) * rate, abs=2)
+
+    with open(out / "moments.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    units = {(row["layer"], row["unit"]) for row in rows}
+    assert {("output", "0"), ("output", "1"), ("output", "2")} < units and any(
+        layer == "embedding" for layer, _ in units
+    )
+    assert len(rows) == 2 * len(units) and len(list((out / "moments").glob("*.wav"))) == len(rows)
+    strongest = float(windows.probabilities[:, 1].max())
+    row = next(row for row in rows if row["layer"] == "output" and row["unit"] == "1")
+    assert (
+        row["label"] == "middle"
+        and row["rank"] == "1"
+        and float(row["activation"]) == pytest.approx(strongest, rel=1e-4)
+    )
+    assert all(
+        float(row["window_start"]) - 0.1 <= float(row["time"]) <= float(row["window_end"]) + 0.1
+        for row in rows
+    )
+
+
+def test_one_unit_of_a_layer(bundle, music, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = (
+        "--label=low",
+        "--at=2.5",
+        "--layer=conv1",
+        "--unit=3",
+        "--parts=saliency,moments",
+        "--top=1",
+    )
+    assert (
+        run(
+            music / "a b#1%.wav",
+            f"--model={bundle}",
+            f"--out={out}",
+            *options,
+            "--at=1.0",
+            "--clips",
+            music / "c.flac",
+        )
+        == 0
+    )
+    pages = [out / "index.html", out / "a b_1_" / "index.html"]
+    assert pages[1] in addresses(pages[0]) and all(
+        path.is_file() for page in pages for path in addresses(page)
+    )
+    text = pages[1].read_text()
+    assert (
+        "What speaks for low" in text
+        and "What speaks for conv1 unit 3" in text
+        and "audio" not in text
+    )
+    with np.load(out / "a b_1_" / "saliency-conv1_unit_3.npz") as found:
+        # A unit of the first layer hears as many frames as its kernel is long.
+        assert (
+            "grad_cam" not in found
+            and 1 <= np.count_nonzero(np.abs(found["gradient_times_input"]).sum(axis=1)) <= 4
+        )
+    with open(out / "moments.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["layer"], row["unit"], row["file"]) == ("conv1", "3", str(music / "c.flac"))
+    assert (
+        f"conv1 unit 3  {float(row['activation']):.4g}  {music}/c.flac  " in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("kind", ["mfcc", "stft", "waveform"])
+def test_other_front_ends(kind, music, tmp_path):
+    changes = {"features__kind": kind, "features__n_fft": 512, "features__hop_length": 256}
+    if kind == "waveform":
+        fields = {
+            "name": "sample_level",
+            "module": "",
+            "first_filters": 4,
+            "filters": (4, 4, 4),
+            "last_filters": 8,
+        }
+        changes |= {"model": ConfigDict(fields), "data__normalise": "global"}
+    if kind == "mfcc":
+        changes |= {"features__n_mfcc": 8}
+    path = tmp_path / "model.safetensors"
+    save_bundle(tiny_model(**changes), path)
+    out = tmp_path / "out"
+    parts = (
+        "filters,saliency"
+        if kind == "stft"
+        else "saliency,sound"
+        if kind == "mfcc"
+        else "filters,saliency,sound"
+    )
+    assert run(music / "c.flac", f"--model={path}", f"--out={out}", f"--parts={parts}") == 0
+    assert all(
+        address.is_file()
+        for address in [*addresses(out / "index.html"), *addresses(out / "c" / "index.html")]
+    )
+    inverted = list((out / "c").glob("inverted-*.wav"))
+    assert len(inverted) == (2 if kind == "mfcc" else 0)
+    assert len(list((out / "c").glob("listens-*.wav"))) == (2 if "sound" in parts else 0)
+    assert (out / "filters-conv1.png").is_file() == ("filters" in parts)
+    with np.load(out / "c" / "saliency.npz") as found:
+        assert found["integrated_gradients"].shape == (
+            64,
+            {"mfcc": 8, "stft": 257, "waveform": 256}[kind],
+        )
+
+
+def test_the_layers_are_listed_without_a_file(bundle, capsys):
+    assert run("--list-layers", f"--model={bundle}") == 0
+    lines = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()]
+    assert (
+        lines[0] == ["layer", "kind", "values", "units"]
+        and ["conv2", "Conv", "8 x 16", "16"] in lines
+    )
+    assert ["output", "Output", "3", "3"] in lines and lines[-1][0].startswith(
+        "Grad-CAM is drawn over 'conv2'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--label=midle"], "--label=midle: no label of this model. Did you mean 'middle'?"),
+        (["--layer=conv3"], "layer 'conv3': the model has none of that name. Did you mean 'conv"),
+        (["--layer=conv2", "--unit=16"], "unit 16: the layer 'conv2' has 16 units, 0 to 15."),
+        (
+            ["--layer=dense1"],
+            "--layer=dense1: it has no positions that Grad-CAM could be drawn of. Add --unit",
+        ),
+        (["--unit=1"], "--unit goes with --layer"),
+        (["--at=-1"], "--at must not be negative, but is -1."),
+        (["--at=nan"], "--at must not be negative"),
+        (["--at=99"], "has no second 99; it is 4.0 s long"),
+        (["--parts=filters,sounds"], "--parts: 'sounds' is not known. Did you mean 'sound'?"),
+        (["--top=0"], "--top must be at least 1"),
+        (["--seconds=0"], "--seconds must be positive"),
+        (["--out=FILE"], "this is a file; name a folder"),
+        (["--out=FILE/x"], "cannot be written"),
+        (["--clips", "BAD"], "bad.wav: not a sound file"),
+        (["--model=nothing"], "no such workdir, bundle or packaged model"),
+    ],
+)
+def test_mistakes_are_named(options, message, bundle, music, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("")
+    options = [
+        option.replace("FILE", str(file)).replace("BAD", str(music / "bad.wav"))
+        for option in options
+    ]
+    # What is found only after a file was explained needs one; its parts that take long are left out.
+    parts = (
+        []
+        if options[0].startswith("--parts")
+        else ["--parts=moments" if "--clips" in options else "--parts=filters"]
+    )
+    assert (
+        run(music / "c.flac", f"--model={bundle}", f"--out={tmp_path / 'out'}", *parts, *options)
+        == 2
+    )
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("name", ["missing.wav", "empty.wav", "silent.wav", "short.wav", "bad.wav"])
+def test_files_that_cannot_be_used(name, bundle, music, tmp_path, capsys):
+    (music / "empty.wav").write_bytes(b"")
+    soundfile.write(music / "silent.wav", np.zeros(44100), 22050)
+    soundfile.write(music / "short.wav", np.ones(2205), 22050)
+    assert run(music / name, f"--model={bundle}", f"--out={tmp_path / 'out'}") == 2
+    assert f"error: {music / name}: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0, "0:00.0"), (9.96, "0:10.0"), (59.97, "1:00.0"), (3725.04, "62:05.0")]
+)
+def test_times_are_in_minutes_and_seconds(seconds, words):
+    assert explain._clock(seconds) == words
+
+
+def test_nothing_to_explain(bundle, capsys):
+    assert run(f"--model={bundle}") == 2
+    assert "name at least one sound file or folder" in capsys.readouterr().err
+
+
+def test_saliency_has_its_colours_where_its_values_are(tmp_path):
+    values = np.zeros((60, 20), np.float32)
+    values[10:20, 4:9], values[40:50, 12:17] = 1, -1
+    sound = plots.TimePanel(
+        np.full((60, 20), -80, np.float32), 0.1, 0, "spectrogram", "Hz", {}, "dB", (-80, 0)
+    )
+    line = np.sin(np.arange(600) / 20).astype(np.float32)
+    panels = [
+        explain_plots.MapPanel(values, "map", "logit"),
+        explain_plots.MapPanel(line, "line", "logit"),
+    ]
+    explain_plots.saliency(tmp_path / "s.png", sound, panels, "title $x$")
+    pixels = np.asarray(Image.open(tmp_path / "s.png").convert("RGB"), int)[:, :-160]
+    # The map is the second of three panels; what speaks for is red and comes first, what speaks against is blue and comes later.
+    middle = pixels[int(0.42 * len(pixels)) : int(0.70 * len(pixels))]
+    red, blue = (np.argwhere((middle[..., i] - middle[..., 2 - i]) > 90) for i in (0, 2))
+    assert len(red) > 500 and len(blue) > 500
+    assert red[:, 1].max() < blue[:, 1].min() and red[:, 0].min() > blue[:, 0].max()
+
+
+def test_many_layers_and_filters_are_thinned_out(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        explain_plots, "save", lambda figure, path, title, **kwargs: drawn.append((figure, title))
+    )
+    generator = np.random.default_rng(0)
+    layers = {
+        f"layer{i}": generator.standard_normal((6, 4, 12) if i == 89 else 6) for i in range(90)
+    }
+    explain_plots.activations(tmp_path / "a.png", layers, "title", span=(0, 1))
+    kernels = np.ones((70, 9, 3)) * np.arange(70)[:, None, None]
+    explain_plots.filters(tmp_path / "f.png", kernels, "title", across="time", up="bands", most=12)
+    (figure, title), (filters, strongest) = drawn
+    # 72 rows in three columns, the last of which shows eight of its units.
+    assert title == "title · 72 of 90 layers" and len(figure.axes) == 71 + 8
+    texts = [text.get_text() for text in figure.texts]
+    assert (
+        texts[0] == "layer0"
+        and "layer89" in texts
+        and figure.get_figwidth() < 27
+        and figure.get_figheight() < 19
+    )
+    assert strongest.startswith("title · the 12 strongest of 70")
+    titles = [axes.get_title() for axes in filters.axes if axes.get_title()]
+    assert titles == [str(number) for number in range(69, 57, -1)]

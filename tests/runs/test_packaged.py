@@ -1,0 +1,48 @@
+"""The weights that come with the package."""
+
+import jax
+import numpy as np
+import pytest
+
+from musicgenre import Tagger
+from musicgenre.datasets.arrays import open_array_file
+from musicgenre.datasets.gtzan import GENRES
+from musicgenre.runs.model import load_model, packaged_models
+from musicgenre.training.step import make_score_step
+
+
+def test_the_packaged_model_says_what_it_is():
+    model = load_model("gtzan")
+    assert "gtzan" in packaged_models() and model.workdir.stat().st_size < 6e6
+    assert model.label_names == GENRES and (model.frames, model.features.hop_length) == (387, 1710)
+    said = (
+        "442 clips",
+        "197 clips",
+        "64.0 %",
+        "65.3 % ± 1.2",
+        "Temperature: 0.5052",
+        "has not been evaluated",
+    )
+    for words in (*said, ", ".join(GENRES)):
+        assert words in model.card.replace("\n", " ")
+
+
+def test_its_accuracy_is_the_one_that_its_card_states(real_data):
+    """126 of the 197 clips of the valid list; another machine's rounding may turn a clip or two."""
+    model = load_model("gtzan")
+    file = open_array_file(real_data / "gtzan_mels" / "valid.npz")
+    score = jax.jit(make_score_step(model.module, model.task))
+    right = 0
+    for start in range(0, len(file.clip_ids), 16):
+        rows = range(start, min(start + 16, len(file.clip_ids)))
+        x = np.stack([file.spectrogram(row) for row in rows]).astype(np.float16)
+        chosen = np.asarray(score(model.model, x)).argmax(axis=1)
+        right += sum(
+            model.label_names[c] == file.labels[row] for c, row in zip(chosen, rows, strict=True)
+        )
+    assert abs(right - 126) <= 2
+
+
+def test_it_tags_plain_audio(real_data):
+    [tag, *_] = Tagger.load("gtzan").tag(real_data / "gtzan_audio" / "metal" / "metal.00000.au")
+    assert tag.label == "metal" and tag.probability == pytest.approx(0.949, abs=0.02)

@@ -1,0 +1,130 @@
+"""A small folder in MagnaTagATune's exact layout with made-up audio.
+
+Also a script: python tests/shared/mtat_tree.py FOLDER [AN_MP3_TO_ADD]
+
+Test modules do not import each other here, so they load it by its path:
+`make_mtat_tree = runpy.run_path(str(Path(__file__).with_name("mtat_tree.py")))["make_mtat_tree"]`.
+"""
+
+import gzip
+import shutil
+import sys
+from pathlib import Path
+
+import soundfile
+
+from musicgenre.datasets.synthetic import STYLES, render_clip
+
+SAMPLE_RATE = 16000
+# The column order of the table; every tag is one of MTAT's most frequent fifty.
+TAGS = (
+    "piano",
+    "rock",
+    "ambient",
+    "slow",
+    "drums",
+    "beat",
+    "techno",
+    "guitar",
+    "classical",
+    "strings",
+    "fast",
+    "electronic",
+)
+STYLE_TAGS = {
+    "pulsar": ("techno", "electronic", "beat", "drums"),
+    "quartz": ("techno", "electronic", "drums", "fast"),
+    "lantern": ("guitar", "strings", "slow", "ambient"),
+    "thicket": ("guitar", "strings", "fast"),
+    "harbour": ("beat", "slow", "electronic"),
+    "ferrous": ("rock", "guitar", "drums", "fast"),
+    "velvet": ("piano", "rock", "drums", "beat"),
+    "tundra": ("ambient", "slow", "electronic"),
+    "carousel": ("classical", "strings", "piano"),
+    "cascade": ("classical", "piano", "beat"),
+}
+
+
+def make_mtat_tree(
+    root: str | Path,
+    *,
+    clips: int = 96,
+    seconds: float = 3.0,
+    seed: int = 0,
+    audio: bool = True,
+    quoted: bool = True,
+    empty: int = 0,
+    real_clip: str | Path | None = None,
+) -> Path:
+    """Writes folders 0-9, a-f with mp3s (16 kHz, mono) and the label table; returns `root`.
+
+    Two clips are one track. The tracks are by ten styles in turn, and every ten tracks go to other folders: the first ten to 0-b,
+    the next to c, the next to d-f, all others to 0-b. So 60 clips are enough for every tag in every split of the "clean"
+    protocol, which for 96 clips has 56 / 20 / 20.
+
+    Args:
+      root: the folder; made where it does not exist.
+      clips: an even number.
+      seconds: length of a clip, whole seconds.
+      seed: of the music.
+      audio: whether the mp3s are written, or the table alone.
+      quoted: the original form of the table, or that without quotes and with its tags by frequency, packed by gzip.
+      empty: so many clips more, in folder 0, whose mp3 holds not a single byte.
+      real_clip: an mp3 that is copied into folder e, with the tags techno and electronic.
+    """
+    root = Path(root)
+    rows: list[tuple[str, tuple[str, ...]]] = []
+    styles = list(STYLES)
+    length = round(seconds)
+    for track in range(clips // 2):
+        style, number = styles[track % 10], track // 10
+        folder = {1: "c", 2: "def"[track % 3]}.get(number, "0123456789ab"[track % 12])
+        name = f"{folder}/the_{style}_{number}-made_up-{track + 1:02d}-piece_{track}"
+        samples = render_clip(style, seed, 2.0 * length, SAMPLE_RATE, number) if audio else None
+        for begin in (0, length):
+            path = f"{name}-{begin}-{begin + length}.mp3"
+            rows.append((path, STYLE_TAGS[style]))
+            if samples is not None:
+                (root / folder).mkdir(parents=True, exist_ok=True)
+                part = samples[begin * SAMPLE_RATE : (begin + length) * SAMPLE_RATE]
+                soundfile.write(
+                    root / path, part, SAMPLE_RATE, subtype="MPEG_LAYER_III", format="MP3"
+                )
+    for number in range(empty):
+        path = f"0/nobody-nothing-01-silence_{number}-0-{length}.mp3"
+        rows.append((path, ("slow",)))
+        if audio:
+            (root / "0").mkdir(parents=True, exist_ok=True)
+            (root / path).touch()
+    if real_clip:
+        rows.append((f"e/{Path(real_clip).name}", ("techno", "electronic")))
+        (root / "e").mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(real_clip, root / rows[-1][0])
+    _write_table(root, rows, quoted)
+    return root
+
+
+def _write_table(root: Path, rows: list[tuple[str, tuple[str, ...]]], quoted: bool) -> None:
+    tags = list(TAGS)
+    if not quoted:
+        tags.sort(key=lambda tag: -sum(tag in own for _, own in rows))
+    table = [["clip_id", *tags, "mp3_path"]]
+    # The ids have gaps, and the larger have more digits: their order as numbers is not that as text.
+    table += [
+        [str(2 + 7 * i), *("01"[tag in own] for tag in tags), path]
+        for i, (path, own) in enumerate(rows)
+    ]
+    if quoted:
+        table = [[f'"{field}"' for field in row] for row in table]
+    text = "".join("\t".join(row) + "\n" for row in table)
+    root.mkdir(parents=True, exist_ok=True)
+    if quoted:
+        (root / "annotations_final.csv").write_text(text, encoding="utf-8")
+    else:
+        (root / "annotations_final.csv.gz").write_bytes(gzip.compress(text.encode()))
+
+
+if __name__ == "__main__":
+    print(
+        make_mtat_tree(sys.argv[1], empty=1, real_clip=sys.argv[2] if len(sys.argv) > 2 else None)
+    )

@@ -1,0 +1,456 @@
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from threadpoolctl import threadpool_info, threadpool_limits
+
+pytest.importorskip("apache_beam")
+
+from musicgenre.audio.features import FeatureSpec
+from musicgenre.audio.layout import ClipLayout
+from musicgenre.config import base_config, clip_layout, dataset_options, feature_spec
+from musicgenre.datasets import load_dataset
+from musicgenre.datasets.base import Clip
+from musicgenre.errors import UserError
+from musicgenre.files import read_json
+from musicgenre.store import beam, prepare
+from musicgenre.store.beam import prepare_store_beam
+from musicgenre.store.prepare import Recipe, ShardTask, StorePlan, prepare_store
+from musicgenre.store.store import Store
+
+ROOT = Path(__file__).resolve().parents[2]
+SPEC = FeatureSpec(sample_rate=8000, n_fft=256, hop_length=128, n_mels=20)
+LAYOUT = ClipLayout(frames=60)
+# Beam's local runner in this process: quick to start.
+HERE = ["--runner=DirectRunner", "--direct_running_mode=in_memory", "--direct_num_workers=1"]
+
+
+def sound(path, seed, seconds=1.2):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(
+        path, 0.1 * np.random.default_rng(seed).standard_normal(int(8000 * seconds)), 8000
+    )
+    return path
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Eleven clips in two classes, one of them no sound file and one too short."""
+    for number in range(11):
+        split = "train" if number < 7 else "valid"
+        sound(tmp_path / "music" / split / "ab"[number % 2] / f"{number:02d}.wav", number)
+    (tmp_path / "music/train/a/04.wav").write_bytes(b"no sound at all")
+    sound(tmp_path / "music/train/b/05.wav", 5, 0.5)
+    return load_dataset(
+        {
+            "dataset": "folder",
+            "root": str(tmp_path / "music"),
+            "seed": 0,
+            "fractions": (0.7, 0.15, 0.15),
+        }
+    )
+
+
+@pytest.fixture
+def expected(dataset, tmp_path, monkeypatch):
+    """The single-machine store in shards of three, as bytes by file."""
+    monkeypatch.setattr(prepare, "CLIPS_PER_SHARD", 3)
+    prepare_store(dataset, SPEC, LAYOUT, tmp_path / "one", workers=1, progress=False)
+    return content(tmp_path / "one")
+
+
+def make(dataset, path, flags=HERE, **options):
+    return prepare_store_beam(
+        dataset, SPEC, LAYOUT, path, flags, clips_per_shard=3, progress=False, **options
+    )
+
+
+def content(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def times(folder):
+    return {
+        str(path.relative_to(folder)): path.stat().st_mtime_ns
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def task_and_job(dataset, path, shard=0):
+    plan = StorePlan(dataset, Recipe(SPEC, LAYOUT), path)
+    return list(plan.tasks(3))[shard], beam.ShardJob(
+        plan.recipe, plan.shards, beam.package_versions()
+    )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [HERE, ["--direct_running_mode=multi_threading", "--direct_num_workers=2"], ()],
+    ids=["in_memory", "two threads", "two processes"],
+)
+def test_the_bytes_are_those_of_one_machine(dataset, expected, tmp_path, flags):
+    summary = make(dataset, tmp_path / "store", flags)
+    assert content(tmp_path / "store") == expected
+    names = [re.sub("-[0-9a-f]{8}", "", name) for name in sorted(expected)]
+    shards = [f"shards/0000{n}.{end}" for n in range(4) for end in ("json", "npy")]
+    assert names == ["clips.safetensors", "manifest.json", *shards, "skipped.jsonl"]
+    assert (summary.clips, summary.computed, summary.reused) == (9, 11, 0)
+    assert [entry["clip_id"] for entry in summary.skipped] == ["train/a/04", "train/b/05"]
+    assert (
+        "not a sound file" in summary.skipped[0]["reason"]
+        and "too short (0.50 s" in summary.skipped[1]["reason"]
+    )
+    assert "2 skipped" in summary.lines()[0]
+    assert Store.open(tmp_path / "store").gather(np.array([0])).shape == (1, 60, 20)
+
+
+def test_a_second_run_changes_no_file_and_starts_no_job(dataset, tmp_path, monkeypatch):
+    make(dataset, tmp_path / "store")
+    before = times(tmp_path / "store")
+    monkeypatch.setattr(beam, "_run", lambda *_: pytest.fail("a job was started"))
+    summary = make(dataset, tmp_path / "store")
+    assert (summary.computed, summary.reused) == (0, 11)
+    assert times(tmp_path / "store") == before
+    # Nor does the other way of running find anything to do.
+    assert (
+        prepare_store(dataset, SPEC, LAYOUT, tmp_path / "store", workers=1, progress=False).computed
+        == 0
+    )
+    assert times(tmp_path / "store") == before
+
+
+def test_a_run_that_failed_goes_on_and_ends_at_the_same_bytes(
+    dataset, expected, tmp_path, monkeypatch
+):
+    process = prepare.process_clip
+
+    def fails(clip, *rest):
+        if clip.clip_id == "train/a/06":
+            raise MemoryError("no memory for this clip")
+        return process(clip, *rest)
+
+    monkeypatch.setattr(prepare, "process_clip", fails)
+    with pytest.raises(
+        UserError,
+        match=r"the Beam job failed: .*no memory for this clip.* What was finished is kept",
+    ):
+        make(dataset, tmp_path / "store")
+    assert not [name for name in os.listdir(tmp_path / "store") if name != "shards"]
+    monkeypatch.setattr(prepare, "process_clip", process)
+    make(dataset, tmp_path / "store")
+    assert content(tmp_path / "store") == expected
+
+
+def test_only_the_shards_that_a_dead_run_left_out_are_made(dataset, expected, tmp_path):
+    store = tmp_path / "store"
+    make(dataset, store)
+    # As a run leaves it whose workers had finished two of four shards, and began to write a third.
+    for name in ("manifest.json", "shards/00000.json", "shards/00000.npy", "shards/00002.json"):
+        (store / name).unlink()
+    (store / "shards/.00002.npy.0a1b2c3d.tmp").write_bytes(b"half")
+    (store / "todo-0a1b2c3d.jsonl").write_text("{}\n")
+    before = times(store)
+    summary = make(dataset, store)
+    assert (summary.computed, summary.reused) == (6, 5)
+    assert content(store) == expected
+    assert all(
+        times(store)[name] == before[name] for name in before if "00001" in name or "00003" in name
+    )
+
+
+def test_a_changed_clip_takes_a_new_number_though_there_is_a_gap(dataset, tmp_path):
+    make(dataset, tmp_path / "store")
+    shards = tmp_path / "store" / "shards"
+    for name in ("00000.json", "00000.npy"):
+        (shards / name).unlink()
+    sound(tmp_path / "music/valid/b/07.wav", 70, 1.5)
+    assert make(dataset, tmp_path / "store").computed == 4
+    assert sorted(path.name for path in shards.glob("*.json")) == [
+        f"0000{n}.json" for n in range(1, 6)
+    ]
+    # In a gap below its stale entry it would be taken for changed again and again.
+    assert make(dataset, tmp_path / "store").computed == 0
+    prepare_store(dataset, SPEC, LAYOUT, tmp_path / "fresh", workers=1, progress=False)
+    grown, fresh = Store.open(tmp_path / "store"), Store.open(tmp_path / "fresh")
+    np.testing.assert_array_equal(grown.gather(np.arange(9)), fresh.gather(np.arange(9)))
+
+
+def test_a_shard_that_the_workers_lost_is_named(dataset, expected, tmp_path, monkeypatch):
+    run = beam._run
+
+    def loses(plan, *rest):
+        run(plan, *rest)
+        (plan.shards / "00001.npy").write_bytes(b"")
+
+    monkeypatch.setattr(beam, "_run", loses)
+    with pytest.raises(
+        UserError, match=r"00001\.npy: 1 of 4 new shards, this first, are missing or damaged"
+    ):
+        make(dataset, tmp_path / "store")
+    assert not (tmp_path / "store" / "manifest.json").exists()
+    monkeypatch.setattr(beam, "_run", run)
+    assert make(dataset, tmp_path / "store").computed == 3
+    assert content(tmp_path / "store") == expected
+
+
+def test_repeating_a_task_is_harmless(dataset, expected, tmp_path):
+    task, job = task_and_job(dataset, tmp_path / "store", shard=1)
+    line = beam.task_to_json(task)
+    assert beam.make_shard(line, job) == 1
+    assert content(job.shards)["00001.npy"] == expected["shards/00001.npy"]
+    before = times(job.shards)
+    assert beam.make_shard(line, job) == 1
+    assert times(job.shards) == before
+    damaged = bytearray(expected["shards/00001.npy"])
+    damaged[-1] ^= 1
+    (job.shards / "00001.npy").write_bytes(damaged)
+    beam.make_shard(line, job)
+    assert content(job.shards) == {
+        f"00001.{end}": expected[f"shards/00001.{end}"] for end in ("json", "npy")
+    }
+
+
+def test_a_task_survives_the_way_to_the_worker():
+    clips = (
+        Clip("é/1", Path("/music/é ß/1.wav"), ("a", "b"), "train", "artist"),
+        Clip("2", Path("/arrays/x.npz"), (), "test", row=7, values=(0.25, -1e-9)),
+    )
+    task = ShardTask(
+        3, clips, (["/music/é ß/1.wav", 10, 1795501916100386381, None], ["/arrays/x.npz", 5, 6, 7])
+    )
+    line = beam.task_to_json(task)
+    assert line.isascii() and "\n" not in line
+    assert beam.task_from_json(line) == task
+
+
+def test_a_worker_that_would_make_other_bytes_refuses(dataset, tmp_path, monkeypatch):
+    task, job = task_and_job(dataset, tmp_path / "store")
+    line = beam.task_to_json(task)
+    other = dataclasses.replace(job, versions=job.versions | {"librosa": "0.1"})
+    with pytest.raises(
+        UserError,
+        match=rf"has librosa {re.escape(job.versions['librosa'])}, and the machine .* 0\.1",
+    ):
+        beam.make_shard(line, other)
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("00.wav"))
+    with pytest.raises(UserError, match=r"00\.wav: the worker .* may not read it"):
+        beam.make_shard(line, job)
+    # A file that nobody may read is skipped as on one machine; here root may, so it is computed.
+    assert (
+        beam.make_shard(
+            line, dataclasses.replace(job, unreadable=frozenset({task.clips[0].clip_id}))
+        )
+        == 0
+    )
+    (job.shards / "00000.json").unlink()
+    monkeypatch.undo()
+    size = task.clips[1].path.stat().st_size
+    task.clips[1].path.unlink()
+    with pytest.raises(
+        UserError, match=rf"sees 0 bytes, and the machine that started the job {size}\."
+    ):
+        beam.make_shard(line, job)
+    assert sorted(os.listdir(job.shards)) == ["00000.npy"]
+
+
+def test_workers_keep_to_one_thread(dataset, tmp_path, monkeypatch):
+    seen = []
+    process = prepare.process_clip
+
+    def looks(*arguments):
+        seen.extend(pool["num_threads"] for pool in threadpool_info())
+        return process(*arguments)
+
+    monkeypatch.setattr(prepare, "process_clip", looks)
+    task, job = task_and_job(dataset, tmp_path / "store")
+    with threadpool_limits(2):
+        beam.make_shard(beam.task_to_json(task), job)
+        assert {pool["num_threads"] for pool in threadpool_info()} == {2}
+    assert seen and set(seen) == {1}
+
+
+def test_beams_counters_say_what_was_done(dataset, tmp_path):
+    from apache_beam import Pipeline
+    from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+
+    plan = StorePlan(dataset, Recipe(SPEC, LAYOUT), tmp_path / "store")
+    todo = tmp_path / "todo.jsonl"
+    todo.write_text("".join(beam.task_to_json(task) + "\n" for task in plan.tasks(3)))
+
+    def counters():
+        pipeline = Pipeline(runner=FnApiRunner())
+        beam.write_shards(
+            pipeline, todo, beam.ShardJob(plan.recipe, plan.shards, beam.package_versions())
+        )
+        result = pipeline.run()
+        result.wait_until_finish()
+        found = result.metrics().query()["counters"]
+        return {
+            each.key.metric.name: each.committed
+            for each in found
+            if each.key.metric.namespace == beam.NAMESPACE
+        }
+
+    assert counters() == {"clips_computed": 9, "clips_skipped": 2, "shards_written": 4}
+    assert counters() == {"shards_found": 4}
+
+
+def test_the_bar_follows_the_shards(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(beam, "_POLL_SECONDS", 0.01)
+    prepare_store_beam(dataset, SPEC, LAYOUT, tmp_path / "store", HERE, clips_per_shard=3)
+    assert "prepare: 100%" in capsys.readouterr().err
+
+
+def test_an_absent_beam_is_named_with_the_extra(dataset, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    with pytest.raises(
+        UserError, match=r"Apache Beam cannot be imported.*pip install 'musicgenre\[scale\]'"
+    ):
+        make(dataset, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--runer=FlinkRunner"],
+            "--runer is not a flag of Beam's local runner. Did you mean 'runner'",
+        ),
+        (["--direct_num_worker=2"], "Did you mean 'direct_num_workers'"),
+        (
+            ["--direct_num_workers=many"],
+            "Beam's flags cannot be used: argument --direct_num_workers: invalid int value: 'many'",
+        ),
+        (["stray"], "unexpected argument 'stray': Beam's flags follow after --"),
+        (["--runner=NoRunner"], "the Beam job failed: Unexpected pipeline runner: NoRunner"),
+    ],
+)
+def test_wrong_flags_are_one_clear_line(dataset, tmp_path, flags, message):
+    with pytest.raises(UserError, match=re.escape(message)) as raised:
+        make(dataset, tmp_path / "store", flags)
+    assert "\n" not in str(raised.value)
+
+
+def test_places_that_other_machines_cannot_see_are_refused(dataset, tmp_path, monkeypatch):
+    for place in ("gs://bucket/store", Path("s3://bucket/store")):
+        with pytest.raises(
+            UserError, match=r"object stores are not supported.*--config\.data\.store"
+        ):
+            make(dataset, place)
+    clips = (dataclasses.replace(dataset.clips[0], path=Path("music/x.wav")), *dataset.clips[1:])
+    with pytest.raises(
+        UserError, match=r"music/x\.wav: a relative path means another file on another machine"
+    ):
+        make(
+            dataclasses.replace(dataset, clips=clips), tmp_path / "store", ["--runner=FlinkRunner"]
+        )
+    with pytest.raises(
+        UserError, match=r"nowhere/todo\.jsonl: the worker .* does not see the list"
+    ):
+        next(beam._read_lines("nowhere/todo.jsonl"))
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/stat").is_file(), reason="looks for the worker's process in /proc"
+)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_worker_process_that_dies_ends_the_run(dataset, tmp_path):
+    """Beam by itself would wait for it forever."""
+    killed = []
+
+    def kill():
+        for _ in range(3000):
+            for place in Path("/proc").glob("[0-9]*"):
+                try:
+                    command = (place / "cmdline").read_bytes()
+                    session = (place / "stat").read_text().rpartition(")")[2].split()[3]
+                except OSError:
+                    continue
+                if (
+                    b"sdk_worker_main" in command
+                    and b"sh\0-c" not in command
+                    and session == str(os.getsid(0))
+                ):
+                    os.kill(int(place.name), signal.SIGKILL)
+                    killed.append(place.name)
+                    return
+            time.sleep(0.01)
+
+    errors = []
+
+    def run():
+        try:
+            make(
+                dataset,
+                tmp_path / "store",
+                ["--direct_running_mode=multi_processing", "--direct_num_workers=1"],
+            )
+        except UserError as error:
+            errors.append(str(error))
+
+    threads = [threading.Thread(target=target, daemon=True) for target in (kill, run)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert killed and re.search(r"the Beam job failed: .* What was finished is kept", errors[0])
+    assert not (tmp_path / "store" / "manifest.json").exists()
+
+
+def test_the_main_passes_beams_flags_on(dataset, tmp_path):
+    config = base_config()
+    config.data.dataset, config.data.root, config.data.frames = (
+        "folder",
+        str(tmp_path / "music"),
+        30,
+    )
+    config.features.sample_rate, config.features.n_mels = 8000, 20
+    prepare_store(
+        load_dataset(dataset_options(config)),
+        feature_spec(config),
+        clip_layout(config),
+        tmp_path / "one",
+        workers=1,
+        min_seconds=config.data.min_seconds,
+        progress=False,
+    )
+    flags = [
+        f"--config={ROOT}/configs/gtzan_conv1d.py",
+        "--config.data.dataset=folder",
+        f"--config.data.root={tmp_path}/music",
+    ]
+    flags += [
+        "--config.data.frames=30",
+        "--config.features.sample_rate=8000",
+        "--config.features.n_mels=20",
+        "--noprogress",
+    ]
+    flags += [f"--config.data.store={tmp_path}/store"]
+    flags += [
+        "--",
+        "--runner=DirectRunner",
+        "--direct_running_mode=multi_threading",
+        "--direct_num_workers=2",
+    ]
+    main = [sys.executable, ROOT / "experiments/prepare_beam.py", *flags]
+    done = subprocess.run(main, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "9 clips (train 5, valid 4); 11 computed, 0 already there, 2 skipped." in done.stdout
+    assert "skipped train/b/05: " in done.stdout
+    assert content(tmp_path / "store") == content(tmp_path / "one")
+    assert read_json(tmp_path / "store/manifest.json")["dataset"]["root"] == str(tmp_path / "music")

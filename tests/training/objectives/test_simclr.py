@@ -1,0 +1,536 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from musicgenre import models
+from musicgenre.config import store_path, to_plain
+from musicgenre.errors import UserError
+from musicgenre.runs.model import load_model
+from musicgenre.store.store import Store
+from musicgenre.training import fit as loop
+from musicgenre.training.augment import Augmentation
+from musicgenre.training.objectives.simclr import (
+    _valid_measures,
+    create_learner,
+    make_simclr_step,
+    make_views,
+    pretrain,
+)
+from musicgenre.training.objectives.simclr import nt_xent as nt_xent_unjitted
+from musicgenre.training.parallel import Parallel
+from musicgenre.training.state import create_state
+from musicgenre.training.telemetry import read_rows
+from musicgenre.training.transfer import layer_order, start_from
+
+ROOT = Path(__file__).resolve().parents[3]
+NORM = {"mean": jnp.zeros((1, 4)), "std": jnp.ones((1, 4))}
+
+
+def losses_by_the_definition(z, temperature):
+    """-log(exp(s_ij) / sum over k != i of exp(s_ik)) of every row, one pair after the other."""
+    z = np.asarray(z, np.float64)
+    losses = []
+    for i in range(len(z)):
+        j = i + 1 if i % 2 == 0 else i - 1
+        s = [
+            z[i] @ z[k] / np.linalg.norm(z[i]) / np.linalg.norm(z[k]) / temperature
+            for k in range(len(z))
+        ]
+        losses.append(-np.log(np.exp(s[j]) / sum(np.exp(s[k]) for k in range(len(z)) if k != i)))
+    return np.array(losses)
+
+
+nt_xent = jax.jit(nt_xent_unjitted)
+
+
+def clips(count):
+    return jnp.repeat(jnp.arange(count), 2)
+
+
+def test_the_loss_is_the_definition():
+    z = jax.random.normal(jax.random.key(0), (10, 6)) * jnp.arange(1, 11)[:, None]
+    losses, nearest = nt_xent(z, clips(5), 0.3)
+    np.testing.assert_allclose(losses, losses_by_the_definition(z, 0.3), rtol=1e-5)
+    unit = np.asarray(z) / np.linalg.norm(z, axis=1, keepdims=True)
+    similarity = unit @ unit.T - 9 * np.eye(10)
+    np.testing.assert_array_equal(nearest, similarity.argmax(axis=1) == np.arange(10) ^ 1)
+
+
+def test_losses_by_hand():
+    """Two clips at right angles: every view has its other one at a cosine of 1, and the other clip's two at 0."""
+    z = jnp.array([[3.0, 0], [1, 0], [0, 2], [0, 5]])
+    losses, nearest = nt_xent(z, clips(2), 1.0)
+    np.testing.assert_allclose(losses, np.log(1 + 2 / np.e), rtol=1e-6)
+    np.testing.assert_allclose(nt_xent(z, clips(2), 0.5)[0], np.log(1 + 2 / np.e**2), rtol=1e-5)
+    assert nearest.all()
+    # All alike: as good as chance, and no view counts as found.
+    losses, nearest = nt_xent(jnp.ones((8, 3)), clips(4), 0.1)
+    np.testing.assert_allclose(losses, np.log(7), rtol=1e-5)
+    assert not nearest.any()
+    # Two clips that swap their views: the other clip's is nearer.
+    losses, nearest = nt_xent(z[jnp.array([0, 2, 1, 3])], clips(2), 1.0)
+    np.testing.assert_allclose(losses, np.log(2 + np.e), rtol=1e-6)
+    assert not nearest.any()
+
+
+def test_the_loss_does_not_depend_on_the_order_of_views_and_clips():
+    z = jax.random.normal(jax.random.key(1), (12, 5))
+    losses, nearest = nt_xent(z, clips(6), 0.5)
+    swapped = np.arange(12) ^ 1
+    np.testing.assert_allclose(nt_xent(z[swapped], clips(6), 0.5)[0], losses[swapped], rtol=1e-5)
+    order = np.array([8, 9, 2, 3, 0, 1, 10, 11, 4, 5, 6, 7])
+    moved, found = nt_xent(z[order], clips(6), 0.5)
+    np.testing.assert_allclose(moved, losses[order], rtol=1e-5)
+    np.testing.assert_array_equal(found, nearest[order])
+
+
+def test_random_embeddings_are_at_chance():
+    z = jax.random.normal(jax.random.key(2), (20, 128, 4000))
+    losses, nearest = jax.vmap(lambda z: nt_xent(z, clips(64), 1.0))(z)
+    # Cosines deviate by 1 / sqrt(4000) = 0.016. Of 2560 views, 1/127 are found: 20.2 +- 4.5.
+    np.testing.assert_allclose(losses, np.log(127), atol=0.08)
+    assert 3 / 2560 < float(nearest.mean()) < 38 / 2560
+
+
+def test_a_clip_that_comes_twice_is_no_other_clip_and_filling_rows_are_nothing():
+    """The loss of the others is what it would be without these rows."""
+    z = jax.random.normal(jax.random.key(3), (8, 5))
+    twice, _ = nt_xent(z, jnp.array([4, 4, 7, 7, 9, 9, 4, 4]), 0.5)
+    np.testing.assert_allclose(twice[:2], losses_by_the_definition(z[:6], 0.5)[:2], rtol=1e-5)
+    np.testing.assert_allclose(
+        twice[6:], losses_by_the_definition(z[jnp.array([6, 7, 2, 3, 4, 5])], 0.5)[:2], rtol=1e-5
+    )
+    np.testing.assert_allclose(twice[2:6], losses_by_the_definition(z, 0.5)[2:6], rtol=1e-5)
+    filled, nearest = nt_xent(z, jnp.array([4, 4, 7, 7, 9, 9, -1, -1]), 0.5)
+    np.testing.assert_allclose(filled[:6], losses_by_the_definition(z[:6], 0.5), rtol=1e-5)
+    np.testing.assert_array_equal(nearest[:6], nt_xent(z[:6], clips(3), 0.5)[1])
+
+
+def counted(count, frames, bands=4):
+    """Clips whose cells hold 100 x clip + frame; float16 has these whole."""
+    values = 100 * np.arange(count)[:, None, None] + np.arange(frames)[:, None]
+    return jnp.asarray(np.broadcast_to(values, (count, frames, bands)), jnp.float16)
+
+
+def test_views_are_crops_of_their_clip():
+    x, length = counted(6, 40), jnp.array([40, 12, 40, 40, 30, 40])
+    views = jax.jit(make_views(12, None))
+    starts = []
+    for seed in range(60):
+        result = np.asarray(views(x, None, length, jax.random.key(seed), NORM))
+        assert result.shape == (12, 12, 4) and result.dtype == np.float32
+        clip, frame = np.divmod(result[:, :, 0], 100)
+        assert (
+            clip == np.repeat(np.arange(6), 2)[:, None]
+        ).all()  # rows 2c and 2c + 1 are clip c's
+        assert (np.diff(frame, axis=1) == 1).all() and (result == result[:, :, :1]).all()
+        starts.append(frame[:, 0].astype(int))
+    starts = np.array(starts)
+    assert (starts[:, 2:4] == 0).all()  # 12 of 12 frames can be used
+    # Every place of a clip comes, and never one past what can be used.
+    assert set(starts[:, [0, 1, 4, 5, 6, 7, 10, 11]].ravel()) == set(range(29))
+    assert set(starts[:, 8:10].ravel()) == set(range(19))
+    pairs = starts[:, [0, 4, 6, 10]], starts[:, [1, 5, 7, 11]]
+    assert (pairs[0] == pairs[1]).mean() < 0.1  # by chance 1 in 29
+    assert (
+        abs(np.corrcoef(pairs[0].ravel(), pairs[1].ravel())[0, 1]) < 0.25
+    )  # 240 pairs: four deviations
+
+
+def test_resident_clips_give_the_same_views():
+    x, chosen = counted(6, 40), jnp.array([5, 0, 3])
+    length = jnp.array([40, 25, 40])
+    for augmentation in (None, Augmentation(12, time_stretch=0.2, gain=6.0)):
+        views = jax.jit(make_views(12, augmentation))
+        some = views(x[chosen], None, length, jax.random.key(4), NORM)
+        np.testing.assert_array_equal(views(x, chosen, length, jax.random.key(4), NORM), some)
+
+
+def test_each_view_is_augmented_for_itself():
+    x, length = counted(4, 100), jnp.full(4, 100)
+    result = np.asarray(
+        jax.jit(make_views(20, Augmentation(20, time_stretch=0.5, gain=40.0)))(
+            x, None, length, jax.random.key(0), NORM
+        )
+    )
+    rates = np.diff(result[:, :, 0], axis=1)
+    np.testing.assert_allclose(rates, np.broadcast_to(rates[:, :1], rates.shape), atol=0.1)
+    rates = rates.mean(axis=1)
+    assert (rates > 0.66).all() and (rates < 1.51).all() and len(set(np.round(rates, 3))) == 8
+    # Whole clips differ by the augmentation alone: here by their level.
+    whole = np.asarray(
+        jax.jit(make_views(100, Augmentation(100, gain=40.0)))(
+            x, None, length, jax.random.key(0), NORM
+        )
+    )
+    levels = (whole - np.repeat(np.asarray(x, np.float32), 2, axis=0)).reshape(8, -1)
+    np.testing.assert_allclose(levels, np.broadcast_to(levels[:, :1], levels.shape), atol=1e-3)
+    assert (np.abs(levels[:, 0]) < 40).all() and (
+        np.abs(levels[::2, 0] - levels[1::2, 0]) > 0.5
+    ).all()
+
+
+def small_learner(module=None, ema=False):
+    fields = {"name": "conv1d", "filters": (4,), "dense": (8,), "stride": 1, "batch_norm": True}
+    module = module or models.build(fields, num_classes=3, frames=16, bands=4)
+    optimizer = optax.sgd(0.5)
+    state = create_learner(
+        module, optimizer, NORM, seed=0, frames=16, bands=4, projection=6, ema=ema
+    )
+    step = make_simclr_step(
+        module,
+        optimizer,
+        seed=0,
+        frames=16,
+        temperature=0.5,
+        projection=6,
+        augmentation=None,
+        ema_decay=0.75 if ema else 0.0,
+    )
+    return state, step
+
+
+def test_a_step_moves_the_network_and_the_projection_but_no_head():
+    state, step = small_learner(ema=True)
+    assert jax.tree.map(jnp.shape, state.opt_state["projection"]) == {
+        "dense1": {"kernel": (8, 8), "bias": (8,)},
+        "dense2": {"kernel": (8, 6), "bias": (6,)},
+    }
+    x = jax.random.normal(jax.random.key(0), (5, 30, 4))
+    batch = {"x": x, "clip": jnp.arange(5), "length": jnp.full(5, 30)}
+    step = jax.jit(step)
+    new, metrics = step(state, batch)
+    assert 0 < float(metrics["loss"]) < 2 * np.log(9) and 0 <= float(metrics["nearest"]) <= 1
+    moved = {name: distance(new.params[name], state.params[name]) for name in state.params}
+    assert moved.pop("head") == 0 and min(moved.values()) > 1e-4
+    assert distance(new.opt_state["projection"], state.opt_state["projection"]) > 1e-4
+    assert (new.collections["batch_stats"]["norm1"]["mean"] != 0).any()
+    average = jax.tree.map(
+        lambda old, now: 0.75 * np.asarray(old) + 0.25 * np.asarray(now), state.params, new.params
+    )
+    assert distance(new.ema, average) < 1e-6
+    # The step is what the seed and the step's number say.
+    again, _ = step(state, batch)
+    jax.tree.map(np.testing.assert_array_equal, again.params, new.params)
+    other, _ = step(dataclasses.replace(state, step=state.step + 1), batch)
+    assert distance(other.params, new.params) > 1e-4
+
+
+def distance(one, other):
+    return max(
+        np.abs(np.asarray(a) - np.asarray(b)).max()
+        for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True)
+    )
+
+
+class Silent(nn.Module):
+    num_classes: int = 3
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(self.num_classes, name="head")(x.mean(axis=1))
+
+
+def test_a_network_without_embedding_is_refused():
+    with pytest.raises(
+        UserError,
+        match=r'the model Silent has no embedding to learn.*self.sow\("intermediates", "embedding"',
+    ):
+        small_learner(Silent())
+
+
+@pytest.fixture
+def config(small_config, small_arrays, prepared):
+    """Clips that each have a spectrum of their own under noise, as heard through any equaliser's tilt and at any level."""
+    generator = np.random.default_rng(1)
+    folder = small_arrays / "spectra"
+    folder.mkdir()
+    for split, count in (("train", 24), ("valid", 9)):
+        spectrum = 8 * generator.standard_normal((count, 16, 1))
+        noise = 4 * generator.standard_normal((count, 16, 64))
+        arrays = dict(np.load(small_arrays / f"{split}.npz"))
+        arrays["spectrogram"] = np.clip(-40 + spectrum + noise, -80, 0).astype(np.float32)
+        np.savez(folder / f"{split}.npz", **arrays)
+    small_config.data.root = str(folder)
+    small_config.data.files.test = ""
+    small_config.data.crop_frames = 24
+    small_config.model.stride = 1
+    small_config.augment.gain = 20.0
+    small_config.optimizer.schedule = "constant"
+    small_config.optimizer.learning_rate = 3e-3
+    small_config.pretrain.projection = 16
+    small_config.pretrain.temperature = 0.2
+    small_config.pretrain.epochs = 4
+    small_config.eval_every = 2
+    prepared(small_config)
+    return small_config
+
+
+def parameters(workdir):
+    return jax.tree.map(np.asarray, load_model(workdir).model)
+
+
+def assert_same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def rows_of(workdir):
+    return [
+        {name: value for name, value in row.items() if name != "seconds"}
+        for row in read_rows(workdir)
+    ]
+
+
+def test_views_of_new_clips_find_each_other(config, tmp_path):
+    """The level says nothing of a clip and the spectrum all: the network learns to tell them, of clips it never saw, too."""
+    config.pretrain.epochs = config.eval_every = 60
+    said = []
+    result = pretrain(config, tmp_path / "run", progress=False, say=said.append)
+    rows = read_rows(tmp_path / "run")
+    assert result.step == 180 and [row["epoch"] for row in rows] == list(range(1, 61))
+    assert rows[0]["train_chance"] == rows[-1]["valid_chance"] == pytest.approx(1 / 15)
+    assert rows[0]["train_nearest"] < 0.35 and "valid_loss" not in rows[0]
+    assert result.measures["train_nearest"] > 0.8 and result.measures["valid_nearest"] > 0.7
+    assert result.measures["train_loss"] < 0.5 * rows[0]["train_loss"] < 0.5 * np.log(15) / 0.2
+    assert (
+        len(said) == 60
+        and said[0].startswith("epoch 1 of 60: train loss ")
+        and said[0].endswith("(chance 6.7%)")
+    )
+    share = f"{result.measures['valid_nearest']:.1%}"
+    assert (
+        f"; valid loss {result.measures['valid_loss']:.3f}, other view nearest {share} (chance 6.7%)"
+        in said[-1]
+    )
+    assert f"--config.init_from={tmp_path / 'run'}" in result.line()
+
+
+def test_training_takes_all_but_the_head_and_remembers_the_clips(config, tmp_path):
+    pretrain(config, tmp_path / "pre", progress=False)
+    config.seed, config.epochs, config.eval_every = 1, 1, 1
+    config.init_from = str(tmp_path / "pre")
+    model = load_model(tmp_path / "pre")
+    there = parameters(tmp_path / "pre")["variables"]["params"]
+    fresh = create_state(
+        model.module, optax.identity(), NORM, seed=1, frames=24, bands=16, ema=False
+    )
+    layers = layer_order(model.module, 24, 16)
+    taken = start_from(
+        fresh, layers, config.init_from, model=model.config.model.to_dict(), features=model.features
+    )
+    assert layers == ["conv1", "conv2", "dense1", "head"]
+    for layer in layers[:-1]:
+        assert_same(taken.params[layer], there[layer])
+        assert (np.asarray(fresh.params[layer]["kernel"]) != there[layer]["kernel"]).any()
+    assert_same(taken.params["head"], fresh.params["head"])
+    assert (taken.params["head"]["kernel"] != there["head"]["kernel"]).any()
+
+    # A linear probe: the head alone learns.
+    config.optimizer.transferred_rate = 0.0
+    loop.train(config, tmp_path / "probe", progress=False)
+    after = parameters(tmp_path / "probe")["variables"]["params"]
+    assert_same(
+        {name: after[name] for name in layers[:-1]}, {name: there[name] for name in layers[:-1]}
+    )
+    assert after["head"]["bias"].any()
+    # The clips that pretraining saw count as trained on.
+    record = json.loads((tmp_path / "probe" / "train_clips.json").read_text())
+    assert sorted(record["init_from"]["clip_id"]) == sorted(f"train.{row}" for row in range(24))
+    assert record["init_from"]["store"] == record["store"]
+
+
+CONFIG = """
+import json
+from musicgenre.config import from_plain
+
+def get_config():
+    return from_plain(json.loads('''{plain}'''))
+"""
+
+
+def test_a_stopped_pretraining_is_finished_by_the_main_bit_for_bit(config, tmp_path, monkeypatch):
+    """Stopped within an epoch, whose measures are the mean of the steps before and after."""
+    config.ema_decay = 0.9
+    whole = pretrain(config, tmp_path / "whole", progress=False)
+    assert whole.step == 12
+    place, seen = Parallel.place_batch, []
+
+    def placed(self, batch):
+        seen.append(0)
+        if len(seen) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return place(self, batch)
+
+    monkeypatch.setattr(Parallel, "place_batch", placed)
+    with pytest.raises(loop.Interrupted, match="stopped by SIGTERM after step 5;"):
+        pretrain(config, tmp_path / "cut", progress=False)
+    assert load_model(tmp_path / "cut").step == 5
+    (tmp_path / "some_config.py").write_text(CONFIG.format(plain=json.dumps(to_plain(config))))
+    main = [
+        sys.executable,
+        "experiments/pretrain.py",
+        f"--config={tmp_path / 'some_config.py'}",
+        "--noprogress",
+    ]
+    done = subprocess.run(
+        [*main, f"--workdir={tmp_path / 'cut'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines[:-1]] == [
+        "epoch 2 of 4",
+        "epoch 3 of 4",
+        "epoch 4 of 4",
+    ]
+    assert lines[-1] == whole.line().replace("whole", "cut")
+    assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
+    assert_same(parameters(tmp_path / "whole"), parameters(tmp_path / "cut"))
+    # Once more there is nothing left to do.
+    assert pretrain(config, tmp_path / "whole", progress=False) == whole
+
+
+TWO = """
+import json, sys
+import jax
+from absl import flags, logging
+flags.FLAGS.mark_as_parsed(); logging.set_verbosity(logging.ERROR)
+from musicgenre.config import from_plain
+from musicgenre.training.objectives.simclr import pretrain
+assert len(jax.devices()) == 2
+config = from_plain(json.loads(sys.argv[1]))
+config.data.on_device = "never"
+pretrain(config, sys.argv[2], progress=False)
+"""
+
+
+def test_two_devices_with_clips_from_disk_give_the_result_of_one_with_resident_ones(
+    config, tmp_path
+):
+    """Views are compared across devices; the nine validation clips, which do not divide by two, are filled up."""
+    config.data.on_device = "always"
+    config.batch_size = 12
+    config.model.batch_norm = True
+    config.optimizer.name = "sgd"
+    config.optimizer.learning_rate = 0.05
+    config.pretrain.epochs = 1
+    pretrain(config, tmp_path / "one", progress=False, devices=jax.devices()[:1])
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "-c", TWO, json.dumps(to_plain(config)), str(tmp_path / "two")]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    one = rows_of(tmp_path / "one")
+    assert one[-1]["valid_chance"] == 1 / 17
+    for row, other in zip(one, rows_of(tmp_path / "two"), strict=True):
+        assert row == pytest.approx(other, rel=1e-4)
+    other = parameters(tmp_path / "two")
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
+        parameters(tmp_path / "one"),
+        other,
+    )
+
+
+@pytest.mark.parametrize(("batch_size", "size"), [(4, 4), (20, 9)])
+def test_each_validation_clip_counts_once(config, batch_size, size):
+    """Nine clips in batches of four: the last one is the ninth clip beside the first three."""
+    config.batch_size = batch_size
+    seen = []
+
+    def measure(model, head, batch, number):
+        seen.append((int(number), np.asarray(batch["clip"]).tolist(), batch["x"].shape))
+        return jnp.stack([batch["clip"], batch["clip"] == 8], axis=-1).astype(jnp.float32)
+
+    store = Store.open(store_path(config))
+    measures = _valid_measures(
+        measure, small_learner()[0], store, Parallel.create("jit", jax.devices()[:1]), config
+    )
+    assert measures == pytest.approx(
+        {"valid_loss": 4.0, "valid_nearest": 1 / 9, "valid_chance": 1 / (2 * size - 1)}
+    )
+    assert all(shape == (size, 64, 16) for _, _, shape in seen)
+    if size == 4:
+        assert [(number, row) for number, row, _ in seen] == [
+            (0, [0, 1, 2, 3]),
+            (1, [4, 5, 6, 7]),
+            (2, [8, 0, 1, 2]),
+        ]
+
+
+def test_without_a_validation_split_and_for_another_network(config, tmp_path, prepared):
+    """A stack of Boltzmann machines by its other name, a sigmoid network, learns in this way where it is told to."""
+    config.data.files.valid = ""
+    config.model = ConfigDict({"name": "rbm", "module": "", "layers": (12,)})
+    config.pretrain.method = "simclr"
+    config.pretrain.epochs = 1
+    prepared(config)
+    result = pretrain(config, tmp_path / "run", progress=False)
+    assert (
+        set(result.measures) == {"train_loss", "train_nearest", "train_chance"}
+        and "valid loss" not in result.line()
+    )
+    # Training without labels does not go on as training with them.
+    with pytest.raises(UserError, match=r"stage: pretrain -> \(absent\). Choose another --workdir"):
+        loop.train(config, tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"pretrain.momentum": 0.9},
+            "config.pretrain.momentum is for contrastive divergence and has no effect here",
+        ),
+        ({"init_from": "elsewhere"}, "config.init_from has no effect on pretraining"),
+        (
+            {"distill.teachers": ("gtzan",)},
+            "config.distill.teachers has no effect on pretraining: give it to experiments/train",
+        ),
+        (
+            {"optimizer.layer_decay": 0.5},
+            "config.optimizer.layer_decay has no effect on pretraining",
+        ),
+        (
+            {"optimizer.accumulate": 2},
+            "config.optimizer.accumulate=2: each view is compared with all of its batch",
+        ),
+        ({"augment.mixup": 0.2}, "config.augment.mixup makes one clip of two"),
+        (
+            {"augment.gain": 0.0, "data.crop_frames": 64},
+            "views of a clip would be the same: .*crop_frames below the 64 frames",
+        ),
+        ({"augment.gain": 0.0, "data.crop_frames": 0}, "views of a clip would be the same"),
+        ({"batch_size": 1}, "config.batch_size=1 leaves no other clip"),
+        ({"batch_size": 25}, "config.batch_size=25 is more than the 24 training clips"),
+        ({"data.crop_frames": 65}, "crop_frames=65 is not between 1 and the store's 64"),
+        ({"pretrain.temperature": 0.0}, "config.pretrain.temperature must be above 0, not 0.0"),
+        ({"pretrain.projection": 0}, "config.pretrain.projection must be at least 1, not 0"),
+        (
+            {"pretrain.method": "simclear"},
+            "config.pretrain.method='simclear' is not known. Did you mean 'simclr'",
+        ),
+        (
+            {"optimizer.learning_rate": 1e30},
+            r"the loss became nan at step \d+.*optimizer.learning_rate",
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_mistakes_are_named(config, tmp_path, fields, message):
+    config.update_from_flattened_dict(fields)
+    with pytest.raises(UserError, match=message):
+        pretrain(config, tmp_path / "run", progress=False)
