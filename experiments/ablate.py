@@ -16,8 +16,8 @@ from ml_collections import config_flags
 
 from musicgenre.cli import app
 from musicgenre.errors import UserError
+from musicgenre.runs.workdir import Interrupted
 from musicgenre.studies.ablation import run_ablation, run_folds
-from musicgenre.training.fit import Interrupted
 
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of all runs and of the table.", required=True

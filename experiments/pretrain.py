@@ -17,7 +17,7 @@ from absl import flags
 from tqdm import tqdm
 
 from musicgenre.cli import app
-from musicgenre.training.fit import Interrupted
+from musicgenre.runs.workdir import Interrupted
 from musicgenre.training.objectives import rbm as contrastive
 from musicgenre.training.objectives import simclr as self_supervised
 

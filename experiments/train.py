@@ -8,8 +8,9 @@ from absl import flags
 
 from musicgenre.cli import app
 from musicgenre.errors import UserError
+from musicgenre.runs.workdir import Interrupted
 from musicgenre.training import hosts
-from musicgenre.training.fit import Interrupted, train
+from musicgenre.training.fit import train
 from musicgenre.training.parallel import KINDS
 
 _WORKDIR = flags.DEFINE_string(

@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import grain.checkpoint
 import grain.python as grain_python
@@ -16,12 +16,32 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from musicgenre.errors import UserError
-from musicgenre.training.hosts import ProcessLost, is_lost
-from musicgenre.training.state import TrainState
+from musicgenre.runs.processes import ProcessLost, is_lost
 
 # What one step holds: the model (variables and normalisation, enough to use it), the rest of the state, the Grain iterator,
 # and notes as JSON (config, labels, features, measures).
 ITEMS = ("model", "train", "data", "meta")
+
+
+class State(Protocol):
+    """What a run changes: `musicgenre.training.state.TrainState`."""
+
+    @property
+    def step(self) -> Any:
+        """Steps done."""
+        ...
+
+    def model(self) -> dict[str, Any]:
+        """Returns what is needed to use the model."""
+        ...
+
+    def rest(self) -> dict[str, Any]:
+        """Returns what resuming needs besides the model."""
+        ...
+
+    def joined(self, model: dict[str, Any], rest: dict[str, Any]) -> Any:
+        """Returns the state whose `model()` and `rest()` these are."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +94,7 @@ class Checkpoints:
         return ocp.CheckpointManager(self._folder, options=options, item_names=ITEMS)
 
     def save(
-        self, state: TrainState, iterator: Any, meta: dict[str, Any], measure: float | None
+        self, state: State, iterator: Any, meta: dict[str, Any], measure: float | None
     ) -> None:
         """Saves a step in the background.
 
@@ -89,7 +109,7 @@ class Checkpoints:
         """
         items = ocp.args.Composite(
             model=ocp.args.StandardSave(state.model()),
-            train=ocp.args.StandardSave(_saved_rest(state)),
+            train=ocp.args.StandardSave(state.rest()),
             data=grain.checkpoint.CheckpointSave(iterator),
             meta=ocp.args.JsonSave(meta),
         )
@@ -125,7 +145,7 @@ class Checkpoints:
         """Returns the steps that are on disk, in order."""
         return sorted(self._manager.all_steps())
 
-    def restore_latest(self, state: TrainState, iterator: Any) -> Restored | None:
+    def restore_latest(self, state: State, iterator: Any) -> Restored | None:
         """Restores the latest checkpoint that can be read.
 
         One that cannot is moved to `<workdir>/damaged/`, with a warning, and the one before is tried.
@@ -142,9 +162,7 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, but none of them can be read.
         """
-        abstract = jax.tree.map(
-            ocp.utils.to_shape_dtype_struct, (state.model(), _saved_rest(state))
-        )
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, (state.model(), state.rest()))
         steps = self.steps()
         for step in reversed(steps):
             try:
@@ -162,7 +180,7 @@ class Checkpoints:
             ) as error:  # Orbax and TensorStore raise many kinds for a file that is cut short.
                 self._set_aside(step, error)
                 continue
-            return Restored(step, _joined(items.model, items.train), items.meta)
+            return Restored(step, state.joined(items.model, items.train), items.meta)
         if steps:
             raise UserError(
                 f"{self._folder}: none of the checkpoints ({', '.join(map(str, steps))}) can be read; they were "
@@ -282,27 +300,6 @@ def _candidates(which: str, metas: dict[int, dict[str, Any]]) -> list[int]:
         ]
         return [max(measured)[1]] if measured else []
     return [step for step in metas if str(step) == which]
-
-
-def _saved_rest(state: TrainState) -> dict[str, Any]:
-    """What going on needs beside the model: where the average is the model, the parameters themselves too."""
-    rest = {"step": state.step, "opt_state": state.opt_state}
-    return rest if state.ema is None else rest | {"params": state.params}
-
-
-def _joined(model: dict[str, Any], rest: dict[str, Any]) -> TrainState:
-    """The state whose `model()` and `_saved_rest` these are."""
-    collections = dict(model["variables"])
-    params = collections.pop("params")
-    averaged = "params" in rest
-    return TrainState(
-        step=rest["step"],
-        params=rest["params"] if averaged else params,
-        collections=collections,
-        opt_state=rest["opt_state"],
-        ema=params if averaged else None,
-        norm=model["norm"],
-    )
 
 
 def _first_line(error: Exception) -> str:

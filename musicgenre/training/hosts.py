@@ -6,7 +6,6 @@ the last checkpoint, from which the same commands go on.
 
 import contextlib
 import os
-import re
 import subprocess
 import sys
 import time
@@ -16,36 +15,14 @@ from collections.abc import Iterator
 import jax
 
 from musicgenre.errors import UserError
+from musicgenre.runs.processes import AGAIN, ProcessLost, is_lost
 
 # Exit code of a process that had to stop because another one did.
 LOST = 4
 # Process 0 is the meeting place, without which JAX aborts the others: it leaves last, so that each can say why it ends.
 _LEADER_WAITS = 2.0
-_AGAIN = "Start all processes again with the same commands: the run goes on from the last whole checkpoint."
 # JAX ends processes that miss another one from within C++, where no Python can say a word. This one reads nothing then.
 _WATCHER = "import sys; sys.stdin.read(1) or print(sys.argv[1], file=sys.stderr)"
-
-
-class ProcessLost(UserError):
-    """A step failed because another process has gone, or by this process's own fault, of which the message tells."""
-
-    def __init__(self, error: Exception) -> None:
-        reason = str(error).splitlines()[0][:200]
-        super().__init__(
-            f"process {jax.process_index()} of {jax.process_count()} cannot go on ({reason}). Most likely another process has "
-            f"ended; its own output says why. {_AGAIN}"
-        )
-
-
-def is_lost(error: BaseException) -> bool:
-    """Returns whether an error is of a step or an agreement of several processes, one of which has gone."""
-    if isinstance(error, ProcessLost):
-        return True
-    # XLA raises some of them as a ValueError that begins with its status, "UNKNOWN: Gloo AllGather failed".
-    status = isinstance(error, ValueError) and re.match("[A-Z_]+: ", str(error))
-    return jax.process_count() > 1 and (
-        isinstance(error, jax.errors.JaxRuntimeError) or bool(status)
-    )
 
 
 def join(coordinator: str, processes: int | None, process: int | None, heartbeat: int) -> None:
@@ -91,7 +68,7 @@ def one_fate() -> Iterator[None]:
         yield
         return
     number = f"process {jax.process_index()} of {jax.process_count()}"
-    line = f"error: {number} was ended from outside, or because another process has ended. {_AGAIN}"
+    line = f"error: {number} was ended from outside, or because another process has ended. {AGAIN}"
     # In a session of its own, Ctrl-C does not reach it.
     watcher = subprocess.Popen(
         [sys.executable, "-I", "-c", _WATCHER, line], stdin=subprocess.PIPE, start_new_session=True

@@ -35,6 +35,25 @@ class TrainState:
         params = self.params if self.ema is None else self.ema
         return {"variables": {"params": params, **self.collections}, "norm": self.norm}
 
+    def rest(self) -> dict[str, Any]:
+        """Returns what resuming needs besides the model: with an average, the parameters too."""
+        rest = {"step": self.step, "opt_state": self.opt_state}
+        return rest if self.ema is None else rest | {"params": self.params}
+
+    def joined(self, model: dict[str, Any], rest: dict[str, Any]) -> "TrainState":
+        """Returns the state whose `model()` and `rest()` these are."""
+        collections = dict(model["variables"])
+        params = collections.pop("params")
+        averaged = "params" in rest
+        return TrainState(
+            step=rest["step"],
+            params=rest["params"] if averaged else params,
+            collections=collections,
+            opt_state=rest["opt_state"],
+            ema=params if averaged else None,
+            norm=model["norm"],
+        )
+
 
 def create_state(
     module: nn.Module,

@@ -107,7 +107,7 @@ loop.Parallel.place_batch = watched(loop.Parallel.place_batch, lambda batch: 1)
 loop.Parallel.place_batches = watched(loop.Parallel.place_batches, len)
 try:
     loop.train(config, sys.argv[2], progress=False)
-except loop.Interrupted as stop:
+except workdir.Interrupted as stop:
     print(stop); sys.exit(128 + stop.signal_number)
 """
 

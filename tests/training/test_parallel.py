@@ -34,14 +34,14 @@ if port != "0":
 from musicgenre.config import from_plain
 from musicgenre.training import fit as loop
 from musicgenre.training import parallel
-received = loop._Signals.received
+received = workdir._Signals.received
 for run in json.load(open(path)):
     devices = jax.devices()[: run["devices"]]
     parallel.CUT_FROM = 64
-    loop._Signals.received = (lambda self, step: 15 if step == run["stop"] else None) if run["stop"] else received
+    workdir._Signals.received = (lambda self, step: 15 if step == run["stop"] else None) if run["stop"] else received
     try:
         loop.train(from_plain(run["config"]), run["workdir"], parallel=run["kind"], progress=False, devices=devices)
-    except loop.Interrupted:
+    except workdir.Interrupted:
         assert run["stop"]
 """
 

@@ -28,16 +28,11 @@ from musicgenre.models.apply import normalise
 from musicgenre.models.rbm import UnrolledRBMs
 from musicgenre.runs.checkpoints import Checkpoints
 from musicgenre.runs.notes import run_notes
+from musicgenre.runs.workdir import Interrupted, catch_signals, check_store, claim_workdir
 from musicgenre.store.loader import normalisation, train_batches
 from musicgenre.store.store import Store
 from musicgenre.training.augment import Augmentation
-from musicgenre.training.fit import (
-    MOST_STEPS_IN_FLIGHT,
-    Interrupted,
-    catch_signals,
-    check_store,
-    claim_workdir,
-)
+from musicgenre.training.fit import MOST_STEPS_IN_FLIGHT
 from musicgenre.training.parallel import Parallel
 from musicgenre.training.scoring import score_clips
 from musicgenre.training.state import TrainState, create_state

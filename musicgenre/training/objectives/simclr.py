@@ -32,17 +32,11 @@ from musicgenre.errors import UserError
 from musicgenre.models.apply import normalise
 from musicgenre.runs.checkpoints import Checkpoints
 from musicgenre.runs.notes import run_notes
+from musicgenre.runs.workdir import Interrupted, catch_signals, check_store, claim_workdir
 from musicgenre.store.loader import normalisation, train_batches
 from musicgenre.store.store import Store
 from musicgenre.training.augment import Augmentation, gather_windows
-from musicgenre.training.fit import (
-    MOST_STEPS_IN_FLIGHT,
-    Interrupted,
-    catch_signals,
-    check_store,
-    claim_workdir,
-    resident_clips,
-)
+from musicgenre.training.fit import MOST_STEPS_IN_FLIGHT, resident_clips
 from musicgenre.training.optimisers import learning_rate_schedule, make_optimizer
 from musicgenre.training.parallel import Parallel
 from musicgenre.training.state import TrainState, create_state

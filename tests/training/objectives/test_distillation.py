@@ -27,17 +27,18 @@ from musicgenre.config import (
 )
 from musicgenre.datasets import load_dataset
 from musicgenre.errors import UserError
+from musicgenre.runs import workdir
 from musicgenre.runs.bundle_writer import save_bundle
 from musicgenre.runs.model import load_model
 from musicgenre.runs.notes import trained_clips
+from musicgenre.runs.workdir import Interrupted
 from musicgenre.store.loader import train_batches
 from musicgenre.store.prepare import prepare_store
 from musicgenre.store.store import Store
 from musicgenre.studies.ablation import run_folds
 from musicgenre.studies.evaluate import evaluate_model
-from musicgenre.training import fit as loop
 from musicgenre.training.augment import Augmentation
-from musicgenre.training.fit import Interrupted, train
+from musicgenre.training.fit import train
 from musicgenre.training.losses import clip_losses, soft_losses
 from musicgenre.training.objectives.distillation import (
     Teacher,
@@ -353,9 +354,9 @@ def test_teachers_of_two_folds_teach_what_they_had_not_seen(place, tmp_path, cap
     assert targets.dtype == np.float32
     ids = store.clip_ids[store.indices("train")].tolist()
     taught = []
-    for workdir in halves(place):
-        own = Store.open(json.loads((Path(workdir) / "train_clips.json").read_text())["store"])
-        held_out = evaluate_model(load_model(workdir), own, "valid", compare_spectrograms=False)
+    for folder in halves(place):
+        own = Store.open(json.loads((Path(folder) / "train_clips.json").read_text())["store"])
+        held_out = evaluate_model(load_model(folder), own, "valid", compare_spectrograms=False)
         roots = np.sqrt(held_out.scores)
         rows = [ids.index(clip_id) for clip_id in held_out.clip_ids]
         np.testing.assert_allclose(
@@ -411,7 +412,7 @@ def test_a_stopped_run_goes_on_to_the_bit_without_its_teachers(place, tmp_path, 
     shutil.copytree(place / "half0", teachers)
     config = student(place, distill__teachers=(str(teachers), halves(place)[1]))
     train(config, tmp_path / "whole", progress=False)
-    monkeypatch.setattr(loop._Signals, "received", lambda self, step: 15 if step == 3 else None)
+    monkeypatch.setattr(workdir._Signals, "received", lambda self, step: 15 if step == 3 else None)
     with pytest.raises(Interrupted):
         train(config, tmp_path / "cut", progress=False)
     monkeypatch.undo()

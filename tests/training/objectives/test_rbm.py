@@ -17,6 +17,7 @@ from scipy.special import logsumexp
 from musicgenre import models
 from musicgenre.config import to_plain
 from musicgenre.errors import UserError
+from musicgenre.runs import workdir
 from musicgenre.runs.model import load_model
 from musicgenre.training import fit as loop
 from musicgenre.training.objectives.rbm import (
@@ -367,7 +368,7 @@ def test_a_stopped_pretraining_ends_up_bit_identical(
 
     monkeypatch.setattr(Parallel, "place_batch", placed)
     with pytest.raises(
-        loop.Interrupted, match=f"stopped by {signal.Signals(number).name} after step {when};"
+        workdir.Interrupted, match=f"stopped by {signal.Signals(number).name} after step {when};"
     ):
         pretrain(rbm_config, tmp_path / "cut", progress=False)
     assert load_model(tmp_path / "cut").step == when

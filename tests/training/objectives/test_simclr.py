@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from musicgenre import models
 from musicgenre.config import store_path, to_plain
 from musicgenre.errors import UserError
+from musicgenre.runs import workdir
 from musicgenre.runs.model import load_model
 from musicgenre.store.store import Store
 from musicgenre.training import fit as loop
@@ -374,7 +375,7 @@ def test_a_stopped_pretraining_is_finished_by_the_main_bit_for_bit(config, tmp_p
         return place(self, batch)
 
     monkeypatch.setattr(Parallel, "place_batch", placed)
-    with pytest.raises(loop.Interrupted, match="stopped by SIGTERM after step 5;"):
+    with pytest.raises(workdir.Interrupted, match="stopped by SIGTERM after step 5;"):
         pretrain(config, tmp_path / "cut", progress=False)
     assert load_model(tmp_path / "cut").step == 5
     (tmp_path / "some_config.py").write_text(CONFIG.format(plain=json.dumps(to_plain(config))))
