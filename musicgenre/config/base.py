@@ -12,17 +12,12 @@ from ml_collections import ConfigDict
 from musicgenre.audio.features import FeatureSpec
 from musicgenre.audio.layout import ClipLayout
 from musicgenre.config import sections
-from musicgenre.config.fields import check_type, documented_fields
-from musicgenre.datasets import extra_fields
+from musicgenre.config.fields import Section, check_type, documented_fields
+from musicgenre.datasets.registry import CONFIG_OPTIONS, extra_fields
 from musicgenre.errors import UserError, did_you_mean
 from musicgenre.files import fingerprint
 from musicgenre.registry import import_user_module
 
-# Fields that `load_dataset` takes from the section `data`, beside a data set's own.
-_DATASET_FIELDS = (
-    "dataset root protocol fold folds fractions allow_missing task files top_k clips_per_style "
-    "seconds frames"
-).split()
 # Pretraining methods of this package, which have no fields beyond those of the section `pretrain`.
 _OWN_METHODS = ("", "contrastive_divergence", "simclr")
 
@@ -72,13 +67,14 @@ def check_config(config: ConfigDict) -> None:
             f"config.{missing[0]} is missing: start the config from "
             "musicgenre.config.base_config()."
         )
-    for section, cls in {"": sections.Experiment, **sections.SECTIONS}.items():
-        _make(cls, config[section] if section else config)
+    _make(sections.Experiment, config)
+    for section, cls in sections.SECTIONS.items():
+        _make(cls, config[section])
     _check_together(config)
     _check_augment(config)
 
 
-def _make(cls: type[sections.Section], values: Any) -> sections.Section:
+def _make(cls: type[Section], values: Any) -> Section:
     """Makes a section, which checks its fields."""
     fields = {field.name: values[field.name] for field in dataclasses.fields(cls)}
     if cls is sections.Data:
@@ -153,9 +149,6 @@ def _check_augment(config: ConfigDict) -> None:
     for name, value in augment.items():
         if value == float("inf"):
             raise wrong(name, "must be a finite number.")
-    for name in ("time_stretch", "low_pass", "high_pass"):
-        if augment[name] > 1:
-            raise wrong(name, "must be at most 1.")
     if augment.time_shuffle == 1 or augment.time_shuffle > frames:
         raise wrong("time_shuffle", f"must be 0 (off) or from 2 segments to the {frames} frames.")
     if augment.pitch_shift >= spec.bands:
@@ -197,9 +190,10 @@ def clip_layout(config: ConfigDict) -> ClipLayout:
 def dataset_options(config: ConfigDict) -> dict[str, Any]:
     """Returns the options of `musicgenre.datasets.load_dataset` in a config."""
     data = config.data.to_dict()
-    options = {name: data[name] for name in _DATASET_FIELDS}
+    data |= {"seed": data["split_seed"], "layout": data["array_layout"]}
+    options = {name: data[name] for name in ("dataset", "root", *CONFIG_OPTIONS)}
     own = {name: data.get(name, default) for name, default in _own_data_fields(config).items()}
-    return options | {"seed": data["split_seed"], "layout": data["array_layout"]} | own
+    return options | own
 
 
 def store_path(config: ConfigDict) -> Path:
@@ -235,7 +229,7 @@ def from_plain(values: Mapping[str, Any]) -> ConfigDict:
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a plain config of an earlier version with the fields that have come since, at their defaults."""
+    """Returns a plain config of an earlier version, with newer fields at their defaults."""
 
     def merge(default: Any, there: Any) -> Any:
         if not isinstance(default, Mapping) or not isinstance(there, Mapping):

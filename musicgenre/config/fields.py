@@ -43,7 +43,7 @@ def default_of(field: Any) -> Any:
 
 
 def check_type(name: str, value: Any, default: Any) -> None:
-    """Raises UserError unless a value has the type of its default; an integer may stand for a float."""
+    """Raises UserError unless a value has its default's type; an int may stand for a float."""
     numeric = isinstance(default, float) and type(value) is int
     if type(value) is not type(default) and not numeric:
         wanted = type(default).__name__
@@ -92,7 +92,7 @@ def limits_text(limits: dict[str, float]) -> str:
 
 
 def documented_fields(cls: Any) -> Iterator[tuple[str, Any, str]]:
-    """Yields (name, default, meaning) of a dataclass's fields, as its docstring's `Attributes:` say."""
+    """Yields (name, default, meaning) of a dataclass's fields, from `Attributes:`."""
     meanings: dict[str, str] = {}
     name = ""
     _, _, attributes = (cls.__doc__ or "").partition("Attributes:\n")

@@ -80,11 +80,11 @@ class Data(Section):
         0, "Frames of a random training window; 0 trains on complete clips.", at_least=0
     )
     eval_chunks: int = setting(
-        1, "With crop_frames: evenly spaced windows per clip, whose scores are averaged.", at_least=1
+        1,
+        "With crop_frames: evenly spaced windows per clip; their scores are averaged.",
+        at_least=1,
     )
-    workers: int = setting(
-        0, "Grain worker processes. 0 is fastest for a memory map.", at_least=0
-    )
+    workers: int = setting(0, "Grain worker processes. 0 is fastest for a memory map.", at_least=0)
     on_device: str = setting(
         "auto",
         "Keep all training clips on the devices, where each step gathers its batch: where they "
@@ -100,7 +100,7 @@ class Augment(Section):
     prefix = "augment."
 
     time_stretch: float = setting(
-        0.0, "Rates from 1 / (1 + this) to 1 + this: at most 1, twice as fast or slow.", at_least=0
+        0.0, "Rates from 1 / (1 + this) to 1 + this.", at_least=0, at_most=1
     )
     time_shuffle: int = setting(0, "Segments of the clip that are permuted.", at_least=0)
     pitch_shift: float = setting(0.0, "Largest shift up or down, in bands.", at_least=0)
@@ -124,14 +124,12 @@ class Augment(Section):
         0.1, "Widest band mask, as a fraction of the bands.", above=0, at_most=1
     )
     low_pass: float = setting(
-        0.0, "Largest fraction of the bands removed at the top, at most 1.", at_least=0
+        0.0, "Largest fraction of the bands removed at the top.", at_least=0, at_most=1
     )
     high_pass: float = setting(
-        0.0, "Largest fraction of the bands removed at the bottom, at most 1.", at_least=0
+        0.0, "Largest fraction of the bands removed at the bottom.", at_least=0, at_most=1
     )
-    pass_share: float = setting(
-        1.0, "Probability of each of these two.", above=0, at_most=1
-    )
+    pass_share: float = setting(1.0, "Probability of each of these two.", above=0, at_most=1)
     probability: float = setting(
         1.0, "Probability of each of the others but mixing.", above=0, at_most=1
     )
@@ -143,7 +141,7 @@ class Model(Section):
 
     prefix = "model."
 
-    name: str = setting("conv1d", "A registered network; `musicgenre config --networks` lists them.")
+    name: str = setting("conv1d", "A registered network: `musicgenre config --networks`.")
     module: str = setting("", "A Python module of yours that registers a network.")
 
 
@@ -159,13 +157,9 @@ class Pretrain(Section):
         "clip, any network) or an objective of your own; '' is the first for the network rbm, the "
         "second for all others.",
     )
-    epochs: int = setting(
-        20, "Epochs; of contrastive divergence, per layer.", at_least=1
-    )
+    epochs: int = setting(20, "Epochs; of contrastive divergence, per layer.", at_least=1)
     learning_rate: float = setting(0.01, "Contrastive divergence: learning rate.", above=0)
-    momentum: float = setting(
-        0.5, "Contrastive divergence: momentum.", at_least=0, below=1
-    )
+    momentum: float = setting(0.5, "Contrastive divergence: momentum.", at_least=0, below=1)
     weight_decay: float = setting(2e-4, "Contrastive divergence: weight decay.", at_least=0)
     cd_steps: int = setting(1, "Contrastive divergence: Gibbs steps k of CD-k.", at_least=1)
     temperature: float = setting(0.5, "simclr: temperature of the cosine similarities.", above=0)
@@ -178,9 +172,7 @@ class Optimizer(Section):
 
     prefix = "optimizer."
 
-    name: str = setting(
-        "adam", "Optimiser.", choices=("sgd", "momentum", "adam", "adamw", "lamb")
-    )
+    name: str = setting("adam", "Optimiser.", choices=("sgd", "momentum", "adam", "adamw", "lamb"))
     learning_rate: float = setting(1e-3, "Peak learning rate.", above=0)
     momentum: float = setting(0.9, "momentum: coefficient.", at_least=0, below=1)
     b1: float = setting(0.9, "adam, adamw, lamb: decay of the first moment.", at_least=0, below=1)
@@ -262,7 +254,7 @@ class Experiment(Section):
         "", "A Python module of yours that registers networks, data sets or objectives."
     )
     init_from: str = setting(
-        "", "Workdir, bundle or packaged model whose layers, all but the head, this run starts from."
+        "", "Workdir, bundle or packaged model whose layers, but for the head, the run starts from."
     )
     batch_size: int = setting(32, "Clips per step, over all devices.", at_least=1)
     epochs: int = setting(100, "Passes over the training split.", at_least=1)
