@@ -92,18 +92,16 @@ def limits_text(limits: dict[str, float]) -> str:
 
 
 def documented_fields(cls: Any) -> Iterator[tuple[str, Any, str]]:
-    """Yields (name, default, meaning) of a dataclass's fields, from `Attributes:`."""
+    """Yields (name, default, meaning) of a dataclass's fields, from the docstrings."""
     meanings: dict[str, str] = {}
-    name = ""
-    _, _, attributes = (cls.__doc__ or "").partition("Attributes:\n")
-    for line in attributes.splitlines():
-        indent = len(line) - len(line.lstrip())
-        if not line.strip():
-            break
-        if indent == 6 and ": " in line:
-            name, _, text = line.strip().partition(": ")
-            meanings[name] = text
-        elif name:
-            meanings[name] += " " + line.strip()
+    for base in reversed(cls.__mro__):
+        _, _, attributes = (base.__dict__.get("__doc__") or "").partition("Attributes:\n")
+        name = ""
+        for line in attributes.partition("\n\n")[0].splitlines():
+            if line.startswith(6 * " ") and line[6:7].strip() and ": " in line:
+                name, _, text = line.strip().partition(": ")
+                meanings[name] = text
+            elif name and line.startswith(6 * " "):
+                meanings[name] += " " + line.strip()
     for field in dataclasses.fields(cls):
         yield field.name, default_of(field), meanings.get(field.name, "")
