@@ -51,7 +51,7 @@ def workplace(tmp_path, monkeypatch):
     """A current folder with the synthetic music that the pages speak of."""
     from musicgenre.datasets.synthetic import STYLES, render_clip
 
-    for number, style in enumerate(list(STYLES)[:2]):
+    for style in list(STYLES)[:2]:
         for take in range(6):
             samples = render_clip(style, seed=take, seconds=6)
             for path in (f"music/{style}/{take}.flac", f"stems/{style}-{take}.flac"):
