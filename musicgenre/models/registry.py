@@ -10,9 +10,8 @@
         def __call__(self, x, train): ...   # x [batch, frames, bands] -> logits [batch, num_classes]
 
 The contract: fields are hyperparameters, `num_classes` is the only one without a default; `x` is float32; logits
-come back as float32; the embedding before the head is sown as `self.sow("intermediates", "embedding", e)`. Two fields
-are filled in where a module has them: `dtype` (the compute type) and `axis_name` (the name of the device axis under
-pmap, for BatchNorm). A static method `input_limits(fields) -> InputLimits` says what input it can take.
+come back as float32; the embedding before the head is sown as `self.sow("intermediates", "embedding", e)`. One field
+is filled in where a module has it: `dtype` (the compute type). A static method `input_limits(fields) -> InputLimits` says what input it can take.
 """
 
 import dataclasses
@@ -28,7 +27,7 @@ import jax.numpy as jnp
 from musicgenre.errors import UserError, did_you_mean
 
 _MODELS: dict[str, type[nn.Module]] = {}
-# Fields of every Linen module, and those that are filled in rather than chosen.
+# Fields of every Linen module, those that `build` fills in, and one that networks written for version 0.1 may declare.
 _NOT_HYPERPARAMETERS = ("parent", "name", "num_classes", "dtype", "axis_name")
 
 
@@ -163,7 +162,6 @@ def build(
     bands: int,
     kind: str = "",
     dtype: str = "float32",
-    axis_name: str | None = None,
 ) -> nn.Module:
     """Makes the Linen module of a config's model section.
 
@@ -174,7 +172,6 @@ def build(
       bands: bands of its input.
       kind: kind of its features, such as "logmel"; "" does not check it.
       dtype: compute type, "float32" or "bfloat16"; parameters stay float32.
-      axis_name: name of the device axis under pmap.
 
     Raises:
       UserError: as `resolve`, or the model cannot take `[frames, bands]`.
@@ -196,8 +193,6 @@ def build(
         raise UserError(
             f"the model {resolved['name']!r} has no field dtype, so dtype={dtype!r} cannot be used with it."
         )
-    if "axis_name" in known:
-        fields["axis_name"] = axis_name
     return cls(num_classes=num_classes, **fields)
 
 
