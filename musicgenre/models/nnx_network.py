@@ -7,7 +7,7 @@ plain names (`convs/0/kernel`), keeps the order of the layers, and collects what
 
 import functools
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -30,6 +30,10 @@ class _Layer(nn.Module):
 class NNXNetwork(nn.Module):
     """Base of the Linen modules that `linen_class` makes; their fields are the constructor's arguments."""
 
+    # Set by an interceptor under pmap, as on `nn.BatchNorm`.
+    axis_name: ClassVar[str | None] = None
+    nnx_class: ClassVar[Any]
+
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Returns logits, float32 `[batch, num_classes]`, of `x` `[batch, frames, bands]`."""
@@ -41,6 +45,9 @@ class NNXNetwork(nn.Module):
                     _Layer(name=name)()
         else:
             self._read(network)
+        for _, layer in nnx.iter_modules(network):
+            if isinstance(layer, nnx.BatchNorm):
+                layer.axis_name = self.axis_name or layer.axis_name
         logits, sown = nnx.capture(network, nnx.Intermediate)(x, train=train)
         if not self.is_initializing():
             self._write(network)
