@@ -5,7 +5,8 @@ scores, next to the summary over them and the report of each. A bundle or a pack
 --store or --arrays, and --out.
 
 musicgenre evaluate --workdir=runs/conv1d --split=valid
-musicgenre evaluate --workdir=runs/a/seed0 --workdir=runs/a/seed1 --arrays=test.npz --out=runs/a/test
+musicgenre evaluate --workdir=runs/a/seed0 --workdir=runs/a/seed1 \
+    --arrays=test.npz --out=runs/a/test
 musicgenre evaluate --workdir=runs/conv1d --split=test --temperature=valid
 """
 

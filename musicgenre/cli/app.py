@@ -193,9 +193,9 @@ def _parse(command: Any, words: Sequence[str]) -> list[str]:
             raise UserError(f"--{name} is needed: {values[name].help}") from None
         raise UserError(str(error).removeprefix("flag ")) from None
     except _FLAG_ERRORS as error:
-        if "config" in values and values["config"].value is None:
-            if any(word.startswith("--config.") for word in words):
-                raise UserError("--config is needed before its fields --config.a.b=...") from None
+        without_config = "config" in values and values["config"].value is None
+        if without_config and any(word.startswith("--config.") for word in words):
+            raise UserError("--config is needed before its fields --config.a.b=...") from None
         # A KeyError shows its message in quotes; the config library's messages have several lines.
         message = " ".join(str(error.args[0] if error.args else type(error).__name__).split())
         raise UserError(f"the flags cannot be used: {message}") from None

@@ -96,9 +96,9 @@ class Tally:
 def expand(arguments: Sequence[str], tally: Tally) -> list[str]:
     """Returns the files that arguments stand for, each once, in their order.
 
-    A folder stands for all sound files below it, a pattern for its matches, and "-" for the lines of
-    standard input (or its parts between zero bytes, as of `find -print0`), each read as an argument.
-    Arguments without files are reported to `tally`. Missing files are returned; their reader
+    A folder stands for all sound files below it, a pattern for its matches, and "-" for the lines
+    of standard input (or its parts between zero bytes, as of `find -print0`), each read as an
+    argument. Arguments without files are reported to `tally`. Missing files are returned; their reader
     reports them.
 
     Raises:

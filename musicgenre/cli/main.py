@@ -67,7 +67,7 @@ def _overview() -> str:
             if spec is None or spec.origin is None:
                 continue
             text = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
-            lines.append(f"  {name.replace('_', '-'):16}{text.splitlines()[0]}")
+            lines.append(f"  {name:16}{text.splitlines()[0]}")
     return "\n".join(lines)
 
 
