@@ -27,7 +27,7 @@ FLAGS = flags.FlagValues()
 _WORKDIRS = flags.DEFINE_multi_string(
     "workdir",
     None,
-    "A run's folder, a bundle, or a packaged model's name; repeatable.",
+    "A run's folder, a bundle, or a packaged model's name.",
     FLAGS,
     required=True,
 )
@@ -61,7 +61,7 @@ _NEIGHBOURS = flags.DEFINE_multi_integer(
     "neighbours",
     [],
     "Also measures the fraction of each clip's K nearest others, by embedding, that are of its "
-    "class; repeatable.",
+    "class.",
     flag_values=FLAGS,
 )
 

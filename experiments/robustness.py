@@ -25,7 +25,7 @@ _CHECKPOINT = flags.DEFINE_string(
 _AUDIO = flags.DEFINE_multi_string(
     "audio",
     [],
-    "Folder with one sub-folder per label, or a file, whose folder is its label; repeatable.",
+    "Folder with one sub-folder per label, or a file, whose folder is its label.",
     FLAGS,
 )
 _ARRAYS = flags.DEFINE_string("arrays", "", "File of spectrograms (.npz or .npy) instead.", FLAGS)

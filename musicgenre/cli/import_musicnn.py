@@ -16,7 +16,7 @@ _OUT = flags.DEFINE_string("out", ".", "Folder of the files <name>.safetensors."
 _MODELS = flags.DEFINE_multi_string(
     "models",
     [],
-    "MTT_musicnn, MSD_musicnn, MTT_vgg, MSD_vgg; all that are found if empty; repeatable.",
+    "MTT_musicnn, MSD_musicnn, MTT_vgg, MSD_vgg; all that are found if empty.",
     FLAGS,
 )
 

@@ -30,8 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     name, *words = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("--help", "-h", "help"):
-        print(_overview())
-        return 0
+        return app.guarded(lambda: print(_overview()))
     if name == "--version":
         print(f"musicgenre {__version__}")
         return 0

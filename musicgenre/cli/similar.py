@@ -39,7 +39,7 @@ ARGUMENTS = FILES
 define_model(FLAGS)
 _INDEX = flags.DEFINE_string("index", None, "The file of the index.", FLAGS, required=True)
 _ADD = flags.DEFINE_multi_string(
-    "add", [], "Files, a folder, a pattern or - to bring into the index; repeatable.", FLAGS
+    "add", [], "Files, a folder, a pattern or - to bring into the index.", FLAGS
 )
 _K = flags.DEFINE_integer("k", 10, "Neighbours per file.", lower_bound=1, flag_values=FLAGS)
 _FORMAT = flags.DEFINE_enum(
