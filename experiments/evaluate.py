@@ -31,7 +31,6 @@ from musicgenre.evaluation.report import (
     write_report,
 )
 from musicgenre.files import write_json
-from musicgenre.inference.index import neighbour_report, neighbour_table
 from musicgenre.runs.model import load_model
 from musicgenre.store.store import Store
 from musicgenre.studies.evaluate import (
@@ -40,6 +39,7 @@ from musicgenre.studies.evaluate import (
     temperature_source,
     training_store,
 )
+from musicgenre.studies.retrieval import neighbour_report, neighbour_table
 
 _WORKDIRS = flags.DEFINE_multi_string(
     "workdir",
