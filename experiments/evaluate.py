@@ -25,11 +25,7 @@ if TYPE_CHECKING:
 
 FLAGS = flags.FlagValues()
 _WORKDIRS = flags.DEFINE_multi_string(
-    "workdir",
-    None,
-    "A run's folder, a bundle, or a packaged model's name.",
-    FLAGS,
-    required=True,
+    "workdir", None, "A run's folder, a bundle, or a packaged model's name.", FLAGS, required=True
 )
 _SPLIT = flags.DEFINE_enum("split", "test", ["train", "valid", "test"], "Split to evaluate.", FLAGS)
 _STORE = flags.DEFINE_string(
@@ -144,7 +140,7 @@ def _evaluate(workdir: str, scratch: Path, number: int | None) -> _Run:
 def _write_neighbours(model: Any, store: Any, out: Path) -> None:
     """Writes and prints how often the nearest clips are of the same class."""
     from musicgenre.files import write_json
-    from musicgenre.inference.index import neighbour_report, neighbour_table
+    from musicgenre.studies.retrieval import neighbour_report, neighbour_table
 
     found = neighbour_report(model, store, _SPLIT.value, ks=_NEIGHBOURS.value)
     write_json(out / "neighbours.json", found)

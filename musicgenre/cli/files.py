@@ -1,8 +1,6 @@
 """What several commands share: file arguments, the model, tallies of failed files, output."""
 
-import csv
 import glob
-import io
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -157,10 +155,3 @@ def write_lines(lines: Iterable[str], out: str) -> None:
         open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
     ):
         file.writelines(line + "\n" for line in lines)
-
-
-def csv_line(*values: str) -> str:
-    """Returns one row of a CSV file."""
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="").writerow(values)
-    return buffer.getvalue()

@@ -111,10 +111,12 @@ def _labels(
     prediction: "Prediction", names: "tuple[str, ...] | list[str]", top: int
 ) -> list[tuple[str, float]]:
     """Returns the most probable labels of a file, none if it failed."""
+    from musicgenre.inference.predict import ranked
+
     values = prediction.probabilities
     if values is None:
         return []
-    order = (-values).argsort(kind="stable")[:top].tolist()
+    order = ranked(values, "single_label")[:top]
     return [(names[i], float(values[i])) for i in order if values[i] >= _MIN_PROBABILITY.value]
 
 
