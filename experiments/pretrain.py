@@ -31,10 +31,11 @@ _PROGRESS = flags.DEFINE_bool("progress", True, "Draw a progress bar.", FLAGS)
 
 def main() -> int:
     """Pretrains, prints the result, and returns the exit code."""
+    config = app.get_config(FLAGS)
+
     from musicgenre.runs.workdir import Interrupted
     from musicgenre.training.objectives import rbm, simclr
 
-    config = app.get_config(FLAGS)
     divergence = config.pretrain.method == "contrastive_divergence" or (
         config.pretrain.method == "" and config.model.name == "rbm"
     )

@@ -48,14 +48,15 @@ _HEARTBEAT = flags.DEFINE_integer(
 
 def main() -> int:
     """Trains, prints the result, and returns the exit code."""
+    config = app.get_config(FLAGS)
+    steps = profile_steps(_PROFILE.value)
+
     import jax
 
     from musicgenre.runs.workdir import Interrupted
     from musicgenre.training import hosts
     from musicgenre.training.fit import train
 
-    config = app.get_config(FLAGS)
-    steps = profile_steps(_PROFILE.value)
     if _COORDINATOR.value:
         hosts.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _HEARTBEAT.value)
     options = {"parallel": _PARALLEL.value, "progress": _PROGRESS.value, "profile_steps": steps}

@@ -128,6 +128,8 @@ def execute(command: Any, program: Sequence[str], words: Sequence[str]) -> int:
         logging.use_absl_handler()
         return command.main(rest) if hasattr(command, "ARGUMENTS") else command.main()
 
+    if "verbosity" not in command.FLAGS:
+        command.FLAGS["verbosity"] = flags.FLAGS["verbosity"]
     # A user's own module (config.module) is found in the current folder.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -187,8 +189,6 @@ def _parse(command: Any, words: Sequence[str]) -> list[str]:
     for name in [name for name in values if name.startswith("config.")]:
         delattr(values, name)
     values.unparse_flags()
-    if "verbosity" not in values:
-        values["verbosity"] = flags.FLAGS["verbosity"]
     logging.set_verbosity(logging.WARNING)
     # Grain's worker processes read absl's global flags.
     flags.FLAGS.mark_as_parsed()
@@ -243,10 +243,10 @@ def _help(command: Any) -> str:
         lines += [flags.text_wrap(command.ARGUMENTS, indent="  ", firstline_indent=""), ""]
     values: flags.FlagValues = command.FLAGS
     lines.append("flags:")
-    for name in sorted(values):
+    for name in sorted(set(values) - {"v"}):
         flag = values[name]
         default = f" (default: {flag.default_as_str})" if flag.default else ""
-        words = " ".join(flag.help.split())
+        words = " ".join(flag.help.split()).replace(".;", ";")
         text = f"--{'[no]' if flag.boolean else ''}{name}: {words}{default}"
         lines.append(flags.text_wrap(text, indent="      ", firstline_indent="  "))
     return "\n".join(lines)

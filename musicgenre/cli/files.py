@@ -96,8 +96,8 @@ def expand(arguments: Sequence[str], tally: Tally) -> list[str]:
 
     A folder stands for all sound files below it, a pattern for its matches, and "-" for the lines
     of standard input (or its parts between zero bytes, as of `find -print0`), each read as an
-    argument. Arguments without files are reported to `tally`. Missing files are returned; their reader
-    reports them.
+    argument. Arguments without files are reported to `tally`. Missing files are returned;
+    their reader reports them.
 
     Raises:
       UserError: there are no arguments, or the list on standard input is empty.
