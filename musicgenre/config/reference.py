@@ -7,7 +7,7 @@ from typing import Any
 from musicgenre import models
 from musicgenre.audio.features import FeatureSpec
 from musicgenre.config import base, sections
-from musicgenre.config.fields import default_of, documented_fields, limits_text
+from musicgenre.config.fields import Section, default_of, documented_fields, limits_text
 from musicgenre.models.registry import input_limits
 
 
@@ -31,7 +31,8 @@ class FieldText:
 def section_texts() -> dict[str, tuple[str, list[FieldText]]]:
     """Returns section -> (what it is about, its fields), in the order of a config."""
     texts: dict[str, tuple[str, list[FieldText]]] = {}
-    for name, cls in {"": sections.Experiment, **sections.SECTIONS}.items():
+    every: dict[str, type[Section]] = {"": sections.Experiment, **sections.SECTIONS}
+    for name, cls in every.items():
         texts[name] = (_summary(cls), list(_fields(cls)))
     front_end = [
         FieldText(f"features.{name}", default, meaning)
@@ -103,7 +104,7 @@ def markdown() -> Iterator[str]:
                 yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _fields(cls: type[sections.Section]) -> Iterator[FieldText]:
+def _fields(cls: type[Section]) -> Iterator[FieldText]:
     for field in dataclasses.fields(cls):
         if not field.metadata:
             yield from _fields(sections.Files)
