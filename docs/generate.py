@@ -1,18 +1,31 @@
 """An MkDocs hook that adds the reference pages made from the code: commands, fields and API."""
 
+import importlib
 import pkgutil
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 import musicgenre
-from musicgenre.cli.main import help_of
+from musicgenre.cli import app
+from musicgenre.cli.main import COMMANDS, command_modules
 from musicgenre.config import reference
 
 # Packages whose modules make up the API reference, in the order of the data flow.
 PACKAGES = (
-    "audio datasets store models config runs training inference evaluation studies explain exchange"
-).split()
+    "audio",
+    "datasets",
+    "models",
+    "evaluation",
+    "store",
+    "config",
+    "runs",
+    "training",
+    "inference",
+    "studies",
+    "explain",
+    "exchange",
+)
 
 
 def api_page() -> list[str]:
@@ -30,8 +43,12 @@ def api_page() -> list[str]:
 def commands_page() -> list[str]:
     """Returns the lines of the commands page: the help of every command."""
     lines = ["# Commands", "", "`musicgenre <command> --help` prints these texts."]
-    for name, text in help_of().items():
-        lines += ["", f"## musicgenre {name}", "", "```text", text.rstrip(), "```"]
+    modules = command_modules()
+    for group, (_, names) in COMMANDS.items():
+        lines += ["", f"## {group}"]
+        for name in names.split():
+            text = app.help_text(importlib.import_module(modules[name]))
+            lines += ["", f"### musicgenre {name}", "", "```text", text, "```"]
     return lines
 
 
