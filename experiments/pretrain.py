@@ -14,12 +14,10 @@ python experiments/train.py --config=configs/gtzan_mels_rbm.py --config.init_fro
 """
 
 from absl import flags
-from tqdm import tqdm
 
 from musicgenre.cli import app
 from musicgenre.runs.workdir import Interrupted
-from musicgenre.training.objectives import rbm as contrastive
-from musicgenre.training.objectives import simclr as self_supervised
+from musicgenre.training.fit import pretrain
 
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run: config, metrics and checkpoints.", required=True
@@ -30,17 +28,8 @@ _PROGRESS = flags.DEFINE_bool("progress", True, "Draw a progress bar.")
 def main() -> int:
     """Pretrains, prints how it ended, and returns the exit code."""
     config = app.get_config()
-    divergence = config.pretrain.method == "contrastive_divergence" or (
-        config.pretrain.method == "" and config.model.name == "rbm"
-    )
-    result: contrastive.PretrainResult | self_supervised.PretrainResult
     try:
-        if divergence:
-            result = contrastive.pretrain(config, _WORKDIR.value, progress=_PROGRESS.value)
-        else:
-            result = self_supervised.pretrain(
-                config, _WORKDIR.value, progress=_PROGRESS.value, say=tqdm.write
-            )
+        result = pretrain(config, _WORKDIR.value, progress=_PROGRESS.value)
     except Interrupted as stop:
         print(stop)
         return 128 + stop.signal_number

@@ -174,7 +174,8 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def check_config(config: ConfigDict) -> None:
     """Holds a config against `base_config()` and the ranges of its values.
 
-    Fields of `model` are the chosen model's and are checked when it is built.
+    Fields of `model` are the chosen model's, and others of `pretrain` the chosen objective's; both are
+    checked when these are built.
 
     Raises:
       UserError: an unknown field (the message names the nearest one), a missing field, a value of another type or
@@ -183,7 +184,7 @@ def check_config(config: ConfigDict) -> None:
     known = dict(flatten(base_config()))
     there = dict(flatten(config))
     for name, value in there.items():
-        if name.startswith("model.") and name not in known:
+        if name.startswith(("model.", "pretrain.")) and name not in known:
             continue
         if name not in known:
             raise UserError(
@@ -277,7 +278,6 @@ def check_config(config: ConfigDict) -> None:
     choices = {
         "dtype": ("float32", "bfloat16"),
         "loss.class_weights": ("none", "balanced"),
-        "pretrain.method": ("", "contrastive_divergence", "simclr"),
         "optimizer.name": ("sgd", "momentum", "adam", "adamw", "lamb"),
         "optimizer.schedule": ("constant", "cosine", "exponential", "keras"),
         "select_metric": (

@@ -32,12 +32,13 @@ path, process, port = sys.argv[1:]
 if port != "0":
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(process))
 from musicgenre.config import from_plain
+from musicgenre.runs import workdir
 from musicgenre.training import fit as loop
 from musicgenre.training import parallel
 received = workdir._Signals.received
 for run in json.load(open(path)):
     devices = jax.devices()[: run["devices"]]
-    parallel.CUT_FROM = 64
+    parallel.SHARD_FROM = 64
     workdir._Signals.received = (lambda self, step: 15 if step == run["stop"] else None) if run["stop"] else received
     try:
         loop.train(from_plain(run["config"]), run["workdir"], parallel=run["kind"], progress=False, devices=devices)
@@ -51,7 +52,7 @@ import flax.linen as nn, jax.numpy as jnp, numpy as np, optax
 from musicgenre import models
 from musicgenre.training.state import create_state
 from musicgenre.training.step import make_train_step
-parallel.CUT_FROM = 65_536
+parallel.SHARD_FROM = 65_536
 
 class Net(nn.Module):
     @nn.compact
@@ -254,14 +255,13 @@ import os, pathlib, signal, sys, time
 import jax
 from musicgenre.models.conv1d import Conv1D
 from musicgenre.models.registry import register
-from musicgenre.training import fit as loop
-from musicgenre.training import parallel
+from musicgenre.training import feed, parallel
 
 @register("dying")
 class Dying(Conv1D):
     pass
 
-place = parallel.Feed.next
+place = feed.Feed.next
 
 def next_or_die(self, count=1):
     next_or_die.calls += 1
@@ -273,9 +273,9 @@ def next_or_die(self, count=1):
 
 next_or_die.calls = 0
 if "FATE" in os.environ:
-    parallel.CUT_FROM = 64
+    parallel.SHARD_FROM = 64
 if os.environ.get("FATE") == "die":
-    parallel.Feed.next = next_or_die
+    feed.Feed.next = next_or_die
 """
 
 
@@ -340,7 +340,7 @@ def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(
     codes, said = run_both("live")
     assert codes == [0, 0], said
     assert (
-        "going on from step 6 of 12" in said[0]
+        "resuming from step 6 of 12" in said[0]
         and "run: trained 12 steps; validation accuracy" in said[0]
     )
     loop.train(settings, tmp_path / "one", progress=False, devices=jax.devices()[:1])
@@ -350,7 +350,7 @@ def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(
 def test_a_batch_that_cannot_be_cut_is_refused():
     spread = Parallel.create("jit")
     with pytest.raises(
-        UserError, match=r"batch_size=7 does not divide by \d+ devices x optimizer.accumulate=2"
+        UserError, match=r"batch_size=7 is not divisible by \d+ devices x optimizer.accumulate=2"
     ):
         spread.check_batch_size(7, 2)
     with pytest.raises(UserError, match="--parallel must be one of jit, pmap, fsdp, not 'tpu'"):
