@@ -365,7 +365,9 @@ def test_a_loss_that_is_no_number_stops_the_run(small_config, tmp_path):
 
 
 def test_a_measure_that_the_split_does_not_have_is_refused(small_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(supervised, "validation_measures", lambda *_: {"loss": 1.0, "macro_f1": 0.5})
+    monkeypatch.setattr(
+        supervised, "validation_measures", lambda *_: {"loss": 1.0, "macro_f1": 0.5}
+    )
     with pytest.raises(
         UserError, match=r"select_metric='accuracy' cannot be measured.*use one of loss, macro_f1"
     ):
