@@ -29,7 +29,7 @@ from safetensors.numpy import save
 from musicgenre.errors import UserError
 from musicgenre.evaluation.intervals import bootstrap_mean
 from musicgenre.evaluation.retrieval import precision_at_k
-from musicgenre.files import fingerprint, replacing
+from musicgenre.files import arrays_digest, fingerprint, replacing
 
 if TYPE_CHECKING:
     from musicgenre.inference.tagger import Tagger
@@ -362,7 +362,6 @@ def model_digest(model: "TrainedModel") -> str:
     from flax.traverse_util import flatten_dict
 
     from musicgenre.config import to_plain
-    from musicgenre.runs.bundle import digest
 
     arrays = {
         name: np.asarray(value)
@@ -370,7 +369,7 @@ def model_digest(model: "TrainedModel") -> str:
     }
     config = to_plain(model.config)
     parts = {
-        "arrays": digest(arrays),
+        "arrays": arrays_digest(arrays),
         "network": config["model"],
         "dtype": config["dtype"],
         "labels": list(model.label_names),

@@ -172,7 +172,7 @@ def fit(
     if objective.stage != "train":
         # Keeps `train` with the same config out of this folder, whose checkpoints it cannot read.
         claimed = ConfigDict({**config.to_dict(), "stage": objective.stage})
-    claim_workdir(workdir, claimed, store, goal.teachers_clips)
+    claim_workdir(workdir, claimed, store, goal.taught_on)
     loop = Loop(goal, progress, profile_steps)
     loop.run_to_end()
     return loop

@@ -11,7 +11,7 @@ Three come with this package: `supervised` (labels, and teachers where there are
 import abc
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -23,6 +23,7 @@ from musicgenre import models
 from musicgenre.config import base_config, flatten
 from musicgenre.errors import UserError, did_you_mean
 from musicgenre.registry import Registry
+from musicgenre.runs.provenance import TrainedOn
 from musicgenre.store.loader import normalisation
 from musicgenre.store.store import Store
 from musicgenre.training.parallel import Parallel
@@ -96,7 +97,7 @@ class Objective(abc.ABC):
       watched: the metric that ends the run if it becomes NaN or infinite.
       remedy: what to set then, after "a smaller".
       metric: the measure that the best checkpoint is selected by; None selects none.
-      teachers_clips: the run's own training clips -> those of its teachers, for its record.
+      taught_on: what the teachers of a new run were trained on, for its record.
     """
 
     name: ClassVar[str] = ""
@@ -109,7 +110,7 @@ class Objective(abc.ABC):
     watched: ClassVar[str] = "loss"
     remedy: ClassVar[str] = "--config.optimizer.learning_rate, or --config.optimizer.clip_norm=1"
     metric: str | None = None
-    teachers_clips: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    taught_on: Sequence[TrainedOn] = ()
 
     def __init__(self, run: Run) -> None:
         self.run = run

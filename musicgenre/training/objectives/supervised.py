@@ -22,7 +22,6 @@ from musicgenre.training.objectives.distillation import (
     distils,
     read_teachers,
     soft_targets,
-    taught_clips,
 )
 from musicgenre.training.optimisers import learning_rate_schedule, make_optimizer
 from musicgenre.training.scoring import score_clips
@@ -60,8 +59,8 @@ class Supervised(Objective):
         self._teachers = None
         # A resumed run needs its teachers' predictions, which are saved, and not the teachers.
         if distils(config) and not (run.workdir / NOTES).is_file():
-            self._teachers = teachers = read_teachers(config, store)
-            self.teachers_clips = lambda own: taught_clips(teachers, own)
+            self._teachers = read_teachers(config, store)
+            self.taught_on = [teacher.trained_on for teacher in self._teachers]
         self.metric = config.select_metric or _METRICS[store.task]
         self._module = run.module()
         self._layers = layer_order(self._module, run.frames, store.bands)
