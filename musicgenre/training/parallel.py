@@ -8,6 +8,7 @@ Networks know nothing of devices. Under jit, batch normalisation sees the global
 interceptor gives every `nn.BatchNorm` that runs the name of the device axis.
 """
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
@@ -17,11 +18,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from musicgenre.errors import UserError
+from musicgenre.models import fast_conv
+from musicgenre.models.nnx_network import NNXNetwork
 from musicgenre.store.loader import Batch
 from musicgenre.training.step import StepFunction
 
@@ -182,12 +184,15 @@ class Parallel:
           resident: it also takes clips, from `place_whole`.
           stacked: it takes batches from `place_batches`.
         """
+        one_cpu = self.mesh.size == 1 and self.mesh.devices.flat[0].platform == "cpu"
 
         def traced_step(state: Any, *batch: Any) -> tuple[Any, Any]:
-            if self.kind == "pmap":
-                with nn.intercept_methods(_synchronise):
-                    return step(state, *batch)
-            state, metrics = step(state, *batch)
+            with contextlib.ExitStack() as stack:
+                fast_conv.set_enabled(one_cpu)
+                stack.callback(fast_conv.set_enabled, False)
+                if self.kind == "pmap":
+                    stack.enter_context(nn.intercept_methods(_synchronise))
+                state, metrics = step(state, *batch)
             if self.kind == "fsdp":
                 state = jax.lax.with_sharding_constraint(state, self.state_shardings(state))
             return state, metrics
@@ -234,14 +239,9 @@ def _synchronise(
     function: Any, arguments: Any, keywords: Any, context: nn.module.InterceptorContext
 ) -> Any:
     """Averages the statistics of batch normalisation over the devices of a pmap."""
-    if isinstance(context.module, nn.BatchNorm):
+    if isinstance(context.module, nn.BatchNorm | NNXNetwork):
         # Linen modules are frozen dataclasses; this instance belongs to the trace alone.
         object.__setattr__(context.module, "axis_name", AXIS)
-    elif isinstance(context.module, nnx.bridge.ToLinen):
-        raise UserError(
-            "--parallel=pmap cannot synchronise the batch normalisation of an NNX module. "
-            "Use jit or fsdp."
-        )
     return function(*arguments, **keywords)
 
 

@@ -17,12 +17,7 @@ from musicgenre.store.loader import train_batches
 from musicgenre.training.augment import Augmentation, window_frames
 from musicgenre.training.losses import balanced_weights
 from musicgenre.training.objectives import Objective, Run, register
-from musicgenre.training.objectives.distillation import (
-    NOTES,
-    distils,
-    read_teachers,
-    soft_targets,
-)
+from musicgenre.training.objectives.distillation import NOTES, distils, read_teachers, soft_targets
 from musicgenre.training.optimisers import learning_rate_schedule, make_optimizer
 from musicgenre.training.scoring import score_clips
 from musicgenre.training.state import TrainState, create_state
