@@ -1,4 +1,4 @@
-"""The training loop: from a config and a store to checkpoints, resuming where the last run stopped."""
+"""The training loop: from a config and a store to checkpoints, resuming where it stopped."""
 
 import collections
 import contextlib
@@ -151,7 +151,7 @@ def fit(
     profile_steps: tuple[int, int] | None,
     devices: list[Any] | None,
 ) -> "Loop":
-    """Runs an objective to its end, or from the last checkpoint on. See `train` for the arguments."""
+    """Runs an objective from the last checkpoint to its end. See `train` for the arguments."""
     workdir = Path(workdir)
     check_config(config)
     config = config.copy_and_resolve_references()
@@ -205,7 +205,7 @@ class Loop:
         self._state = objective.create_state(resumes)
         iterator = objective.batches(clips is not None, resumes)
         self._feed = Feed(iterator, run.spread, stacked=self._stacked)
-        self._notes = run_notes(config, run.store) | {"measure": None}
+        self._notes = run_notes(config, run.store)
         # Sums of the metrics since they were last written, and of how many steps.
         self._sums: dict[str, float] = {"steps": 0}
         self._pending: collections.deque[tuple[int, Any]] = collections.deque()
@@ -213,7 +213,7 @@ class Loop:
         if restored := self._checkpoints.restore_latest(self._state, self._feed):
             self._state, self.step = restored.value, restored.step
             self._sums = restored.meta.get("epoch", self._sums)
-            objective.restore(restored.meta)
+            objective.progress = restored.meta.get("pretrained")
             if objective.metric:
                 self.selection.load(restored.meta)
             logging.info("resuming from step %d of %d", self.step, self.total_steps)
@@ -266,7 +266,7 @@ class Loop:
         )
 
     def _count(self) -> int:
-        """Steps of the next call. No evaluation lies within it, so a resumed run has the same calls."""
+        """Steps of the next call. It ends at an evaluation, so a resumed run has the same calls."""
         count = 1
         while count < self.run.config.steps_per_call and not self.objective.evaluates(
             self.step + count
@@ -346,9 +346,13 @@ class Loop:
         self._save(measures.get(metric) if metric else None)
 
     def _save(self, measure: float | None) -> None:
-        notes = self._notes | self.objective.notes() | {"epoch": self._sums}
-        if self.objective.metric:
-            notes |= self.selection.dump() | {"measure": measure}
+        objective = self.objective
+        notes = self._notes | {"measure": measure, "epoch": self._sums}
+        if objective.metric:
+            notes |= self.selection.dump()
+        else:
+            name, lower = objective.compared
+            notes |= {"metric": name, "lower_is_better": lower, "pretrained": objective.progress}
         self._checkpoints.save(self._state, self._feed, notes, measure)
 
 

@@ -4,8 +4,8 @@
 array of the state over the devices: parameters, their average and the optimiser's state. A step
 gathers a layer's parameters where it uses them, and each device updates its own shard.
 
-Networks know nothing of devices. Under jit, batch normalisation sees the global batch; under pmap an
-interceptor gives every `nn.BatchNorm` that runs the name of the device axis.
+Networks know nothing of devices. Under jit, batch normalisation sees the global batch; under pmap
+an interceptor gives every `nn.BatchNorm` that runs the name of the device axis.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ class Parallel:
 
     @classmethod
     def create(cls, kind: str = "jit", devices: list[Any] | None = None) -> "Parallel":
-        """Returns the mesh of the given devices, or of all. Raises UserError for an unknown kind."""
+        """Uses the given devices, or all. Raises UserError for an unknown kind."""
         if kind not in KINDS:
             raise UserError(f"--parallel must be one of {', '.join(KINDS)}, not {kind!r}.")
         devices = jax.devices() if devices is None else devices
@@ -110,9 +110,9 @@ class Parallel:
         XLA alone would gather some activations instead, so that each device computes a few
         channels of the global batch.
         """
-        return (
-            jax.lax.with_sharding_constraint(tree, self.replicated) if self.kind == "fsdp" else tree
-        )
+        if self.kind != "fsdp":
+            return tree
+        return jax.lax.with_sharding_constraint(tree, self.replicated)
 
     def place_state(self, state: Any) -> Any:
         """Copies a state to the devices, see `state_shardings`."""
@@ -129,33 +129,31 @@ class Parallel:
 
     def place_batch(self, batch: Batch) -> dict[str, Any]:
         """Copies this process's slice of a batch to its devices."""
-        if self.kind == "pmap":
-            local = len(self.mesh.local_devices)
-            return {
-                name: array.reshape(local, -1, *array.shape[1:]) for name, array in batch.items()
-            }
-        return {
-            name: jax.make_array_from_process_local_data(self.sharded, array)
-            for name, array in batch.items()
-        }
+        return self._placed(batch, 0)
 
     def place_batches(self, batches: Sequence[Batch]) -> dict[str, Any]:
         """Copies this process's slices of several batches, for a step of `make_many_steps`."""
         stacked = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+        return self._placed(stacked, 1)
+
+    def _placed(self, batch: Batch, axis: int) -> dict[str, Any]:
+        """Shards arrays along an axis; pmap wants it as the first one."""
         if self.kind == "pmap":
             local = len(self.mesh.local_devices)
             return {
-                name: array.reshape(len(batches), local, -1, *array.shape[2:]).swapaxes(0, 1)
-                for name, array in stacked.items()
+                name: np.moveaxis(
+                    array.reshape(*array.shape[:axis], local, -1, *array.shape[axis + 1 :]), axis, 0
+                )
+                for name, array in batch.items()
             }
-        sharding = NamedSharding(self.mesh, PartitionSpec(None, AXIS))
+        sharding = NamedSharding(self.mesh, PartitionSpec(*[None] * axis, AXIS))
         return {
             name: jax.make_array_from_process_local_data(sharding, array)
-            for name, array in stacked.items()
+            for name, array in batch.items()
         }
 
     def has_room(self, size: int) -> bool:
-        """Returns whether `size` bytes fit into the memory for clips of every device of all processes."""
+        """Returns whether `size` bytes of clips fit on every device of all processes."""
         local = self.mesh.local_devices
         if local[0].platform == "cpu":
             fits = size * len(local) <= HOST_FRACTION * _host_memory()
@@ -217,7 +215,7 @@ class Parallel:
         )
 
     def score_step(self, step: Callable[..., Any]) -> Callable[[Any, np.ndarray], np.ndarray]:
-        """Compiles a scoring step. It takes and returns this process's rows `[b, ...]`, on the host."""
+        """Compiles a scoring step. It takes and returns this process's rows, on the host."""
         compiled = jax.jit(
             lambda model, x: step(self.gather(model), x),
             in_shardings=(None if self.kind == "fsdp" else self.replicated, self.sharded),

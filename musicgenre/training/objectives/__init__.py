@@ -1,4 +1,4 @@
-"""Objectives: what a run learns from. `musicgenre.training.fit` runs the loop, an objective the rest.
+"""Objectives: what a run learns from. The loop itself is `musicgenre.training.fit`.
 
 Three come with this package: `supervised` (labels, and teachers where there are any), `simclr` and
 `contrastive_divergence`. A module of your own adds one for `config.pretrain.method`:
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import flax.linen as nn
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -24,7 +25,7 @@ from musicgenre.config import base_config, flatten
 from musicgenre.errors import UserError, did_you_mean
 from musicgenre.registry import Registry
 from musicgenre.runs.provenance import TrainedOn
-from musicgenre.store.loader import normalisation
+from musicgenre.store.loader import normalisation, train_batches
 from musicgenre.store.store import Store
 from musicgenre.training.parallel import Parallel
 from musicgenre.training.state import TrainState
@@ -36,12 +37,12 @@ COMMON = (
     "steps_per_call",
 )  # fmt: skip
 _OBJECTIVES: Registry[type["Objective"]] = Registry("objective", "musicgenre.objectives")
-O = TypeVar("O", bound="type[Objective]")  # noqa: E741
+T = TypeVar("T", bound="Objective")
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What an objective works on: a checked config with resolved model fields, its store and devices."""
+    """What an objective works on: a checked config with resolved model fields, store, devices."""
 
     config: ConfigDict
     store: Store
@@ -74,10 +75,30 @@ class Run:
             dtype=self.config.dtype,
         )
 
-    def norm(self) -> dict[str, Any]:
-        """Measures the input's normalisation on the training clips."""
+    def batches(self, steps: int, resident: bool, **options: Any) -> Any:
+        """Returns `musicgenre.store.loader.train_batches` for this process."""
+        return train_batches(
+            self.store,
+            batch_size=self.config.batch_size,
+            steps=steps,
+            seed=self.config.seed,
+            crop_frames=self.config.data.crop_frames,
+            resident=resident,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            workers=self.config.data.workers,
+            **options,
+        )
+
+    def initial(self) -> dict[str, Any]:
+        """Returns the arguments of `create_state` that all objectives share."""
         data = self.config.data
-        return normalisation(self.store, data.normalise, clips=data.normalise_clips)
+        return {
+            "norm": normalisation(self.store, data.normalise, clips=data.normalise_clips),
+            "seed": self.config.seed,
+            "frames": self.frames,
+            "bands": self.store.bands,
+        }
 
 
 class Objective(abc.ABC):
@@ -94,9 +115,11 @@ class Objective(abc.ABC):
       refuses: fields, within those that it obeys, that it cannot honour, each with the reason.
       fields: its own fields in `config.pretrain`, with their defaults.
       pmap: `--parallel=pmap` is possible.
+      stages: how many there are, each with its own step function.
       watched: the metric that ends the run if it becomes NaN or infinite.
       remedy: what to set then, after "a smaller".
       metric: the measure that the best checkpoint is selected by; None selects none.
+      compared: the measure, and whether lower is better, that notes name where none is selected by.
       taught_on: what the teachers of a new run were trained on, for its record.
     """
 
@@ -109,21 +132,19 @@ class Objective(abc.ABC):
     pmap: ClassVar[bool] = True
     watched: ClassVar[str] = "loss"
     remedy: ClassVar[str] = "--config.optimizer.learning_rate, or --config.optimizer.clip_norm=1"
+    stages: int = 1
     metric: str | None = None
+    compared: ClassVar[tuple[str, bool]] = ("loss", True)
     taught_on: Sequence[TrainedOn] = ()
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        self.progress: Any = None  # measures so far, JSON values that checkpoints save
 
     @property
     @abc.abstractmethod
     def stage_steps(self) -> int:
         """Steps of each stage."""
-
-    @property
-    def stages(self) -> int:
-        """How many stages there are, each with a step function of its own."""
-        return 1
 
     @abc.abstractmethod
     def create_state(self, resumes: bool) -> TrainState:
@@ -166,28 +187,22 @@ class Objective(abc.ABC):
         """Returns a line to print after a logged step; "" prints none."""
         return ""
 
-    def notes(self) -> dict[str, Any]:
-        """Returns JSON values to be saved with each checkpoint."""
-        return {}
-
-    def restore(self, notes: Mapping[str, Any]) -> None:
-        """Takes up the `notes` of a checkpoint."""
-
     def measures(self) -> tuple[dict[str, float], ...]:
         """Returns the measures at the end of each stage so far."""
-        return ()
+        return tuple(self.progress)
 
     def summary(self, step: int) -> str:
         """Returns how pretraining went, for people."""
         return f"pretrained in {step} steps"
 
 
-def register(name: str) -> Callable[[O], O]:
+def register(name: str) -> Callable[[type[T]], type[T]]:
     """Returns a class decorator that makes an objective available as `config.pretrain.method`."""
 
-    def add(cls: O) -> O:
+    def add(cls: type[T]) -> type[T]:
         cls.name = name
-        return _OBJECTIVES.add(name, cls)
+        _OBJECTIVES.add(name, cls)
+        return cls
 
     return add
 
@@ -198,7 +213,7 @@ def get(name: str) -> type[Objective]:
 
 
 def check_fields(config: ConfigDict, objective: type[Objective]) -> None:
-    """Raises UserError for a field that an objective does not obey and that is not at its default."""
+    """Raises UserError for a field off its default that an objective does not obey."""
     defaults = dict(flatten(base_config()))
     own = {f"pretrain.{name}": value for name, value in objective.fields.items()}
     known = (*COMMON, *objective.obeys, *objective.ignores, *own)

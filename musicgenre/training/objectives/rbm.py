@@ -9,7 +9,7 @@ Feng 2014).
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +20,6 @@ import optax
 from musicgenre.errors import UserError
 from musicgenre.models.apply import normalise
 from musicgenre.models.rbm import UnrolledRBMs
-from musicgenre.store.loader import train_batches
 from musicgenre.training.augment import gather_windows
 from musicgenre.training.objectives import Objective, Run, register
 from musicgenre.training.scoring import score_clips
@@ -39,7 +38,7 @@ class RBM:
       weights: W, float32 `[visible, hidden]`.
       visible_bias: a, `[visible]`.
       hidden_bias: b, `[hidden]`.
-      gaussian: the visible units are Gaussian with unit variance; else they are binary, or probabilities of ones.
+      gaussian: visible units are Gaussian with unit variance, else binary.
     """
 
     weights: jax.Array
@@ -48,24 +47,8 @@ class RBM:
     gaussian: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class CDState:
-    """What a step of contrastive divergence changes; a pytree.
-
-    Attributes:
-      step: steps done, int32 scalar.
-      rbm: the machine.
-      opt_state: the optimiser's state.
-    """
-
-    step: jax.Array
-    rbm: RBM
-    opt_state: Any
-
-
 def init_rbm(key: jax.Array, visible: int, hidden: int, *, gaussian: bool = False) -> RBM:
-    """Returns a machine with weights from a normal distribution of deviation 0.01 and zero biases, as Hinton advises."""
+    """Returns a machine with weights from N(0, 0.01^2) and zero biases, as Hinton advises."""
     weights = 0.01 * jax.random.normal(key, (visible, hidden))
     return RBM(weights, jnp.zeros(visible), jnp.zeros(hidden), gaussian)
 
@@ -76,13 +59,13 @@ def hidden_probabilities(rbm: RBM, visible: jax.Array) -> jax.Array:
 
 
 def visible_means(rbm: RBM, hidden: jax.Array) -> jax.Array:
-    """Returns E(v | h), `[batch, visible]`, of `hidden` `[batch, hidden]`: probabilities where v is binary."""
+    """Returns E(v | h), `[batch, visible]`, of `hidden` `[batch, hidden]`."""
     means = rbm.visible_bias + hidden @ rbm.weights.T
     return means if rbm.gaussian else jax.nn.sigmoid(means)
 
 
 def free_energy(rbm: RBM, visible: jax.Array) -> jax.Array:
-    """Returns F(v) = -log sum over h of exp(-E(v, h)), `[batch]`, of `visible` `[batch, visible]`; p(v) is exp(-F(v)) / Z."""
+    """Returns F(v) = -log sum over h of exp(-E(v, h)), `[batch]`, of v `[batch, visible]`."""
     if rbm.gaussian:
         alone = 0.5 * jnp.square(visible - rbm.visible_bias).sum(axis=-1)
     else:
@@ -103,15 +86,15 @@ def gibbs_step(rbm: RBM, visible: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def cd_gradient(rbm: RBM, visible: jax.Array, key: jax.Array, steps: int) -> RBM:
-    """Returns the CD-k estimate of the gradient of the mean negative log-likelihood, to be descended.
+    """Returns the CD-k estimate of the gradient of the mean negative log-likelihood.
 
-    The gradient is that of the free energy at the data minus that at the ends of k-step Gibbs chains that start from the
-    data (Hinton 2002). Hidden units enter both with their probabilities, so only the chain itself is noisy.
+    It is the gradient of the free energy at the data minus that at the ends of k-step Gibbs chains
+    from the data (Hinton 2002). Hidden units enter by their probabilities; only the chain is noisy.
 
     Args:
       rbm: the machine.
       visible: data, float32 `[batch, visible]`.
-      key: random key; Gibbs step i takes `fold_in(key, i)`.
+      key: random key; Gibbs step i uses `fold_in(key, i)`.
       steps: k.
     """
     fantasy = jax.lax.fori_loop(
@@ -123,60 +106,56 @@ def cd_gradient(rbm: RBM, visible: jax.Array, key: jax.Array, steps: int) -> RBM
 
 
 def reconstruction_errors(rbm: RBM, visible: jax.Array) -> jax.Array:
-    """Returns the mean squared difference, `[batch]`, of v `[batch, visible]` and E(v | p(h | v)); nothing is sampled."""
-    return jnp.square(visible - visible_means(rbm, hidden_probabilities(rbm, visible))).mean(
-        axis=-1
-    )
+    """Returns the mean squared error, `[batch]`, of E(v | p(h | v)) as v; nothing is sampled."""
+    reconstruction = visible_means(rbm, hidden_probabilities(rbm, visible))
+    return jnp.square(visible - reconstruction).mean(axis=-1)
 
 
 def cd_optimizer(
     learning_rate: float, momentum: float, weight_decay: float
 ) -> optax.GradientTransformation:
     """Returns gradient descent with momentum; weight decay leaves the biases alone."""
-
-    def weights_only(params: Any) -> Any:
-        return jax.tree.map(lambda x: x.ndim > 1, params)
-
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay, weights_only), optax.sgd(learning_rate, momentum)
+    decay = optax.add_decayed_weights(
+        weight_decay, lambda params: jax.tree.map(lambda x: x.ndim > 1, params)
     )
+    return optax.chain(decay, optax.sgd(learning_rate, momentum))
 
 
-def make_cd_step(
+def cd_update(
+    rbm: RBM,
+    opt_state: Any,
+    visible: jax.Array,
+    key: jax.Array,
     optimizer: optax.GradientTransformation,
     *,
-    seed: int,
-    cd_steps: int = 1,
+    steps: int = 1,
     axis_name: str | None = None,
-) -> Callable[[CDState, jax.Array], tuple[CDState, Metrics]]:
-    """Returns `cd_step(state, visible) -> (state, metrics)`, pure, to be jitted or pmapped.
+) -> tuple[RBM, Any, Metrics]:
+    """Returns a machine and its optimiser's state after one step of contrastive divergence.
 
     Args:
+      rbm: the machine.
+      opt_state: its optimiser's state.
+      visible: data, float32 `[batch, visible]`.
+      key: of the chains.
       optimizer: see `cd_optimizer`.
-      seed: the chains' key at a step is `fold_in(key(seed), step)`.
-      cd_steps: k of CD-k.
-      axis_name: the device axis under pmap, where each device draws for itself.
+      steps: k of CD-k.
+      axis_name: the device axis under pmap, where each device draws its own chains.
 
-    The step takes `visible` `[batch, visible]`; its metric is the mean `reconstruction_error`
-    before the update.
+    The metric is the mean `reconstruction_error` before the update.
     """
-
-    def cd_step(state: CDState, visible: jax.Array) -> tuple[CDState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        if axis_name is not None:
-            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        gradient = cd_gradient(state.rbm, visible, key, cd_steps)
-        metrics = {"reconstruction_error": reconstruction_errors(state.rbm, visible).mean()}
-        if axis_name is not None:
-            gradient, metrics = jax.lax.pmean((gradient, metrics), axis_name)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.rbm)
-        return CDState(state.step + 1, optax.apply_updates(state.rbm, updates), opt_state), metrics
-
-    return cd_step
+    if axis_name is not None:
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+    gradient = cd_gradient(rbm, visible, key, steps)
+    metrics = {"reconstruction_error": reconstruction_errors(rbm, visible).mean()}
+    if axis_name is not None:
+        gradient, metrics = jax.lax.pmean((gradient, metrics), axis_name)
+    updates, opt_state = optimizer.update(gradient, opt_state, rbm)
+    return optax.apply_updates(rbm, updates), opt_state, metrics
 
 
 def machine(state: TrainState, layer: int) -> RBM:
-    """Returns machine `layer` (0 is the lowest) of a stack: its weights are the network's `layer<N>`, N from 1."""
+    """Returns machine `layer`, from 0, of a stack: the network's `layer<N>`, N from 1."""
     dense = state.params[f"layer{layer + 1}"]
     return RBM(
         dense["kernel"], state.opt_state[layer]["visible_bias"], dense["bias"], gaussian=layer == 0
@@ -184,7 +163,7 @@ def machine(state: TrainState, layer: int) -> RBM:
 
 
 def visible_of(state: TrainState, layer: int, x: jax.Array) -> jax.Array:
-    """Returns what machine `layer` sees of stored features `x` `[batch, frames, bands]`: `[batch, visible]`, float32."""
+    """Returns the input `[batch, visible]` of machine `layer` for `x` `[batch, frames, bands]`."""
     visible = normalise(x, state.norm).reshape(x.shape[0], -1)
     for below in range(layer):
         visible = hidden_probabilities(machine(state, below), visible)
@@ -201,18 +180,17 @@ def make_layer_step(
     axis_name: str | None = None,
     gather: Callable[[Any], Any] = lambda tree: tree,
 ) -> StepFunction:
-    """Returns `layer_step(state, batch, clips=None) -> (state, metrics)`: a `cd_step` of one machine.
+    """Returns `layer_step(state, batch, clips=None) -> (state, metrics)` of one machine of a stack.
 
     Args:
       optimizer: see `cd_optimizer`.
-      layer: the machine, 0 is the lowest.
-      seed: see `make_cd_step`.
-      cd_steps: see `make_cd_step`.
+      layer: the machine; 0 is the lowest.
+      seed: the chains' key at a step is `fold_in(key(seed), step)`.
+      cd_steps: k of CD-k.
       frames: frames of a window of resident clips.
-      axis_name: see `make_cd_step`.
+      axis_name: see `cd_update`.
       gather: `Parallel.gather`.
     """
-    cd_step = make_cd_step(optimizer, seed=seed, cd_steps=cd_steps, axis_name=axis_name)
 
     def layer_step(
         state: TrainState, batch: Any, clips: jax.Array | None = None
@@ -222,21 +200,27 @@ def make_layer_step(
         else:
             x = gather_windows(clips, batch["clip"], batch["start"], frames)
         full = dataclasses.replace(state, params=gather(state.params))
-        old = CDState(state.step, machine(full, layer), state.opt_state[layer]["optimizer"])
-        new, metrics = cd_step(old, visible_of(full, layer, x))
-        params = state.params | {
-            f"layer{layer + 1}": {"kernel": new.rbm.weights, "bias": new.rbm.hidden_bias}
-        }
-        own = {"visible_bias": new.rbm.visible_bias, "optimizer": new.opt_state}
-        opt_state = (*state.opt_state[:layer], own, *state.opt_state[layer + 1 :])
-        new_state = dataclasses.replace(state, step=new.step, params=params, opt_state=opt_state)
-        return new_state, metrics
+        rbm, opt_state, metrics = cd_update(
+            machine(full, layer),
+            state.opt_state[layer]["optimizer"],
+            visible_of(full, layer, x),
+            jax.random.fold_in(jax.random.key(seed), state.step),
+            optimizer,
+            steps=cd_steps,
+            axis_name=axis_name,
+        )
+        trained = {"kernel": rbm.weights, "bias": rbm.hidden_bias}
+        params = state.params | {f"layer{layer + 1}": trained}
+        own = {"visible_bias": rbm.visible_bias, "optimizer": opt_state}
+        others = (*state.opt_state[:layer], own, *state.opt_state[layer + 1 :])
+        new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=others)
+        return new, metrics
 
     return layer_step
 
 
 def make_monitor_step(layer: int) -> Callable[[TrainState, jax.Array], jax.Array]:
-    """Returns `monitor_step(state, x) -> [batch, 2]`: free energy and reconstruction error at one machine of a stack."""
+    """Returns `monitor_step(state, x) -> [batch, 2]`: free energy and reconstruction error."""
 
     def monitor_step(state: TrainState, x: jax.Array) -> jax.Array:
         visible = visible_of(state, layer, x)
@@ -255,18 +239,13 @@ def create_stack(
     frames: int,
     bands: int,
 ) -> TrainState:
-    """Initialises the machines of a stack as the layers of the network that they unroll into, from the seed.
+    """Initialises the machines of a stack, as layers of the network that they unroll into.
 
-    Args:
-      module: the network.
-      optimizer: of each machine.
-      norm: `mean` and `std`, broadcastable to `[frames, bands]`.
-      seed: of the weights, the head's too.
-      frames: frames of the input.
-      bands: bands of the input.
+    Arguments are those of `musicgenre.training.state.create_state`; `optimizer` is each machine's.
 
     Returns:
-      A state whose `opt_state` holds, for each machine, `visible_bias` (which the network does not have) and `optimizer`.
+      A state whose `opt_state` holds each machine's `visible_bias`, which the network lacks, and
+      `optimizer`.
     """
     state = create_state(
         module, optax.identity(), norm, seed=seed, frames=frames, bands=bands, ema=False
@@ -299,6 +278,7 @@ class ContrastiveDivergence(Objective):
     )  # fmt: skip
     ignores = ("epochs", "optimizer")
     watched = "reconstruction_error"
+    compared = ("reconstruction_error", True)
     remedy = "--config.pretrain.learning_rate"
 
     def __init__(self, run: Run) -> None:
@@ -320,12 +300,8 @@ class ContrastiveDivergence(Objective):
             count = min(len(clips), len(valid))
             chosen = np.linspace(0, len(clips) - 1, count).astype(int)
             self._clips = {"train": clips[chosen], "valid": valid}
-        self._finished: list[dict[str, float]] = []
-
-    @property
-    def stages(self) -> int:
-        """One stage per layer."""
-        return len(self._module.layers)
+        self.stages = len(self._module.layers)
+        self.progress = []
 
     @property
     def stage_steps(self) -> int:
@@ -334,32 +310,14 @@ class ContrastiveDivergence(Objective):
 
     def create_state(self, resumes: bool) -> TrainState:
         """Returns fresh machines."""
-        norm = self.run.norm()
+        settings = self.run.initial()
         return self.run.spread.create_state(
-            lambda: create_stack(
-                self._module,
-                self._optimizer,
-                norm,
-                seed=self.run.config.seed,
-                frames=self.run.frames,
-                bands=self.run.store.bands,
-            )
+            lambda: create_stack(self._module, self._optimizer, **settings)
         )
 
     def batches(self, resident: bool, resumes: bool) -> Any:
         """Returns the iterator over windows of the clips."""
-        config = self.run.config
-        return train_batches(
-            self.run.store,
-            batch_size=config.batch_size,
-            steps=self.stages * self.stage_steps,
-            seed=config.seed,
-            crop_frames=config.data.crop_frames,
-            resident=resident,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            workers=config.data.workers,
-        )
+        return self.run.batches(self.stages * self.stage_steps, resident)
 
     def step(self, stage: int) -> StepFunction:
         """Returns the step of a layer."""
@@ -395,7 +353,7 @@ class ContrastiveDivergence(Objective):
             gap = measures["valid_free_energy"] - measures["train_free_energy"]
             measures["free_energy_gap"] = gap
         if step % self.stage_steps == 0:
-            self._finished = [*self._finished, measures]
+            self.progress = [*self.progress, measures]
         return measures
 
     def _layer(self, step: int) -> int:
@@ -409,24 +367,12 @@ class ContrastiveDivergence(Objective):
         train = {f"batch_{name}": value for name, value in means.items()}
         return [{"layer": self._layer(step), **row} for row in (train, measures) if row]
 
-    def notes(self) -> dict[str, Any]:
-        """Returns each finished layer's measures. No checkpoint counts as the best."""
-        return {"metric": self.watched, "lower_is_better": True, "pretrained": self._finished}
-
-    def restore(self, notes: Mapping[str, Any]) -> None:
-        """Takes up the measures of finished layers."""
-        self._finished = notes["pretrained"]
-
-    def measures(self) -> tuple[dict[str, float], ...]:
-        """Returns the measures at the end of each layer."""
-        return tuple(self._finished)
-
     def summary(self, step: int) -> str:
         """Returns the reconstruction errors, for people."""
         split = "valid" if "valid" in self._clips else "train"
         errors = (
             f"layer{i} {measures[f'{split}_reconstruction_error']:.4f}"
-            for i, measures in enumerate(self._finished, 1)
+            for i, measures in enumerate(self.progress, 1)
         )
         return (
             f"pretrained {self.stages} layers in {step} steps; reconstruction error on {split}: "

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,7 +12,6 @@ from musicgenre.evaluation.metrics import (
     regression_metrics,
     single_label_metrics,
 )
-from musicgenre.store.loader import train_batches
 from musicgenre.training.augment import Augmentation, window_frames
 from musicgenre.training.losses import balanced_weights
 from musicgenre.training.objectives import Objective, Run, register
@@ -77,48 +75,27 @@ class Supervised(Objective):
 
     def create_state(self, resumes: bool) -> TrainState:
         """Returns a fresh state, or one that starts from the layers of `config.init_from`."""
-        config, store, spread = self.run.config, self.run.store, self.run.spread
-        norm = self.run.norm()
+        config, spread = self.run.config, self.run.spread
+        settings = self.run.initial() | {"ema": config.ema_decay > 0}
 
         def create() -> TrainState:
-            return create_state(
-                self._module,
-                self._optimizer,
-                norm,
-                seed=config.seed,
-                frames=self.run.frames,
-                bands=store.bands,
-                ema=config.ema_decay > 0,
-            )
+            return create_state(self._module, self._optimizer, **settings)
 
         if not config.init_from or resumes:
             return spread.create_state(create)
-        model = config.model.to_dict()
-        state = start_from(
-            create(), self._layers, config.init_from, model=model, features=store.features
-        )
+        model, features = config.model.to_dict(), self.run.store.features
+        state = start_from(create(), self._layers, config.init_from, model=model, features=features)
         return spread.place_state(state)
 
     def batches(self, resident: bool, resumes: bool) -> Any:
         """Returns the iterator over training batches."""
-        config, store = self.run.config, self.run.store
+        config, run = self.run.config, self.run
         targets = None
         if distils(config):
             teachers = None if resumes else self._teachers
-            targets = soft_targets(config, store, self.run.workdir, self.run.spread, teachers)
-        return train_batches(
-            store,
-            batch_size=config.batch_size,
-            steps=self.stage_steps,
-            seed=config.seed,
-            crop_frames=config.data.crop_frames,
-            window_frames=self._window if config.augment.time_stretch else 0,
-            resident=resident,
-            teacher=targets,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            workers=config.data.workers,
-        )
+            targets = soft_targets(config, run.store, run.workdir, run.spread, teachers)
+        window = self._window if config.augment.time_stretch else 0
+        return run.batches(self.stage_steps, resident, window_frames=window, teacher=targets)
 
     def step(self, stage: int) -> StepFunction:
         """Returns the training step."""

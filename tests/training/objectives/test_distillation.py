@@ -249,7 +249,7 @@ def test_the_loss_is_the_cross_entropy_against_labels_and_teachers(task, mixed):
     targets, x = 0.7 * smooth + 0.3 * teacher, batch["x"].astype(np.float32)
     if mixed:
         both = jax.jit(augmentation)(batch, jax.random.fold_in(jax.random.key(0), 0), NORM)
-        share, x = np.asarray(both["share"])[:, None], both["x"]
+        share, x = np.asarray(both["mix"])[:, None], both["x"]
         assert np.ptp(share) > 0.1
         targets = share * targets + (1 - share) * np.roll(targets, -1, axis=0)
 
@@ -371,7 +371,9 @@ def test_a_stopped_run_goes_on_to_the_bit_without_its_teachers(place, tmp_path, 
     # What the teachers said is not to be lost or changed under a run.
     saved = (tmp_path / "cut" / "teachers.npy").read_bytes()
     (tmp_path / "cut" / "teachers.npy").write_bytes(saved[:-4] + bytes(4))
-    with pytest.raises(UserError, match=r"teachers\.npy: not what the teachers said \(SHA-256\)"):
+    with pytest.raises(
+        UserError, match=r"teachers\.npy: not the teachers' predictions \(SHA-256\)"
+    ):
         train(config, tmp_path / "cut", progress=False)
     (tmp_path / "cut" / "teachers.npy").unlink()
     with pytest.raises(UserError, match=r"teachers\.npy: cannot be read \(No such file"):
@@ -527,15 +529,13 @@ def test_teachers_that_do_not_fit_are_named(place, tmp_path, monkeypatch):
             )
     # Nothing was begun that a mended config could not go on with.
     assert not (tmp_path / "run").exists()
-    with pytest.raises(
-        UserError, match=r"goes with the cross entropy: leave config\.loss\.name empty"
-    ):
+    with pytest.raises(UserError, match=r"needs the cross entropy: leave config\.loss\.name empty"):
         train(
             student(place, distill__teachers=halves(place), loss__name="mse"),
             tmp_path / "run",
             progress=False,
         )
-    with pytest.raises(UserError, match="a regression has no probabilities that could be taught"):
+    with pytest.raises(UserError, match="a regression has no probabilities to learn from"):
         read_teachers(
             student(place, distill__teachers=halves(place)),
             types.SimpleNamespace(task="regression"),
