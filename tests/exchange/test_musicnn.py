@@ -260,11 +260,7 @@ def change(key, value):
     [
         ("3CNN/bias", None, "MTT_vgg: the variable '3CNN/bias' is missing"),
         ("1CNN/kernel", None, "MTT_vgg: no kernel '1CNN/kernel' of 4 axes"),
-        (
-            "6CNN/bias",
-            np.zeros(2, np.float32),
-            "this network has no variable '6CNN/bias'",
-        ),
+        ("6CNN/bias", np.zeros(2, np.float32), "this network has no variable '6CNN/bias'"),
         (
             "2CNN/kernel",
             np.zeros((3, 3, 2, 3), np.float32),
@@ -331,7 +327,7 @@ def test_weights_of_another_network(tmp_path, key, value, message):
             "pre_processing must be 'logC', not 'dB'",
         ),
         ("MTT_vgg/.index", "", "MTT_vgg/.index: not the index of a TensorFlow checkpoint"),
-        ("MTT_vgg/.data-00000-of-00001", "", "goes to byte .* of 0"),
+        ("MTT_vgg/.data-00000-of-00001", "", "ends at byte .* of 0"),
     ],
 )
 def test_damaged_files(tmp_path, file, content, message):

@@ -158,9 +158,9 @@ def test_a_bundle_is_a_source_whose_clips_are_not_known(small_config, tmp_path, 
     audit = evaluate_model(model, store, "valid").audit
     assert not audit.clean and not audit.findings
     assert audit.summary()[:2] == [
-        "training clips unknown: tags.safetensors does not list them; whether evaluated clips are among them "
-        "cannot be said",
-        "nothing found among the training clips that are known: 9 evaluated clips against 24 trained on",
+        "training clips unknown: tags.safetensors does not list them; leakage cannot be ruled out",
+        "nothing found among the training clips that are known: "
+        "9 evaluated clips against 24 trained on",
     ]
 
 
