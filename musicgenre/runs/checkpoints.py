@@ -169,8 +169,8 @@ class Checkpoints:
         if is_lost(error):
             return ProcessLost(error)
         return UserError(
-            f"{self._folder}: the checkpoint could not be written ({_first_line(error)}). Free some "
-            "space and repeat the command: it resumes from the last complete checkpoint."
+            f"{self._folder}: the checkpoint could not be written ({_first_line(error)}). Free "
+            "some space and repeat the command: it resumes from the last complete checkpoint."
         )
 
 
