@@ -106,7 +106,8 @@ class ChoiCNN(nn.Module):
             if kernel == 0 and bands > 1:
                 raise UserError(
                     "model.band_pools must be 1 from the convolution on that covers all bands "
-                    f"(0 in model.kernel_bands): model.kernel_bands={kernels}, model.band_pools={pools}."
+                    f"(0 in model.kernel_bands): model.kernel_bands={kernels}, "
+                    f"model.band_pools={pools}."
                 )
         return InputLimits(min_frames=math.prod(fields["time_pools"]), min_bands=bands)
 

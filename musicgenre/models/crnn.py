@@ -98,7 +98,7 @@ def _hard_sigmoid(a: jax.Array) -> jax.Array:
 
 @register("crnn")
 class CRNN(nn.Module):
-    """Four times [convolution, normalisation, ELU, max-pool, dropout], recurrent layers, and the head.
+    """Four times [convolution, normalisation, ELU, max-pool, dropout], then recurrent layers.
 
     The pools leave 15 frames x 1 band x 128 filters of 1366 frames x 96 bands (29.1 s at 12 kHz,
     hop 256). Remaining bands are concatenated in each frame, so more bands can be used.

@@ -174,7 +174,7 @@ class BatchNorm(nn.BatchNorm):
     """`nn.BatchNorm`, and what follows it; training takes less memory where `Conv` is fast."""
 
     @nn.compact
-    def __call__(
+    def __call__(  # type: ignore[override]
         self, x: jax.Array, *, plus: jax.Array | None = None, relu: bool = False
     ) -> jax.Array:
         """Normalises.

@@ -3,8 +3,8 @@
 The front end has no parameters. It divides a log-mel spectrogram into blocks of neighbouring bands
 and windows of frames, takes the 2-D spectrum of each block (its scale is how fine the pattern is
 over frequency, its rate how fast it repeats) and averages the magnitudes over time. It can do so
-for several views of a spectrogram that weight loudness differently. Few clips suffice to train the rest,
-one hidden layer.
+for several views of a spectrogram that weight loudness differently. Few clips suffice to train the
+rest, one hidden layer.
 
 The idea is that of spectro-temporal modulation filters (T. Chi, P. Ru, S. Shamma, "Multiresolution
 spectrotemporal analysis of complex sounds", JASA 2005), of the joint time-frequency scattering
@@ -349,7 +349,7 @@ class Modulation(nn.Module):
 
     @nn.nowrap
     def _features(self, x: jax.Array) -> list[jax.Array]:
-        options = {
+        options: dict[str, Any] = {
             "regions": self.regions,
             "windows": self.windows,
             "scale_edges": self.scale_edges,

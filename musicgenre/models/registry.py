@@ -208,10 +208,10 @@ def build(
     fields = resolve(model)
     name, _ = fields.pop("name"), fields.pop("module")
     cls = network_class(name)
-    if problems := input_limits(cls, fields).problems(frames, bands, kind):
+    if needs := " and ".join(input_limits(cls, fields).problems(frames, bands, kind)):
         raise UserError(
-            f"the model {name!r} with these fields needs {' and '.join(problems)}, but its input "
-            f"is {frames} frames x {bands} bands{f' of {kind}' if kind else ''}. Change data.frames, "
+            f"the model {name!r} with these fields needs {needs}, but its input is "
+            f"{frames} frames x {bands} bands{f' of {kind}' if kind else ''}. Change data.frames, "
             "data.crop_frames, features or model."
         )
     if "dtype" in {field.name for field in dataclasses.fields(cls)}:

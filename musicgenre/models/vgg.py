@@ -1,10 +1,10 @@
 """The VGG-like network that musicnn is compared with: five small convolutions over 3 s.
 
 Source: the public code of J. Pons, X. Serra, "musicnn: pre-trained convolutional neural networks
-for music audio tagging", arXiv:1909.06654 (jordipons/musicnn, `models.py`), which follows K. Simonyan,
-A. Zisserman, arXiv:1409.1556, and K. Choi et al., arXiv:1606.00298. The computation is exactly that
-code's, so that its weights fit: each ReLU comes before its batch normalisation, whose epsilon is
-.001, and the first pool, of 4 frames x 1 band and stride 2 x 2, skips every second band.
+for music audio tagging", arXiv:1909.06654 (jordipons/musicnn, `models.py`), which follows
+K. Simonyan, A. Zisserman, arXiv:1409.1556, and K. Choi et al., arXiv:1606.00298. The computation is
+exactly that code's, so that its weights fit: each ReLU comes before its batch normalisation, whose
+epsilon is .001, and the first pool, of 4 frames x 1 band and stride 2 x 2, skips every second band.
 
 The variables of its checkpoints (MTT_vgg and MSD_vgg) correspond as follows:
 
