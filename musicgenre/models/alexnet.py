@@ -2,9 +2,9 @@
 
 Sources: A. Krizhevsky, I. Sutskever, G. Hinton, "ImageNet classification with deep convolutional
 neural networks", 2012; G. Gwardys, D. Grzywczak, "Deep image features in music information
-retrieval", 2014, who fed spectrograms as images to such a network, trained on ImageNet, and classified
-its features. Here the image is the spectrogram itself, with one channel and at least 57 x 57, so a
-transferred network is one trained on other music.
+retrieval", 2014, who fed spectrograms as images to such a network, trained on ImageNet, and
+classified its features. Here the image is the spectrogram itself, with one channel and at least 57
+x 57, so a transferred network is one trained on other music.
 """
 
 from collections.abc import Mapping
@@ -66,9 +66,9 @@ class AlexNet(nn.Module):
     """Five convolutions, overlapping max-pools after the first, second and fifth, and dense layers.
 
     Convolutions are padded (SAME) and pools are not, so an axis of n becomes ceil(n / 4), and
-    (n - 3) // 2 + 1 at each of the three pools: 387 frames x 128 bands leave 11 x 3 x 256 values and
-    647 x 128 leave 19 x 3 x 256. With 10 classes that is 53,740,234 and 78,906,058 parameters, nearly
-    all of them in dense1.
+    (n - 3) // 2 + 1 at each of the three pools: 387 frames x 128 bands leave 11 x 3 x 256 values
+    and 647 x 128 leave 19 x 3 x 256. With 10 classes that is 53,740,234 and 78,906,058 parameters,
+    nearly all of them in dense1.
 
     Attributes:
       num_classes: outputs.
@@ -114,13 +114,14 @@ class AlexNet(nn.Module):
         for name in ("grouped", "response_norm", "pool_after"):
             if wrong := [number for number in fields[name] if not 1 <= number <= layers]:
                 raise UserError(
-                    f"model.{name} of 'alexnet' names convolution {wrong[0]}; they are 1 to {layers}."
+                    f"model.{name} of 'alexnet' names convolution {wrong[0]}; "
+                    f"they are 1 to {layers}."
                 )
         for number in fields["grouped"]:
             if number == 1 or any(count % 2 for count in fields["filters"][number - 2 : number]):
                 raise UserError(
-                    f"model.grouped of 'alexnet': convolution {number} cannot be halved. It and the "
-                    "one before it need an even number of filters."
+                    f"model.grouped of 'alexnet': convolution {number} cannot be halved. It and "
+                    "the one before it need an even number of filters."
                 )
         size = 1
         for number in range(layers, 0, -1):

@@ -33,7 +33,8 @@ def apply_model(
 def probabilities(logits: jax.Array, task: str) -> jax.Array:
     """Returns scores, float32 `[batch, classes]`, of logits of that shape.
 
-    They are softmax ("single_label"), sigmoid ("multi_label") or the logits themselves ("regression").
+    They are softmax ("single_label"), sigmoid ("multi_label") or the logits themselves
+    ("regression").
     """
     if task == "regression":
         return logits

@@ -4,9 +4,9 @@ In their names, `k` counts the dimensions of the kernels and `c` the directions 
 All repeat [convolution, normalisation, ELU, max-pool, dropout] and end in dense layers.
 
 Source: K. Choi, G. Fazekas, M. Sandler, K. Cho, "Convolutional recurrent neural networks for music
-classification", 2017, arXiv:1609.04243. Its tables could not be opened. Kernels, pools and the widths
-of k2c1 and k2c2 are given from memory (unverified); their parameter counts match the paper's sizes.
-The widths of k1c2 are chosen so that its counts do.
+classification", 2017, arXiv:1609.04243. Its tables could not be opened. Kernels, pools and the
+widths of k2c1 and k2c2 are given from memory (unverified); their parameter counts match the paper's
+sizes. The widths of k1c2 are chosen so that its counts do.
 
 `CHOI_SIZES` holds the fields of each size, named by its number of parameters:
 
@@ -105,8 +105,9 @@ class ChoiCNN(nn.Module):
             bands *= pool
             if kernel == 0 and bands > 1:
                 raise UserError(
-                    "model.band_pools must be 1 from the convolution on that covers all bands (0 in "
-                    f"model.kernel_bands): model.kernel_bands={kernels}, model.band_pools={pools}."
+                    "model.band_pools must be 1 from the convolution on that covers all bands "
+                    f"(0 in model.kernel_bands): model.kernel_bands={kernels}, "
+                    f"model.band_pools={pools}."
                 )
         return InputLimits(min_frames=math.prod(fields["time_pools"]), min_bands=bands)
 

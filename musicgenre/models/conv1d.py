@@ -1,4 +1,4 @@
-"""The report's network for GTZAN (section 4, figure 5): convolutions over time, bands as channels."""
+"""The report's network for GTZAN (section 4, figure 5): convolutions over time."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,15 +23,15 @@ _POOLINGS = ("flatten", "mean", "mean_max", "attention")
 
 @register("conv1d")
 class Conv1D(nn.Module):
-    """Three times [convolution, ReLU, max-pool], a pool over the remaining frames, and dense layers.
+    """Three times [convolution, ReLU, max-pool], a pool over the remaining time, and dense layers.
 
-    The defaults are the report's sizes, after Dieleman's network (Spotify, 2014). Its pool, `flatten`,
-    ties the head to a number of frames. With the other pools the same parameters serve inputs of any
-    length.
+    The defaults are the report's sizes, after Dieleman's network (Spotify, 2014). Its pool,
+    `flatten`, ties the head to a number of frames. With the other pools the same parameters serve
+    inputs of any length.
 
-    Attention weights frames by the softmax over time of one linear score (after Raffel and Ellis 2015,
-    arXiv:1512.08756, without its tanh). The score starts at 0, which makes it the mean; the weights
-    are sown as `frame_weights`, float32 `[batch, frames]`.
+    Attention weights frames by the softmax over time of one linear score (after Raffel and Ellis
+    2015, arXiv:1512.08756, without its tanh). The score starts at 0, which makes it the mean; the
+    weights are sown as `frame_weights`, float32 `[batch, frames]`.
 
     Attributes:
       num_classes: outputs.
@@ -92,7 +92,8 @@ class Conv1D(nn.Module):
             )
         frames = (fields["final_pool"] or 1) if pooling == "flatten" else 1
         for _ in fields["filters"]:
-            # SAME convolution: ceil(frames / stride) positions; the pool keeps complete windows only.
+            # SAME convolution: ceil(frames / stride) positions; the pool keeps complete windows
+            # only.
             frames = (frames * fields["pool"] - 1) * fields["stride"] + 1
         return InputLimits(min_frames=frames)
 

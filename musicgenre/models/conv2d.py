@@ -51,7 +51,8 @@ class Conv2D(nn.Module):
         """The fewest frames that leave one window for the last pools, and the fewest bands."""
         frames, bands = fields["final_pool"] or 1, 1
         for _ in fields["filters"]:
-            # SAME convolution: ceil(extent / stride) positions; the pool keeps complete windows only.
+            # SAME convolution: ceil(extent / stride) positions; the pool keeps complete windows
+            # only.
             frames = (frames * fields["pool"] - 1) * fields["stride"] + 1
             bands = (bands * fields["pool"] - 1) * fields["stride"] + 1
         return InputLimits(min_frames=frames, min_bands=bands)

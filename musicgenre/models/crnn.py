@@ -1,8 +1,8 @@
 """The convolutional recurrent network (Choi et al. 2017): four convolutions, two recurrent layers.
 
 Source: K. Choi, G. Fazekas, M. Sandler, K. Cho, "Convolutional recurrent neural networks for music
-classification", 2017, arXiv:1609.04243, and the authors' public Keras 1 code, which settles what the
-paper leaves open.
+classification", 2017, arXiv:1609.04243, and the authors' public Keras 1 code, which settles what
+the paper leaves open.
 
 `CRNN_SIZES` holds the fields of each of the paper's sizes, named by its number of parameters; see
 `choi_cnn` for the networks that the paper compares.
@@ -60,7 +60,7 @@ class GRU(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns every frame's state, `[batch, frames, units]`, of `x` `[batch, frames, inputs]`."""
+        """Returns all states, `[batch, frames, units]`, of `x` `[batch, frames, inputs]`."""
         inputs, units = x.shape[-1], self.units
         glorot, orthogonal = nn.initializers.glorot_uniform(), nn.initializers.orthogonal()
         kernel = self.param("kernel", _by_gate(glorot), (inputs, 3 * units))
@@ -98,24 +98,25 @@ def _hard_sigmoid(a: jax.Array) -> jax.Array:
 
 @register("crnn")
 class CRNN(nn.Module):
-    """Four times [convolution, normalisation, ELU, max-pool, dropout], recurrent layers, and the head.
+    """Four times [convolution, normalisation, ELU, max-pool, dropout], then recurrent layers.
 
-    The pools leave 15 frames x 1 band x 128 filters of 1366 frames x 96 bands (29.1 s at 12 kHz, hop
-    256). Remaining bands are concatenated in each frame, so more bands can be used.
+    The pools leave 15 frames x 1 band x 128 filters of 1366 frames x 96 bands (29.1 s at 12 kHz,
+    hop 256). Remaining bands are concatenated in each frame, so more bands can be used.
 
     With 50 outputs it has 396,338 parameters, and with `conv_bias` the 396,786 of the public code.
 
     Attributes:
       num_classes: outputs.
       pad: frames of zeros before and after the clip, each.
-      input_norm: "time" normalises each frame of the padded input over clips and bands and then scales
-        it, as the public code does; the scales belong to their frames, so it takes exactly 1366. "band"
-        normalises each band before the padding, and "none" nothing; both take any number of frames.
+      input_norm: "time" normalises each frame of the padded input over clips and bands and then
+        scales it, as the public code does; the scales belong to their frames, so it takes exactly
+        1366. "band" normalises each band before the padding, and "none" nothing; both take any
+        number of frames.
       filters: filters of each convolution; their number is the number of layers.
       time_pools: frames of the max-pool after each convolution.
       band_pools: bands of the max-pool after each convolution.
-      conv_bias: give the convolutions the public code's biases. Normalisation cancels them, and Adam
-        amplifies their rounding noise.
+      conv_bias: give the convolutions the public code's biases. Normalisation cancels them, and
+        Adam amplifies their rounding noise.
       units: units of each recurrent layer; the last state of the last one is the embedding.
       conv_dropout: rate after each max-pool.
       dropout: rate before the head.

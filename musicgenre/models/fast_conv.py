@@ -1,8 +1,8 @@
 """Convolution and batch normalisation for training on a single CPU device in float32.
 
-On a CPU, XLA's gradients of convolutions run at a third of its matrix rate and its convolutions of a
-few positions at a hundredth, and every array kept for the gradients costs new pages of memory. The
-layers of `musicgenre.models.layers` use this module where it is switched on by `set_enabled`.
+On a CPU, XLA's gradients of convolutions run at a third of its matrix rate and its convolutions of
+a few positions at a hundredth, and every array kept for the gradients costs new pages of memory.
+The layers of `musicgenre.models.layers` use this module where it is switched on by `set_enabled`.
 """
 
 import functools
@@ -58,8 +58,8 @@ def lax_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 def fast_convs(x: jax.Array, kernels: tuple[jax.Array, ...], stride: int) -> tuple[jax.Array, ...]:
     """`lax_conv` of one input and each of several kernels of one shape, forward and backward.
 
-    - 3 x 3 of stride 1: Winograd's F(2 x 2, 3 x 3), 16 products instead of 36. Its relative error in
-      float32 is about 5e-7.
+    - 3 x 3 of stride 1: Winograd's F(2 x 2, 3 x 3), 16 products instead of 36. Its relative error
+      in float32 is about 5e-7.
     - One input channel: XLA's convolution; one product with the shifted inputs for the gradient.
     - Otherwise one product of all kernels with the input patches, which are laid out in rows.
 
@@ -183,8 +183,8 @@ def _some_clips_at_a_time(
     """Computes results and sums over a batch, at least one clip and about `_POSITIONS` at a time.
 
     Args:
-      compute: takes some clips of each array and the sums so far, and returns the same clips of each
-        result and the new sums.
+      compute: takes some clips of each array and the sums so far, and returns the same clips of
+        each result and the new sums.
       arrays: `[batch, ...]` each.
       positions: of a clip.
       shapes: of each result, `[batch, ...]`.
@@ -205,8 +205,8 @@ def _some_clips_at_a_time(
         pairs = zip(results, new, strict=True)
         return [update(result, part, start, 0) for result, part in pairs], sums
 
-    # XLA shares zeros between loops and then copies them for each, so each loop begins with a number
-    # that no other does.
+    # XLA shares zeros between loops and then copies them for each, so each loop begins with a
+    # number that no other does.
     empty = [jnp.broadcast_to(arrays[0].reshape(-1)[i], shape) for i, shape in enumerate(shapes)]
     return jax.lax.fori_loop(0, batch // clips, body, (empty, sums))
 
@@ -307,7 +307,7 @@ def _columns_product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _shifted(x: jax.Array, size: int, stride: int) -> list[jax.Array]:
-    """Returns the values at each of the kernel's `size * size` positions, `[clips, rows, columns, channels]`."""
+    """Returns `x` under each of the kernel's positions, `[clips, rows, columns, channels]` each."""
     clips, frames, bands, channels = x.shape
     rows, columns = -(-frames // stride), -(-bands // stride)
     pad = ((size - 1) // 2, size // 2)

@@ -1,7 +1,7 @@
 """Fully convolutional networks (Choi et al. 2016): 3 x 3 convolutions and max-pools.
 
-Source: K. Choi, G. Fazekas, M. Sandler, "Automatic tagging using deep convolutional neural networks",
-2016, arXiv:1606.00298.
+Source: K. Choi, G. Fazekas, M. Sandler, "Automatic tagging using deep convolutional neural
+networks", 2016, arXiv:1606.00298.
 
 `FCN_SIZES` holds the fields of the paper's other depths. In a config and in a sweep:
 
@@ -33,10 +33,10 @@ _FIVE = {
     "band_pools": (2, 2, 2, 3, 4),
 }
 
-# Fields of each size. All but the last leave 1 x 1 of 1366 frames x 96 bands. FCN-4 is published with
-# the sizes below, and the five pools of FCN-5 to 7 are those of the author's public code. The rest,
-# FCN-3 and the filters of FCN-5 to 7, is given from memory of the paper's tables (unverified). FCN-6
-# and 7 add 1 x 1 convolutions to FCN-5.
+# Fields of each size. All but the last leave 1 x 1 of 1366 frames x 96 bands. FCN-4 is published
+# with the sizes below, and the five pools of FCN-5 to 7 are those of the author's public code. The
+# rest, FCN-3 and the filters of FCN-5 to 7, is given from memory of the paper's tables
+# (unverified). FCN-6 and 7 add 1 x 1 convolutions to FCN-5.
 FCN_SIZES: dict[str, dict[str, Any]] = {
     "fcn3": {
         "filters": (256, 768, 2048),
@@ -53,8 +53,8 @@ FCN_SIZES: dict[str, dict[str, Any]] = {
     "fcn5": _FIVE | {"pointwise": ()},
     "fcn6": _FIVE | {"pointwise": (1024,)},
     "fcn7": _FIVE | {"pointwise": (1024, 1024)},
-    # For the report's own front end: 1 x 1 of 628 frames x 128 bands. Its filters are FCN-4's, since
-    # the report does not state any.
+    # For the report's own front end: 1 x 1 of 628 frames x 128 bands. Its filters are FCN-4's,
+    # since the report does not state any.
     "report": {
         "filters": (128, 384, 768, 2048),
         "time_pools": (4, 5, 5, 6),
@@ -68,9 +68,9 @@ FCN_SIZES: dict[str, dict[str, Any]] = {
 class FCN(nn.Module):
     """Repeats [convolution, normalisation, ReLU, max-pool, dropout]; a global maximum and the head.
 
-    The defaults are FCN-4 for 1366 frames x 96 bands (29.1 s at 12 kHz, hop 256), which leave 1 x 1.
-    With 50 outputs it has 17,362,610 parameters (the paper's 17.37 million also count the biases of the
-    convolutions, which normalisation cancels).
+    The defaults are FCN-4 for 1366 frames x 96 bands (29.1 s at 12 kHz, hop 256), which leave 1 x
+    1. With 50 outputs it has 17,362,610 parameters (the paper's 17.37 million also count the biases
+    of the convolutions, which normalisation cancels).
 
     A longer input or more bands leave more positions, and the maximum over them is taken, as if the
     last max-pool covered them all. The parameters are the same for every input.

@@ -16,11 +16,11 @@ _LEAST_FEATURES = 32
 
 
 class Conv(nn.Module):
-    """A convolution over frames and bands with `nn.Conv`'s parameters and a fast training step on CPU.
+    """A convolution with `nn.Conv`'s parameters and a fast training step on CPU.
 
     `fast_conv.fast_convs` serves where it is switched on, for training in float32 with at least 32
-    filters; compiling it takes half a second more per layer. Everything else is `fast_conv.lax_conv`,
-    so that scores and exported models are the same everywhere.
+    filters; compiling it takes half a second more per layer. Everything else is
+    `fast_conv.lax_conv`, so that scores and exported models are the same everywhere.
 
     Attributes:
       features: filters.
@@ -88,8 +88,9 @@ def max_pool(x: jax.Array, window: tuple[int, ...]) -> jax.Array:
     """Maximum over windows that do not overlap; the remainder at the end of an axis is dropped.
 
     A tournament of `where(a >= b, a, b)`: the gradient goes to the first of equal maxima, as in
-    `nn.max_pool`, whose backward pass (select-and-scatter) is 1.5-1.7 times slower on CPU. A reduction
-    over a reshaped axis would be shorter and gives wrong gradients under jit after BatchNorm.
+    `nn.max_pool`, whose backward pass (select-and-scatter) is 1.5-1.7 times slower on CPU. A
+    reduction over a reshaped axis would be shorter and gives wrong gradients under jit after
+    BatchNorm.
 
     Args:
       x: `[batch, a, ..., channels]`, such as `[batch, frames, bands, channels]`.
@@ -143,7 +144,7 @@ def max_pool_time(x: jax.Array, window: int) -> jax.Array:
 
 @jax.named_scope("global_max")
 def global_max(x: jax.Array) -> jax.Array:
-    """Maximum over all positions, `[batch, ..., channels]` to `[batch, channels]`, by a tournament."""
+    """Tournament over all positions, `[batch, ..., channels]` to `[batch, channels]`."""
     x = x.reshape(x.shape[0], -1, x.shape[-1])
     while (length := x.shape[1]) > 1:
         half = length // 2
@@ -173,7 +174,7 @@ class BatchNorm(nn.BatchNorm):
     """`nn.BatchNorm`, and what follows it; training takes less memory where `Conv` is fast."""
 
     @nn.compact
-    def __call__(
+    def __call__(  # type: ignore[override]
         self, x: jax.Array, *, plus: jax.Array | None = None, relu: bool = False
     ) -> jax.Array:
         """Normalises.
@@ -209,7 +210,8 @@ def batch_norm(
 ) -> BatchNorm:
     """Batch normalisation over all axes but `axis`, with scale and bias if `affine`.
 
-    Its statistics are those of the global batch: by sharding under jit, by an interceptor under pmap.
+    Its statistics are those of the global batch: by sharding under jit, by an interceptor under
+    pmap.
     """
     return BatchNorm(
         use_running_average=not train,

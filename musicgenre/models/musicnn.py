@@ -23,8 +23,9 @@ The variables of its checkpoints (MTT_musicnn and MSD_musicnn) correspond as fol
     dense_1                     head            -                                   -
 
 `kernel` and `bias` keep their names; `gamma` is `scale` and `beta` is `bias` in `params`;
-`moving_mean` is `mean` and `moving_variance` is `var` in `batch_stats`. Shapes are equal but for the
-kernels of mid1 to mid3, `[7, channels, 1, 64]` in the original, which are `[7, channels, 64]` here.
+`moving_mean` is `mean` and `moving_variance` is `var` in `batch_stats`. Shapes are equal but for
+the kernels of mid1 to mid3, `[7, channels, 1, 64]` in the original, which are `[7, channels, 64]`
+here.
 """
 
 from collections.abc import Mapping
@@ -43,9 +44,9 @@ from musicgenre.models.registry import InputLimits, register
 class Musicnn(nn.Module):
     """Parallel timbral and temporal filters, residual layers over time, pools, and dense layers.
 
-    With 96 bands and 50 outputs it has 787,159 parameters for any number of frames. The original takes
-    187 frames (3 s at 16 kHz and a hop of 256) of `log10(1 + 10000 * mel power)`. Its big version is
-    `mid_filters=512, dense=500`.
+    With 96 bands and 50 outputs it has 787,159 parameters for any number of frames. The original
+    takes 187 frames (3 s at 16 kHz and a hop of 256) of `log10(1 + 10000 * mel power)`. Its big
+    version is `mid_filters=512, dense=500`.
 
     The embedding is the original's "penultimate" feature: the dense layer after its ReLU and batch
     normalisation.
@@ -112,8 +113,8 @@ class Musicnn(nn.Module):
             return norm(nn.relu(nn.Conv(filters, size, **options)(x)), name)
 
         x = norm(x[..., None], "input")
-        # Time is padded with zeros after the normalisation; the bands are not padded, since the maximum
-        # over all of them follows.
+        # Time is padded with zeros after the normalisation; the bands are not padded, since the
+        # maximum over all of them follows.
         padding = (((self.timbral_width - 1) // 2, self.timbral_width // 2), (0, 0))
         maps = []
         for i, height in enumerate(self.timbral_heights, start=1):

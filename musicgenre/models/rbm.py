@@ -1,4 +1,4 @@
-"""The feed-forward network of unrolled restricted Boltzmann machines (Feng 2014, after Hinton 2006)."""
+"""The network of unrolled restricted Boltzmann machines (Feng 2014, after Hinton 2006)."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ from musicgenre.models.registry import register
 class UnrolledRBMs(nn.Module):
     """Sigmoid layers on the flattened input; each outputs the hidden probabilities of one machine.
 
-    `musicgenre.training.objectives.rbm` pretrains the layers without labels; otherwise this is a plain
-    sigmoid network.
+    `musicgenre.training.objectives.rbm` pretrains the layers without labels; otherwise this is a
+    plain sigmoid network.
 
     Attributes:
       num_classes: outputs.

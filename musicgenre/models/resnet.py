@@ -37,23 +37,24 @@ class ResNet(nn.Module):
 
     The convolution and the max-pool have stride 2. A unit has two 3 x 3 convolutions, or as a
     bottleneck 1 x 1, 3 x 3 and 1 x 1 with four times the filters at the end. The first unit of each
-    further stage has stride 2 (a bottleneck on its 3 x 3) and twice the filters. Where a unit changes the
-    shape, its shortcut is a 1 x 1 convolution, otherwise the identity.
+    further stage has stride 2 (a bottleneck on its 3 x 3) and twice the filters. Where a unit
+    changes the shape, its shortcut is a 1 x 1 convolution, otherwise the identity.
 
-    The original units normalise after each convolution and apply ReLU after the sum. The identity units
-    normalise and apply ReLU before each convolution, so that only sums follow each other within a stage;
-    one more normalisation and ReLU follow the last unit. Where the shape changes they come before the
-    branch, and the shortcut has no normalisation.
+    The original units normalise after each convolution and apply ReLU after the sum. The identity
+    units normalise and apply ReLU before each convolution, so that only sums follow each other
+    within a stage; one more normalisation and ReLU follow the last unit. Where the shape changes
+    they come before the branch, and the shortcut has no normalisation.
 
-    The defaults are those of the report's notebook: one unit in each of two stages, 308,426 parameters
-    with 10 outputs.
+    The defaults are those of the report's notebook: one unit in each of two stages, 308,426
+    parameters with 10 outputs.
 
     Attributes:
       num_classes: outputs.
       blocks: residual units of each stage.
       bottleneck: bottleneck units.
       preactivation: identity units (He 2016) instead of the original ones (He 2015).
-      filters: filters of the first convolution and the first stage; each further stage doubles them.
+      filters: filters of the first convolution and the first stage; each further stage doubles
+        them.
       dtype: compute type.
     """
 

@@ -1,9 +1,9 @@
 """The sample-level network (Lee et al. 2017): convolutions of three samples on the waveform.
 
-Sources: J. Lee, J. Park, K. L. Kim, J. Nam, "Sample-level deep convolutional neural networks for music
-auto-tagging using raw waveforms", arXiv:1703.01789, whose 3^9 model this is; T. Kim, J. Lee, J. Nam,
-"Sample-level CNN architectures for music auto-tagging using raw waveforms", 2018, arXiv:1710.10451,
-for squeeze and excitation.
+Sources: J. Lee, J. Park, K. L. Kim, J. Nam, "Sample-level deep convolutional neural networks for
+music auto-tagging using raw waveforms", arXiv:1703.01789, whose 3^9 model this is; T. Kim, J. Lee,
+J. Nam, "Sample-level CNN architectures for music auto-tagging using raw waveforms", 2018,
+arXiv:1710.10451, for squeeze and excitation.
 """
 
 from collections.abc import Mapping
@@ -22,8 +22,9 @@ class SampleLevel(nn.Module):
     """A strided convolution, nine times [convolution, normalisation, ReLU, max-pool], and the head.
 
     It takes features of the type "waveform": frames of consecutive samples, which are joined. Every
-    layer divides the time by 3, so that 3^10 = 59,049 samples (2.68 s at 22,050 Hz) end as one position.
-    A longer input leaves several, whose mean the head takes; a remainder of samples is dropped.
+    layer divides the time by 3, so that 3^10 = 59,049 samples (2.68 s at 22,050 Hz) end as one
+    position. A longer input leaves several, whose mean the head takes; a remainder of samples is
+    dropped.
 
     With 50 outputs it has 1,866,930 parameters. The authors' has 2,944 more: biases of its
     convolutions, which normalisation cancels.
@@ -35,9 +36,9 @@ class SampleLevel(nn.Module):
         model.
       last_filters: filters of the convolution of width 1 before the head.
       width: samples of a filter, of the first stride and of a max-pool: the m of an m^n model.
-      squeeze_excite: after each max-pool, weight the channels by what is in all of them (Kim et al.'s
-        SE block). The other changes of their best model, features from several levels and a dense
-        layer, are not included.
+      squeeze_excite: after each max-pool, weight the channels by what is in all of them (Kim et
+        al.'s SE block). The other changes of their best model, features from several levels and a
+        dense layer, are not included.
       excite_ratio: hidden units of that weighting per channel.
       dropout: rate before the head.
       dtype: compute type.

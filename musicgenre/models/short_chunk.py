@@ -1,7 +1,8 @@
-"""The short-chunk networks (Won et al. 2020): seven small convolutions over 3.7 s, plain or residual.
+"""The short-chunk networks (Won et al. 2020): seven small convolutions over 3.7 s.
 
 Source: M. Won, A. Ferraro, D. Bogdanov, X. Serra, "Evaluation of CNN-based automatic music tagging
-models", 2020, arXiv:2006.00751, and the authors' public code, which settles what the paper leaves open.
+models", 2020, arXiv:2006.00751, and the authors' public code, which settles what the paper leaves
+open.
 """
 
 from collections.abc import Mapping
@@ -27,15 +28,15 @@ from musicgenre.models.registry import InputLimits, register
 class ShortChunk(nn.Module):
     """Seven layers that halve frames and bands, a global maximum, a dense layer, and the head.
 
-    A plain layer is [convolution, normalisation, ReLU, max-pool 2]. A residual one is [convolution of
-    stride 2, normalisation, ReLU, convolution, normalisation] plus [convolution of stride 2,
-    normalisation], then ReLU. All convolutions are 3 x 3. A pool drops an odd last frame, a stride keeps
-    it.
+    A plain layer is [convolution, normalisation, ReLU, max-pool 2]. A residual one is [convolution
+    of stride 2, normalisation, ReLU, convolution, normalisation] plus [convolution of stride 2,
+    normalisation], then ReLU. All convolutions are 3 x 3. A pool drops an odd last frame, a stride
+    keeps it.
 
-    It is meant for 231 frames x 128 bands (3.69 s at 16 kHz, n_fft 512, hop 256), of which it leaves
-    1 x 1 (residual: 2 x 1). With 50 outputs it has 3,685,042 parameters, residual 12,098,354; the public
-    code's 3.69 and 12.1 million also count parameters that normalisation cancels: biases before it, and
-    the scale and offset of the input.
+    It is meant for 231 frames x 128 bands (3.69 s at 16 kHz, n_fft 512, hop 256), of which it
+    leaves 1 x 1 (residual: 2 x 1). With 50 outputs it has 3,685,042 parameters, residual
+    12,098,354; the public code's 3.69 and 12.1 million also count parameters that normalisation
+    cancels: biases before it, and the scale and offset of the input.
 
     Attributes:
       num_classes: outputs.

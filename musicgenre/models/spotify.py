@@ -1,11 +1,11 @@
 """Dieleman's network at Spotify (2014): convolutions over time, three global pools, dense layers.
 
 Source: S. Dieleman, "Recommending music on Spotify with deep learning", blog post of 5 August 2014.
-Its text gives the input (599 frames x 128 mel bands), four convolutions of width 4, the pools of 4 and
-2 frames between them, the three global pools, two dense layers of 2,048 units with dropout, and 40
-outputs trained by mean squared error. The post shows the filters and the padding in a figure only: its
-text confirms 256 filters in the first layer; the others and VALID padding (the default of Theano, in
-which the network was written) are unverified.
+Its text gives the input (599 frames x 128 mel bands), four convolutions of width 4, the pools of 4
+and 2 frames between them, the three global pools, two dense layers of 2,048 units with dropout, and
+40 outputs trained by mean squared error. The post shows the filters and the padding in a figure
+only: its text confirms 256 filters in the first layer; the others and VALID padding (the default of
+Theano, in which the network was written) are unverified.
 """
 
 from collections.abc import Mapping
@@ -28,8 +28,8 @@ def l2_pool(x: jax.Array) -> jax.Array:
     """
     power = jnp.square(x.astype(jnp.float32)).sum(axis=1)
     active = power > 0
-    # The inner `where` keeps the square root away from 0, where its infinite derivative would survive
-    # the outer one.
+    # The inner `where` keeps the square root away from 0, where its infinite derivative would
+    # survive the outer one.
     return jnp.where(active, jnp.sqrt(jnp.where(active, power, 1.0)), 0.0)
 
 
@@ -37,8 +37,8 @@ def l2_pool(x: jax.Array) -> jax.Array:
 class Spotify(nn.Module):
     """Convolutions and max-pools, then mean, maximum and L2 norm over time, and dense layers.
 
-    With 599 frames x 128 bands and 40 outputs it has 8,607,016 parameters. It serves any task: latent
-    factors by regression, as in the post, or classes or tags.
+    With 599 frames x 128 bands and 40 outputs it has 8,607,016 parameters. It serves any task:
+    latent factors by regression, as in the post, or classes or tags.
 
     Attributes:
       num_classes: outputs.

@@ -1,10 +1,10 @@
-"""The VGG-like network that musicnn is compared with: five small convolutions over 3 s, then the head.
+"""The VGG-like network that musicnn is compared with: five small convolutions over 3 s.
 
-Source: the public code of J. Pons, X. Serra, "musicnn: pre-trained convolutional neural networks for
-music audio tagging", arXiv:1909.06654 (jordipons/musicnn, `models.py`), which follows K. Simonyan,
-A. Zisserman, arXiv:1409.1556, and K. Choi et al., arXiv:1606.00298. The computation is exactly that
-code's, so that its weights fit: each ReLU comes before its batch normalisation, whose epsilon is .001,
-and the first pool, of 4 frames x 1 band and stride 2 x 2, skips every second band.
+Source: the public code of J. Pons, X. Serra, "musicnn: pre-trained convolutional neural networks
+for music audio tagging", arXiv:1909.06654 (jordipons/musicnn, `models.py`), which follows
+K. Simonyan, A. Zisserman, arXiv:1409.1556, and K. Choi et al., arXiv:1606.00298. The computation is
+exactly that code's, so that its weights fit: each ReLU comes before its batch normalisation, whose
+epsilon is .001, and the first pool, of 4 frames x 1 band and stride 2 x 2, skips every second band.
 
 The variables of its checkpoints (MTT_vgg and MSD_vgg) correspond as follows:
 
@@ -13,8 +13,8 @@ The variables of its checkpoints (MTT_vgg and MSD_vgg) correspond as follows:
     1CNN ... 5CNN               conv1 ...   batch_normalization_1 ... _5            conv1_norm ...
     dense                       head        -                                       -
 
-`kernel` and `bias` keep their names and shapes; `gamma` is `scale` and `beta` is `bias` in `params`;
-`moving_mean` is `mean` and `moving_variance` is `var` in `batch_stats`.
+`kernel` and `bias` keep their names and shapes; `gamma` is `scale` and `beta` is `bias` in
+`params`; `moving_mean` is `mean` and `moving_variance` is `var` in `batch_stats`.
 """
 
 from collections.abc import Mapping
@@ -32,9 +32,9 @@ from musicgenre.models.registry import InputLimits, register
 class Vgg(nn.Module):
     """Five times [3 x 3 convolution, ReLU, normalisation, max-pool, dropout], and the head.
 
-    The pools take 4 x 1 (stride 2 x 2), 2 x 2 three times, and 4 x 4. Of the original's 187 frames x 96
-    bands they leave 2 x 1; with 50 outputs that makes 605,748 parameters. The head depends on the
-    number of frames.
+    The pools take 4 x 1 (stride 2 x 2), 2 x 2 three times, and 4 x 4. Of the original's 187 frames
+    x 96 bands they leave 2 x 1; with 50 outputs that makes 605,748 parameters. The head depends on
+    the number of frames.
 
     The embedding is the original's "pool5" feature, its frames one after the other.
 
