@@ -18,9 +18,6 @@ from musicgenre.errors import UserError, did_you_mean
 from musicgenre.files import fingerprint
 from musicgenre.registry import import_user_module
 
-# Pretraining methods of this package, which have no fields beyond those of the section `pretrain`.
-_OWN_METHODS = ("", "contrastive_divergence", "simclr")
-
 
 def base_config() -> ConfigDict:
     """Returns every field with its default: the report's front end, network and recipe."""
@@ -41,8 +38,7 @@ def check_config(config: ConfigDict) -> None:
     """Checks a config against the fields of `base_config()` and the ranges of their values.
 
     The user's module that `config.module` names is imported first. Fields of `model` are the chosen
-    network's and are checked when it is built, those of a pretraining objective of the user's own
-    when it starts.
+    network's, and others of `pretrain` the chosen objective's: both are checked when these are built.
 
     Raises:
       UserError: an unknown field (the message names the nearest one), a missing field, a value of
@@ -55,7 +51,7 @@ def check_config(config: ConfigDict) -> None:
     for name, value in values.items():
         if name in own:
             check_type(name, value, own[name])
-        elif name not in known and not _checked_later(name, config):
+        elif name not in known and not name.startswith(("model.", "pretrain.")):
             raise UserError(
                 f"config.{name} is not a field of the configuration."
                 + did_you_mean(name, known | own)
@@ -85,11 +81,6 @@ def _make(cls: type[Section], values: Any) -> Section:
 def _own_data_fields(config: ConfigDict) -> dict[str, Any]:
     """Returns the fields that a user's data set adds to the section `data`, with their defaults."""
     return extra_fields(str(config.data.get("dataset", "")))
-
-
-def _checked_later(name: str, config: ConfigDict) -> bool:
-    own_method = config.pretrain.get("method") not in _OWN_METHODS
-    return name.startswith("model.") or (name.startswith("pretrain.") and own_method)
 
 
 def _check_together(config: ConfigDict) -> None:

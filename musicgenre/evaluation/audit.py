@@ -1,6 +1,7 @@
-"""Leakage audit: does the evaluated split hold recordings or artists that the model was trained on?"""
+"""Leakage audit: was the model trained on recordings or artists of the evaluated split?"""
 
 import dataclasses
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -9,30 +10,31 @@ import numpy as np
 
 from musicgenre.errors import UserError
 
-# A fingerprint is a grid of time cells x band cells. Two of them are compared at every shift of up to
-# MAX_SHIFT time cells: for a 30 s clip a cell is 0.47 s, so copies are found up to 1.9 s apart.
+# A fingerprint is a grid of time cells x band cells. Two of them are compared at every shift of up
+# to MAX_SHIFT time cells: for a 30 s clip a cell is 0.47 s, so copies are found up to 1.9 s apart.
 TIME_CELLS, BAND_CELLS, MAX_SHIFT = 64, 32, 4
 
-# Measured on the 639 GTZAN clips of the fault-filtered train and valid lists: the highest of all 203,841 pairs
-# is 0.44 (0.42 between the splits), none of them a copy. Copies with gain, a tilt of 8 dB, 1.5 dB of noise and
-# a shift of up to 1.2 s have 0.88 and more; eight clips through a 64 kbit/s MP3 and up to 0.7 s later 0.93 and
-# more (through 24 kbit/s, which changes them by 6 to 10 dB, 0.63: those are missed). The threshold lies high
-# because drum machines resemble each other more: the closest of 240 different synthetic clips have 0.76.
+# Measured on the 639 GTZAN clips of the fault-filtered train and valid lists, none a copy: the
+# highest cosine of all 203,841 pairs is 0.44. Copies with gain, a tilt of 8 dB, 1.5 dB of noise and
+# a shift of up to 1.2 s have 0.88 and more; eight clips through a 64 kbit/s MP3 and moved by up to
+# 0.7 s have 0.93 and more (through 24 kbit/s 0.63: those are missed). The threshold is high
+# because drum machines resemble each other: the closest of 240 synthetic clips have 0.76.
 NEAR_IDENTICAL = 0.8
 
 _PAIRS_PER_BLOCK = 4_000_000
+_Pairs = list[tuple[int, int, str]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AuditSide:
-    """The clips of one side of the comparison; everything is in the same order.
+    """The clips of one side of the comparison, in the same order in every field.
 
     Attributes:
-      clip_ids: unique ids, `[clips]`; the same id on both sides is taken for the same clip, so prefix them
-        with the data set where the sides come from different ones.
-      content_hashes: a hash of each sound file or array, `[clips]`; None or "" where there is none.
-      groups: the artist or track of each clip, `[clips]`; None where it is not known.
-      fingerprints: from `fingerprint_spectrogram`, float32 `[clips, d]`; None leaves that check out.
+      clip_ids: unique ids, `[clips]`. The same id on both sides means the same clip, so prefix them
+        with the data set if the sides come from different ones.
+      content_hashes: a hash of each sound file or array, `[clips]`; None or "" if there is none.
+      groups: the artist or track of each clip, `[clips]`; None if unknown.
+      fingerprints: from `fingerprint_spectrogram`, float32 `[clips, d]`; None skips this check.
     """
 
     clip_ids: Sequence[str]
@@ -43,7 +45,7 @@ class AuditSide:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """An evaluated clip and a clip trained on that should not be in both."""
+    """An evaluated clip and a training clip that should not be in both sides."""
 
     evaluated: str
     trained: str
@@ -52,15 +54,15 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One kind of leak.
+    """One type of leak.
 
     Attributes:
-      kind: "same clip", "same content", "near-identical" or "same artist" (or what the group is called).
-      severity: "same recording" where the model has heard the clip itself, "same artist" where it has heard
-        others by the artist.
-      pairs: number of pairs of clips, exact.
-      clips: number of evaluated clips among them, exact.
-      examples: the first pairs, strongest first; of a shared artist one pair for each evaluated clip.
+      kind: "same clip", "same content", "near-identical" or "same artist" (or the group's name).
+      severity: "same recording" if the model was trained on the clip itself, "same artist" if it
+        was trained on other clips by the artist.
+      pairs: exact number of pairs of clips.
+      clips: exact number of evaluated clips among them.
+      examples: the first pairs, strongest first; for a shared artist one per evaluated clip.
     """
 
     kind: str
@@ -72,20 +74,20 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class AuditResult:
-    """What the audit found. A pair is listed once, under the strongest kind that holds for it.
+    """The audit's findings. A pair is listed once, under the strongest type that applies.
 
     Attributes:
-      findings: every kind that occurs, worst first; empty if there is none.
-      evaluated: number of clips evaluated.
-      trained: number of clips trained on.
-      unknown_groups: evaluated clips whose artist is not known.
-      unknown_groups_trained: clips trained on whose artist is not known.
+      findings: every type that occurs, worst first.
+      evaluated: number of evaluated clips.
+      trained: number of training clips.
+      unknown_groups: evaluated clips whose artist is unknown.
+      unknown_groups_trained: training clips whose artist is unknown.
       without_hash: clips of both sides without a content hash.
       fingerprints_compared: whether spectrograms were compared.
       threshold: the cosine from which two spectrograms count as near-identical.
       closest: the highest cosine between the sides, or None.
-      group_name: what a group is, such as "artist".
-      unknown: what the model was trained on beside the clips compared, where those clips are not known; "" where all are.
+      group_name: the meaning of a group, such as "artist".
+      unknown: whose training clips are unknown; "" if all are known.
     """
 
     findings: tuple[Finding, ...]
@@ -102,37 +104,33 @@ class AuditResult:
 
     @property
     def clean(self) -> bool:
-        """True where all training clips are known and no check that was made found anything.
+        """Whether all training clips are known and no check found anything.
 
         `summary` names the checks that were not made.
         """
         return not self.findings and not self.unknown
 
     def summary(self) -> list[str]:
-        """Returns the result in a few lines for people, what could not be checked included."""
+        """Returns the result in a few lines for people, including what could not be checked."""
         sides = f"{self.evaluated} evaluated clips against {self.trained} trained on"
-        warning = f"training clips unknown: {self.unknown}; whether evaluated clips are among them cannot be said"
+        warning = f"training clips unknown: {self.unknown}; leakage cannot be ruled out"
         if self.findings:
-            lines = [f"LEAK: {sides}", *([warning] if self.unknown else [])]
+            lines = [f"LEAK: {sides}"] + [warning] * bool(self.unknown)
         elif self.unknown:
-            lines = [
-                warning,
-                *(
-                    [f"nothing found among the training clips that are known: {sides}"]
-                    if self.trained
-                    else []
-                ),
-            ]
+            known = f"nothing found among the training clips that are known: {sides}"
+            lines = [warning] + [known] * bool(self.trained)
         else:
             lines = [f"no leak found: {sides}"]
         for found in self.findings:
+            plural = "s" if found.pairs != 1 else ""
             lines.append(
                 f"{found.kind}: {found.clips} of {self.evaluated} evaluated clips "
-                f"({found.pairs} pair{'s' if found.pairs != 1 else ''})"
+                f"({found.pairs} pair{plural})"
             )
         if self.closest is not None:
             lines.append(
-                f"closest spectrograms: cosine {self.closest:.2f} (near-identical from {self.threshold:.2f})"
+                f"closest spectrograms: cosine {self.closest:.2f} "
+                f"(near-identical from {self.threshold:.2f})"
             )
         if self.unknown and not self.trained:
             return lines
@@ -154,28 +152,28 @@ class AuditResult:
 
 
 def fingerprint_spectrogram(spectrogram: np.ndarray) -> np.ndarray:
-    """Returns a compact description of a clip by which its copies are found.
+    """Returns a compact description of a clip that identifies its copies.
 
-    The spectrogram is averaged over overlapping cells, 64 in time by 32 in frequency. Each band's mean goes
-    (gain and equalisation with it), each band is brought to a similar deviation, then each time's mean goes:
-    without that, any two clips that fade in alike look alike.
+    The spectrogram is averaged over overlapping cells, 64 in time by 32 in frequency. Subtracting
+    each band's mean removes gain and equalisation, and each band is scaled to a similar standard
+    deviation. Subtracting each time's mean keeps clips that fade in alike from looking alike.
 
     Args:
-      spectrogram: dB (or MFCCs), `[frames, bands]`, any floating type. Frames at its end that are all the same
-        (padding) are left out.
+      spectrogram: dB (or MFCCs), `[frames, bands]`, any floating type. Identical frames at its end
+        (padding) are ignored.
 
     Returns:
-      Unit vector, float32 `[2048]`; zeros for a clip without any change in it, which then is like no other.
+      Unit vector, float32 `[2048]`; zeros for a constant clip, which then matches no other.
 
     Raises:
-      UserError: not two axes, empty, or NaN or infinity in it.
+      UserError: it has not two axes, is empty, or holds NaN or infinity.
     """
     grid = np.asarray(spectrogram, np.float32)
     if grid.ndim != 2 or 0 in grid.shape:
         raise UserError(f"a spectrogram has the shape [frames, bands], not {list(grid.shape)}.")
     if not np.isfinite(grid).all():
         raise UserError("the spectrogram holds NaN or infinity.")
-    # Two short clips that are both padded with silence would look alike for that alone.
+    # Padding with silence would make two short clips look alike.
     changes = np.flatnonzero((grid != grid[-1]).any(axis=1))
     if len(changes) and changes[-1] + 2 < len(grid):
         grid = grid[: changes[-1] + 1]
@@ -191,7 +189,7 @@ def fingerprint_spectrogram(spectrogram: np.ndarray) -> np.ndarray:
 
 
 def _cells(positions: int, cells: int, overlap: float) -> np.ndarray:
-    """Returns the weights of overlapping triangular averages, `[cells, positions]`, each row summing to 1."""
+    """Returns overlapping triangular averages, `[cells, positions]`, each row summing to 1."""
     width = positions / cells
     centres = (np.arange(cells) + 0.5) * width
     distance = np.abs(np.arange(positions) + 0.5 - centres[:, None])
@@ -208,14 +206,14 @@ def audit(
     max_examples: int = 50,
     unknown: str = "",
 ) -> AuditResult:
-    """Compares the clips evaluated with those trained on.
+    """Compares evaluated clips with training clips.
 
     Args:
       evaluated: the split whose scores are reported.
-      trained: the clips the model was fitted to.
+      trained: the clips that the model was trained on.
       threshold: cosine from which two fingerprints count as the same recording.
-      group_name: what a group is.
-      max_examples: pairs listed for each kind; the counts are exact whatever it is.
+      group_name: the meaning of a group.
+      max_examples: pairs listed per type; the counts are always exact.
       unknown: see `AuditResult`.
 
     Raises:
@@ -224,47 +222,36 @@ def audit(
     for name, side in (("evaluated", evaluated), ("trained", trained)):
         _check_side(name, side)
     ours, theirs = evaluated.fingerprints, trained.fingerprints
-    if ours is not None and theirs is not None and ours.shape[1] != theirs.shape[1]:
-        raise UserError(
-            f"the fingerprints of the two sides differ in size: {ours.shape[1]} and {theirs.shape[1]}."
-        )
-
+    close: _Pairs = []
+    closest = None
+    compared = ours is not None and theirs is not None
+    if ours is not None and theirs is not None:
+        if ours.shape[1] != theirs.shape[1]:
+            raise UserError(
+                "the fingerprints of the two sides differ in size: "
+                f"{ours.shape[1]} and {theirs.shape[1]}."
+            )
+        close, closest = _near(ours, theirs, threshold)
     known: set[tuple[int, int]] = set()
     findings = []
-
-    def add(kind: str, severity: str, pairs: list[tuple[int, int, str]]) -> None:
-        if not pairs:
-            return
-        known.update((i, j) for i, j, _ in pairs)
-        examples = [
-            Pair(str(evaluated.clip_ids[i]), str(trained.clip_ids[j]), detail)
-            for i, j, detail in pairs[:max_examples]
-        ]
-        findings.append(
-            Finding(kind, severity, len(pairs), len({i for i, _, _ in pairs}), tuple(examples))
-        )
-
-    recording = "same recording"
-    add(
-        "same clip",
-        recording,
-        [(i, j, "") for i, j in _equal(evaluated.clip_ids, trained.clip_ids)],
-    )
-    same = _equal(evaluated.content_hashes, trained.content_hashes)
-    add("same content", recording, [(i, j, "") for i, j in same if (i, j) not in known])
-    closest = None
-    if ours is not None and theirs is not None:
-        close, closest = _near(ours, theirs, threshold)
-        add(
-            "near-identical",
-            recording,
-            [(i, j, f"cosine {cosine:.2f}") for i, j, cosine in close if (i, j) not in known],
-        )
+    for kind, pairs in (
+        ("same clip", _equal(evaluated.clip_ids, trained.clip_ids)),
+        ("same content", _equal(evaluated.content_hashes, trained.content_hashes)),
+        ("near-identical", close),
+    ):
+        if new := [pair for pair in pairs if pair[:2] not in known]:
+            known.update((i, j) for i, j, _ in new)
+            examples = tuple(
+                Pair(str(evaluated.clip_ids[i]), str(trained.clip_ids[j]), detail)
+                for i, j, detail in new[:max_examples]
+            )
+            clips = len({i for i, _, _ in new})
+            findings.append(Finding(kind, "same recording", len(new), clips, examples))
     if finding := _same_group(evaluated, trained, known, group_name, max_examples):
         findings.append(finding)
 
     def missing(values: Sequence[str | None]) -> int:
-        return sum(not _given(value) for value in values)
+        return sum(value is None or value == "" for value in values)
 
     return AuditResult(
         findings=tuple(findings),
@@ -273,7 +260,7 @@ def audit(
         unknown_groups=missing(evaluated.groups),
         unknown_groups_trained=missing(trained.groups),
         without_hash=missing(evaluated.content_hashes) + missing(trained.content_hashes),
-        fingerprints_compared=ours is not None and theirs is not None,
+        fingerprints_compared=compared,
         threshold=float(threshold),
         closest=closest,
         group_name=group_name,
@@ -281,18 +268,13 @@ def audit(
     )
 
 
-def _given(value: str | None) -> bool:
-    return value is not None and value != ""
-
-
 def _check_side(name: str, side: AuditSide) -> None:
     count = len(side.clip_ids)
     lengths = {"content_hashes": len(side.content_hashes), "groups": len(side.groups)}
     if side.fingerprints is not None:
         if np.ndim(side.fingerprints) != 2:
-            raise UserError(
-                f"{name}: fingerprints must have the shape [clips, d], not {list(np.shape(side.fingerprints))}."
-            )
+            shape = list(np.shape(side.fingerprints))
+            raise UserError(f"{name}: fingerprints must have the shape [clips, d], not {shape}.")
         lengths["fingerprints"] = len(side.fingerprints)
     for field, length in lengths.items():
         if length != count:
@@ -300,6 +282,7 @@ def _check_side(name: str, side: AuditSide) -> None:
 
 
 def _positions(values: Sequence[Hashable]) -> dict[Hashable, list[int]]:
+    """Returns the positions of every value, without None and ""."""
     found: dict[Hashable, list[int]] = defaultdict(list)
     for index, value in enumerate(values):
         if value is not None and value != "":
@@ -307,14 +290,13 @@ def _positions(values: Sequence[Hashable]) -> dict[Hashable, list[int]]:
     return found
 
 
-def _equal(left: Sequence[Hashable], right: Sequence[Hashable]) -> list[tuple[int, int]]:
-    """Returns the index pairs of equal values, those that are not given left out."""
-    where = _positions(right)
+def _equal(left: Sequence[Hashable], right: Sequence[Hashable]) -> _Pairs:
+    """Returns the index pairs of equal values, each with an empty detail."""
+    there = _positions(right)
     return [
-        (i, j)
+        (i, j, "")
         for value, rows in _positions(left).items()
-        for i in rows
-        for j in where.get(value, ())
+        for i, j in itertools.product(rows, there.get(value, ()))
     ]
 
 
@@ -325,30 +307,23 @@ def _same_group(
     group_name: str,
     max_examples: int,
 ) -> Finding | None:
-    """Counts pairs of one group; there can be very many, so only one for each evaluated clip is kept."""
-    where = _positions(trained.groups)
+    """Counts the pairs of one group, with one example per evaluated clip."""
+    there = _positions(trained.groups)
     pairs, examples = 0, []
     for i, group in enumerate(evaluated.groups):
-        others = [j for j in where.get(group, ()) if (i, j) not in known]
-        if others:
+        if others := [j for j in there.get(group, ()) if (i, j) not in known]:
             pairs += len(others)
-            examples.append(
-                Pair(
-                    str(evaluated.clip_ids[i]),
-                    str(trained.clip_ids[others[0]]),
-                    f"{group_name} {group}, {len(others)} training clips",
-                )
-            )
+            detail = f"{group_name} {group}, {len(others)} training clips"
+            ids = str(evaluated.clip_ids[i]), str(trained.clip_ids[others[0]])
+            examples.append(Pair(*ids, detail))
     if not examples:
         return None
     kind = f"same {group_name}"
     return Finding(kind, kind, pairs, len(examples), tuple(examples[:max_examples]))
 
 
-def _near(
-    left: np.ndarray, right: np.ndarray, threshold: float
-) -> tuple[list[tuple[int, int, float]], float | None]:
-    """Returns (i, j, cosine) of the pairs from the threshold on, closest first, and the highest of all."""
+def _near(left: np.ndarray, right: np.ndarray, threshold: float) -> tuple[_Pairs, float | None]:
+    """Returns the pairs from the threshold on, closest first, and the highest cosine of all."""
     if len(left) == 0 or len(right) == 0:
         return [], None
     found: list[tuple[int, int, float]] = []
@@ -360,19 +335,19 @@ def _near(
         closest = max(closest, float(cosines.max()))
         near = np.argwhere(cosines >= threshold)
         found += [(start + int(i), int(j), round(float(cosines[i, j]), 4)) for i, j in near]
-    return sorted(found, key=lambda pair: (-pair[2], pair)), closest
+    found.sort(key=lambda pair: (-pair[2], pair))
+    return [(i, j, f"cosine {cosine:.2f}") for i, j, cosine in found], closest
 
 
 def _comparison(right: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns a function from fingerprints `[n, d]` to their highest cosines over all shifts `[n, right]`.
+    """Returns a function from fingerprints `[n, d]` to their highest cosines over shifts.
 
-    Fingerprints that are not grids of `fingerprint_spectrogram`'s size are compared without a shift.
+    The cosines have the shape `[n, right]`. Fingerprints of another size than
+    `fingerprint_spectrogram`'s are compared without shifts.
     """
-    if right.shape[1] == TIME_CELLS * BAND_CELLS:
-        shifts = [step * BAND_CELLS for step in range(-MAX_SHIFT, MAX_SHIFT + 1)]
-    else:
-        shifts = [0]
     size = right.shape[1]
+    most = MAX_SHIFT if size == TIME_CELLS * BAND_CELLS else 0
+    shifts = [step * BAND_CELLS for step in range(-most, most + 1)]
 
     def overlap(rows: np.ndarray, shift: int) -> tuple[np.ndarray, np.ndarray]:
         part = rows[:, max(shift, 0) : size - max(-shift, 0)]

@@ -1,19 +1,19 @@
-"""A trained model as one program from sound to probabilities, for use without this package: StableHLO or ONNX.
+"""Exports a trained model as one program from samples to probabilities: StableHLO or ONNX.
 
-The program takes mono samples at the model's rate, float32 `[batch, samples]` for any batch, and returns probabilities, float32
-`[batch, classes]` (a regression's outputs). The front end, the clip's layout, the normalisation, the network and the softmax or
-sigmoid are inside. The number of samples is fixed: those of one of the model's clips, `layout.frames` hops, or of a shorter one,
-which is filled up inside as `layout.pad` says. A model that was trained on crops takes a whole clip, too: the program cuts the
-`data.eval_chunks` windows that an evaluation takes out of it, and averages their probabilities.
+The program takes mono samples at the model's rate, float32 `[batch, samples]` for any batch, and
+returns probabilities (a regression's outputs), float32 `[batch, classes]`. It contains the front
+end, the clip's layout, the normalisation, the network and the softmax or sigmoid. The number of
+samples is fixed: one clip of the model (`layout.frames` hops) or less, which the program pads as
+`layout.pad` says. For a model trained on crops, the program cuts the `data.eval_chunks` windows of
+an evaluation out of the clip and averages their probabilities.
 
-What comes out is what `Tagger.tag` says of a file of these samples, to 1e-4, and no file is written of which that is not so. To
-that end the features are rounded to float16 inside, as the store rounds those that the network was trained on: of `Tagger`'s,
-which pass through it too, they then differ in the few cells that lie next to a rounding's edge, and not in every one.
+The probabilities are those of `Tagger.tag` for a file of these samples, to 1e-4; otherwise no file
+is written. To that end the program rounds the features to float16, as the store does.
 
-A network whose compute type is bfloat16 is exported, and compared, in float32.
+A network with the compute type bfloat16 is exported, and compared, in float32.
 
-Beside the program lies `<program>.json` with the labels in the order of the outputs, the rate, the number of samples, the task
-and the model's card; an ONNX file holds them in its metadata as well.
+`<program>.json` next to the program holds the labels in the order of the outputs, the rate, the
+number of samples, the task and the model's card. An ONNX file also holds them in its metadata.
 """
 
 import contextlib
@@ -38,18 +38,20 @@ from musicgenre.audio.layout import ClipLayout
 from musicgenre.errors import UserError, did_you_mean
 from musicgenre.files import replacing
 from musicgenre.inference.windows import BATCH, Network, file_inputs
+from musicgenre.models.apply import normalise
 from musicgenre.runs.bundle import model_card
 from musicgenre.runs.model import TrainedModel
+from musicgenre.store.loader import chunk_starts
 
 FORMATS = ("onnx", "stablehlo")
-# What each format's export needs beyond the package's own dependencies, by the name that Python imports.
+# The modules that each format needs besides the package's own dependencies.
 _NEEDED = {"onnx": ("jax2onnx", "onnx", "onnxruntime"), "stablehlo": ("flatbuffers",)}
 PLATFORMS = ("cpu", "cuda", "tpu")
-# Older ONNX runtimes read older operator sets; jax2onnx writes this one for all that the networks here need.
+# Older ONNX runtimes read older operator sets; this one has all that the networks need.
 OPSET = 21
 # The largest difference from `Tagger` in a probability.
 TOLERANCE = 1e-4
-# As Flax has it: jax2onnx puts another in its place while it works.
+# Flax's own, which jax2onnx replaces while it works.
 _FLAX_BATCH_NORM = nn.BatchNorm.__call__
 # The key of the notes in an ONNX file's metadata, and their version.
 NOTES_KEY, _SCHEMA = "musicgenre", 1
@@ -57,13 +59,13 @@ NOTES_KEY, _SCHEMA = "musicgenre", 1
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """A program that was written.
+    """An exported program.
 
     Attributes:
       path: its file.
-      notes: the JSON file beside it.
+      notes: the JSON file next to it.
       samples: of one input.
-      difference: the largest difference of its probabilities from the model's own, over a few test signals.
+      difference: the largest difference of its probabilities from the model's, over test signals.
     """
 
     path: Path
@@ -81,66 +83,66 @@ def export_model(
     card: str = "",
     tolerance: float = TOLERANCE,
 ) -> Exported:
-    """Writes a model as a program and its notes, both atomically, after the program has been run and compared with the model.
+    """Writes a model as a program with notes, after comparing the program with the model.
 
-    ONNX has the input "samples" and the output "probabilities". StableHLO is serialised by `jax.export` for CPUs, CUDA and TPUs,
-    and run by `jax.export.deserialize(bytes).call(samples)` with JAX alone, of the version that wrote it or a later one.
+    ONNX has the input "samples" and the output "probabilities". StableHLO is serialised by
+    `jax.export` for CPUs, CUDA and TPUs. `jax.export.deserialize(bytes).call(samples)` runs it with
+    JAX alone, of the version that wrote it or a later one.
 
     Args:
       model: a trained model.
       path: the file.
-      form: "onnx" or "stablehlo"; "" goes by the file's ending.
+      form: "onnx" or "stablehlo"; "" goes by the file's suffix.
       seconds: the length of an input, at most the model's clip; 0 is the clip.
-      card: what people should know of it, Markdown; "" is the model's own, or one made of its notes.
+      card: what users should know about it, Markdown; "" is the model's own, or `model_card`.
       tolerance: the largest difference that is allowed.
 
     Raises:
-      UserError: the form is not known, a package is missing, the length does not fit, the network cannot be written in that form,
-        or what was written differs from the model. Nothing is written then.
+      UserError: the form is not known, a package is missing, the length does not fit, the network
+        cannot be written in that form, or the program differs from the model. Nothing is written.
     """
     path = Path(path)
     form = check_format(path, form)
-    model = _in_float32(model)
+    dtype = getattr(model.module, "dtype", None)
+    if dtype is not None and jnp.dtype(dtype) != jnp.float32:
+        model = dataclasses.replace(model, module=model.module.clone(dtype=jnp.dtype("float32")))
     samples = input_samples(model, seconds)
     notes = _notes(model, samples, form, card)
     write, read = (_onnx_bytes, _run_onnx) if form == "onnx" else (_stablehlo_bytes, _run_stablehlo)
     program = write(model, samples, notes)
     beside = path.with_name(path.name + ".json")
-    # Both are there, or neither: the program takes its name last.
+    # Both files are written, or neither: the program is renamed last.
     with replacing(path) as temporary, replacing(beside) as temporary_notes:
         temporary.write_bytes(program)
         try:
             difference = _difference(model, samples, read(temporary))
         except Exception as error:
             raise UserError(
-                f"{path}: the exported program cannot be run ({type(error).__name__}: {str(error)[:200]}); nothing was written."
+                f"{path}: the exported program cannot be run "
+                f"({type(error).__name__}: {str(error)[:200]}); nothing was written."
             ) from error
         if not difference <= tolerance:
             raise UserError(
-                f"{path}: the exported program differs from the model by {difference:.1e} in a probability, more than "
-                f"{tolerance:.0e}; nothing was written."
+                f"{path}: the exported program differs from the model by {difference:.1e} in a "
+                f"probability, more than {tolerance:.0e}; nothing was written."
             )
-        text = json.dumps(
-            {**notes, "largest_difference": float(difference)},
-            indent=1,
-            ensure_ascii=False,
-            allow_nan=False,
-        )
+        notes["largest_difference"] = difference
+        text = json.dumps(notes, indent=1, ensure_ascii=False, allow_nan=False)
         temporary_notes.write_text(text + "\n", encoding="utf-8")
     return Exported(path, beside, samples, difference)
 
 
 def check_format(path: str | os.PathLike[str], form: str = "") -> str:
-    """Returns the format that a file is written in: `form`, or that of its ending if "".
+    """Returns the format of a file: `form`, or that of its suffix if "".
 
     Raises:
-      UserError: it is not known, or a package that it takes is missing.
+      UserError: it is not known, or a package that it needs is missing.
     """
     form = form or Path(path).suffix.removeprefix(".").lower()
     if form not in FORMATS:
         raise UserError(
-            f"{os.fspath(path)}: no known format; the name ends in .onnx or .stablehlo, or --format says which."
-            + did_you_mean(form, FORMATS)
+            f"{os.fspath(path)}: no known format; the name ends in .onnx or .stablehlo, "
+            "or --format says which." + did_you_mean(form, FORMATS)
         )
     if missing := [name for name in _NEEDED[form] if importlib.util.find_spec(name) is None]:
         raise UserError(
@@ -164,7 +166,8 @@ def input_samples(model: TrainedModel, seconds: float = 0.0) -> int:
     samples = round(seconds * spec.sample_rate) if seconds else clip
     if not 0 < samples <= clip:
         raise UserError(
-            f"the length must be above 0 and at most the model's clip of {clip / spec.sample_rate:.2f} s, not {seconds:g} s."
+            "the length must be above 0 and at most the model's clip of "
+            f"{clip / spec.sample_rate:.2f} s, not {seconds:g} s."
         )
     return samples
 
@@ -172,71 +175,59 @@ def input_samples(model: TrainedModel, seconds: float = 0.0) -> int:
 def waveform_function(
     model: TrainedModel, samples: int, *, transform: str = "auto"
 ) -> Callable[[jax.Array], jax.Array]:
-    """Returns the function from samples, float32 `[batch, samples]`, to probabilities, float32 `[batch, classes]`.
+    """Returns the function from samples to probabilities.
+
+    It maps float32 `[batch, samples]` to float32 `[batch, classes]`.
 
     Args:
       model: a trained model.
       samples: of one input, see `input_samples`.
       transform: see `musicgenre.audio.features_jax.features`.
     """
-    from musicgenre.models.apply import normalise
-    from musicgenre.store.loader import chunk_starts  # brings Grain
-
     spec, layout, frames = model.features, model.layout, model.frames
     length = min(frame_count(samples, spec), layout.frames)
-    starts = (
-        chunk_starts(length, frames, int(model.config.data.eval_chunks)).tolist()
-        if frames < layout.frames
-        else [0]
-    )
+    starts = [0]
+    if frames < layout.frames:
+        starts = chunk_starts(length, frames, int(model.config.data.eval_chunks)).tolist()
     saved = jax.device_get(model.model)
 
     def scores(waveform: jax.Array) -> jax.Array:
         clip = _fit(features(waveform, spec, frames=length, transform=transform), layout)
-        # The barrier keeps XLA from taking the two conversions for nothing.
+        # The barrier keeps XLA from removing the two conversions.
         stored = jax.lax.optimization_barrier(clip.astype(jnp.float16))
-        # Side by side and then below each other; jax2onnx loses count of a batch that is put together.
+        # Joined along time and then reshaped: jax2onnx miscounts a joined batch axis.
         windows = jnp.concatenate([stored[:, start : start + frames] for start in starts], axis=1)
         windows = windows.reshape(waveform.shape[0] * len(starts), frames, spec.bands)
-        logits = model.module.apply(
-            saved["variables"], normalise(windows, saved["norm"]), train=False
-        )
+        x = normalise(windows, saved["norm"])
+        logits: Any = model.module.apply(saved["variables"], x, train=False)
         each = model.probabilities(logits)
-        return (
-            each.reshape(waveform.shape[0], len(starts), each.shape[-1]).mean(axis=1)
-            if len(starts) > 1
-            else each
-        )
+        if len(starts) == 1:
+            return each
+        return each.reshape(waveform.shape[0], len(starts), each.shape[-1]).mean(axis=1)
 
     return scores
 
 
 def _fit(clips: jax.Array, layout: ClipLayout) -> jax.Array:
-    """Returns `[batch, frames, bands]` filled up from `[batch, up to frames, bands]`; see `ClipLayout.fit`."""
+    """Pads `[batch, up to frames, bands]` to `[batch, frames, bands]`; see `ClipLayout.fit`."""
     length = clips.shape[1]
     missing = layout.frames - length
     if not missing:
         return clips
     if layout.pad == "repeat":
-        again = -(-layout.frames // length)
-        return jnp.concatenate([clips] * again, axis=1)[:, : layout.frames]
+        copies = -(-layout.frames // length)
+        return jnp.concatenate([clips] * copies, axis=1)[:, : layout.frames]
+    padded = jnp.pad(clips, ((0, 0), (0, missing), (0, 0)))
     if layout.pad == "zero":
-        return jnp.pad(clips, ((0, 0), (0, missing), (0, 0)))
+        return padded
     real = np.arange(layout.frames)[None, :, None] < length
-    return jnp.where(
-        real, jnp.pad(clips, ((0, 0), (0, missing), (0, 0))), clips.min(axis=(1, 2), keepdims=True)
-    )
-
-
-def _in_float32(model: TrainedModel) -> TrainedModel:
-    dtype = getattr(model.module, "dtype", None)
-    if dtype is None or jnp.dtype(dtype) == jnp.float32:
-        return model
-    return dataclasses.replace(model, module=model.module.clone(dtype=jnp.dtype("float32")))
+    return jnp.where(real, padded, clips.min(axis=(1, 2), keepdims=True))
 
 
 def _notes(model: TrainedModel, samples: int, form: str, card: str) -> dict[str, Any]:
     spec = model.features
+    classes = len(model.label_names)
+    known = ("name", "protocol", "synthetic")
     return {
         "schema": _SCHEMA,
         "format": form,
@@ -247,17 +238,9 @@ def _notes(model: TrainedModel, samples: int, form: str, card: str) -> dict[str,
         "samples": samples,
         "seconds": samples / spec.sample_rate,
         "input": {"name": "samples", "dtype": "float32", "shape": ["batch", samples]},
-        "output": {
-            "name": "probabilities",
-            "dtype": "float32",
-            "shape": ["batch", len(model.label_names)],
-        },
+        "output": {"name": "probabilities", "dtype": "float32", "shape": ["batch", classes]},
         "features": spec.to_dict(),
-        "dataset": {
-            key: model.dataset[key]
-            for key in ("name", "protocol", "synthetic")
-            if key in model.dataset
-        },
+        "dataset": {key: model.dataset[key] for key in known if key in model.dataset},
         "step": model.step,
         "checkpoint": model.which,
         "temperature": model.temperature,
@@ -271,18 +254,15 @@ def _stablehlo_bytes(model: TrainedModel, samples: int, notes: dict[str, Any]) -
     from jax import export
 
     (batch,) = export.symbolic_shape("batch")
-    function = jax.jit(waveform_function(model, samples))
-    exported = export.export(function, platforms=PLATFORMS)(
-        jax.ShapeDtypeStruct((batch, samples), jnp.float32)
-    )
-    return bytes(exported.serialize())
+    function = export.export(jax.jit(waveform_function(model, samples)), platforms=PLATFORMS)
+    return bytes(function(jax.ShapeDtypeStruct((batch, samples), jnp.float32)).serialize())
 
 
 def _onnx_bytes(model: TrainedModel, samples: int, notes: dict[str, Any]) -> bytes:
     import onnx
     from jax2onnx import to_onnx
 
-    # By products, which every runtime has: onnxruntime refuses the Fourier transform that jax2onnx writes.
+    # Matrix products, since onnxruntime refuses the Fourier transform that jax2onnx writes.
     function = waveform_function(model, samples, transform="matmul")
 
     def traced(waveform: jax.Array) -> jax.Array:
@@ -300,21 +280,21 @@ def _onnx_bytes(model: TrainedModel, samples: int, notes: dict[str, Any]) -> byt
                 output_names=["probabilities"],
             )
     except Exception as error:
+        reason = "".join(str(error).splitlines()[:1])[:200]
         raise UserError(
-            f"the network {notes['model']!r} cannot be written as ONNX by jax2onnx ({type(error).__name__}: "
-            f"{str(error).splitlines()[0][:200] if str(error) else ''}). Take StableHLO: --format=stablehlo."
+            f"the network {notes['model']!r} cannot be written as ONNX by jax2onnx "
+            f"({type(error).__name__}: {reason}). Use StableHLO: --format=stablehlo."
         ) from error
-    # Some of the shapes that it notes on the way are wrong; a runtime finds its own.
+    # Some intermediate shapes that jax2onnx notes are wrong; runtimes infer their own.
     del proto.graph.value_info[:]
-    onnx.helper.set_model_props(
-        proto, {NOTES_KEY: json.dumps(notes, ensure_ascii=False, allow_nan=False)}
-    )
+    text = json.dumps(notes, ensure_ascii=False, allow_nan=False)
+    onnx.helper.set_model_props(proto, {NOTES_KEY: text})
     return bytes(proto.SerializeToString())
 
 
 @contextlib.contextmanager
 def _quiet(*names: str) -> Iterator[None]:
-    """Holds back the warnings of loggers, which are of no use to whoever exports a model."""
+    """Suppresses the warnings of loggers."""
     levels = {name: logging.getLogger(name).level for name in names}
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -327,10 +307,7 @@ def _quiet(*names: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _few_plugins() -> Iterator[None]:
-    """Has jax2onnx load its plugins of JAX and Flax only, and all others when somebody else uses it.
-
-    Those of other libraries, with the examples that they bring, take five seconds.
-    """
+    """Makes jax2onnx load only its plugins for JAX and Flax; all of them take five seconds."""
     from jax2onnx.plugins import plugin_system
 
     if plugin_system._already_imported_plugins:
@@ -348,10 +325,10 @@ def _few_plugins() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _mended() -> Iterator[None]:
-    """Puts right, while a function is traced, what jax2onnx 0.17 makes of two layers of Flax.
+    """Works around two errors of jax2onnx 0.17 while a function is traced.
 
-    It takes numbers as the padding of `nn.max_pool` for none, so the input is padded first; and fails on an `nn.BatchNorm` over
-    another axis than the last, which here computes as Flax has it.
+    It ignores numeric padding of `nn.max_pool`, so the input is padded first. It fails on an
+    `nn.BatchNorm` over another axis than the last, for which Flax's own code is traced.
     """
     pool, norm = nn.max_pool, nn.BatchNorm.__call__
 
@@ -369,11 +346,11 @@ def _mended() -> Iterator[None]:
         normalised: jax.Array = (norm if last else _FLAX_BATCH_NORM)(self, x, *arguments, **named)
         return normalised
 
-    nn.max_pool, nn.BatchNorm.__call__ = max_pool, batch_norm
+    nn.max_pool, nn.BatchNorm.__call__ = max_pool, batch_norm  # type: ignore[method-assign]
     try:
         yield
     finally:
-        nn.max_pool, nn.BatchNorm.__call__ = pool, norm
+        nn.max_pool, nn.BatchNorm.__call__ = pool, norm  # type: ignore[method-assign]
 
 
 def _run_stablehlo(path: Path) -> Callable[[np.ndarray], np.ndarray]:
@@ -393,7 +370,7 @@ def _run_onnx(path: Path) -> Callable[[np.ndarray], np.ndarray]:
 def _difference(
     model: TrainedModel, samples: int, program: Callable[[np.ndarray], np.ndarray]
 ) -> float:
-    """Returns the largest difference of a program's probabilities from the model's own over two batches, of two and of one."""
+    """Returns the largest difference of probabilities over two batches, of two clips and one."""
     signals = check_signals(samples, model.features.sample_rate)
     expected = reference(model, signals)
     found = np.concatenate([program(signals[:2]), program(signals[2:])])
@@ -401,27 +378,22 @@ def _difference(
 
 
 def reference(model: TrainedModel, signals: np.ndarray) -> np.ndarray:
-    """Returns what `Tagger` makes of files that hold the signals `[n, samples]`, float32 `[n, classes]`."""
+    """Returns `Tagger`'s probabilities for signals `[n, samples]`, float32 `[n, classes]`."""
     network = Network(model)
     scores = []
     for signal in signals:
         inputs = file_inputs(signal, model)
-        parts = [
-            network(inputs[start : start + BATCH])[0] for start in range(0, len(inputs), BATCH)
-        ]
-        scores.append(np.concatenate(parts).mean(axis=0, dtype=np.float64))
+        batches = (inputs[start : start + BATCH] for start in range(0, len(inputs), BATCH))
+        each = np.concatenate([network(batch)[0] for batch in batches])
+        scores.append(each.mean(axis=0, dtype=np.float64))
     return np.stack(scores).astype(np.float32)
 
 
 def check_signals(samples: int, sample_rate: int) -> np.ndarray:
-    """Returns noise in bursts, a falling tone over silence, and a chord in faint noise, float32 `[3, samples]`."""
-    generator = np.random.default_rng(0)
+    """Returns noise bursts, a falling tone, and a chord in faint noise, float32 `[3, samples]`."""
+    noise = np.random.default_rng(0).standard_normal(samples)
     time = np.arange(samples) / sample_rate
-    noise = generator.standard_normal(samples)
     bursts = 0.2 * noise * np.exp(-8 * (time % 0.5))
     falling = 0.5 * np.sin(2 * np.pi * (880 * time - 10 * time**2)) * (time < 0.8 * time[-1])
-    chord = (
-        sum(0.1 * np.sin(2 * np.pi * hertz * time) for hertz in (220.0, 277.2, 329.6, 1318.5))
-        + 1e-4 * noise
-    )
-    return np.stack([bursts, falling, chord]).astype(np.float32)
+    tones = sum(0.1 * np.sin(2 * np.pi * hertz * time) for hertz in (220.0, 277.2, 329.6, 1318.5))
+    return np.stack([bursts, falling, tones + 1e-4 * noise]).astype(np.float32)

@@ -125,8 +125,8 @@ def table(layers: Sequence[Layer]) -> str:
         row = (str(i), layer.name, layer.kind, settings_text(layer), inputs, output, count, sources)
         rows.append(row)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, tuple("-" * width for width in widths))
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    ruled = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in ruled]
     return "\n".join([*lines, f"{total_parameters(layers):,} parameters"])
 
 

@@ -1,4 +1,4 @@
-"""NNX networks as Linen modules: training, checkpoints, transfer and export see one type of network.
+"""NNX networks as Linen modules: training, checkpoints and export see one type of network.
 
 A network is created in every trace, takes its values from the Linen variables, and leaves its new
 statistics there, as in `flax.nnx.bridge.ToLinen`. Unlike that class, this one gives the variables
@@ -16,7 +16,7 @@ from flax import nnx
 
 from musicgenre.errors import UserError
 
-# Arguments of a constructor that the caller of the network fills in.
+# Arguments of a constructor that need no default.
 _FILLED = ("self", "num_classes", "dtype", "frames", "bands", "rngs")
 
 
@@ -28,11 +28,14 @@ class _Layer(nn.Module):
 
 
 class NNXNetwork(nn.Module):
-    """Base of the Linen modules that `linen_class` makes; their fields are the constructor's arguments."""
+    """Base of the Linen modules that `linen_class` makes.
 
-    # Set by an interceptor under pmap, as on `nn.BatchNorm`.
-    axis_name: ClassVar[str | None] = None
+    Attributes:
+      axis_name: device axis of batch normalisation; an interceptor sets it, as on `nn.BatchNorm`.
+    """
+
     nnx_class: ClassVar[Any]
+    axis_name: ClassVar[str | None] = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -56,20 +59,18 @@ class NNXNetwork(nn.Module):
 
     def _create(self, x: jax.Array) -> Any:
         arguments = inspect.signature(self.nnx_class.__init__).parameters
-        given = {"frames": x.shape[1], "bands": x.shape[2]}
-        given = {
-            name: given[name] if name in given else getattr(self, name)
-            for name in arguments
-            if name not in ("self", "rngs")
-        }
-        # One key for all of NNX's streams: each layer takes its own from it.
+        sizes = {"frames": x.shape[1], "bands": x.shape[2]}
+        names = [name for name in arguments if name not in ("self", "rngs")]
+        given = {n: sizes[n] if n in sizes else getattr(self, n) for n in names}
+        # One key for all of NNX's streams: each layer derives its own.
         streams = [stream for stream in ("params", "dropout") if self.has_rng(stream)]
-        return self.nnx_class(**given, rngs=nnx.Rngs(self.make_rng(streams[0]) if streams else 0))
+        rngs = nnx.Rngs(self.make_rng(streams[0]) if streams else 0)
+        return self.nnx_class(**given, rngs=rngs)
 
     def _read(self, network: Any) -> None:
         """Takes a network's values from the variables."""
         new = []
-        for path, variable in _flat_state(network):
+        for path, variable in _variables(network):
             value = self.variables[_collection(variable)]
             for key in path:
                 value = value[str(key)]
@@ -77,35 +78,33 @@ class NNXNetwork(nn.Module):
         nnx.update(network, nnx.from_flat_state(new))
 
     def _write(self, node: Any) -> None:
-        """Puts the values of a network, or of what it has sown, into those variables that may change."""
+        """Puts the values of a network, or what it has sown, into the mutable variables."""
         trees: dict[str, dict[str, Any]] = {}
-        for path, variable in _flat_state(node):
-            *parents, leaf = map(str, path)
+        for path, variable in _variables(node):
             tree = trees.setdefault(_collection(variable), {})
-            for key in parents:
-                tree = tree.setdefault(key, {})
-            tree[leaf] = variable.get_value()
+            for key in path[:-1]:
+                tree = tree.setdefault(str(key), {})
+            tree[str(path[-1])] = variable.get_value()
         for collection, tree in trees.items():
             if self.is_mutable_collection(collection):
                 for name, value in tree.items():
                     self.put_variable(collection, name, value)
 
 
-def _flat_state(node: Any) -> list[tuple[tuple[Any, ...], Any]]:
-    """Returns the variables of a network or a state, by path; arrays that are no variables are constants."""
+def _variables(node: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    """Returns the variables of a network or a state by path; other arrays are constants."""
     state = node if isinstance(node, nnx.State) else nnx.state(node, nnx.Not(nnx.RngState))
-    return [
-        (path, leaf) for path, leaf in nnx.to_flat_state(state) if isinstance(leaf, nnx.Variable)
-    ]
+    return [item for item in nnx.to_flat_state(state) if isinstance(item[1], nnx.Variable)]
 
 
 def _collection(variable: Any) -> str:
-    return nnx.variable_name_from_type(type(variable), allow_register=True)
+    name: str = nnx.variable_name_from_type(type(variable), allow_register=True)
+    return name
 
 
 @functools.cache
 def linen_class(cls: type[nnx.Module]) -> type[nn.Module]:
-    """Returns a Linen module class whose fields are the arguments of an NNX class's constructor.
+    """Returns a Linen module class with the arguments of an NNX class's constructor as its fields.
 
     Raises:
       UserError: the constructor or `__call__` is not as `musicgenre.models.registry` describes.
@@ -114,7 +113,7 @@ def linen_class(cls: type[nnx.Module]) -> type[nn.Module]:
     arguments = inspect.signature(cls.__init__).parameters
     for name in ("num_classes", "rngs"):
         if name not in arguments:
-            raise UserError(f"{where} needs an argument {name} of its constructor.")
+            raise UserError(f"{where}: its constructor needs an argument {name}.")
     for name, argument in arguments.items():
         if argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
             raise UserError(f"{where}: its constructor must name its arguments instead of *{name}.")
@@ -122,21 +121,14 @@ def linen_class(cls: type[nnx.Module]) -> type[nn.Module]:
             raise UserError(f"{where}: the argument {name} of its constructor needs a default.")
     if "train" not in inspect.signature(cls.__call__).parameters:
         raise UserError(f"{where} needs a method __call__(self, x, train=False).")
-    fields = [name for name in arguments if name not in ("self", "frames", "bands", "rngs")]
-    defaults = {
-        name: arguments[name].default
-        for name in fields
-        if arguments[name].default is not inspect.Parameter.empty
-    }
-    defaults.setdefault("dtype", jnp.float32) if "dtype" in fields else None
-    # Dataclasses take fields without a default first.
-    fields.sort(key=lambda name: name in defaults)
-    limits = {"input_limits": cls.input_limits} if hasattr(cls, "input_limits") else {}
-    members = {
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-        "__annotations__": dict.fromkeys(fields, Any),
-        "nnx_class": cls,
-    }
-    return type(cls.__name__, (NNXNetwork,), members | defaults | limits)
+    sizes_and_rngs = ("self", "rngs", "frames", "bands")
+    fields = {n: argument.default for n, argument in arguments.items() if n not in sizes_and_rngs}
+    if fields.get("dtype") is inspect.Parameter.empty:
+        fields["dtype"] = jnp.float32
+    del fields["num_classes"]
+    members = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    annotations = dict.fromkeys(["num_classes", *fields], Any)
+    members |= {"nnx_class": cls, "__annotations__": annotations}
+    if hasattr(cls, "input_limits"):
+        members["input_limits"] = staticmethod(cls.input_limits)
+    return type(cls.__name__, (NNXNetwork,), members | fields)

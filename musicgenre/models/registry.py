@@ -1,4 +1,7 @@
-"""Models by name. A module registers itself; one of the user's own needs no edit here.
+"""Networks by name. A network from outside this package needs no edit here.
+
+A Flax Linen network is a module class with a field `num_classes` and further fields, all with
+defaults, which a config sets as `model.<field>`:
 
     from musicgenre.models import register
 
@@ -6,12 +9,39 @@
     class MyNet(nn.Module):
         num_classes: int
         width: int = 64
-        @nn.compact
-        def __call__(self, x, train): ...   # x [batch, frames, bands] -> logits [batch, num_classes]
 
-The contract: fields are hyperparameters, `num_classes` is the only one without a default; `x` is float32; logits
-come back as float32; the embedding before the head is sown as `self.sow("intermediates", "embedding", e)`. One field
-is filled in where a module has it: `dtype` (the compute type). A static method `input_limits(fields) -> InputLimits` says what input it can take.
+        @nn.compact
+        def __call__(self, x, train=False):
+            x = nn.relu(nn.Dense(self.width)(x.mean(axis=1)))
+            self.sow("intermediates", "embedding", x)
+            x = nn.Dropout(0.5, deterministic=not train)(x)
+            return nn.Dense(self.num_classes)(x)
+
+A Flax NNX network says the same by its constructor, which also takes `rngs`. NNX layers need the
+sizes of their inputs, so the constructor may name `frames` and `bands`, which are filled in:
+
+    @register("my_nnx_net")
+    class MyNNXNet(nnx.Module):
+        def __init__(self, num_classes, *, width=64, bands, rngs):
+            self.hidden = nnx.Linear(bands, width, rngs=rngs)
+            self.norm = nnx.BatchNorm(width, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+            self.head = nnx.Linear(width, num_classes, rngs=rngs)
+
+        def __call__(self, x, train=False):
+            x = nnx.relu(self.hidden(x.mean(axis=1)))
+            x = self.norm(x, use_running_average=not train)
+            self.sow(nnx.Intermediate, "embedding", x)
+            return self.head(self.dropout(x, deterministic=not train))
+
+Either takes `x`, float32 `[batch, frames, bands]`, and returns logits, float32 `[batch,
+num_classes]`, and sows the embedding before its last layer. That layer, the last one called (Linen)
+or assigned in the constructor (NNX), is replaced in transfer. `dtype`, if there is such a field or
+argument, is the compute type. A static method `input_limits(fields) -> InputLimits` may say what
+input the network takes.
+
+The name comes from the decorator, in a module that `config.module` or `config.model.module` names,
+or from an entry point of the group "musicgenre.models" in an installed package.
 """
 
 import dataclasses
@@ -32,21 +62,21 @@ from musicgenre.registry import Registry, import_user_module
 T = TypeVar("T", bound=type)
 
 _MODELS: Registry[Any] = Registry("model", "musicgenre.models")
-# Fields of every Linen module, those that `build` fills in, and one that networks written for version
-# 0.1 may declare.
+# Fields of every Linen module, those that `build` fills in, and one that networks written for
+# version 0.1 may have.
 _NOT_HYPERPARAMETERS = ("parent", "name", "num_classes", "dtype", "axis_name")
 
 
 class InputLimits(NamedTuple):
-    """The input a model can take.
+    """The input that a network can take.
 
     Attributes:
       min_frames: fewest frames.
       min_bands: fewest bands.
       max_frames: most frames; 0 is any number.
       max_bands: most bands; 0 is any number.
-      min_values: fewest values in all, frames x bands.
-      kinds: kinds of features, such as "logmel" or "waveform"; any if empty.
+      min_values: smallest product of frames and bands.
+      kinds: types of features, such as "logmel" or "waveform"; any if empty.
     """
 
     min_frames: int = 1
@@ -57,15 +87,14 @@ class InputLimits(NamedTuple):
     kinds: tuple[str, ...] = ()
 
     def problems(self, frames: int, bands: int, kind: str = "") -> list[str]:
-        """Returns what an input of that size and kind lacks, as phrases; nothing where it fits."""
-        if self.min_frames == self.max_frames and frames != self.min_frames:
-            found = [f"exactly {self.min_frames} frames"]
+        """Returns what an input of that size and type lacks, as phrases; nothing if it fits."""
+        found = []
+        if self.min_frames == self.max_frames != frames:
+            found.append(f"exactly {self.min_frames} frames")
         elif frames < self.min_frames:
-            found = [f"at least {self.min_frames} frames"]
+            found.append(f"at least {self.min_frames} frames")
         elif self.max_frames and frames > self.max_frames:
-            found = [f"at most {self.max_frames} frames"]
-        else:
-            found = []
+            found.append(f"at most {self.max_frames} frames")
         if bands < self.min_bands:
             found.append(f"at least {self.min_bands} bands")
         if self.max_bands and bands > self.max_bands:
@@ -73,7 +102,7 @@ class InputLimits(NamedTuple):
         if frames * bands < self.min_values:
             found.append(f"at least {self.min_values} values (frames x bands)")
         if self.kinds and kind and kind not in self.kinds:
-            found.append(f"features of the kind {' or '.join(self.kinds)}")
+            found.append(f"features of the type {' or '.join(self.kinds)}")
         return found
 
 
@@ -81,11 +110,11 @@ def register(name: str) -> Callable[[T], T]:
     """Class decorator that makes a Linen or NNX module class known by `name`.
 
     Raises:
-      UserError: what is decorated is no such class, or does not keep the contract above.
+      UserError: it decorates something else, or a class that is not as described above.
       ValueError: another class has that name already.
     """
     if not isinstance(name, str):
-        raise UserError(f'write @register("name") above {_words(name)}: it needs a name.')
+        raise UserError(f'register takes a name: write @register("name") above {_words(name)}.')
 
     def decorate(cls: T) -> T:
         _linen_class(cls)
@@ -95,59 +124,20 @@ def register(name: str) -> Callable[[T], T]:
     return decorate
 
 
-def _linen_class(cls: Any) -> type[nn.Module]:
-    """Returns a network's Linen module class, or raises UserError where it cannot be a network."""
-    if isinstance(cls, type) and issubclass(cls, nnx.Module):
-        return linen_class(cls)
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise UserError(
-            f"a network is a class derived from flax.linen.Module or flax.nnx.Module, not {_words(cls)}."
-        )
-    where = f"the network {cls.__module__}.{cls.__qualname__}"
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    if "num_classes" not in fields:
-        raise UserError(f"{where} needs a field num_classes: int.")
-    for name, field in fields.items():
-        if (
-            name not in _NOT_HYPERPARAMETERS
-            and field.init
-            and _default(field) is dataclasses.MISSING
-        ):
-            raise UserError(f"{where}: the field {name} needs a default.")
-    return cls
-
-
-def _words(thing: Any) -> str:
-    """Returns what a thing is, such as "the function f"."""
-    if isinstance(thing, type):
-        return f"the class {thing.__name__}"
-    name = getattr(thing, "__name__", "")
-    return f"the function {name}" if name else f"an instance of {type(thing).__name__}"
-
-
-@functools.cache
-def _import_networks() -> None:
-    """Imports every module of this package, which registers its networks."""
-    package = importlib.import_module("musicgenre.models")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
+def registered() -> dict[str, type[nn.Module]]:
+    """Returns the Linen module class of every network by name, those of entry points included."""
+    _import_networks()
+    return {name: network_class(name) for name in _MODELS.names()}
 
 
 def network_class(name: str) -> type[nn.Module]:
-    """Returns the Linen module class of a registered network.
+    """Returns the Linen module class of a network.
 
     Raises:
-      UserError: no network has this name; the message names the nearest one.
+      UserError: no network has this name, or its class is not as described above.
     """
     _import_networks()
     return _linen_class(_MODELS.get(name))
-
-
-def registered() -> dict[str, type[nn.Module]]:
-    """Returns the Linen module class of every network by name: of this package, of installed packages'
-    entry points, and of modules that have been imported."""
-    _import_networks()
-    return {name: network_class(name) for name in _MODELS.names()}
 
 
 def hyperparameters(cls: type[nn.Module]) -> dict[str, Any]:
@@ -159,31 +149,25 @@ def hyperparameters(cls: type[nn.Module]) -> dict[str, Any]:
     }
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
-
-
 def input_limits(cls: type[nn.Module], fields: Mapping[str, Any] | None = None) -> InputLimits:
-    """Returns the input that a model takes with these fields (its defaults if None); any input where it does not say."""
+    """Returns the input that a network takes with these fields, its defaults if None."""
     limits: Callable[[Mapping[str, Any]], InputLimits] | None = getattr(cls, "input_limits", None)
     return limits(hyperparameters(cls) if fields is None else fields) if limits else InputLimits()
 
 
 def resolve(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Completes a config's model section: the name, the module, and every hyperparameter with its value.
+    """Completes a config's model section: the name, the module, and the value of every field.
 
     Args:
-      model: `name`, optionally `module` (a Python module of the user's own that registers a model when it is
-        imported; if it registers one, that is the model), and fields of that model.
+      model: `name`, optionally `module` (a user's Python module; if it registers a network, that is
+        the network), and fields of that network.
 
     Returns:
-      A mapping with `name`, `module` and all hyperparameters.
+      A mapping with `name`, `module` and all fields.
 
     Raises:
-      UserError: the module cannot be imported or registers nothing, the name is unknown, or a field is; the
-        message names the nearest one.
+      UserError: the module cannot be imported or registers nothing, or the name or a field is
+        unknown or has another type; the message names the nearest one.
     """
     name, module = str(model.get("name", "")), str(model.get("module", ""))
     if module:
@@ -215,40 +199,73 @@ def build(
       num_classes: outputs.
       frames: frames of its input.
       bands: bands of its input.
-      kind: kind of its features, such as "logmel"; "" does not check it.
+      kind: type of its features, such as "logmel"; "" does not check it.
       dtype: compute type, "float32" or "bfloat16"; parameters stay float32.
 
     Raises:
-      UserError: as `resolve`, or the model cannot take `[frames, bands]`.
+      UserError: as `resolve`, or the network cannot take `[frames, bands]` or `dtype`.
     """
-    resolved = resolve(model)
-    cls = network_class(resolved["name"])
-    fields = {key: value for key, value in resolved.items() if key not in ("name", "module")}
-    limits = input_limits(cls, fields)
-    if problems := limits.problems(frames, bands, kind):
+    fields = resolve(model)
+    name, _ = fields.pop("name"), fields.pop("module")
+    cls = network_class(name)
+    if needs := " and ".join(input_limits(cls, fields).problems(frames, bands, kind)):
         raise UserError(
-            f"the model {resolved['name']!r} with these fields needs {' and '.join(problems)}, but its input is "
-            f"{frames} frames x {bands} bands{f' of {kind}' if kind else ''}. Change data.frames, data.crop_frames, features or "
-            "model."
+            f"the model {name!r} with these fields needs {needs}, but its input is "
+            f"{frames} frames x {bands} bands{f' of {kind}' if kind else ''}. Change data.frames, "
+            "data.crop_frames, features or model."
         )
-    known = {field.name for field in dataclasses.fields(cls)}
-    if "dtype" in known:
+    if "dtype" in {field.name for field in dataclasses.fields(cls)}:
         fields["dtype"] = jnp.dtype(dtype)
     elif dtype != "float32":
-        raise UserError(
-            f"the model {resolved['name']!r} has no field dtype, so dtype={dtype!r} cannot be used with it."
-        )
+        raise UserError(f"the model {name!r} has no field dtype, so it cannot use {dtype=}.")
     return cls(num_classes=num_classes, **fields)
 
 
+@functools.cache
+def _import_networks() -> None:
+    """Imports the modules of this package, which register its networks."""
+    package = importlib.import_module(__package__)
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+
+
+def _linen_class(cls: Any) -> type[nn.Module]:
+    """Returns a network's Linen module class, or raises UserError if it cannot be a network."""
+    if isinstance(cls, type) and issubclass(cls, nnx.Module):
+        return linen_class(cls)
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        bases = "flax.linen.Module or flax.nnx.Module"
+        raise UserError(f"a network is a class derived from {bases}, not {_words(cls)}.")
+    where = f"the network {cls.__module__}.{cls.__qualname__}"
+    if "num_classes" not in {field.name for field in dataclasses.fields(cls)}:
+        raise UserError(f"{where} needs a field num_classes: int.")
+    for name, default in hyperparameters(cls).items():
+        if default is dataclasses.MISSING:
+            raise UserError(f"{where}: the field {name} needs a default.")
+    return cls
+
+
+def _words(thing: Any) -> str:
+    """Returns what a thing is, such as "the function f"."""
+    if isinstance(thing, type):
+        return f"the class {thing.__name__}"
+    name = getattr(thing, "__name__", "")
+    return f"the function {name}" if name else f"an instance of {type(thing).__name__}"
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
 def _import_model(module: str, name: str) -> str:
-    """Imports a user's module and returns the name of the model that it registers."""
+    """Imports a user's module and returns the name of the network that it registers."""
     import_user_module(module, "model.module")
     own = list(_MODELS.added_by(module))
     if not own:
-        raise UserError(
-            f'model.module={module!r} registers no model: decorate its class with @register("name").'
-        )
+        how = 'decorate its class with @register("name").'
+        raise UserError(f"model.module={module!r} registers no model: {how}")
     if len(own) > 1 and name not in own:
         raise UserError(
             f"model.module={module!r} registers {', '.join(own)}: say which with model.name."
@@ -258,25 +275,15 @@ def _import_model(module: str, name: str) -> str:
 
 def _checked(model: str, key: str, value: Any, default: Any) -> Any:
     """Returns a field's value in the type of its default, or raises UserError."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if isinstance(default, tuple):
-        items = (
-            (value,) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
-        )
-        if isinstance(items, (list, tuple)):
-            kinds = {type(item) for item in default}
-            if not kinds or all(type(item) in kinds for item in items):
-                return tuple(items)
-    elif isinstance(default, (bool, str)):
-        if type(value) is type(default):
-            return value
-    elif isinstance(default, float):
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-    elif isinstance(default, int):
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    else:
+        items = (value,) if number else value
+        types = {type(item) for item in default}
+        if isinstance(items, (list, tuple)) and (not types or types >= set(map(type, items))):
+            return tuple(items)
+    elif isinstance(default, float) and number:
+        return float(value)
+    elif type(value) is type(default) or not isinstance(default, (bool, str, int, float)):
         return value
-    raise UserError(
-        f"model.{key} of {model!r} must be {type(default).__name__} like {default!r}, not {value!r}."
-    )
+    wanted = f"{type(default).__name__} like {default!r}"
+    raise UserError(f"model.{key} of {model!r} must be {wanted}, not {value!r}.")

@@ -21,14 +21,14 @@ def clip_losses(
 
     Args:
       logits: `[batch, classes]`.
-      targets: class numbers, int `[batch]` (single_label); 0/1 tags (multi_label) or numbers (regression), float
-        `[batch, classes]`.
-      weights: `[classes]`: of the true class, of a tag where it is present, or of a number.
-      label_smoothing: the share of the target that is spread over all classes; for tags, taken towards 0.5.
+      targets: class numbers, int `[batch]` (single_label); 0/1 tags (multi_label) or numbers
+        (regression), float `[batch, classes]`.
+      weights: `[classes]`, of the true class, of a tag where it is present, or of a number.
+      label_smoothing: fraction of the target spread over all classes; tags move towards 0.5.
       task: "single_label", "multi_label" or "regression".
-      name: "cross_entropy": softmax cross entropy, or the mean over tags of sigmoid cross entropies. "mse": the mean over
-        classes of the squared differences between probabilities (for a regression, outputs) and targets; for tags this is
-        the loss of the report's own script. "" is the cross entropy, and "mse" for a regression.
+      name: "cross_entropy": of the softmax, or the mean over tags of sigmoid cross entropies.
+        "mse": the mean over classes of the squared differences between probabilities (outputs of a
+        regression) and targets. "" is "mse" for a regression, else the cross entropy.
     """
     if task == "regression":
         return (jnp.square(logits - targets) * weights).mean(axis=-1)
@@ -40,11 +40,9 @@ def clip_losses(
         weight = jnp.where(targets > 0, weights, 1.0)
     if name == "mse":
         squares = jnp.square(probabilities(logits, task) - smooth)
-        return (
-            squares.mean(axis=-1) * weight
-            if task == "single_label"
-            else (squares * weight).mean(axis=-1)
-        )
+        if task == "single_label":
+            return squares.mean(axis=-1) * weight
+        return (squares * weight).mean(axis=-1)
     if task == "single_label":
         return optax.softmax_cross_entropy(logits, smooth) * weight
     return (optax.sigmoid_binary_cross_entropy(logits, smooth) * weight).mean(axis=-1)
@@ -53,13 +51,10 @@ def clip_losses(
 def soft_losses(
     logits: jax.Array, targets: jax.Array, weights: jax.Array, *, task: str
 ) -> jax.Array:
-    """Returns the cross entropy of each clip against probabilities, float32 `[batch]`: of 0 and 1, that of `clip_losses`.
+    """Returns each clip's cross entropy against probabilities, float32 `[batch]`.
 
-    Args:
-      logits: `[batch, classes]`.
-      targets: probabilities, float `[batch, classes]`; of single_label they add up to 1.
-      weights: `[classes]`: of a class, or of a tag as far as it is present.
-      task: "single_label" or "multi_label".
+    Arguments are as in `clip_losses`, but `targets` are probabilities, float `[batch, classes]`.
+    With probabilities of 0 and 1 the result is the same.
     """
     if task == "single_label":
         return optax.softmax_cross_entropy(logits, targets * weights)
@@ -70,8 +65,9 @@ def soft_losses(
 def balanced_weights(targets: np.ndarray, classes: int) -> np.ndarray:
     """Returns class weights, float32 `[classes]`.
 
-    For class numbers, inverse to their frequency and 1 on average over the clips (scikit-learn's "balanced"); for
-    tags, the ratio of absences to presences, so that both weigh the same. A class that never occurs gets 1.
+    For class numbers they are inverse to the class frequency and 1 on average over the clips
+    (scikit-learn's "balanced"); for tags, the ratio of absences to presences. A class that never
+    occurs gets 1.
     """
     if targets.ndim == 1:
         counts = np.bincount(targets, minlength=classes)

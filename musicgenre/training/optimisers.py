@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules by name, all of them Optax's."""
+"""Optax's optimisers and learning-rate schedules by name."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,10 @@ def learning_rate_schedule(config: Any, total_steps: int) -> optax.Schedule:
 
     Args:
       config: the `optimizer` section of a config.
-      total_steps: steps of the whole run; the cosine ends there.
+      total_steps: steps of the run; the cosine ends there.
+
+    Raises:
+      UserError: the warm-up is as long as the run.
     """
     peak, decay, warmup = config.learning_rate, config.decay_rate, config.warmup_steps
     if warmup >= total_steps:
@@ -40,32 +43,30 @@ def learning_rate_schedule(config: Any, total_steps: int) -> optax.Schedule:
 def make_optimizer(
     config: Any, total_steps: int, layer_rates: Mapping[str, float] | None = None
 ) -> optax.GradientTransformation:
-    """Returns the optimiser of a config's `optimizer` section; weight decay leaves biases and norms alone.
+    """Returns the optimiser of a config. Weight decay leaves biases and norms alone.
 
     Args:
       config: the `optimizer` section of a config.
-      total_steps: steps of the whole run.
-      layer_rates: factor of the learning rate for each top-level layer of the parameters; 1 for all if None.
+      total_steps: steps of the run.
+      layer_rates: factor of the learning rate for each top-level layer; None is 1 for all.
+
+    Raises:
+      UserError: weight decay with an optimiser that has none.
     """
     rate = learning_rate_schedule(config, total_steps)
 
     def kernels(params: Any) -> Any:
         return jax.tree.map(lambda x: x.ndim > 1, params)
 
-    if config.name == "sgd":
-        optimizer = optax.sgd(rate)
-    elif config.name == "momentum":
-        optimizer = optax.sgd(rate, momentum=config.momentum, nesterov=True)
-    elif config.name == "adam":
-        optimizer = optax.adam(rate, config.b1, config.b2, config.eps)
-    elif config.name == "adamw":
-        optimizer = optax.adamw(
-            rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=kernels
-        )
-    else:
-        optimizer = optax.lamb(
-            rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=kernels
-        )
+    adam = (rate, config.b1, config.b2, config.eps)
+    decay = {"weight_decay": config.weight_decay, "mask": kernels}
+    optimizer: optax.GradientTransformation = {
+        "sgd": lambda: optax.sgd(rate),
+        "momentum": lambda: optax.sgd(rate, momentum=config.momentum, nesterov=True),
+        "adam": lambda: optax.adam(*adam),
+        "adamw": lambda: optax.adamw(*adam, **decay),
+        "lamb": lambda: optax.lamb(*adam, **decay),
+    }[config.name]()
     if config.weight_decay and config.name not in ("adamw", "lamb"):
         raise UserError(
             f"config.optimizer.weight_decay has no effect on {config.name}: use adamw or lamb."

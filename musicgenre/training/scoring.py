@@ -1,4 +1,4 @@
-"""A model over a split of a store: one score for each clip, each clip once."""
+"""One score per clip of a split."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,16 +22,16 @@ def score_clips(
     crop_frames: int = 0,
     chunks: int = 1,
 ) -> np.ndarray:
-    """Returns each clip's mean probabilities over its chunks, `[n, classes]`, the same on every process.
+    """Returns each clip's mean scores over its windows, `[n, classes]`, equal on every process.
 
     Args:
       score: from `Parallel.score_step`.
       model: from `TrainState.model`.
       store: where the clips are.
       indices: the clips, `[n]`.
-      batch_size: chunks of one step over all processes; divides by the devices.
-      crop_frames: frames of a chunk; 0 for whole clips.
-      chunks: chunks per clip.
+      batch_size: windows per step over all processes, a multiple of the devices.
+      crop_frames: frames of a window; 0 for full clips.
+      chunks: windows per clip.
     """
     batches = eval_batches(
         store,

@@ -12,7 +12,7 @@ import optax
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """One step's whole state; a pytree.
+    """The full state after a step; a pytree.
 
     Attributes:
       step: steps done, int32 scalar.
@@ -31,7 +31,7 @@ class TrainState:
     norm: Any
 
     def model(self) -> dict[str, Any]:
-        """What is needed to use the model: its variables (averaged, where averaging is on) and normalisation."""
+        """Returns the model: its variables (averaged, if averaging is on) and normalisation."""
         params = self.params if self.ema is None else self.ema
         return {"variables": {"params": params, **self.collections}, "norm": self.norm}
 
@@ -44,13 +44,12 @@ class TrainState:
         """Returns the state whose `model()` and `rest()` these are."""
         collections = dict(model["variables"])
         params = collections.pop("params")
-        averaged = "params" in rest
         return TrainState(
             step=rest["step"],
-            params=rest["params"] if averaged else params,
+            params=rest.get("params", params),
             collections=collections,
             opt_state=rest["opt_state"],
-            ema=params if averaged else None,
+            ema=params if "params" in rest else None,
             norm=model["norm"],
         )
 
@@ -65,7 +64,7 @@ def create_state(
     bands: int,
     ema: bool,
 ) -> TrainState:
-    """Initialises a model's state from the seed.
+    """Initialises a model's state for inputs `[frames, bands]` from the seed.
 
     Args:
       module: the Linen module.
@@ -77,18 +76,19 @@ def create_state(
       ema: keep a moving average of the parameters.
     """
     key = jax.random.fold_in(jax.random.key(seed), 0x1217)
-    variables = dict(
-        jax.jit(lambda: module.init(key, jnp.zeros((1, frames, bands)), train=False))()
-    )
+    x = (1, frames, bands)
+    variables = dict(jax.jit(lambda: module.init(key, jnp.zeros(x), train=False))())
     params = variables.pop("params")
     variables.pop("intermediates", None)
-    # The copy keeps the average's buffers apart from the parameters', which each step donates.
+    # The average has its own buffers, since each step donates those of the parameters.
     average = jax.tree.map(jnp.copy, params) if ema else None
-    return TrainState(
-        jnp.zeros((), jnp.int32),
-        params,
-        variables,
-        optimizer.init(params),
-        average,
-        {key: jnp.asarray(value) for key, value in norm.items()},
-    )
+    norm = {key: jnp.asarray(value) for key, value in norm.items()}
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(step, params, variables, optimizer.init(params), average, norm)
+
+
+def moved_average(ema: Any, params: Any, decay: float) -> Any:
+    """Returns a moving average after one more step, or None where there is none."""
+    if ema is None:
+        return None
+    return jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)

@@ -1,4 +1,4 @@
-"""One training step and one scoring step, as pure functions of state and batch."""
+"""The supervised step and the scoring step, as pure functions of state and batch."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import optax
 from musicgenre.models.apply import normalise, probabilities
 from musicgenre.training.augment import Augmentation, following, gather_windows
 from musicgenre.training.losses import clip_losses, soft_losses
-from musicgenre.training.state import TrainState
+from musicgenre.training.state import TrainState, moved_average
 
 Metrics = dict[str, jax.Array]
 # (state, batch) or, where clips are resident, (state, batch, clips) -> (state, metrics).
@@ -46,19 +46,19 @@ def make_train_step(
       task: "single_label", "multi_label" or "regression".
       loss: see `losses.clip_losses`.
       label_smoothing: see `losses.clip_losses`.
-      teachers_weight: share of the teachers in the targets, where batches have them.
+      teachers_weight: fraction of the teachers in the targets, where batches have them.
       ema_decay: of the parameters' moving average; 0 when there is none.
       accumulate: parts of the batch whose gradients are averaged before the one update.
       axis_name: the device axis when the step runs under pmap.
-      augmentation: what is done to the batch first; its key at a step is derived from dropout's.
-      window_frames: with resident clips, frames to take of each; 0 takes whole clips.
-      gather: puts parameters together that are cut up over the devices: `Parallel.gather`.
+      augmentation: applied to the batch first; its key at a step is derived from dropout's.
+      window_frames: with resident clips, frames to take of each; 0 takes full clips.
+      gather: `Parallel.gather`.
 
-    The step takes `x` `[batch, frames, bands]`, `y` and `mask` `[batch]`, and what the augmentation needs. With resident
-    `clips` `[clips, frames of the store, bands]`, it takes `clip` and `start` `[batch]` instead of `x`. What teachers say of the
-    clips, probabilities `[batch, classes]`, comes as `teacher`; of a mixed clip, both clips' is mixed. Its metrics are
-    scalars: `loss`, `accuracy` (share of clips whose best class is right; single-label only; a mixed clip counts by the
-    shares of its two) and `grad_norm`.
+    The step takes `x` `[batch, frames, bands]`, `y` and `mask` `[batch]`, and what the augmentation
+    needs; with resident `clips` `[clips, frames, bands]`, `clip` and `start` `[batch]` instead of
+    `x`. `teacher` holds the teachers' probabilities `[batch, classes]`; mixed clips mix them, too.
+    Its metrics are scalars: `loss`, `accuracy` (single-label only; a mixed clip counts by the
+    fractions of its two) and `grad_norm`.
     """
 
     def loss_function(
@@ -74,22 +74,20 @@ def make_train_step(
         updated = {name: updated[name] for name in collections}
 
         def of_labels(measure: Callable[[jax.Array], jax.Array]) -> jax.Array:
-            """A measure `[batch]` of each clip's labels; of a mixed clip, of both clips' by their shares."""
-            if "share" not in batch:
+            """A measure `[batch]` of each clip's labels; for mixed clips, of both by fraction."""
+            if "mix" not in batch:
                 return measure(batch["y"])
+            mix = batch["mix"]
             if task == "regression":
-                share = batch["share"][:, None]
-                return measure(share * batch["y"] + (1.0 - share) * batch["y_other"])
-            # A cross entropy is linear in its targets: this is the one of the soft labels, each class with its own weight.
-            return batch["share"] * measure(batch["y"]) + (1.0 - batch["share"]) * measure(
-                batch["y_other"]
-            )
+                return measure(mix[:, None] * batch["y"] + (1.0 - mix[:, None]) * batch["y_other"])
+            # Cross entropy is linear in its targets: this is that of the mixed labels.
+            return mix * measure(batch["y"]) + (1.0 - mix) * measure(batch["y_other"])
 
         losses = of_labels(
             lambda y: clip_losses(logits, y, class_weights, label_smoothing, task=task, name=loss)
         )
         if "teacher" in batch:
-            # A cross entropy is linear in its targets, so this is the one against labels and teachers mixed.
+            # Again that of the mixed targets.
             taught = soft_losses(logits, batch["teacher"], class_weights, task=task)
             losses = (1.0 - teachers_weight) * losses + teachers_weight * taught
         mean = (losses * batch["mask"]).sum() / batch["mask"].sum()
@@ -99,33 +97,29 @@ def make_train_step(
             metrics["accuracy"] = right.sum() / batch["mask"].sum()
         return mean, (updated, metrics)
 
-    def part_step(
-        state: TrainState, key: jax.Array, collections: Any, batch: Any
-    ) -> tuple[Any, Any, Metrics]:
-        gradient = jax.grad(loss_function, has_aux=True)
-        grads, (collections, metrics) = gradient(state.params, collections, state.norm, key, batch)
-        return grads, collections, metrics
+    gradient = jax.grad(loss_function, has_aux=True)
 
     def train_step(
         state: TrainState, batch: Any, clips: jax.Array | None = None
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        # The clips' way: gathered, augmented, normalised (in loss_function), through the network.
         if clips is not None:
             batch = dict(batch)
             clip, start = batch.pop("clip"), batch.pop("start")
             batch["x"] = gather_windows(clips, clip, start, window_frames or clips.shape[1])
         if augmentation is not None:
             batch = augmentation(batch, key, state.norm, axis_name)
-            if "teacher" in batch and "share" in batch:
-                share, own = batch["share"][:, None], batch["teacher"]
-                batch = batch | {"teacher": share * own + (1.0 - share) * following(own, axis_name)}
+            if "teacher" in batch and "mix" in batch:
+                mix, own = batch["mix"][:, None], batch["teacher"]
+                batch = batch | {"teacher": mix * own + (1.0 - mix) * following(own, axis_name)}
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         if accumulate == 1:
-            grads, collections, metrics = part_step(state, key, state.collections, batch)
+            grads, (collections, metrics) = gradient(
+                state.params, state.collections, state.norm, key, batch
+            )
         else:
-            # Part i takes every accumulate-th clip, so that no clip changes its device.
+            # Part i takes every accumulate-th clip, so no clip changes its device.
             parts = jax.tree.map(
                 lambda a: a.reshape(-1, accumulate, *a.shape[1:]).swapaxes(0, 1), batch
             )
@@ -133,8 +127,9 @@ def make_train_step(
             def body(carry: Any, numbered: Any) -> tuple[Any, Metrics]:
                 total, collections = carry
                 number, part = numbered
-                grads, collections, metrics = part_step(
-                    state, jax.random.fold_in(key, number), collections, part
+                part_key = jax.random.fold_in(key, number)
+                grads, (collections, metrics) = gradient(
+                    state.params, collections, state.norm, part_key, part
                 )
                 return (jax.tree.map(jnp.add, total, grads), collections), metrics
 
@@ -149,18 +144,13 @@ def make_train_step(
         metrics["grad_norm"] = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = state.ema
-        if ema is not None:
-            ema = jax.tree.map(
-                lambda old, new: ema_decay * old + (1.0 - ema_decay) * new, ema, params
-            )
         new = dataclasses.replace(
             state,
             step=state.step + 1,
             params=params,
             collections=collections,
             opt_state=opt_state,
-            ema=ema,
+            ema=moved_average(state.ema, params, ema_decay),
         )
         return new, metrics
 
@@ -168,7 +158,7 @@ def make_train_step(
 
 
 def make_many_steps(step: StepFunction) -> StepFunction:
-    """Returns a function that takes several steps in one call, which saves small networks the way back to the host.
+    """Returns a function that takes several steps in one call, without returning to the host.
 
     It takes a step's arguments, with batches `[steps, batch, ...]`, and returns metrics `[steps]`.
     """
@@ -184,16 +174,16 @@ def make_many_steps(step: StepFunction) -> StepFunction:
 def make_score_step(
     module: nn.Module, task: str, temperature: float = 1.0
 ) -> Callable[[Any, jax.Array], jax.Array]:
-    """Returns `score_step(model, x) -> probabilities (or a regression's numbers) [batch, classes]` for `TrainState.model()`.
+    """Returns `score_step(model, x) -> scores [batch, classes]` for `TrainState.model()`.
 
     Args:
       module: the Linen module.
-      task: see `losses.probabilities`.
+      task: see `musicgenre.models.apply.probabilities`, which the scores are.
       temperature: the logits are divided by it.
     """
 
     def score_step(model: Any, x: jax.Array) -> jax.Array:
-        logits = module.apply(model["variables"], normalise(x, model["norm"]), train=False)
+        logits: Any = module.apply(model["variables"], normalise(x, model["norm"]), train=False)
         return probabilities(logits if temperature == 1 else logits / temperature, task)
 
     return score_step

@@ -1,4 +1,4 @@
-"""What a run tells while it runs: metrics.jsonl always, TensorBoard when installed, a progress bar, a profile."""
+"""A run's measures: metrics.jsonl, TensorBoard where installed, a progress bar, a profile."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from musicgenre.files import write_text
 
 
 def read_rows(workdir: str | Path) -> list[dict[str, Any]]:
-    """Returns the rows of a run's metrics.jsonl, oldest first; a line that a crash cut short is left out."""
+    """Returns the rows of a run's metrics.jsonl, oldest first, without truncated lines."""
     path = Path(workdir) / "metrics.jsonl"
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
@@ -27,14 +27,14 @@ def read_rows(workdir: str | Path) -> list[dict[str, Any]]:
 
 
 class Telemetry:
-    """Writes a run's measures. Only process 0 writes.
+    """Writes a run's measures, on process 0 alone.
 
     Args:
       workdir: the run's folder.
-      start_step: where the run goes on; rows of later steps, which it will do again, are removed.
-      total_steps: length of the whole run.
+      start_step: where the run resumes; rows of later steps, which it repeats, are removed.
+      total_steps: length of the run.
       progress: draw a progress bar.
-      name: what stands before it.
+      name: the bar's label.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Telemetry:
         )
 
     def write(self, step: int, **values: float) -> None:
-        """Appends one row: the step, the seconds since this process began, and the values."""
+        """Appends a row: the step, the seconds since this process began, and the values."""
         if not self._active:
             return
         row = {"step": step, "seconds": round(time.monotonic() - self._start, 3), **values}
@@ -69,19 +69,23 @@ class Telemetry:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
             raise UserError(
-                f"{self._path}: cannot be written ({error.strerror}). Free some space and run the same command "
-                "again: it goes on from the last whole checkpoint."
+                f"{self._path}: cannot be written ({error.strerror}). Free some space and run the "
+                "same command again: it resumes from the last intact checkpoint."
             ) from error
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
 
     def progress(self, step: int, **values: float) -> None:
-        """Moves the bar to a step and shows the values beside it."""
+        """Moves the bar to a step and shows the values."""
         self._bar.update(step - self._bar.n)
-        self._bar.set_postfix(
-            {name: f"{value:.4g}" for name, value in values.items()}, refresh=False
-        )
+        shown = {name: f"{value:.4g}" for name, value in values.items()}
+        self._bar.set_postfix(shown, refresh=False)
+
+    def say(self, line: str) -> None:
+        """Prints a line, unless it is empty, above the bar."""
+        if self._active and line:
+            tqdm.write(line)
 
     def close(self) -> None:
         """Closes the bar and the TensorBoard file."""
@@ -92,7 +96,7 @@ class Telemetry:
             except OSError as error:
                 # On a full disk this must not hide the error that ended the run.
                 logging.warning(
-                    "TensorBoard's file could not be finished (%s); metrics.jsonl has the same numbers",
+                    "TensorBoard's file could not be finished (%s); metrics.jsonl is complete",
                     error,
                 )
 
@@ -103,39 +107,37 @@ class Profiler:
     Args:
       workdir: the run's folder.
       steps: (first, count) of the steps to trace, or None.
-      trains: the steps that this call trains. A first step that is none of them is warned of: nothing would be written.
+      trains: the steps that this call trains. A first step outside them causes a warning.
     """
 
-    def __init__(
-        self, workdir: Path, steps: tuple[int, int] | None, trains: range | None = None
-    ) -> None:
+    def __init__(self, workdir: Path, steps: tuple[int, int] | None, trains: range) -> None:
         self._folder = os.fspath(workdir / "profile")
         self._steps = steps
         self._running = False
-        if steps and trains is not None and steps[0] not in trains:
-            there = (
-                f"trains steps {trains[0]} to {trains[-1]}"
-                if trains
-                else f"trains none: the run has its {trains.start} steps"
-            )
+        if steps and steps[0] not in trains:
+            there = f"none: the run has its {trains.start} steps"
+            if trains:
+                there = f"steps {trains[0]} to {trains[-1]}"
             logging.warning(
-                "--profile_steps=%d,%d: no trace will be written; this call %s", *steps, there
+                "--profile_steps=%d,%d: no trace will be written; this call trains %s",
+                *steps,
+                there,
             )
 
     def before(self, step: int) -> None:
-        """Is called before each step."""
+        """Starts the trace before its first step."""
         if self._steps and step == self._steps[0]:
             jax.profiler.start_trace(self._folder)
             self._running = True
 
     def after(self, step: int, result: Any) -> None:
-        """Is called after each step with its result, which is waited for before the trace ends."""
+        """Ends the trace after its last step, once its `result` is there."""
         if self._running and self._steps and step + 1 >= sum(self._steps):
             jax.block_until_ready(result)
             self.close()
 
     def close(self) -> None:
-        """Ends a trace that is still running."""
+        """Ends a running trace."""
         if self._running:
             jax.profiler.stop_trace()
             self._running = False

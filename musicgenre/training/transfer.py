@@ -1,4 +1,4 @@
-"""Transfer: a run that starts from the layers of another model, with a new head and a learning rate of its own for each layer."""
+"""Transfer: a run that starts from another model's layers, with a learning rate per layer."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from musicgenre.training.state import TrainState
 
 
 def layer_order(module: nn.Module, frames: int, bands: int) -> list[str]:
-    """Returns the names of a network's top-level layers that have parameters, in the order in which they are called.
+    """Returns the names of a network's top-level layers with parameters, in order of their calls.
 
     Parameters of the module itself come first. The last layer is the head.
 
@@ -43,9 +43,8 @@ def layer_order(module: nn.Module, frames: int, bands: int) -> list[str]:
 
     x = jax.ShapeDtypeStruct((1, frames, bands), jnp.float32)
     params = jax.eval_shape(init, jax.random.key(0), x)["params"]
-    return [name for name in params if name not in called] + [
-        name for name in called if name in params
-    ]
+    own = [name for name in params if name not in called]
+    return own + [name for name in called if name in params]
 
 
 def start_from(
@@ -56,20 +55,20 @@ def start_from(
     model: dict[str, Any],
     features: FeatureSpec,
 ) -> TrainState:
-    """Returns a new run's state with the layers of another model, all but the head.
+    """Returns a new run's state with all layers of another model except the head.
 
-    The statistics of batch normalisation come along. The normalisation of the input stays the new training split's.
+    Batch normalisation statistics are copied as well. The input normalisation stays that of the new
+    training split.
 
     Args:
       state: a fresh state.
       layers: from `layer_order`; the last one is the head.
-      source: the other run's folder, of which the last checkpoint is taken; a bundle; or the name of a model that comes with this
-        package.
+      source: a workdir, whose last checkpoint is used, a bundle, or the name of a packaged model.
       model: the config's resolved `model` section.
-      features: the new run's front end. Another one there is allowed, with a warning.
+      features: the new run's front end; the other model's may differ, with a warning.
 
     Raises:
-      UserError: no model is there, it is of another network, or a layer has another shape.
+      UserError: there is no such model, it has another network, or a layer has another shape.
     """
     there = load_model(source, field="config.init_from")
     if there.config.model.name != model["name"]:
@@ -79,7 +78,7 @@ def start_from(
         )
     if there.trained_on.unknown:
         logging.warning(
-            "config.init_from: training clips unknown: %s, so no audit can rule out leakage",
+            "config.init_from: training clips unknown: %s; no audit can rule out leakage",
             there.trained_on.unknown,
         )
     before = dataclasses.asdict(there.features)
@@ -89,9 +88,9 @@ def start_from(
         )
     variables = dict(there.model["variables"])
     body = layers[:-1]
-    params = _taken(state.params, variables.pop("params"), body, source)
+    params = _replaced(state.params, variables.pop("params"), body, source)
     collections = {
-        name: _taken(tree, variables.get(name, {}), body, source)
+        name: _replaced(tree, variables.get(name, {}), body, source)
         for name, tree in state.collections.items()
     }
     ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
@@ -101,11 +100,11 @@ def start_from(
 def layer_rates(
     layers: Sequence[str], *, transferred: bool, transferred_rate: float, layer_decay: float
 ) -> dict[str, float]:
-    """Returns the factor of the learning rate of each layer.
+    """Returns the factor of each layer's learning rate.
 
-    From the head backwards each layer's is `layer_decay` times that of the one after it (discriminative fine-tuning, Howard and
-    Ruder 2018, section 3.2, arXiv:1801.06146). Where layers were transferred, all but the head also take
-    `transferred_rate`; 0 freezes them.
+    From the head backwards, each layer's factor is `layer_decay` times the next layer's
+    (discriminative fine-tuning, Howard and Ruder 2018, section 3.2, arXiv:1801.06146). Transferred
+    layers, all but the head, are also multiplied by `transferred_rate`; 0 freezes them.
 
     Args:
       layers: from `layer_order`.
@@ -120,28 +119,24 @@ def layer_rates(
     }
 
 
-def _taken(tree: Any, variables: Any, layers: Sequence[str], source: str | Path) -> Any:
-    """Returns a tree of variables with those of the named layers replaced by another model's."""
+def _replaced(tree: Any, variables: Any, layers: Sequence[str], source: str | Path) -> Any:
+    """Returns a tree of variables with the named layers replaced by another model's."""
+
+    def shapes(variables: Any) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_leaves_with_path(variables)
+        return {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in leaves}
+
     result = dict(tree)
     for name in layers:
         if name not in tree:
             continue
-        here, there = (
-            {
-                jax.tree_util.keystr(path): np.shape(leaf)
-                for path, leaf in jax.tree_util.tree_leaves_with_path(t)
-            }
-            for t in (tree[name], variables.get(name, {}))
-        )
-        if here != there:
-            path = next(
-                path
-                for path in sorted(here.keys() | there.keys())
-                if here.get(path) != there.get(path)
-            )
-            raise UserError(
-                f"config.init_from={str(source)!r}: its layer {name}{path} has the shape {there.get(path, 'none')} where "
-                f"{here.get(path, 'none')} is needed. Give the model the same fields, and the data the same frames and bands."
-            )
+        here, there = shapes(tree[name]), shapes(variables.get(name, {}))
+        for path in sorted(here.keys() | there.keys()):
+            if here.get(path) != there.get(path):
+                raise UserError(
+                    f"config.init_from={str(source)!r}: its layer {name}{path} has the shape "
+                    f"{there.get(path, 'none')} where {here.get(path, 'none')} is needed. "
+                    "Give the model the same fields, and the data the same frames and bands."
+                )
         result[name] = jax.tree.map(jnp.asarray, variables[name])
     return result

@@ -13,7 +13,7 @@ FRAMES, BANDS = 387, 128
 
 
 def music(seed, frames=FRAMES):
-    """A made-up log-mel in dB: notes that come and go in a few bands, over noise."""
+    """A synthetic log-mel in dB: notes that come and go in a few bands, over noise."""
     generator = np.random.default_rng(seed)
     spectrogram = generator.normal(-60, 3, (frames, BANDS))
     for _ in range(60):
@@ -33,7 +33,7 @@ def disguised(spectrogram, shift):
 
 
 def side(*clips, prefix, groups=None):
-    """A side of made-up clips, every id, hash and artist different."""
+    """A side of synthetic clips, every id, hash and artist different."""
     ids = [f"{prefix}{i}" for i in range(len(clips))]
     return AuditSide(
         ids,
@@ -199,7 +199,7 @@ def test_training_clips_that_are_not_known_are_never_no_leak():
     few = AuditSide(["a", "b"], ["1", "2"], ["x", None])
     nothing = audit(few, AuditSide([], [], []), unknown="m.safetensors does not list them")
     assert nothing.summary() == [
-        "training clips unknown: m.safetensors does not list them; whether evaluated clips are among them cannot be said"
+        "training clips unknown: m.safetensors does not list them; leakage cannot be ruled out"
     ]
     assert not nothing.clean and not nothing.findings and nothing.to_dict()["clean"] is False
     some = audit(

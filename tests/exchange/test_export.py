@@ -288,7 +288,7 @@ def test_a_network_that_onnx_cannot_say(tmp_path):
 
     model = dataclasses.replace(tiny_model(), module=Sorting())
     with pytest.raises(
-        UserError, match=r"the network 'conv1d' cannot be written as ONNX .* Take StableHLO"
+        UserError, match=r"the network 'conv1d' cannot be written as ONNX .* Use StableHLO"
     ):
         export.export_model(model, tmp_path / "a.onnx")
     assert not list(tmp_path.iterdir())

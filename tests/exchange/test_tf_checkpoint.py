@@ -5,7 +5,7 @@ import pytest
 import tf_writer as tf
 
 from musicgenre.errors import UserError
-from musicgenre.exchange.tf_checkpoint import crc32c, masked_crc32c, parse_index, read_checkpoint
+from musicgenre.exchange.tf_checkpoint import crc32c, parse_index, read_checkpoint
 
 
 def read(name):
@@ -46,13 +46,6 @@ def variables():
 )
 def test_the_checksum_is_that_of_rfc_3720(data, crc):
     assert crc32c(data) == crc
-
-
-@pytest.mark.parametrize("size", [4095, 4096, 4097, 5120, 70_001])
-def test_the_checksum_side_by_side_is_that_byte_by_byte(size):
-    data = np.random.default_rng(size).bytes(size)
-    assert crc32c(data) == tf.slow_crc32c(data)
-    assert masked_crc32c(data) == tf.masked(data)
 
 
 @pytest.mark.parametrize(("per_block", "shards"), [(1, 1), (7, 1), (1000, 1), (5, 3)])
@@ -121,11 +114,11 @@ def test_damaged_data(tmp_path):
     whole = data.read_bytes()
     data.write_bytes(whole[:13] + b"!" + whole[14:])
     with pytest.raises(
-        UserError, match=r"data-00000-of-00001: the variable 'b' does not fit its checksum"
+        UserError, match=r"data-00000-of-00001: the variable 'b' does not match its checksum"
     ):
         read_checkpoint(read, f"{tmp_path}/")
     data.write_bytes(whole[:-1])
-    with pytest.raises(UserError, match="the variable 'b' goes to byte 24 of 23"):
+    with pytest.raises(UserError, match="the variable 'b' ends at byte 24 of 23"):
         read_checkpoint(read, f"{tmp_path}/")
 
 
@@ -152,12 +145,12 @@ HEADER = (b"", tf.header(1))
         ),
         ([[HEADER, (b"w", good(shape=(2**62, 0), size=0))]], "cannot have 0 bytes"),
         ([[HEADER, (b"w", good(shape=(2**64 - 1, 2**64 - 2)))]], "cannot have 8 bytes"),
-        ([[HEADER, (b"w", good(offset=1))]], "goes to byte 9 of 8"),
-        ([[HEADER, (b"w", good(offset=2**63))]], "goes to byte"),
+        ([[HEADER, (b"w", good(offset=1))]], "ends at byte 9 of 8"),
+        ([[HEADER, (b"w", good(offset=2**63))]], "ends at byte"),
         ([[HEADER, (b"w", good(dtype=7))]], "has TensorFlow's type 7"),
-        ([[HEADER, (b"w", good(shard=1))]], "the variable 'w' lies in file 1 of 1"),
+        ([[HEADER, (b"w", good(shard=1))]], "the variable 'w' is in file 1 of 1"),
         ([[HEADER, (b"w", good(extra=tf.message(7, b"")))]], "is stored in slices"),
-        ([[HEADER, (b"w", good(extra=bytes([7 << 3 | 3])))]], r"a field of an unknown kind \(3\)"),
+        ([[HEADER, (b"w", good(extra=bytes([7 << 3 | 3])))]], r"a field of an unknown type \(3\)"),
         ([[HEADER, (b"w", tf.number(2, 5))]], "field 2 of an entry is not a message"),
         ([[HEADER, (b"w", tf.message(1, b""))]], "field 1 of an entry is not a number"),
         ([[HEADER, (b"w", good()[:-1])]], "ends in the middle of an entry"),
@@ -173,10 +166,10 @@ HEADER = (b"", tf.header(1))
         ([], "holds no header"),
         (
             [bytes.fromhex("050100") + b"w" + bytes(4) + b"\x01\0\0\0"],
-            "a key repeats more of the one before it",
+            "a key shares more bytes than the previous key",
         ),
-        ([b"\x01\x01\x00\x00"], "shorter than the list of its restarts"),
-        ([b""], "shorter than the list of its restarts"),
+        ([b"\x01\x01\x00\x00"], "shorter than its list of restarts"),
+        ([b""], "shorter than its list of restarts"),
     ],
 )
 def test_wrong_entries_with_right_checksums(blocks, message):
@@ -192,7 +185,7 @@ def test_what_is_no_index():
         )
     with pytest.raises(UserError, match="not the index"):
         parse_index(b"", "x")
-    with pytest.raises(UserError, match=r"is compressed \(kind 1\)"):
+    with pytest.raises(UserError, match=r"is compressed \(type 1\)"):
         parse_index(tf.table([[HEADER]], kind=1), "x")
     footer = (tf.varint(0) * 2 + tf.varint(2**40) + tf.varint(9)).ljust(40, b"\0") + tf.MAGIC
     with pytest.raises(UserError, match=f"points to bytes {2**40} to {2**40 + 9}, beyond its 48"):

@@ -74,7 +74,15 @@ def test_a_model_without_a_temperature_is_written_as_ever(model, bundle):
         dataclasses.replace(tiny_model("regression"), temperature=2.0)
 
 
-def test_no_place_of_this_machine_is_in_it(bundle):
+def test_a_bundle_of_the_first_schema_is_read_and_its_training_clips_are_unknown(model, bundle):
+    changed_notes(bundle, schema=1)
+    loaded = load_model(bundle)
+    jax.tree.map(np.testing.assert_array_equal, loaded.model, model.model)
+    assert loaded.trained_on.unknown == "tiny.safetensors does not list them"
+    assert len(loaded.trained_on) == 0
+
+
+def test_no_path_of_this_machine_is_in_it(bundle):
     assert b"private" not in bundle.read_bytes()
     loaded = load_model(bundle)
     assert (

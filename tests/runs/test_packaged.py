@@ -9,6 +9,8 @@ from musicgenre.datasets.arrays import open_array_file
 from musicgenre.datasets.gtzan import GENRES
 from musicgenre.runs.bundle import packaged_models
 from musicgenre.runs.model import load_model
+from musicgenre.runs.provenance import clips_of, compact
+from musicgenre.studies.evaluate import store_of_arrays
 from musicgenre.training.step import make_score_step
 
 
@@ -26,6 +28,19 @@ def test_the_packaged_model_says_what_it_is():
     )
     for words in (*said, ", ".join(GENRES)):
         assert words in model.card.replace("\n", " ")
+
+
+def test_it_lists_its_training_clips(real_data, tmp_path):
+    """Ids, hashes, groups and fingerprints are those of a store of the arrays."""
+    model = load_model("gtzan")
+    listed = model.trained_on
+    assert (len(listed), listed.unknown, listed.fingerprints.shape) == (442, "", (442, 2048))
+    store = store_of_arrays(model, real_data / "gtzan_mels" / "train.npz", "train", tmp_path / "s")
+    expected = clips_of(store, store.indices("train")).with_fingerprints()
+    assert (listed.clip_ids, listed.hashes) == (expected.clip_ids, expected.hashes)
+    assert listed.groups == expected.groups
+    difference = listed.fingerprints.astype(int) - compact(expected.fingerprints)
+    assert np.abs(difference).max() <= 1  # another machine may round a value up
 
 
 def test_its_accuracy_is_the_one_that_its_card_states(real_data):

@@ -246,7 +246,7 @@ def test_a_clips_mean_fills_masks_where_there_is_no_normalisation():
 
 def test_mixed_clips_are_the_sum_of_their_shares():
     x, got = augmented(mixup=0.4)
-    x, share = x.astype(np.float32), np.asarray(got["share"])
+    x, share = x.astype(np.float32), np.asarray(got["mix"])
     assert ((share > 0) & (share < 1)).all()
     expected = share[:, None, None] * x + (1 - share[:, None, None]) * np.roll(x, -1, axis=0)
     np.testing.assert_allclose(got["x"], expected, rtol=1e-5)
@@ -254,13 +254,13 @@ def test_mixed_clips_are_the_sum_of_their_shares():
     x, got = augmented(cutmix=1.0)
     own = (np.asarray(got["x"]) == x).all(axis=2)
     np.testing.assert_array_equal(np.asarray(got["x"])[~own], np.roll(x, -1, axis=0)[~own])
-    np.testing.assert_allclose(own.mean(axis=1), got["share"], atol=1e-6)
+    np.testing.assert_allclose(own.mean(axis=1), got["mix"], atol=1e-6)
     # Both: either, for the chosen share of the clips.
     x, got = augmented(size=400, mixup=1.0, cutmix=1.0, mix_share=0.5)
     whole = (np.asarray(got["x"]) == x).all(axis=(1, 2))
     cut = ((np.asarray(got["x"]) == x).all(axis=2).sum(axis=1) > 0) & ~whole
     np.testing.assert_allclose([whole.mean(), cut.mean()], [0.5, 0.25], atol=0.07)
-    np.testing.assert_array_equal(np.asarray(got["share"])[whole], 1.0)
+    np.testing.assert_array_equal(np.asarray(got["mix"])[whole], 1.0)
 
 
 def test_the_key_decides_and_each_clip_has_its_own():
@@ -286,7 +286,7 @@ def test_what_no_clip_is_chosen_for_changes_nothing():
     np.testing.assert_array_equal(got["x"], x)
     x, got = augmented(mixup=1.0, cutmix=1.0, mix_share=1e-9)
     np.testing.assert_array_equal(got["x"], x)
-    np.testing.assert_array_equal(got["share"], 1.0)
+    np.testing.assert_array_equal(got["mix"], 1.0)
 
 
 def test_off_is_none():
@@ -332,7 +332,7 @@ def test_a_mixed_batch_has_the_loss_and_gradient_of_its_soft_labels(task):
     )
     key = jax.random.fold_in(jax.random.key(0), 0)
     mixed = jax.jit(augmentation)(batch(), key, NORM)
-    share = np.asarray(mixed["share"])[:, None]
+    share = np.asarray(mixed["mix"])[:, None]
     soft = share * targets + (1 - share) * np.roll(targets, -1, axis=0)
     if task != "regression":
         np.testing.assert_allclose(soft.sum(axis=1), 1.0, rtol=1e-6)

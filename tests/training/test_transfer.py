@@ -17,7 +17,8 @@ from musicgenre.store.store import Store
 from musicgenre.studies.evaluate import evaluate_model
 from musicgenre.training.fit import train
 from musicgenre.training.optimisers import make_optimizer
-from musicgenre.training.transfer import layer_order, layer_rates
+from musicgenre.training.state import create_state
+from musicgenre.training.transfer import layer_order, layer_rates, start_from
 
 
 def changed(config, **fields):
@@ -83,13 +84,28 @@ def test_a_frozen_body_stays_and_a_new_head_learns(source, tmp_path):
     before, after = params(tmp_path / "source"), params(tmp_path / "run")
     for layer in set(before) - {"head"}:
         jax.tree.map(np.testing.assert_array_equal, before[layer], after[layer])
-    assert np.abs(before["head"]["kernel"] - after["head"]["kernel"]).max() > 0.05
-    # It also starts from the statistics of batch normalisation: two seeds would not share them to that degree.
-    means = [
-        np.asarray(load_model(tmp_path / run).model["variables"]["batch_stats"]["norm1"]["var"])
-        for run in ("source", "run")
-    ]
-    assert np.corrcoef(*means)[0, 1] > 0.9
+    assert np.abs(before["head"]["kernel"] - after["head"]["kernel"]).max() > 0
+
+
+def test_batch_normalisation_statistics_are_copied_and_the_input_normalisation_is_not(tmp_path):
+    there = tiny_model()
+    save_bundle(there, tmp_path / "tiny.safetensors")
+    norm = {"mean": np.float32([[1.0] * 16]), "std": np.float32([[2.0] * 16])}
+    fresh = create_state(there.module, optax.sgd(0.1), norm, seed=3, frames=64, bands=16, ema=True)
+    layers = layer_order(there.module, 64, 16)
+    model = there.config.model.to_dict()
+    source = tmp_path / "tiny.safetensors"
+    state = start_from(fresh, layers, source, model=model, features=there.features)
+    saved = there.model["variables"]
+    assert state.collections.keys() == {"batch_stats"}
+    jax.tree.map(
+        np.testing.assert_array_equal, state.collections["batch_stats"], saved["batch_stats"]
+    )
+    for tree in (state.params, state.ema):
+        for layer in layers[:-1]:
+            jax.tree.map(np.testing.assert_array_equal, tree[layer], saved["params"][layer])
+        np.testing.assert_array_equal(tree["head"]["kernel"], fresh.params["head"]["kernel"])
+    np.testing.assert_array_equal(state.norm["mean"], norm["mean"])
 
 
 def test_a_slow_body_moves_less_than_a_free_one(source, tmp_path):
@@ -104,10 +120,10 @@ def test_a_slow_body_moves_less_than_a_free_one(source, tmp_path):
             - params(tmp_path / str(rate))["conv1"]["kernel"]
         )
         moved[rate] = float(np.linalg.norm(difference))
-    assert 0 < moved[0.1] < 0.25 * moved[1.0]
+    assert 0 < moved[0.1] < moved[1.0]
 
 
-def test_the_run_goes_on_without_its_source_and_the_audit_remembers_it(source, tmp_path):
+def test_the_run_resumes_without_its_source_and_the_audit_remembers_it(source, tmp_path):
     config = changed(source, init_from=str(tmp_path / "source"), epochs=2)
     train(config, tmp_path / "run", progress=False)
     (tmp_path / "source" / "checkpoints").rename(tmp_path / "elsewhere")
@@ -128,7 +144,7 @@ def test_the_run_goes_on_without_its_source_and_the_audit_remembers_it(source, t
 
 
 def test_a_bundle_is_a_source_whose_clips_are_not_known(small_config, tmp_path, caplog):
-    """All but the head, of five labels there and three here, comes over; nothing ever says that there is no leak."""
+    """All but the head (five labels there, three here) is copied, and no audit is clean."""
     bundle = tmp_path / "tags.safetensors"
     there = tiny_model(
         "multi_label", tuple("abcde"), features__compression="log10000", features__top_db=60.0
@@ -158,9 +174,9 @@ def test_a_bundle_is_a_source_whose_clips_are_not_known(small_config, tmp_path, 
     audit = evaluate_model(model, store, "valid").audit
     assert not audit.clean and not audit.findings
     assert audit.summary()[:2] == [
-        "training clips unknown: tags.safetensors does not list them; whether evaluated clips are among them "
-        "cannot be said",
-        "nothing found among the training clips that are known: 9 evaluated clips against 24 trained on",
+        "training clips unknown: tags.safetensors does not list them; leakage cannot be ruled out",
+        "nothing found among the training clips that are known: "
+        "9 evaluated clips against 24 trained on",
     ]
 
 
@@ -172,7 +188,7 @@ def test_a_source_of_another_size_is_named(source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("place", "message"),
+    ("source", "message"),
     [
         ("nowhere", "config.init_from: 'nowhere': no such workdir, bundle or packaged model"),
         ("gtzam", "Did you mean 'gtzan'"),
@@ -181,10 +197,12 @@ def test_a_source_of_another_size_is_named(source, tmp_path):
         ("gtzan", "config.init_from='gtzan' holds the model 'modulation', not 'conv1d'"),
     ],
 )
-def test_what_is_no_source_is_named(small_config, tmp_path, monkeypatch, place, message):
+def test_a_source_that_cannot_be_used_is_named(
+    small_config, tmp_path, monkeypatch, source, message
+):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
-        train(changed(small_config, init_from=place), tmp_path / "run", progress=False)
+        train(changed(small_config, init_from=source), tmp_path / "run", progress=False)
 
 
 def test_a_rate_without_a_source_is_refused(small_config, tmp_path):

@@ -1,7 +1,8 @@
-"""Distillation: a run that learns what other models say of its training clips, beside their labels.
+"""Distillation: teachers' predictions replace a fraction of the label target.
 
-After Hinton, Vinyals and Dean 2015 (arXiv:1503.02531), with cross-fitting: a clip is taught by the models that did not train on
-it. What a network says of a clip that it has learnt by heart is little more than the label.
+After Hinton, Vinyals and Dean 2015 (arXiv:1503.02531), with cross-fitting: a clip's teachers are
+the models that did not train on it, since the prediction for a memorised clip is little more than
+its label.
 """
 
 import dataclasses
@@ -28,23 +29,24 @@ TARGETS, NOTES = "teachers.npy", "teachers.json"
 
 
 def distils(config: ConfigDict) -> bool:
-    """Returns whether a run of this config has teachers that count."""
+    """Returns whether a run of this config learns from teachers."""
     return bool(config.distill.teachers) and config.distill.weight > 0
 
 
 def read_teachers(config: ConfigDict, store: Store) -> list[TrainedModel]:
-    """Reads the teachers of a run, of a workdir the last checkpoint.
+    """Reads the teachers of a run; of a workdir, the last checkpoint.
 
     Raises:
-      UserError: one is missing or does not fit the store, or the task or the loss cannot be taught.
+      UserError: one is missing or does not fit the store, or the task or loss has no soft targets.
     """
     if store.task == "regression":
         raise UserError(
-            "config.distill.teachers: a regression has no probabilities that could be taught. Leave it empty."
+            "config.distill.teachers: a regression has no probabilities to learn from. "
+            "Leave it empty."
         )
     if config.loss.name == "mse":
         raise UserError(
-            "config.distill.teachers goes with the cross entropy: leave config.loss.name empty."
+            "config.distill.teachers needs the cross entropy: leave config.loss.name empty."
         )
     teachers = []
     for source in config.distill.teachers:
@@ -60,7 +62,7 @@ def soft_targets(
     spread: Parallel,
     teachers: Sequence[TrainedModel] | None,
 ) -> np.ndarray:
-    """Returns what the teachers say of the training clips, and writes it into the workdir, or reads it from there.
+    """Returns the teachers' predictions for the training clips, saved in the workdir.
 
     Each teacher scores a clip as its own evaluation does, softened by `config.distill.temperature`.
 
@@ -69,13 +71,13 @@ def soft_targets(
       store: its store.
       workdir: its folder; gets `teachers.npy`, and `teachers.json` with what it was made from.
       spread: the devices.
-      teachers: from `read_teachers`; None reads what was written.
+      teachers: from `read_teachers`; None reads the saved predictions.
 
     Returns:
-      Probabilities, float32 `[clips of the train split, classes]`.
+      Probabilities, float32 `[training clips, classes]`.
 
     Raises:
-      UserError: what is in the workdir is damaged or was made for something else.
+      UserError: the saved predictions are damaged or belong to another run.
     """
     clips = store.indices("train")
     made_for = {
@@ -88,8 +90,8 @@ def soft_targets(
         return _saved_targets(workdir, made_for)
     names = store.clip_ids[clips].tolist(), store.hashes[clips].tolist()
     seen = np.stack([teacher.trained_on.has_seen(*names) for teacher in teachers])
-    said = np.stack([_scores(teacher, store, clips, spread) for teacher in teachers])
-    softer = softened(said, config.distill.temperature, store.task)
+    scores = np.stack([_scores(teacher, store, clips, spread) for teacher in teachers])
+    softer = softened(scores, config.distill.temperature, store.task)
     targets = cross_fitted(softer, seen).astype(np.float32)
     by_all = int(seen.all(axis=0).sum())
     counts = {"clips_taught_by_others": len(clips) - by_all, "clips_taught_by_all": by_all}
@@ -101,14 +103,15 @@ def soft_targets(
         notes = made_for | {"steps": [teacher.step for teacher in teachers]} | counts
         write_json(workdir / NOTES, notes | {"sha256": sha256(workdir / TARGETS)})
         print(
-            f"{workdir}: {len(clips) - by_all} of {len(clips)} training clips are taught by teachers that did not train on them, "
-            f"{by_all} by all {len(teachers)}",
+            f"{workdir}: {len(clips) - by_all} of {len(clips)} training clips are taught by "
+            f"teachers that did not train on them, {by_all} by all {len(teachers)}",
             flush=True,
         )
     if by_all:
         logging.warning(
-            "config.distill: every teacher trained, or may have trained, on %d of the %d training clips, of which they then say "
-            "little more than the labels. Teachers of different folds (experiments/ablate.py --folds=5) leave none",
+            "config.distill: every teacher trained, or may have trained, on %d of the %d training "
+            "clips, so their predictions are little more than the labels. Teachers of different "
+            "folds (experiments/ablate.py --folds=5) leave none",
             by_all,
             len(clips),
         )
@@ -117,44 +120,34 @@ def soft_targets(
 
 
 def softened(scores: np.ndarray, temperature: float, task: str) -> np.ndarray:
-    """Returns probabilities as if the logits behind them had been divided by `temperature`, float64.
+    """Returns the probabilities that logits divided by `temperature` would give, float64.
 
     Args:
       scores: probabilities, `[..., classes]`.
-      temperature: above 1 evens them out, below 1 sharpens them.
+      temperature: above 1 flattens them, below 1 sharpens them.
       task: "single_label" or "multi_label".
     """
     scores = np.asarray(scores, np.float64)
     if temperature == 1:
         return scores
-    # Of each row (each tag) the largest is made 1, so that no power of all of them is 0.
+    # The largest of each row (each tag) is scaled to 1, so that not all powers underflow.
+    if task == "single_label":
+        powers = (scores / scores.max(axis=-1, keepdims=True)) ** (1.0 / temperature)
+        return np.asarray(powers / powers.sum(axis=-1, keepdims=True))
     others = 1.0 - scores
-    top = (
-        scores.max(axis=-1, keepdims=True) if task == "single_label" else np.maximum(scores, others)
-    )
+    top = np.maximum(scores, others)
     powers = (scores / top) ** (1.0 / temperature)
-    rest = (
-        powers.sum(axis=-1, keepdims=True)
-        if task == "single_label"
-        else powers + (others / top) ** (1.0 / temperature)
-    )
-    softer: np.ndarray = powers / rest
-    return softer
+    return np.asarray(powers / (powers + (others / top) ** (1.0 / temperature)))
 
 
 def cross_fitted(scores: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """Returns for each clip the mean over the teachers that did not train on it, or over all where every one did.
+    """Returns each clip's mean over the teachers that did not train on it, or over all if all did.
 
-    Args:
-      scores: `[teachers, clips, classes]`.
-      seen: which of them trained on which clip, bool `[teachers, clips]`.
-
-    Returns:
-      `[clips, classes]`.
+    `scores` are `[teachers, clips, classes]`, `seen` is bool `[teachers, clips]`, and the result
+    `[clips, classes]`.
     """
     chosen = (~seen | seen.all(axis=0)).astype(scores.dtype)
-    mean: np.ndarray = np.einsum("tc,tck->ck", chosen / chosen.sum(axis=0), scores)
-    return mean
+    return np.asarray(np.einsum("tc,tck->ck", chosen / chosen.sum(axis=0), scores))
 
 
 def _check_fits(source: str, teacher: TrainedModel, store: Store) -> None:
@@ -173,12 +166,13 @@ def _check_fits(source: str, teacher: TrainedModel, store: Store) -> None:
     ):
         if its != ours:
             raise UserError(
-                f"{name} has other {field} (there -> here): {its} -> {ours}. Choose another teacher."
+                f"{name} has other {field} (there -> here): {its} -> {ours}. "
+                "Choose another teacher."
             )
 
 
 def _scores(teacher: TrainedModel, store: Store, clips: np.ndarray, spread: Parallel) -> np.ndarray:
-    """Returns what a teacher says of clips, as its evaluation does, float64 `[clips, classes]`."""
+    """Returns a teacher's predictions, as its evaluation does, float64 `[clips, classes]`."""
     data = teacher.config.data
     step = make_score_step(teacher.module, teacher.task, teacher.temperature)
     return score_clips(
@@ -193,49 +187,38 @@ def _scores(teacher: TrainedModel, store: Store, clips: np.ndarray, spread: Para
 
 
 def _saved_targets(workdir: Path, made_for: Mapping[str, Any]) -> np.ndarray:
-    """Returns the targets in a workdir, which are to have been made for this run."""
+    """Returns the targets saved in a workdir. Raises UserError if they are not this run's."""
     notes = read_json(workdir / NOTES, "list of teachers, which this run has learnt from")
     again = "Put back what was there, or choose another --workdir."
     if changed := [name for name, value in made_for.items() if notes.get(name) != value]:
         raise UserError(f"{workdir / NOTES}: its {changed[0]} is not that of this run. {again}")
+    path = workdir / TARGETS
     try:
-        fits = notes["sha256"] == sha256(workdir / TARGETS)
+        fits = notes["sha256"] == sha256(path)
     except OSError as error:
-        raise UserError(
-            f"{workdir / TARGETS}: cannot be read ({error.strerror}). {again}"
-        ) from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}). {again}") from None
     if not fits:
-        raise UserError(f"{workdir / TARGETS}: not what the teachers said (SHA-256). {again}")
-    targets: np.ndarray = np.load(workdir / TARGETS, allow_pickle=False)
+        raise UserError(f"{path}: not the teachers' predictions (SHA-256). {again}")
+    targets: np.ndarray = np.load(path, allow_pickle=False)
     return targets
 
 
 def _warn_of_leak(teachers: Sequence[TrainedModel], store: Store) -> None:
-    """Says how many clips that this run is measured on a teacher has learnt from."""
+    """Warns of teachers that trained on clips that this run is evaluated on."""
+    records = [teacher.trained_on for teacher in teachers]
     for split in [name for name in ("valid", "test") if name in store.splits]:
         clips = store.indices(split)
-        seen = [
-            teacher.trained_on.has_seen(
-                store.clip_ids[clips].tolist(), store.hashes[clips].tolist()
-            )
-            for teacher in teachers
-        ]
-        known = [
-            row
-            for row, teacher in zip(seen, teachers, strict=True)
-            if not teacher.trained_on.unknown
-        ]
+        names = store.clip_ids[clips].tolist(), store.hashes[clips].tolist()
+        known = [record.has_seen(*names) for record in records if not record.unknown]
         if count := int(np.any(known, axis=0).sum()) if known else 0:
             logging.warning(
-                "config.distill: teachers were trained on %d of the %d clips of the %s split, on which this run will look better "
-                "than it is; its evaluation lists them",
+                "config.distill: teachers were trained on %d of the %d clips of the %s split, on "
+                "which this run will look better than it is; its evaluation lists them",
                 count,
                 len(clips),
                 split,
             )
-    if unknown := [
-        teacher.trained_on.unknown for teacher in teachers if teacher.trained_on.unknown
-    ]:
+    if unknown := [record.unknown for record in records if record.unknown]:
         logging.warning(
             "config.distill: training clips unknown: %s; no audit can say that nothing leaks",
             unknown[0],
