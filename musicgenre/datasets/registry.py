@@ -5,9 +5,10 @@
     @register("my_music")
     def read(root, *, seed: int = 42, genre_level: int = 1) -> Dataset: ...
 
-`--config.data.dataset=my_music` then calls it with `root` and with those fields of `config.data` that it
-names (see `CONFIG_OPTIONS`). Its other options are fields of its own, set by `--config.data.genre_level=2`.
-An installed package can list its reader under the entry point group `musicgenre.datasets` instead.
+`--config.data.dataset=my_music` then calls it with `root` and with those fields of `config.data`
+that it names (see `CONFIG_OPTIONS`). Its other options are fields of its own, set by
+`--config.data.genre_level=2`. An installed package can list its reader under the entry point group
+`musicgenre.datasets` instead.
 """
 
 import inspect
