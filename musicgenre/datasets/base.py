@@ -114,7 +114,12 @@ def make_dataset(dataset: Dataset) -> Dataset:
 
 
 def find_audio(root: Path) -> list[Path]:
-    """Returns the sound files below a folder, sorted.
+    """Returns the sound files below a folder, as `find_files` does."""
+    return find_files(root, AUDIO_EXTENSIONS)
+
+
+def find_files(root: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """Returns the files below a folder with one of the suffixes in any case, sorted.
 
     Hidden files and folders and links to folders are left out.
     """
@@ -124,7 +129,7 @@ def find_audio(root: Path) -> list[Path]:
         found += [
             Path(folder, name)
             for name in names
-            if name.lower().endswith(AUDIO_EXTENSIONS) and not name.startswith(".")
+            if name.lower().endswith(suffixes) and not name.startswith(".")
         ]
     return sorted(found)
 
