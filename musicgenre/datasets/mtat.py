@@ -454,7 +454,7 @@ def _check_header(path: Path, header: Sequence[str]) -> None:
                 "separated by tabs)." + (f" Is it {near!r}?" if near else "")
             )
     if len(header) < 3:
-        raise UserError(f"{path}, line 1: no column of a tag beside clip_id and mp3_path.")
+        raise UserError(f"{path}, line 1: no column of a tag, only clip_id and mp3_path.")
     name, count = Counter(header).most_common(1)[0]
     if count > 1:
         raise UserError(f"{path}, line 1: {count} columns named {name!r}.")

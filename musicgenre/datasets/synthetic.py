@@ -34,8 +34,6 @@ MIN_CLIPS, MAX_CLIPS = 3, 100_000
 MIN_SECONDS, MAX_SECONDS = 1.0, 600.0
 # Lower rates have no room for the cymbal.
 MIN_SAMPLE_RATE = 16000
-
-
 # How clip i is written, by i % 9: suffix, soundfile's format and subtype, rate in Hz, channels. It
 # is the same for every style, or the format would reveal the style, and 9 has no factor in common
 # with the number of artists, or it would reveal the artist.

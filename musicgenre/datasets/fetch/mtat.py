@@ -45,7 +45,7 @@ MAX_UNPACKED_BYTES, MAX_RATIO, RATIO_FROM_BYTES = 16 * 2**30, 50, 2**20
 _CHUNK = 2**16
 _BYTES: Any = {"unit": "B", "unit_scale": True}
 _TIMEOUTS = (20, 60)  # seconds to connect and between two chunks
-_LONGEST_PAUSE = 60.0
+_LONGEST_PAUSE = 120.0
 # Responses after which a later attempt can succeed.
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 _DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError)
@@ -119,7 +119,7 @@ def download_mtat(
       root: the folder; created if needed.
       base_url: the folder of the files on the host.
       attempts: further attempts that bring no new byte before giving up.
-      pause: seconds between two attempts, doubled each time up to a minute.
+      pause: seconds between two attempts, doubled each time up to two minutes.
       progress: draw progress bars.
 
     Raises:
@@ -282,9 +282,7 @@ class _Host:
         self._attempts, self._pause = attempts, pause
         self._records = _read_records(root / RECORD_NAME)
         # Connections and responses are tried again by urllib3, broken bodies by `_download`.
-        retry = Retry(
-            attempts, status_forcelist=_TRANSIENT, backoff_factor=pause, backoff_max=_LONGEST_PAUSE
-        )
+        retry = Retry(attempts, status_forcelist=_TRANSIENT, backoff_factor=pause)
         self.session = requests.Session()
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, HTTPAdapter(max_retries=retry))

@@ -155,17 +155,14 @@ class Ledger:
             size = os.fstat(self._file).st_size
             if size and os.pread(self._file, 1, size - 1) != b"\n":
                 self._append("\n")
-        except BlockingIOError as error:
+        except BaseException as error:
             self.__exit__()
-            raise UserError(
-                f"{self.path}: another run is using this ledger. Wait for it to end; two at once "
-                "would exceed the quota."
-            ) from error
-        except OSError as error:
-            self.__exit__()
-            raise UserError(
-                f"{self.path}: this ledger cannot be opened and locked ({error.strerror})."
-            ) from error
+            if not isinstance(error, OSError):
+                raise
+            reason = error.strerror
+            if isinstance(error, BlockingIOError):
+                reason = "another run is using it, and two at once would exceed the quota"
+            raise UserError(f"{self.path}: this ledger cannot be locked: {reason}.") from error
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -400,8 +397,8 @@ def fetch_previews(
                     raise UserError(
                         f"{in_a_row} songs in a row failed, the last one {song}: {outcome.detail}. "
                         f"If the requests are refused, check {KEY_VARIABLE}, {SECRET_VARIABLE}, "
-                        "this machine's clock and the account's rights; otherwise the network. What was "
-                        "found is kept."
+                        "this machine's clock and the account's rights; otherwise the network. "
+                        "What was found is kept."
                     )
         except _Pause as reason:
             pause = str(reason)

@@ -112,7 +112,7 @@ def stall(handler):
 
 @pytest.fixture
 def seven(server):
-    """Stands in for 7digital; `answers` maps a track id to its responses in turn, the last for ever."""
+    """Stands in for 7digital; `answers`: the responses by track id, the last one repeated."""
     server.respond = sign_and_answer
     server.answers, server.asked, server.nonces = {}, [], set()
     server.url = f"{server.address}/clip"
@@ -159,6 +159,13 @@ def ledger_lines(folder):
         json.loads(line)
         for line in (folder / "previews" / "requests.jsonl").read_text().splitlines()
     ]
+
+
+def ledger_line(time):
+    return (
+        f'{{"time": "{time}+00:00", "track_id": "x", "track_7digitalid": 9, '
+        '"outcome": "found", "detail": ""}'
+    )
 
 
 def statuses(summary):
@@ -209,9 +216,11 @@ def test_songs_are_found_or_not_and_listed(fetch, seven, clock, tmp_path):
     ]
     assert ledger_lines(tmp_path)[0]["time"] == "2025-06-15T15:06:40.000+00:00"
     assert summary.lines() == [
-        f"{folder}: 2 previews of 4 songs with a 7digital id (2 new); 1 not found, 1 answered without audio, 0 failed, "
+        f"{folder}: 2 previews of 4 songs with a 7digital id (2 new); 1 not found, 1 answered "
+        f"without audio, 0 failed, "
         "0 not asked for yet; 2 songs have no id.",
-        f"5 requests in this run, 5 of 4000 in the last 24 hours; all songs are listed in {folder}/previews.csv.",
+        f"5 requests in this run, 5 of 4000 in the last 24 hours; all songs are listed in "
+        f"{folder}/previews.csv.",
         f"  {track(4)}: no_audio (a web page or XML instead of audio)",
     ]
     assert not summary.incomplete
@@ -251,7 +260,8 @@ def test_the_daily_limit_counts_retries_and_the_last_24_hours(fetch, seven, cloc
     assert ids_asked(seven) == [1, 2, 2, 3] and summary.incomplete and summary.left == 2
     assert (
         summary.lines()[-1]
-        == "The 4 requests of 24 hours are used up. Resume after 2025-06-16 15:07 UTC: 2 songs are left."
+        == "The 4 requests of 24 hours are used up. Resume after 2025-06-16 15:07 UTC: 2 songs are "
+        "left."
     )
     assert list(statuses(summary).values()) == ["found"] * 3 + ["not_asked"] * 2
     clock.now = START + 24 * 3600 - 1
@@ -278,12 +288,7 @@ def test_no_more_than_4000_requests_a_day_by_default(fetch, seven, clock, tmp_pa
     assert previews.REQUESTS_PER_DAY == 4000
     book = tmp_path / "previews" / "requests.jsonl"
     book.parent.mkdir()
-    lines = [
-        '{"time": "2025-06-14T15:06:40+00:00", "track_id": "x", "track_7digitalid": 9, "outcome": "found", "detail": ""}'
-    ]
-    lines += [
-        '{"time": "2025-06-14T15:06:41+00:00", "track_id": "x", "track_7digitalid": 9, "outcome": "found", "detail": ""}'
-    ] * 3998
+    lines = [ledger_line("2025-06-14T15:06:40")] + [ledger_line("2025-06-14T15:06:41")] * 3998
     book.write_text("\n".join(lines) + "\n")
     # The first line is exactly 24 hours old and no longer counts.
     assert fetch(songs(1, 2, 3)).requests == 2 and ids_asked(seven) == [1, 2]
@@ -300,11 +305,13 @@ def test_a_ledger_that_a_crash_cut_short(fetch, seven, clock, tmp_path):
     fetch(songs(1))
     book = tmp_path / "previews" / "requests.jsonl"
     whole = book.read_text()
-    # Killed while waiting for the answer: the request counts, at its time, and the song is asked for again.
+    # Killed while waiting for the answer: the request counts, at its time, and the song is asked
+    # for again.
     clock.now += 3600
     with book.open("a") as file:
         file.write(
-            f'{{"time": "2025-06-15T16:06:40.000+00:00", "track_id": "{track(2)}", "track_7digitalid": 2'
+            '{"time": "2025-06-15T16:06:40.000+00:00", '
+            f'"track_id": "{track(2)}", "track_7digitalid": 2'
         )
     history = Ledger(book)
     assert history.times == [START, START + 3600] and history.last == {
@@ -322,7 +329,7 @@ def test_a_ledger_that_a_crash_cut_short(fetch, seven, clock, tmp_path):
 
 def test_damaged_lines_count_at_the_time_of_the_next(tmp_path):
     book = tmp_path / "requests.jsonl"
-    good = '{"time": "2025-06-15T15:06:40+00:00", "track_id": "x", "track_7digitalid": 9, "outcome": "found", "detail": ""}'
+    good = ledger_line("2025-06-15T15:06:40")
     book.write_bytes(b'\x00\x00\xff{"ti\n' + good.encode() + b'\n\n5\n{"time": "yesterday"}\n')
     os.utime(book, (START + 50, START + 50))
     history = Ledger(book)
@@ -355,7 +362,8 @@ def test_a_request_is_on_the_disk_before_it_is_sent(fetch, seven, tmp_path):
     seven.answers = {1: [look]}
     fetch(songs(1))
     assert seen == [
-        f'{{"time": "2025-06-15T15:06:40.000+00:00", "track_id": "{track(1)}", "track_7digitalid": 1'
+        '{"time": "2025-06-15T15:06:40.000+00:00", '
+        f'"track_id": "{track(1)}", "track_7digitalid": 1'
     ]
     assert Ledger(tmp_path / "previews" / "requests.jsonl").last == {
         1: Outcome("found", f"{len(SOUND)} bytes")
@@ -364,7 +372,9 @@ def test_a_request_is_on_the_disk_before_it_is_sent(fetch, seven, tmp_path):
 
 def test_one_run_at_a_time_on_a_ledger(fetch, seven, tmp_path):
     with Ledger(tmp_path / "previews" / "requests.jsonl", 4000):
-        with pytest.raises(UserError, match=r"requests\.jsonl: another run is using this ledger"):
+        with pytest.raises(
+            UserError, match=r"requests\.jsonl: this ledger cannot be locked: another run"
+        ):
             fetch(songs(1))
         assert seven.asked == [] and fetch(songs(1), ledger=tmp_path / "other.jsonl").requests == 1
     assert fetch(songs(2)).requests == 1
@@ -415,7 +425,8 @@ def test_a_long_pause_ends_the_run(fetch, seven, clock):
     assert clock.slept == [] and ids_asked(seven) == [1] and summary.incomplete
     assert (
         summary.lines()[-1]
-        == "7digital asks for a pause (HTTP 429). Resume after 2025-06-15 17:07 UTC: 2 songs are left."
+        == "7digital asks for a pause (HTTP 429). Resume after 2025-06-15 17:07 UTC: 2 songs are "
+        "left."
     )
     seven.answers = {1: [(429, b"")]}
     summary = fetch(songs(1, 2), back_off=(1.0, 2.0))
