@@ -1,10 +1,11 @@
-"""Precomputed spectrograms in `.npz` or `.npy` files, one file a split."""
+"""Precomputed spectrograms in `.npz` or `.npy` files, one file per split."""
 
 import csv
 import dataclasses
 import functools
 import math
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,17 +28,19 @@ MAX_BYTES = 8 * 2**30
 
 @dataclasses.dataclass(frozen=True)
 class ArrayFile:
-    """Spectrograms and what is known of them.
+    """Spectrograms and their clips.
 
     Attributes:
       path: the file.
-      values: `[clips, mels, frames]` ("mel_time") or `[clips, frames, mels]`; dB, or uint8 steps below 0 dB.
-      db_min: dB of the lowest step for each clip when `values` is uint8, else None.
+      values: `[clips, mels, frames]` ("mel_time") or `[clips, frames, mels]`; dB, or uint8 steps
+        below 0 dB.
+      db_min: dB of the lowest step of each clip when `values` is uint8, else None.
       layout: "mel_time" or "time_mel".
       clip_ids: `[clips]`.
       labels: `[clips]`.
-      groups: `[clips]`, None where not known.
-      label_names: in the order of the file's class numbers; empty where labels are strings without a list.
+      groups: `[clips]`, None where unknown.
+      label_names: in the order of the file's class numbers; empty where labels are strings without
+        a list.
     """
 
     path: Path
@@ -56,16 +59,26 @@ class ArrayFile:
         return (b, a) if self.layout == "mel_time" else (a, b)
 
     def segment_row(self, row: int, index: int, count: int) -> int:
-        """Returns the number by which `spectrogram` knows segment `index` (from 0) of the `count` that a clip is cut into.
+        """Returns the row number by which `spectrogram` knows a segment.
 
-        After the rows of whole clips come those of the first halves of all clips, their second halves, first thirds and so on.
+        After the rows of complete clips come those of the first halves of all clips, their second
+        halves, their first thirds and so on.
+
+        Args:
+          row: of the clip.
+          index: of the segment, from 0.
+          count: segments per clip.
         """
         return row + len(self.values) * (count * (count - 1) // 2 + index)
 
     def spectrogram(self, row: int) -> np.ndarray:
-        """Returns a clip's log-mel spectrogram in dB, float32 `[frames, mels]`, or that of a segment, see `segment_row`.
+        """Returns the log-mel spectrogram in dB of a clip or segment, float32 `[frames, mels]`.
 
-        uint8 step s stands for `db_min * (1 - (s + 0.5) / 256)`, so that 0 dB is the clip's maximum.
+        uint8 step s stands for `db_min * (1 - (s + 0.5) / 256)`, so that 0 dB is the clip's
+        maximum.
+
+        Args:
+          row: of a clip, or a segment's as `segment_row` numbers it.
 
         Raises:
           UserError: a value is NaN or infinite.
@@ -80,7 +93,8 @@ class ArrayFile:
             values = np.float32(self.db_min[row]) * (1 - (values + np.float32(0.5)) / 256)
         if not np.isfinite(values).all():
             raise UserError(
-                f"{self.path}: the spectrogram of {self.clip_ids[row]} has values that are not finite numbers."
+                f"{self.path}: the spectrogram of {self.clip_ids[row]} has values that are not "
+                "finite numbers."
             )
         return np.ascontiguousarray(values.T if self.layout == "mel_time" else values)
 
@@ -99,67 +113,71 @@ def load_arrays(
 ) -> Dataset:
     """Reads a data set of arrays.
 
-    An `.npz` holds `spectrogram` (uint8 with `db_min`, or floats in dB), `label` (numbers into `genres` or `label_names`, or
-    strings), `clip_id`, and optionally `group`. An `.npy` holds the spectrograms and has a CSV file of the same name
-    beside it, with the columns clip_id, label and optionally group. GTZAN's clip ids get their artist as the group.
+    An `.npz` holds `spectrogram` (uint8 with `db_min`, or floats in dB), `label` (numbers into
+    `genres` or `label_names`, or strings), `clip_id`, and optionally `group`. An `.npy` holds the
+    spectrograms, and a CSV file of the same name the columns clip_id, label and optionally group.
+    GTZAN's clip ids get their artist as the group.
 
     Args:
       root: the folder that the files are relative to.
       files: the file of each split; "" leaves a split out.
       layout: order of the axes after the clips, "mel_time" or "time_mel".
-      protocol: "files" splits as the files do. The others deal the clips of the train and valid files out again, in stratified
-        folds of which one is "valid" and the rest "train"; the test file stays the test split. "artist_kfold" keeps each
-        artist in one fold. "random_kfold" does not look at artists. "segment_leaked" cuts the clips into segments and deals
-        these out, so that nearly every clip is on both sides: to show what such an evaluation is worth, not to be believed.
+      protocol: "files" splits as the files do. The others split the clips of the train and valid
+        files again, into stratified folds of which one is "valid" and the rest "train"; the test
+        file stays the test split. "artist_kfold" keeps each artist in one fold. "random_kfold"
+        ignores artists. "segment_leaked" splits the segments of the clips, so that nearly every
+        clip is on both sides: it shows what such an evaluation is worth and must not be believed.
       fold: which fold is "valid".
       folds: number of folds.
       seed: of the folds.
-      frames: of a segment; a clip is cut into as many equal parts as have so many.
+      frames: of a segment; a clip has as many equal segments as have at least so many frames.
 
     Raises:
-      UserError: no file, an unknown split or protocol, files that cannot be used or do not fit together, folds that cannot be
-        made (see `kfold_split`), or clips too short for two segments.
+      UserError: no file, an unknown split or protocol, files that cannot be used or do not match,
+        impossible folds (see `kfold_split`), or clips too short for two segments.
     """
     if protocol not in PROTOCOLS:
         raise UserError(
             f"data.protocol: arrays have no protocol {protocol!r}."
             + did_you_mean(protocol, PROTOCOLS)
         )
-    given = {split: Path(root) / name for split, name in files.items() if name}
-    if not given:
+    opened = {
+        split: open_array_file(Path(root) / name, layout) for split, name in files.items() if name
+    }
+    if not opened:
         raise UserError(
             "data set 'arrays': no files. Set --config.data.files.train=... (and valid, test)."
         )
-    opened = {split: open_array_file(path, layout) for split, path in given.items()}
     first = next(iter(opened.values()))
-    names = first.label_names or tuple(
-        sorted({label for file in opened.values() for label in file.labels})
-    )
+    names = first.label_names or tuple(sorted({x for file in opened.values() for x in file.labels}))
     segments = 1
     if protocol == "segment_leaked":
-        segments = first.frames_and_bands[0] // frames if frames > 0 else 0
+        available = first.frames_and_bands[0]
+        segments = available // frames if frames > 0 else 0
         if segments < 2:
             raise UserError(
-                f"{first.path}: clips of {first.frames_and_bands[0]} frames do not hold two segments of data.frames={frames}."
+                f"{first.path}: clips of {available} frames do not hold two segments of "
+                f"data.frames={frames}."
             )
     clips: list[Clip] = []
     for split, file in opened.items():
         if file.frames_and_bands != first.frames_and_bands:
             raise UserError(
-                f"{file.path}: clips of {file.frames_and_bands} (frames, bands) where {first.path} has {first.frames_and_bands}."
+                f"{file.path}: clips of {file.frames_and_bands} (frames, bands) where {first.path} "
+                f"has {first.frames_and_bands}."
             )
         if file.label_names and file.label_names != names:
             raise UserError(
-                f"{file.path}: its label names {', '.join(file.label_names)} are not those of {first.path} ({', '.join(names)})."
+                f"{file.path}: its label names {', '.join(file.label_names)} are not those of "
+                f"{first.path} ({', '.join(names)})."
             )
-        for row, (clip_id, label, group) in enumerate(
-            zip(file.clip_ids, file.labels, file.groups, strict=True)
-        ):
+        rows = zip(file.clip_ids, file.labels, file.groups, strict=True)
+        for row, (clip_id, label, group) in enumerate(rows):
             clip = Clip(clip_id, file.path, (label,), split, group, row)
-            clips += [clip] if segments == 1 else _cut(clip, file, segments)
+            clips += [clip] if segments == 1 else _segments(clip, file, segments)
     described = "files given"
     if protocol != "files":
-        clips = _dealt_out(clips, folds, fold, seed, by_artist=protocol == "artist_kfold")
+        clips = _folds(clips, folds, fold, seed, by_artist=protocol == "artist_kfold")
         cut = f", {segments} segments a clip" if segments > 1 else ""
         described = f"{protocol} fold {fold} of {folds}, seed {seed}{cut}"
     return make_dataset(
@@ -167,33 +185,33 @@ def load_arrays(
     )
 
 
-def _cut(clip: Clip, file: ArrayFile, segments: int) -> list[Clip]:
-    """Returns a clip's segments; those of a clip by an unknown artist are a group of their own, for they belong together."""
-    group = clip.group or _own_group(clip.clip_id)
+def _segments(clip: Clip, file: ArrayFile, count: int) -> list[Clip]:
+    """Returns a clip's segments. Those of a clip by an unknown artist are a group of their own."""
     return [
         dataclasses.replace(
             clip,
             clip_id=f"{clip.clip_id}{_SEGMENT}{index}",
-            group=group,
-            row=file.segment_row(clip.row or 0, index, segments),
+            group=clip.group or _own_group(clip.clip_id),
+            row=file.segment_row(clip.row or 0, index, count),
         )
-        for index in range(segments)
+        for index in range(count)
     ]
 
 
-def _dealt_out(clips: list[Clip], folds: int, fold: int, seed: int, by_artist: bool) -> list[Clip]:
-    """Returns the clips, those of train and valid split anew by `kfold_split`."""
+def _folds(clips: list[Clip], folds: int, fold: int, seed: int, by_artist: bool) -> list[Clip]:
+    """Returns the clips, those of train and valid split again by `kfold_split`."""
     pool = [clip for clip in clips if clip.split != "test"]
     if not pool:
         raise UserError(
-            "data set 'arrays': folds are made of the train and valid files. Set --config.data.files.train=..."
+            "data set 'arrays': folds are made of the train and valid files. Set "
+            "--config.data.files.train=..."
         )
     groups = [clip.group for clip in pool] if by_artist else None
     splits = kfold_split([clip.labels[0] for clip in pool], folds, fold, seed, groups)
-    dealt = [
+    split_again = [
         dataclasses.replace(clip, split=split) for clip, split in zip(pool, splits, strict=True)
     ]
-    return dealt + [clip for clip in clips if clip.split == "test"]
+    return split_again + [clip for clip in clips if clip.split == "test"]
 
 
 def _own_group(clip_id: str) -> str:
@@ -201,18 +219,22 @@ def _own_group(clip_id: str) -> str:
 
 
 def artist_known(clip_id: str, group: str | None) -> bool:
-    """Returns whether a clip or segment is by an artist that is known."""
+    """Returns whether the artist of a clip or segment is known."""
     return group is not None and group != _own_group(whole_clip(clip_id))
 
 
 def whole_clip(clip_id: str) -> str:
-    """Returns the id of the clip that a segment was cut from, or that of a whole clip as it is."""
+    """Returns the id of the clip that a segment is part of; other ids are unchanged."""
     return clip_id.rsplit(_SEGMENT, 1)[0]
 
 
 @functools.lru_cache(maxsize=8)
 def open_array_file(path: Path, layout: str = "mel_time") -> ArrayFile:
-    """Opens a file of spectrograms; never unpickles anything, and checks an archive before it is unpacked.
+    """Opens a file of spectrograms. It unpickles nothing, and checks an archive's size first.
+
+    Args:
+      path: an `.npz` file, or an `.npy` file with its CSV file.
+      layout: "mel_time" or "time_mel".
 
     Raises:
       UserError: naming the file and what is wrong with it.
@@ -225,101 +247,83 @@ def open_array_file(path: Path, layout: str = "mel_time") -> ArrayFile:
     for name in ("spectrogram", "label", "clip_id"):
         if name not in fields:
             raise UserError(f"{path}: no array {name!r}; it has {', '.join(sorted(fields))}.")
-    values = fields["spectrogram"]
+    values, db_min = fields["spectrogram"], fields.get("db_min")
+    problem = ""
     if values.ndim != 3 or 0 in values.shape:
-        raise UserError(
-            f"{path}: spectrogram has the shape {list(values.shape)}; [clips, mels, frames] is needed."
-        )
-    db_min = fields.get("db_min")
-    if values.dtype == np.uint8 and db_min is None:
-        raise UserError(f"{path}: spectrogram is uint8, so an array db_min is needed.")
-    if values.dtype != np.uint8 and values.dtype.kind != "f":
-        raise UserError(
-            f"{path}: spectrogram is {values.dtype}; uint8 (with db_min) or floating point is needed."
-        )
+        problem = f"has the shape {list(values.shape)}; [clips, mels, frames] is needed"
+    elif values.dtype == np.uint8 and db_min is None:
+        problem = "is uint8, so an array db_min is needed"
+    elif values.dtype != np.uint8 and values.dtype.kind != "f":
+        problem = f"is {values.dtype}; uint8 (with db_min) or floating point is needed"
+    if problem:
+        raise UserError(f"{path}: spectrogram {problem}.")
     for name in ("label", "clip_id", "group", "db_min"):
-        if name in fields and np.shape(fields[name]) != (len(values),):
+        if name in fields and fields[name].shape != (len(values),):
             raise UserError(
-                f"{path}: {name} has the shape {list(np.shape(fields[name]))} for {len(values)} spectrograms."
+                f"{path}: {name} has the shape {list(fields[name].shape)} for {len(values)} "
+                "spectrograms."
             )
-    names = tuple(str(name) for name in fields.get("genres", fields.get("label_names", ())))
-    label = fields["label"]
-    if label.dtype.kind in "iu":
-        if not names:
-            raise UserError(
-                f"{path}: label holds numbers, so an array genres (or label_names) with their names is needed."
-            )
-        if len(label) and not 0 <= int(label.min()) <= int(label.max()) < len(names):
-            wrong = int(
-                np.flatnonzero((label.astype(int) < 0) | (label.astype(int) >= len(names)))[0]
-            )
-            raise UserError(
-                f"{path}: label {label[wrong]} of {fields['clip_id'][wrong]} is not one of the {len(names)} genres."
-            )
-        labels = [names[i] for i in label]
-    else:
-        labels = [str(item) for item in label]
     ids = [str(item) for item in fields["clip_id"]]
+    names = tuple(str(name) for name in fields.get("genres", fields.get("label_names", ())))
     artists = artist_groups()
-    groups = (
-        [str(group) or None for group in fields["group"]]
-        if "group" in fields
-        else [artists.get(i, (None, 0))[0] for i in ids]
-    )
+    groups = [artists.get(clip_id, (None, 0))[0] for clip_id in ids]
+    if "group" in fields:
+        groups = [str(group) or None for group in fields["group"]]
     return ArrayFile(
         path,
         values,
         db_min if values.dtype == np.uint8 else None,
         layout,
         ids,
-        labels,
+        _labels(path, fields["label"], names, ids),
         groups,
         names,
     )
 
 
-def _read_npz(path: Path) -> dict[str, Any]:
+def _labels(path: Path, label: np.ndarray, names: tuple[str, ...], ids: list[str]) -> list[str]:
+    """Returns the labels as text."""
+    if label.dtype.kind not in "iu":
+        return [str(item) for item in label]
+    if not names:
+        raise UserError(
+            f"{path}: label holds numbers, so an array genres (or label_names) with their names is "
+            "needed."
+        )
+    for number, clip_id in zip(label.tolist(), ids, strict=True):
+        if not 0 <= number < len(names):
+            raise UserError(
+                f"{path}: label {number} of {clip_id} is not one of the {len(names)} genres."
+            )
+    return [names[number] for number in label]
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with zipfile.ZipFile(path) as archive:
-            total = 0
-            for member in archive.infolist():
-                if (
-                    member.flag_bits & 1
-                    or "/" in member.filename
-                    or not member.filename.endswith(".npy")
-                ):
-                    raise UserError(f"{path}: the member {member.filename!r} is no plain array.")
-                with archive.open(member) as stream:
-                    version = np.lib.format.read_magic(stream)
-                    read = (
-                        np.lib.format.read_array_header_1_0
-                        if version == (1, 0)
-                        else np.lib.format.read_array_header_2_0
-                    )
-                    shape, _, dtype = read(stream)
-                    if dtype.hasobject:
-                        raise UserError(
-                            f"{path}: {member.filename} holds Python objects; these are never loaded."
-                        )
-                    size = math.prod(shape) * dtype.itemsize
-                    needed = stream.tell() + size
-                    if needed != member.file_size:
-                        raise UserError(
-                            f"{path}: {member.filename} is damaged ({member.file_size} bytes where {needed} are needed)."
-                        )
-                total += size
-            if total > MAX_BYTES:
-                raise UserError(
-                    f"{path}: unpacks to {total / 2**30:.1f} GiB, more than the {MAX_BYTES / 2**30:.0f} GiB that are allowed. "
-                    "Split it, or use .npy files, which need not fit into memory."
-                )
+            total = sum(member.file_size for member in archive.infolist())
+        if total > MAX_BYTES:
+            raise UserError(
+                f"{path}: unpacks to {total / 2**30:.1f} GiB, more than the "
+                f"{MAX_BYTES / 2**30:.0f} GiB that are allowed. Split it, or use .npy files, which "
+                "need not fit into memory."
+            )
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError, RuntimeError) as error:
+            arrays = {name: file[name] for name in file.files}
+        return {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        ValueError,
+        EOFError,
+        OSError,
+        RuntimeError,
+        MemoryError,
+    ) as error:
         raise UserError(f"{path}: not an .npz archive that can be read ({error}).") from error
 
 
-def _read_npy(path: Path) -> dict[str, Any]:
+def _read_npy(path: Path) -> dict[str, np.ndarray]:
     table = path.with_suffix(".csv")
     try:
         fields: dict[str, Any] = {"spectrogram": np.load(path, mmap_mode="r", allow_pickle=False)}

@@ -1,4 +1,4 @@
-"""One's own music listed in a CSV file: path, label, labels or targets, and optionally split and group."""
+"""A user's own music listed in a CSV file with labels or targets, optionally splits and groups."""
 
 import csv
 import dataclasses
@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from musicgenre.datasets.base import SPLIT_ALIASES, Clip, Dataset, Skipped, make_dataset
-from musicgenre.datasets.folder import fractions_text
 from musicgenre.datasets.registry import register
-from musicgenre.datasets.splits import group_split
+from musicgenre.datasets.splits import fractions_text, group_split
 from musicgenre.errors import UserError, did_you_mean
 
 COLUMNS = ("path", "label", "labels", "targets", "split", "group", "clip_id")
@@ -28,13 +27,15 @@ def load_csv(
 ) -> Dataset:
     """Reads a CSV file (UTF-8; comma, semicolon or tab) with a header.
 
-    Columns: `path` (relative to the file's folder, or absolute), `label`, `labels` (tags separated by "|") or `targets`
-    (the numbers of a regression separated by "|", as many on each line), and optionally `split`, `group` (what must not be
-    split apart) and `clip_id` (otherwise the path).
+    Columns: `path` (relative to the file's folder, or absolute), `label`, `labels` (tags separated
+      by
+    "|") or `targets` (the numbers of a regression separated by "|", equally many on each line), and
+    optionally `split`, `group` (what a split must keep together) and `clip_id` (otherwise the
+    path).
 
     Args:
       path: the file.
-      task: "single_label", "multi_label" or "regression"; "" goes by the column's name.
+      task: "single_label", "multi_label" or "regression"; "" is that of the column's name.
       seed: of the split, where the file has none.
       fractions: of train, valid and test.
       allow_missing: list files that are not on disk as skipped, instead of an error.
@@ -46,69 +47,46 @@ def load_csv(
     rows = _rows(path)
     header = list(rows[0][1])
     column = next(name for name in _TASK_OF if name in header)
-    tags = column == "labels"
     task = task or _TASK_OF[column]
     if (task == "regression") != (column == "targets"):
         raise UserError(
-            f"{path}, line 1: a regression needs the column targets, and only a regression; data.task={task!r} does not fit."
+            f"{path}, line 1: a regression, and nothing else, has the column targets; "
+            f"data.task={task!r} does not match."
         )
-    skipped, clips = [], []
+    skipped: list[Skipped] = []
+    clips: list[Clip] = []
     size = 0
     seen: dict[Path, int] = {}
     for line, row in rows:
+        where = f"{path}, line {line}"
+        labels, values = _truth(row[column], column, task, where)
+        size = size or len(values)
+        if len(values) != size:
+            raise UserError(f"{where}: {len(values)} targets where the lines before have {size}.")
+        if not row["path"]:
+            raise UserError(f"{where}: empty path.")
         file = path.parent / row["path"]
-        labels = (
-            tuple(dict.fromkeys(part.strip() for part in row[column].split("|") if part.strip()))
-            if tags
-            else (row[column],)
-        )
-        values: tuple[float, ...] = ()
-        if task == "regression":
-            labels, values = (), _numbers(row[column], f"{path}, line {line}")
-            size = size or len(values)
-            if len(values) != size:
-                raise UserError(
-                    f"{path}, line {line}: {len(values)} targets where the lines before have {size}."
-                )
-        if not row["path"] or (not all(labels) or (not labels and task == "single_label")):
-            raise UserError(f"{path}, line {line}: empty {'path' if not row['path'] else column}.")
-        if task == "single_label" and len(labels) != 1:
-            raise UserError(
-                f"{path}, line {line}: {len(labels)} labels ({row[column]}) where the task is single_label."
-            )
         if file in seen:
-            raise UserError(f"{path}, line {line}: {row['path']} is already on line {seen[file]}.")
+            raise UserError(f"{where}: {row['path']} is already on line {seen[file]}.")
         seen[file] = line
         split = row.get("split", "")
         if "split" in header and split.lower() not in SPLIT_ALIASES:
-            raise UserError(f"{path}, line {line}: split {split!r} is not train, valid or test.")
+            raise UserError(f"{where}: split {split!r} is not train, valid or test.")
         clip_id = row.get("clip_id") or row["path"]
-        if not file.is_file():
-            if not allow_missing:
-                raise UserError(
-                    f"{path}, line {line}: {file} is not on disk. Add it, or go on without such files with "
-                    "--config.data.allow_missing=True."
-                )
+        if file.is_file():
+            split, group = SPLIT_ALIASES.get(split.lower(), ""), row.get("group") or None
+            clips.append(Clip(clip_id, file, labels, split, group, values=values))
+        elif allow_missing:
             skipped.append(Skipped(clip_id, str(file), "not on disk"))
-            continue
-        clips.append(
-            Clip(
-                clip_id,
-                file,
-                labels,
-                SPLIT_ALIASES.get(split.lower(), ""),
-                row.get("group") or None,
-                values=values,
+        else:
+            raise UserError(
+                f"{where}: {file} is not on disk. Add it, or continue without such files with "
+                "--config.data.allow_missing=True."
             )
-        )
     protocol = "splits of the file"
     if "split" not in header and clips:
-        parts = group_split(
-            [clip.labels[0] if clip.labels else "" for clip in clips],
-            [clip.group for clip in clips],
-            seed,
-            fractions,
-        )
+        labels_or_none = [clip.labels[0] if clip.labels else "" for clip in clips]
+        parts = group_split(labels_or_none, [clip.group for clip in clips], seed, fractions)
         clips = [
             dataclasses.replace(clip, split=part) for clip, part in zip(clips, parts, strict=True)
         ]
@@ -123,6 +101,27 @@ def load_csv(
     )
 
 
+def _truth(
+    text: str, column: str, task: str, where: str
+) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Returns the labels and the targets of a line, such as ("rock", "slow") or (0.5, -1.25)."""
+    if task == "regression":
+        try:
+            numbers = tuple(float(part) for part in text.split("|"))
+        except ValueError:
+            numbers = (math.nan,)
+        if not all(map(math.isfinite, numbers)):
+            raise UserError(f"{where}: targets {text!r} must be finite numbers separated by '|'.")
+        return (), numbers
+    parts = [part.strip() for part in text.split("|")] if column == "labels" else [text]
+    labels = tuple(dict.fromkeys(filter(None, parts)))
+    if not labels and (task == "single_label" or column == "label"):
+        raise UserError(f"{where}: empty {column}.")
+    if task == "single_label" and len(labels) != 1:
+        raise UserError(f"{where}: {len(labels)} labels ({text}) where the task is single_label.")
+    return labels, ()
+
+
 def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
     """Returns (line number, fields) of each row after the header, checked for its columns."""
     try:
@@ -131,8 +130,7 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
         raise UserError(f"{path}: no such file. Set --config.data.root to a CSV file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
-    first = text.partition("\n")[0]
-    delimiter = max(",;\t", key=first.count)
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
     reader = csv.reader(text.splitlines(), delimiter=delimiter)
     header = [name.strip() for name in next(reader, [])]
     for name in header:
@@ -140,33 +138,18 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
             raise UserError(f"{path}, line 1: unknown column {name!r}.{hint}")
     if "path" not in header or sum(name in header for name in _TASK_OF) != 1:
         raise UserError(
-            f"{path}, line 1: the header must name the columns path and label (or labels, or targets), not {', '.join(header)!r}."
+            f"{path}, line 1: the header must name the columns path and label (or labels, or "
+            f"targets), not {', '.join(header)!r}."
         )
     rows = []
-    for fields in reader:
-        if not fields:
-            continue
+    for fields in filter(None, reader):
         if len(fields) != len(header):
             raise UserError(
-                f"{path}, line {reader.line_num}: {len(fields)} fields where the header has {len(header)}."
+                f"{path}, line {reader.line_num}: {len(fields)} fields where the header has "
+                f"{len(header)}."
             )
-        rows.append(
-            (
-                reader.line_num,
-                {name: field.strip() for name, field in zip(header, fields, strict=True)},
-            )
-        )
+        values = (field.strip() for field in fields)
+        rows.append((reader.line_num, dict(zip(header, values, strict=True))))
     if not rows:
         raise UserError(f"{path}: no rows below the header.")
     return rows
-
-
-def _numbers(text: str, where: str) -> tuple[float, ...]:
-    """Returns the numbers of a field such as "0.5|-1.25"."""
-    try:
-        numbers = tuple(float(part) for part in text.split("|"))
-    except ValueError:
-        numbers = (math.nan,)
-    if not all(map(math.isfinite, numbers)):
-        raise UserError(f"{where}: targets {text!r} must be finite numbers separated by '|'.")
-    return numbers

@@ -1,17 +1,23 @@
-"""GTZAN (Tzanetakis and Cook 2002): 1,000 clips of 30 s, 10 genres, with splits that can be trusted and some that cannot.
+"""GTZAN (Tzanetakis and Cook 2002): 1,000 clips of 30 s in 10 genres, with four protocols.
 
-`fault_filtered` is the split of Kereliuk, Sturm and Larsen (2015) without replicas and mislabelled clips. The artists and
-their three folds are Foleiss and Tavares's (2020), after Sturm's index. In a random split most of the test clips have
-their artist in the training set.
+`fault_filtered` is the split of Kereliuk, Sturm and Larsen (2015) without replicas and mislabelled
+clips. The artists and their three folds are Foleiss and Tavares's (2020), after Sturm's index. In a
+random split most of the test clips have their artist in the training set.
 """
 
 import csv
 import functools
-import importlib.resources
 from collections import Counter
 from pathlib import Path
 
-from musicgenre.datasets.base import AUDIO_EXTENSIONS, Clip, Dataset, Skipped, make_dataset
+from musicgenre.datasets.base import (
+    AUDIO_EXTENSIONS,
+    Clip,
+    Dataset,
+    Skipped,
+    make_dataset,
+    packaged,
+)
 from musicgenre.datasets.registry import register
 from musicgenre.datasets.splits import check_fold, group_split, random_split, stratified_kfold
 from musicgenre.errors import UserError, did_you_mean
@@ -29,6 +35,9 @@ GENRES = (
     "rock",
 )
 PROTOCOLS = ("fault_filtered", "artist_folds", "random", "stratified_kfold")
+# Where common copies have the genres' folders: the original archive in `genres`, Kaggle's in
+# `Data`.
+SUBFOLDERS = ("", "genres", "genres_original", "Data/genres_original")
 
 
 @register("gtzan")
@@ -41,79 +50,45 @@ def load_gtzan(
     seed: int = 42,
     allow_missing: bool = False,
 ) -> Dataset:
-    """Reads a folder `<genre>/<genre>.NNNNN.<ext>`.
+    """Reads a folder with files `<genre>/<genre>.NNNNN.<ext>`, where ext is au, wav, flac, mp3, ...
 
     Args:
-      root: the folder that holds the genres' folders.
-      protocol: "fault_filtered" (443 / 197 / 290 clips), "artist_folds" (3 folds), "random" (the report's 67 / 33) or
-        "stratified_kfold".
+      root: the folder that holds the genres' folders, or one that holds them in one of
+        `SUBFOLDERS`.
+      protocol: "fault_filtered" (443 / 197 / 290 clips), "artist_folds" (3 folds), "random" (the
+        2017 report's 67 / 33) or "stratified_kfold".
       fold: which fold is the test split.
       folds: number of folds of "stratified_kfold".
       seed: of the splits that are drawn.
-      allow_missing: list clips of the protocol that are not on disk as skipped, instead of an error.
+      allow_missing: list clips of the protocol that are not on disk as skipped, instead of an
+        error.
 
     Raises:
-      UserError: another layout, an unknown protocol, a clip twice, or a clip of the lists that is not on disk.
+      UserError: another layout, an unknown protocol, two files of one clip, or a clip of the lists
+        that is not on disk.
     """
     root = Path(root)
     files = _find(root)
+    splits, described = _protocol(protocol, list(files), fold, folds, seed)
     artists = artist_groups()
-    skipped: list[Skipped] = []
-    if protocol == "fault_filtered":
-        splits = fault_filtered_lists()
-        described = protocol
-    elif protocol == "artist_folds":
-        check_fold(fold, 3)
-        known = [clip_id for clip_id in artists if clip_id.split(".")[0] in GENRES]
-        rest = [clip_id for clip_id in known if artists[clip_id][1] != fold + 1]
-        parts = group_split(
-            [clip_id.split(".")[0] for clip_id in rest],
-            [artists[clip_id][0] for clip_id in rest],
-            seed,
-            (0.8, 0.2, 0),
-        )
-        splits = dict.fromkeys(known, "test") | dict(zip(rest, parts, strict=True))
-        skipped += [
-            Skipped(clip_id, str(path), "its artist is not known, so it is in no artist fold")
-            for clip_id, path in files.items()
-            if clip_id not in artists
-        ]
-        described = f"artist_folds fold {fold} of 3, seed {seed}"
-    elif protocol == "random":
-        splits = dict(zip(files, random_split(len(files), seed), strict=True))
-        described = f"random 67/33, seed {seed}"
-    elif protocol == "stratified_kfold":
-        splits = dict(
-            zip(
-                files,
-                stratified_kfold([clip_id.split(".")[0] for clip_id in files], folds, fold, seed),
-                strict=True,
-            )
-        )
-        described = f"stratified_kfold fold {fold} of {folds}, seed {seed}"
-    else:
-        raise UserError(
-            f"data.protocol: GTZAN has no protocol {protocol!r}."
-            + did_you_mean(protocol, PROTOCOLS)
-        )
     missing = [clip_id for clip_id in splits if clip_id not in files]
     if missing and not allow_missing:
         raise UserError(
-            f"{root}: {missing[0]} is not on disk ({len(missing)} of the {len(splits)} clips of {protocol!r} are "
-            "missing). Add them, or go on without them with --config.data.allow_missing=True."
+            f"{root}: {missing[0]} is not on disk ({len(missing)} of the {len(splits)} clips of "
+            f"{protocol!r} are missing). Add them, or continue without them with "
+            "--config.data.allow_missing=True."
         )
+    skipped = [
+        Skipped(clip_id, str(path), "its artist is not known, so it is in no artist fold")
+        for clip_id, path in files.items()
+        if protocol == "artist_folds" and clip_id not in artists
+    ]
     skipped += [
-        Skipped(clip_id, str(root / clip_id.split(".")[0] / clip_id), "not on disk")
+        Skipped(clip_id, str(root / _genre(clip_id) / clip_id), "not on disk")
         for clip_id in missing
     ]
     clips = [
-        Clip(
-            clip_id,
-            files[clip_id],
-            (clip_id.split(".")[0],),
-            split,
-            artists.get(clip_id, (None, 0))[0],
-        )
+        Clip(clip_id, files[clip_id], (_genre(clip_id),), split, artists.get(clip_id, (None, 0))[0])
         for clip_id, split in splits.items()
         if clip_id in files
     ]
@@ -122,60 +97,73 @@ def load_gtzan(
     )
 
 
+def _protocol(
+    protocol: str, clip_ids: list[str], fold: int, folds: int, seed: int
+) -> tuple[dict[str, str], str]:
+    """Returns the split of each clip of the protocol, and the protocol with its parameters."""
+    if protocol == "fault_filtered":
+        return fault_filtered_lists(), protocol
+    if protocol == "artist_folds":
+        check_fold(fold, 3)
+        artists = artist_groups()
+        rest = [clip_id for clip_id, (_, number) in artists.items() if number != fold + 1]
+        groups = [artists[clip_id][0] for clip_id in rest]
+        parts = group_split([_genre(clip_id) for clip_id in rest], groups, seed, (0.8, 0.2, 0))
+        splits = dict.fromkeys(artists, "test") | dict(zip(rest, parts, strict=True))
+        return splits, f"artist_folds fold {fold} of 3, seed {seed}"
+    if protocol == "random":
+        parts = random_split(len(clip_ids), seed)
+        return dict(zip(clip_ids, parts, strict=True)), f"random 67/33, seed {seed}"
+    if protocol == "stratified_kfold":
+        parts = stratified_kfold([_genre(clip_id) for clip_id in clip_ids], folds, fold, seed)
+        described = f"stratified_kfold fold {fold} of {folds}, seed {seed}"
+        return dict(zip(clip_ids, parts, strict=True)), described
+    raise UserError(
+        f"data.protocol: GTZAN has no protocol {protocol!r}." + did_you_mean(protocol, PROTOCOLS)
+    )
+
+
 def _find(root: Path) -> dict[str, Path]:
     """Returns the sound files by clip id, in order of their ids."""
     files: dict[str, Path] = {}
-    for genre in GENRES:
-        for path in sorted((root / genre).glob(f"{genre}.*")):
-            if (
-                path.suffix.lower() not in AUDIO_EXTENSIONS
-                or not path.stem[len(genre) + 1 :].isdigit()
-            ):
+    for folder in (root / name for name in SUBFOLDERS):
+        for path in sorted(path for genre in GENRES for path in folder.glob(f"{genre}/{genre}.*")):
+            number = path.stem.removeprefix(f"{path.parent.name}.")
+            if path.suffix.lower() not in AUDIO_EXTENSIONS or not number.isdigit():
                 continue
             if path.stem in files:
                 raise UserError(
                     f"{path} and {files[path.stem].name} are the same clip; keep one of them."
                 )
             files[path.stem] = path
-    if not files:
-        raise UserError(
-            f"{root}: not GTZAN's layout. Expected folders {', '.join(GENRES)} with files such as "
-            "blues/blues.00000.wav; set --config.data.root to the folder that holds them."
-        )
-    return files
+        if files:
+            return files
+    raise UserError(
+        f"{root}: not GTZAN's layout. Expected folders {', '.join(GENRES)} with files such as "
+        "blues/blues.00000.wav (or .au); set --config.data.root to the folder that holds them."
+    )
 
 
-def _packaged(name: str) -> str:
-    """Returns a list that ships with the package."""
-    try:
-        return (
-            importlib.resources.files("musicgenre.datasets")
-            .joinpath("data", name)
-            .read_text(encoding="utf-8")
-        )
-    except OSError as error:
-        raise UserError(
-            f"musicgenre/datasets/data/{name}: this list should come with the package but cannot be read "
-            f"({error.strerror}). Install musicgenre again."
-        ) from error
+def _genre(clip_id: str) -> str:
+    return clip_id.partition(".")[0]
 
 
 @functools.lru_cache(maxsize=1)
 def artist_groups() -> dict[str, tuple[str, int]]:
-    """Returns (artist, fold 1 to 3) of each clip whose artist is known (948 clips by 412 artists)."""
-    rows = csv.DictReader(_packaged("artist_groups.csv").splitlines())
+    """Returns (artist, fold 1 to 3) of the 948 clips whose artist is known (412 artists)."""
+    rows = csv.DictReader(packaged("artist_groups.csv").splitlines())
     return {
         row["clip_id"]: (f"artist {row['artist_group']}", int(row["artist_fold"])) for row in rows
     }
 
 
 def fault_filtered_lists() -> dict[str, str]:
-    """Returns the split of each clip of the fault-filtered lists: 443 train, 197 valid, 290 test."""
-    splits: dict[str, str] = {}
-    for split in ("train", "valid", "test"):
-        for line in _packaged(f"{split}_filtered.txt").split():
-            splits[Path(line).stem] = split
-    assert Counter(splits.values()) == {"train": 443, "valid": 197, "test": 290}, (
-        "the packaged lists are not whole"
-    )
+    """Returns the split of each clip in the fault-filtered lists (443 / 197 / 290 clips)."""
+    splits = {
+        Path(line).stem: split
+        for split in ("train", "valid", "test")
+        for line in packaged(f"{split}_filtered.txt").split()
+    }
+    counts = Counter(splits.values())
+    assert counts == {"train": 443, "valid": 197, "test": 290}, "a packaged list is incomplete"
     return splits

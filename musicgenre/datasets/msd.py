@@ -1,7 +1,8 @@
-"""The Million Song Dataset (Bertin-Mahieux, Ellis, Whitman, Lamere 2011): what is known of a million songs, without the sound.
+"""The Million Song Dataset (Bertin-Mahieux, Ellis, Whitman, Lamere 2011): metadata without audio.
 
-A song file (`data/A/X/L/TRAXLZU12903D05F94.h5`) holds one song, an aggregate file many, and a summary file the tables of many
-without the lists of tags. The sound is 30 s previews from 7digital, which `musicgenre.datasets.fetch.previews` fetches.
+A song file (`data/A/X/L/TRAXLZU12903D05F94.h5`) holds one song, an aggregate file many, and a
+summary file the tables of many without the lists of tags. The audio is 30 s previews from 7digital,
+which `musicgenre.datasets.fetch.previews` fetches.
 """
 
 import csv
@@ -16,13 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from musicgenre.datasets.base import Clip, Dataset, Skipped, find_audio, make_dataset
-from musicgenre.datasets.folder import fractions_text
+from musicgenre.datasets.base import Clip, Dataset, Skipped, find_audio, find_files, make_dataset
 from musicgenre.datasets.registry import register
-from musicgenre.datasets.splits import group_split
+from musicgenre.datasets.splits import fractions_text, group_split
 from musicgenre.errors import UserError
 
-# Folder of the previews below the data set's, and the list of what came of each song in it.
+# Folder of the previews in the data set's, and the list in it of the outcome for each song.
 PREVIEWS, OUTCOMES = "previews", "previews.csv"
 TRACK_ID = re.compile(r"TR[A-Z0-9]{16}")
 TEXTS = ("song_id", "title", "artist_name", "artist_id", "release")
@@ -36,8 +36,9 @@ TABLES = {
 BLOCK = 1000
 # The Echo Nest gave an artist some dozens of terms; more than this is a damaged index.
 MAX_TAGS = 10_000
-# Why a song that 7digital was asked for has no preview, by its status in the list of outcomes.
-FINAL = {"not_found": "7digital does not have it", "no_audio": "7digital's answer was no sound"}
+# Why a song has no preview, by its status in the list of outcomes.
+FINAL = {"not_found": "7digital does not have it", "no_audio": "7digital's response was no audio"}
+_HDF5_ERRORS = (OSError, KeyError, ValueError, TypeError, RuntimeError, MemoryError, OverflowError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +52,15 @@ class Song:
       artist_name: as on the release.
       artist_id: The Echo Nest's, "AR...".
       release: the album.
-      year: of the release by MusicBrainz; 0 where it is not known.
-      duration: of the whole song in seconds.
-      track_7digitalid: of this track in 7digital's shop; 0 or -1 where there is none. The other two alike.
-      release_7digitalid: of the release.
-      artist_7digitalid: of the artist.
-      artist_terms: The Echo Nest's tags of the artist with their weights (0 to 1), the strongest first; none in a summary file.
-      artist_mbtags: MusicBrainz's tags of the artist with their counts, the most frequent first; none in a summary file.
+      year: of the release by MusicBrainz; 0 if unknown.
+      duration: of the complete song in seconds.
+      track_7digitalid: of this track in 7digital's shop; 0 or -1 if it has none.
+      release_7digitalid: of the release, likewise.
+      artist_7digitalid: of the artist, likewise.
+      artist_terms: The Echo Nest's tags of the artist with their weights (0 to 1), the strongest
+        first; none in a summary file.
+      artist_mbtags: MusicBrainz's tags of the artist with their counts, the most frequent first;
+        none in a summary file.
     """
 
     track_id: str
@@ -78,10 +81,11 @@ class Song:
 def read_songs(path: str | os.PathLike[str]) -> Iterator[Song]:
     """Yields the songs of a song file, an aggregate file or a summary file, in the file's order.
 
-    Text that is not UTF-8 keeps what can be read; the rest becomes the replacement character.
+    Bytes that are not UTF-8 become the replacement character.
 
     Raises:
-      UserError: h5py is not installed, or the file is missing, damaged or none of the Million Song Dataset.
+      UserError: h5py is not installed, or the file is missing, damaged or not part of the Million
+        Song Dataset.
     """
     h5py = _h5py()
     path = Path(path)
@@ -89,64 +93,51 @@ def read_songs(path: str | os.PathLike[str]) -> Iterator[Song]:
         raise UserError(f"{path}: no such file.")
     try:
         with h5py.File(path, "r") as file:
-            tables = {place: _table(file, path, place, names) for place, names in TABLES.items()}
+            tables = {name: _table(file, path, name) for name in TABLES}
             count = len(tables["metadata/songs"])
-            for place, table in tables.items():
+            for name, table in tables.items():
                 if len(table) != count:
                     raise UserError(
-                        f"{path}: {place} has {len(table)} rows where metadata/songs has {count}."
+                        f"{path}: {name} has {len(table)} rows where metadata/songs has {count}."
                     )
-            terms = _Tags(
-                file,
-                path,
-                tables["metadata/songs"],
-                "metadata/artist_terms",
-                "metadata/artist_terms_weight",
-            )
-            tags = _Tags(
-                file,
-                path,
-                tables["musicbrainz/songs"],
-                "musicbrainz/artist_mbtags",
-                "musicbrainz/artist_mbtags_count",
-            )
+            terms = _Tags(file, path, "metadata", "artist_terms", "weight")
+            tags = _Tags(file, path, "musicbrainz", "artist_mbtags", "count")
             for start in range(0, count, BLOCK):
                 stop = min(start + BLOCK, count)
-                columns: dict[str, Any] = {}
-                for place, names in TABLES.items():
-                    rows = tables[place].fields(list(names))[start:stop]
-                    columns |= {name: rows[name].tolist() for name in names}
-                for i, term, tag in zip(
-                    range(stop - start),
-                    terms.read(start, stop),
-                    tags.read(start, stop),
-                    strict=True,
+                columns: dict[str, list[Any]] = {}
+                for name, names in TABLES.items():
+                    rows = tables[name].fields(list(names))[start:stop]
+                    columns |= {column: rows[column].tolist() for column in names}
+                for term, tag, *values in zip(
+                    terms.read(start, stop), tags.read(start, stop), *columns.values(), strict=True
                 ):
-                    track_id = _text(columns["track_id"][i])
-                    if not TRACK_ID.fullmatch(track_id):
-                        raise UserError(
-                            f"{path}: analysis/songs has the track_id {track_id!r}; TR and 16 characters are needed."
-                        )
-                    values: dict[str, Any] = {name: _text(columns[name][i]) for name in TEXTS}
-                    values |= {name: int(columns[name][i]) for name in (*SHOP_IDS, "year")}
-                    yield Song(
-                        track_id=track_id,
-                        duration=float(columns["duration"][i]),
-                        artist_terms=tuple(term),
-                        artist_mbtags=tuple((name, int(number)) for name, number in tag),
-                        **values,
-                    )
-    except (
-        OSError,
-        KeyError,
-        ValueError,
-        TypeError,
-        RuntimeError,
-        MemoryError,
-        OverflowError,
-    ) as error:
+                    yield _song(path, dict(zip(columns, values, strict=True)), term, tag)
+    except _HDF5_ERRORS as error:
         reason = " ".join(str(error.args[0] if error.args else type(error).__name__).split())
         raise UserError(f"{path}: not an HDF5 file that can be read ({reason}).") from error
+
+
+def _song(
+    path: Path,
+    values: Mapping[str, Any],
+    terms: Sequence[tuple[str, float]],
+    tags: Sequence[tuple[str, float]],
+) -> Song:
+    track_id = _text(values["track_id"])
+    if not TRACK_ID.fullmatch(track_id):
+        raise UserError(
+            f"{path}: analysis/songs has the track_id {track_id!r}; TR and 16 characters are "
+            "needed."
+        )
+    fields: dict[str, Any] = {name: _text(values[name]) for name in TEXTS}
+    fields |= {name: int(values[name]) for name in (*SHOP_IDS, "year")}
+    return Song(
+        track_id=track_id,
+        duration=float(values["duration"]),
+        artist_terms=tuple(terms),
+        artist_mbtags=tuple((name, int(number)) for name, number in tags),
+        **fields,
+    )
 
 
 def _h5py() -> Any:
@@ -154,53 +145,57 @@ def _h5py() -> Any:
         import h5py
     except ImportError as error:
         raise UserError(
-            "the Million Song Dataset needs h5py, which is not installed: pip install 'musicgenre[msd]'."
+            "the Million Song Dataset needs h5py, which is not installed: "
+            "pip install 'musicgenre[msd]'."
         ) from error
     return h5py
 
 
-def _table(file: Any, path: Path, place: str, names: Sequence[str]) -> Any:
-    """Returns a table of the file after a look at its columns."""
-    table = file.get(place)
+def _table(file: Any, path: Path, name: str) -> Any:
+    """Returns a table of the file after checking its columns."""
+    table = file.get(name)
     columns = getattr(getattr(table, "dtype", None), "names", None)
     if columns is None or len(getattr(table, "shape", ())) != 1:
-        raise UserError(f"{path}: no table {place}; it is no file of the Million Song Dataset.")
-    if lacking := [name for name in names if name not in columns]:
-        raise UserError(f"{path}: the table {place} has no column {lacking[0]!r}.")
+        raise UserError(f"{path}: no table {name}; it is no file of the Million Song Dataset.")
+    if lacking := [column for column in TABLES[name] if column not in columns]:
+        raise UserError(f"{path}: the table {name} has no column {lacking[0]!r}.")
     return table
 
 
 class _Tags:
-    """The tags of every song with their weights: two long arrays, and for each row of a table where its part begins."""
+    """The tags of every song with their weights.
 
-    def __init__(self, file: Any, path: Path, table: Any, names: str, weights: str) -> None:
-        self._path, self._table, self._place = path, table, names
-        self._index = f"idx_{names.rpartition('/')[2]}"
-        self._names, self._weights = file.get(names), file.get(weights)
+    They are two long arrays, and a column of a table says where each row's tags begin.
+    """
+
+    def __init__(self, file: Any, path: Path, group: str, names: str, weights: str) -> None:
+        self._path, self._table = path, file[f"{group}/songs"]
+        self._index, self._label = f"idx_{names}", f"{group}/{names}"
+        self._names, self._weights = file.get(self._label), file.get(f"{self._label}_{weights}")
         if self._names is None and self._weights is None:
             return
         shapes = [getattr(array, "shape", None) for array in (self._names, self._weights)]
         if shapes[0] is None or len(shapes[0]) != 1 or shapes[0] != shapes[1]:
             raise UserError(
-                f"{path}: {names} and {weights} are not two lists of one length, but {shapes[0]} and {shapes[1]}."
+                f"{path}: {self._label} and {self._label}_{weights} are not two lists of one "
+                f"length, but {shapes[0]} and {shapes[1]}."
             )
-        if self._index not in table.dtype.names:
-            raise UserError(
-                f"{path}: {table.name[1:]} has no column {self._index!r}, which says where a song's {names} begin."
-            )
+        if self._index not in self._table.dtype.names:
+            raise UserError(f"{path}: {group}/songs has no column {self._index!r}.")
 
     def read(self, start: int, stop: int) -> list[list[tuple[str, float]]]:
-        """Returns for each of the rows its (tag, weight) pairs, the heaviest first; a tag twice counts once."""
+        """Returns the (tag, weight) pairs of each row, the heaviest first, repeated tags once."""
         if self._names is None:
             return [[] for _ in range(start, stop)]
-        # A part ends where the next row's begins.
+        # The tags of a row end where the next row's begin.
         bounds = self._table.fields(self._index)[start : stop + 1].astype(np.int64).tolist()
         if len(bounds) == stop - start:
             bounds.append(self._names.shape[0])
         for first, last in itertools.pairwise(bounds):
             if not 0 <= first <= last <= min(self._names.shape[0], first + MAX_TAGS):
                 raise UserError(
-                    f"{self._path}: {self._index} is damaged (a song's part of {self._place} is {first} to {last})."
+                    f"{self._path}: {self._index} is damaged (a song's {self._label} are {first} "
+                    f"to {last})."
                 )
         names = self._names[bounds[0] : bounds[-1]].tolist()
         weights = np.nan_to_num(self._weights[bounds[0] : bounds[-1]].astype(np.float64)).tolist()
@@ -222,9 +217,9 @@ def _text(value: Any) -> str:
 
 
 def walk_songs(root: str | os.PathLike[str]) -> Iterator[Song | Skipped]:
-    """Yields the songs of every .h5 file at or below `root`, and a `Skipped` for each file that cannot be used.
+    """Yields the songs of every .h5 file at or below `root`, and a `Skipped` per unusable file.
 
-    Files are taken in order of their paths. A song that is in several files comes several times.
+    Files are in order of their paths. A song that is in several files comes several times.
 
     Raises:
       UserError: h5py is not installed, no such folder or file, or no .h5 file in it.
@@ -234,19 +229,10 @@ def walk_songs(root: str | os.PathLike[str]) -> Iterator[Song | Skipped]:
     root = Path(root)
     if not root.exists():
         raise UserError(
-            f"{root}: no such folder. It should hold the .h5 files of the Million Song Dataset, at any depth."
+            f"{root}: no such folder. It should hold the .h5 files of the Million Song Dataset, at "
+            "any depth."
         )
-    files = [root]
-    if root.is_dir():
-        files = []
-        for folder, folders, names in os.walk(root):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            files += [
-                Path(folder, name)
-                for name in names
-                if name.lower().endswith(".h5") and not name.startswith(".")
-            ]
-        files.sort()
+    files = find_files(root, (".h5",)) if root.is_dir() else [root]
     if not files:
         raise UserError(
             f"{root}: no .h5 files of the Million Song Dataset in this folder or below."
@@ -258,11 +244,19 @@ def walk_songs(root: str | os.PathLike[str]) -> Iterator[Song | Skipped]:
             yield Skipped(path.stem, str(path), str(error).removeprefix(f"{path}: "))
 
 
-def find_previews(root: str | os.PathLike[str]) -> dict[str, Path]:
-    """Returns the sound files below `root` that are named after a track, such as previews/TRAXLZU12903D05F94.mp3, by track id.
+def no_songs(root: str | os.PathLike[str], skipped: Sequence[Skipped]) -> UserError:
+    """Returns the error of a data set without a usable song."""
+    first = f"; the first is {skipped[0].path}: {skipped[0].reason}" if skipped else ""
+    return UserError(
+        f"{root}: no song in its .h5 files, {len(skipped)} of which cannot be used{first}"
+    )
 
-    Where a track has several, the one in the folder "previews" counts. For a file `root`, the folder "previews" beside it is
-    searched.
+
+def find_previews(root: str | os.PathLike[str]) -> dict[str, Path]:
+    """Returns the sound files below `root` that are named after a track, by track id.
+
+    An example is previews/TRAXLZU12903D05F94.mp3. Where a track has several, the one in the folder
+    "previews" counts. For a file `root`, the folder "previews" next to it is searched.
     """
     folder = preview_folder(root)
     files = find_audio(Path(root) if Path(root).is_dir() else folder)
@@ -271,7 +265,7 @@ def find_previews(root: str | os.PathLike[str]) -> dict[str, Path]:
 
 
 def preview_folder(root: str | os.PathLike[str]) -> Path:
-    """Returns where the previews of a data set lie: the folder "previews" in its folder, or beside its file."""
+    """Returns the folder "previews" in a data set's folder, or next to its file."""
     root = Path(root)
     return (root if root.is_dir() else root.parent) / PREVIEWS
 
@@ -285,80 +279,91 @@ def load_msd(
     fractions: Sequence[float] = (0.7, 0.15, 0.15),
     allow_missing: bool = False,
 ) -> Dataset:
-    """Reads the songs that have a preview, with the commonest of their artists' terms as tags, split by artist.
+    """Reads the songs that have a preview, with their artists' commonest terms as tags.
 
-    A song has its artist's terms, so songs of one artist have the same tags: in a split that is not by artist they would give
-    the answer away. These are not the Last.fm tags that published figures on the Million Song Dataset are about.
+    The split is by artist: a song has its artist's terms, so songs of one artist have the same
+    tags, and any other split would give them away. These are not the Last.fm tags that published
+    results on the Million Song Dataset are about.
 
-    A song without a preview is skipped where that is final (no 7digital id, or the list `previews.csv` of the fetching says
-    that there is none).
+    A song without a preview is skipped where that is final (no 7digital id, or `previews.csv`, the
+    list of fetched previews, says that there is none).
 
     Args:
-      root: the folder with the .h5 files at any depth and the folder "previews" (a preview may lie elsewhere below, named after
-        its track); or one file of many songs with "previews" beside it.
-      top_k: how many terms are labels: those that most of the songs with a preview have. Songs with none of them are skipped.
+      root: the folder with the .h5 files at any depth and the folder "previews" (a preview may also
+        be in another folder below); or one file of many songs with "previews" next to it.
+      top_k: how many terms are labels: those of most songs with a preview. Songs with none of them
+        are skipped.
       seed: of the split.
       fractions: of train, valid and test.
-      allow_missing: skip songs, too, that have no preview because none was fetched yet, instead of an error.
+      allow_missing: skip songs whose preview was not fetched yet, instead of an error.
 
     Returns:
       Clips by track id; a clip's labels are its strongest terms first, its group the artist.
 
     Raises:
-      UserError: h5py is not installed, no songs, no previews, a preview that was not fetched yet, or songs without terms.
+      UserError: h5py is not installed, no songs, no previews, a preview that was not fetched yet,
+        or songs without terms.
     """
     root = Path(root)
     audio = find_previews(root)
     found = _gather(root, audio)
-    fetch = f"python experiments/fetch_previews.py --root={root}"
+    fetch = f"musicgenre fetch_previews --root={root}"
     if not found.usable:
         raise UserError(
-            f"{root}: none of the {found.songs} songs has a preview in {preview_folder(root)}. Fetch some: {fetch}"
+            f"{root}: none of the {found.songs} songs has a preview in {preview_folder(root)}. "
+            f"Fetch some: {fetch}"
         )
     if found.unfetched and not allow_missing:
         raise UserError(
-            f"{root}: {found.unfetched[0]} has no preview yet ({len(found.unfetched)} of {found.songs} songs were not fetched so "
-            f"far). Fetch them: {fetch}, or go on without them with --config.data.allow_missing=True."
+            f"{root}: {found.unfetched[0]} has no preview yet ({len(found.unfetched)} of "
+            f"{found.songs} songs were not fetched so far). Fetch them: {fetch}, or continue "
+            "without them with --config.data.allow_missing=True."
         )
-    skipped = found.skipped
     counts = Counter(term for song in found.usable.values() for term, _ in song.artist_terms)
     if not counts:
         raise UserError(
-            f"{root}: no song with a preview has artist terms, which are the labels. A summary file has none; the song files or "
-            "an aggregate file are needed."
+            f"{root}: no song with a preview has artist terms, which are the labels. A summary "
+            "file has none; the song files or an aggregate file are needed."
         )
     names = tuple(sorted(counts, key=lambda term: (-counts[term], term))[:top_k])
-    songs, labels = [], []
-    for song in found.usable.values():
-        tags = tuple(term for term, _ in song.artist_terms if term in names)
-        if tags:
-            songs.append(song)
-            labels.append(tags)
-        else:
-            skipped.append(
-                Skipped(
-                    song.track_id,
-                    str(audio[song.track_id]),
-                    f"none of the {len(names)} commonest artist terms",
-                )
-            )
+    labels = {
+        track_id: tuple(term for term, _ in song.artist_terms if term in names)
+        for track_id, song in found.usable.items()
+    }
+    reason = f"none of the {len(names)} commonest artist terms"
+    skipped = found.skipped + [
+        Skipped(track_id, str(audio[track_id]), reason)
+        for track_id in labels
+        if not labels[track_id]
+    ]
+    songs = [song for song in found.usable.values() if labels[song.track_id]]
     splits = group_split(
-        [tags[0] for tags in labels], [song.artist_id or None for song in songs], seed, fractions
+        [labels[song.track_id][0] for song in songs],
+        [song.artist_id or None for song in songs],
+        seed,
+        fractions,
     )
     clips = tuple(
-        Clip(song.track_id, audio[song.track_id], tags, split, song.artist_id or None)
-        for song, tags, split in zip(songs, labels, splits, strict=True)
+        Clip(
+            song.track_id,
+            audio[song.track_id],
+            labels[song.track_id],
+            split,
+            song.artist_id or None,
+        )
+        for song, split in zip(songs, splits, strict=True)
     )
     notes = [
-        f"{found.songs} songs, {len(found.usable)} with a preview; {len(clips)} of them have one of the {len(names)} commonest "
-        f"terms of {len(counts)}.",
-        "A song's tags are its artist's Echo Nest terms; results on Last.fm tags are not comparable.",
+        f"{found.songs} songs, {len(found.usable)} with a preview; {len(clips)} of them have one "
+        f"of the {len(names)} commonest terms of {len(counts)}.",
+        "A song's tags are its artist's Echo Nest terms; results on Last.fm tags are not "
+        "comparable.",
     ]
     if found.again:
         notes.append(f"{found.again} rows are of a song that came before; they count once.")
     if strays := len(audio.keys() - found.usable.keys()):
         notes.append(
-            f"{strays} sound files are named after tracks that no .h5 file knows; they are left out."
+            f"{strays} sound files are named after tracks that no .h5 file has; they are left out."
         )
     protocol = f"by artist, top {len(names)} artist terms, {fractions_text(fractions)}, seed {seed}"
     return make_dataset(
@@ -370,13 +375,13 @@ def load_msd(
 
 @dataclasses.dataclass
 class _Gathered:
-    """Songs with a preview by track id, what was skipped, songs to be fetched, distinct songs, and rows of a song seen before."""
+    """All songs of a data set."""
 
-    usable: dict[str, Song] = dataclasses.field(default_factory=dict)
+    usable: dict[str, Song] = dataclasses.field(default_factory=dict)  # with a preview
     skipped: list[Skipped] = dataclasses.field(default_factory=list)
     unfetched: list[str] = dataclasses.field(default_factory=list)
-    songs: int = 0
-    again: int = 0
+    songs: int = 0  # distinct ones
+    again: int = 0  # rows of a song seen before
 
 
 def _gather(root: Path, audio: Mapping[str, Path]) -> _Gathered:
@@ -392,36 +397,27 @@ def _gather(root: Path, audio: Mapping[str, Path]) -> _Gathered:
         seen.add(track_id)
         found.again += not new
         if track_id in audio:
-            # A summary file knows the song but not its terms.
+            # A summary file has the song but not its terms.
             if new or not found.usable[track_id].artist_terms:
                 found.usable[track_id] = item
         elif new:
-            reason = (
-                "it has no 7digital id"
-                if item.track_7digitalid <= 0
-                else FINAL.get(outcomes.get(track_id, ""))
-            )
-            if reason is None:
+            reason = FINAL.get(outcomes.get(track_id, ""), "")
+            if item.track_7digitalid <= 0:
+                reason = "it has no 7digital id"
+            elif not reason:
                 found.unfetched.append(track_id)
-            place = preview_folder(root) / f"{track_id}.mp3"
+            path = str(preview_folder(root) / f"{track_id}.mp3")
             found.skipped.append(
-                Skipped(track_id, str(place), f"no preview: {reason or 'not fetched yet'}")
+                Skipped(track_id, path, f"no preview: {reason or 'not fetched yet'}")
             )
     found.songs = len(seen)
     if not seen:
-        first = (
-            f"; the first is {found.skipped[0].path}: {found.skipped[0].reason}"
-            if found.skipped
-            else ""
-        )
-        raise UserError(
-            f"{root}: no song in its .h5 files, {len(found.skipped)} of which cannot be used{first}"
-        )
+        raise no_songs(root, found.skipped)
     return found
 
 
 def read_outcomes(path: Path) -> dict[str, str]:
-    """Returns the status of each track id in the list that fetching writes; nothing where there is no list.
+    """Returns the status of each track id in the list that fetching writes, {} without a list.
 
     Raises:
       UserError: the file cannot be read or lacks a column.
@@ -431,11 +427,8 @@ def read_outcomes(path: Path) -> dict[str, str]:
     try:
         with open(path, encoding="utf-8", newline="") as file:
             return {row["track_id"]: row["status"] for row in csv.DictReader(file)}
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}). Delete it; fetch_previews.py writes it again."
-        ) from error
-    except KeyError as error:
-        raise UserError(
-            f"{path}: has no column {error.args[0]!r}. Delete it; fetch_previews.py writes it again."
-        ) from error
+    except (OSError, UnicodeDecodeError, csv.Error, KeyError) as error:
+        reason = (
+            f"has no column {error}" if isinstance(error, KeyError) else f"not readable: {error}"
+        )
+        raise UserError(f"{path}: {reason}. Delete it; fetch_previews writes it again.") from error

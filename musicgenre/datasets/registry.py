@@ -5,9 +5,10 @@
     @register("my_music")
     def read(root, *, seed: int = 42, genre_level: int = 1) -> Dataset: ...
 
-`--config.data.dataset=my_music` then calls it with `root` and with those fields of `config.data` that it
-names (see `CONFIG_OPTIONS`). Its other options are fields of its own, set by `--config.data.genre_level=2`.
-An installed package can list its reader under the entry point group `musicgenre.datasets` instead.
+`--config.data.dataset=my_music` then calls it with `root` and with those fields of `config.data`
+that it names (see `CONFIG_OPTIONS`). Its other options are fields of its own, set by
+`--config.data.genre_level=2`. An installed package can list its reader under the entry point group
+`musicgenre.datasets` instead.
 """
 
 import inspect
@@ -23,39 +24,14 @@ R = TypeVar("R", bound=Reader)
 
 # Options of a reader that a config fills in: fields of `config.data`, except that `seed` is its
 # split_seed and `layout` its array_layout.
-CONFIG_OPTIONS = (
-    "protocol",
-    "fold",
-    "folds",
-    "fractions",
-    "allow_missing",
-    "task",
-    "files",
-    "top_k",
-    "clips_per_style",
-    "seconds",
-    "frames",
-    "seed",
-    "layout",
-)
+_SPLIT_OPTIONS = ("protocol", "fold", "folds", "fractions", "seed", "allow_missing")
+_OTHER_OPTIONS = ("task", "files", "top_k", "clips_per_style", "seconds", "frames", "layout")
+CONFIG_OPTIONS = (*_SPLIT_OPTIONS, *_OTHER_OPTIONS)
 # The other fields of `config.data`. They concern the store and the batches, not the reader.
-RESERVED = (
-    "dataset",
-    "root",
-    "split_seed",
-    "array_layout",
-    "store",
-    "stores_root",
-    "min_seconds",
-    "pad",
-    "excerpt",
-    "normalise",
-    "normalise_clips",
-    "crop_frames",
-    "eval_chunks",
-    "workers",
-    "on_device",
-)
+_STORE_FIELDS = ("store", "stores_root", "min_seconds", "pad", "excerpt", "normalise")
+_BATCH_FIELDS = ("normalise_clips", "crop_frames", "eval_chunks", "workers", "on_device")
+_NAMES = ("dataset", "root", "split_seed", "array_layout")
+RESERVED = (*_NAMES, *_STORE_FIELDS, *_BATCH_FIELDS)
 # The default of `config.data.protocol`. It is GTZAN's: other readers use the default of their own.
 DEFAULT_PROTOCOL = "fault_filtered"
 
@@ -104,7 +80,8 @@ def load_dataset(options: Mapping[str, Any]) -> Dataset:
 
     Args:
       options: `dataset` (the name), `root`, `CONFIG_OPTIONS` and the data set's own fields (see
-        `musicgenre.config.dataset_options`). An option that is absent has the reader's default.
+        `musicgenre.config.dataset_options`). An option that is absent has the reader's default, as
+        has `protocol` at the config's default, which only GTZAN knows.
 
     Raises:
       UserError: an unknown data set or field, no root where one is needed, or an error of the

@@ -5,33 +5,32 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from musicgenre.datasets.base import SPLITS
 from musicgenre.errors import UserError
 
 
-def random_split(count: int, seed: int = 42, share: float = 0.33) -> list[str]:
-    """Returns the report's split: a random third is "valid", the rest "train".
+def random_split(count: int, seed: int = 42, fraction: float = 0.33) -> list[str]:
+    """Returns the 2017 report's split: a random third is "valid", the rest "train".
 
-    The report chose its network on that third and reported it, so it is not called a test split here.
+    The report chose its network on that third and reported it, so it is not called a test split.
 
     Args:
       count: clips.
       seed: scikit-learn's `random_state`; the report's is 42.
-      share: of the clips that is held out.
+      fraction: of the clips that is held out.
     """
     if count < 2:
         raise UserError(f"a random split needs at least 2 clips, not {count}.")
-    from sklearn.model_selection import (
-        train_test_split,  # takes its time to load, and most splits do not need it
-    )
+    from sklearn.model_selection import train_test_split  # slow to import
 
-    _, held_out = train_test_split(np.arange(count), test_size=share, random_state=seed)
-    splits = np.full(count, "train", object)
-    splits[held_out] = "valid"
-    return splits.tolist()
+    _, held_out = train_test_split(np.arange(count), test_size=fraction, random_state=seed)
+    return _train_except(count, valid=held_out)
 
 
 def stratified_kfold(labels: Sequence[str], folds: int, fold: int, seed: int) -> list[str]:
-    """Returns one turn of a stratified cross-validation: fold k is "test", the next one "valid", the rest "train".
+    """Returns one fold of a stratified cross-validation with a test split.
+
+    Fold k is "test", the next one "valid", the rest "train".
 
     Raises:
       UserError: fewer than 3 folds, no such fold, or a label with fewer clips than folds.
@@ -39,19 +38,8 @@ def stratified_kfold(labels: Sequence[str], folds: int, fold: int, seed: int) ->
     check_fold(fold, folds)
     if folds < 3:
         raise UserError(f"data.folds must be at least 3 (test, valid and train), not {folds}.")
-    label, count = min(Counter(labels).items(), key=lambda item: item[1])
-    if count < folds:
-        raise UserError(f"the label {label!r} has {count} clips, fewer than the {folds} folds.")
-    from sklearn.model_selection import StratifiedKFold
-
-    parts = [
-        part
-        for _, part in StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels)
-    ]
-    splits = np.full(len(labels), "train", object)
-    splits[parts[(fold + 1) % folds]] = "valid"
-    splits[parts[fold]] = "test"
-    return splits.tolist()
+    parts = _stratified(labels, folds, seed)
+    return _train_except(len(labels), valid=parts[(fold + 1) % folds], test=parts[fold])
 
 
 def kfold_split(
@@ -61,53 +49,62 @@ def kfold_split(
     seed: int,
     groups: Sequence[str | None] | None = None,
 ) -> list[str]:
-    """Returns one turn of a stratified cross-validation: fold k is "valid", the rest "train".
+    """Returns one fold of a stratified cross-validation: fold k is "valid", the rest "train".
 
     Args:
-      labels: one label for each clip.
+      labels: one label per clip.
       folds: at least 2.
       fold: 0 .. folds - 1.
       seed: of the random order.
-      groups: the artist of each clip, who then is in one fold only; a clip with None is a group of its own. None for all: clip
-        by clip.
+      groups: the artist of each clip, who is then in one fold only; a clip with None is a group of
+        its own. None: clips are drawn one by one.
 
     Raises:
-      UserError: fewer than 2 folds, no such fold, a label with fewer clips than folds, fewer groups than folds, or all clips of
-        a label in one group, so that a fold would be trained without it.
+      UserError: fewer than 2 folds, no such fold, a label with fewer clips than folds, fewer groups
+        than folds, or all clips of a label in one group, so that a fold would train without it.
     """
     check_fold(fold, folds)
     if folds < 2:
         raise UserError(f"data.folds must be at least 2 (valid and train), not {folds}.")
+    return _train_except(len(labels), valid=_stratified(labels, folds, seed, groups)[fold])
+
+
+def _stratified(
+    labels: Sequence[str], folds: int, seed: int, groups: Sequence[str | None] | None = None
+) -> list[np.ndarray]:
+    """Returns the clips of each fold."""
     label, count = min(Counter(labels).items(), key=lambda item: item[1])
     if count < folds:
         raise UserError(f"the label {label!r} has {count} clips, fewer than the {folds} folds.")
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
     if groups is None:
-        parts = [
-            part
-            for _, part in StratifiedKFold(folds, shuffle=True, random_state=seed).split(
-                labels, labels
-            )
-        ]
-    else:
-        numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-        together = [
-            len(groups) + i if group is None else numbers[group] for i, group in enumerate(groups)
-        ]
-        if len(set(together)) < folds:
-            raise UserError(
-                f"the clips are of {len(set(together))} artists or other groups, fewer than the {folds} folds."
-            )
-        of_label = Counter(label for label, _ in set(zip(labels, together, strict=True)))
-        if alone := [label for label, count in of_label.items() if count < 2]:
-            raise UserError(
-                f"all clips of the label {alone[0]!r} are of one artist or group, so it cannot be held out."
-            )
-        splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-        parts = [part for _, part in splitter.split(labels, labels, together)]
-    splits = np.full(len(labels), "train", object)
-    splits[parts[fold]] = "valid"
+        splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
+        return [part for _, part in splitter.split(labels, labels)]
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    group_of = [
+        len(groups) + i if group is None else numbers[group] for i, group in enumerate(groups)
+    ]
+    if len(set(group_of)) < folds:
+        raise UserError(
+            f"the clips are of {len(set(group_of))} artists or other groups, fewer than the "
+            f"{folds} folds."
+        )
+    groups_of_label = Counter(label for label, _ in set(zip(labels, group_of, strict=True)))
+    if alone := [label for label, count in groups_of_label.items() if count < 2]:
+        raise UserError(
+            f"all clips of the label {alone[0]!r} are of one artist or group, so it cannot be held "
+            "out."
+        )
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    return [part for _, part in splitter.split(labels, labels, group_of)]
+
+
+def _train_except(count: int, **parts: np.ndarray) -> list[str]:
+    """Returns "train" for all clips but those of the parts, which have the part's name."""
+    splits = np.full(count, "train", object)
+    for name, rows in parts.items():
+        splits[rows] = name
     return splits.tolist()
 
 
@@ -117,39 +114,51 @@ def check_fold(fold: int, folds: int) -> None:
         raise UserError(f"data.fold={fold} is not one of 0 to {folds - 1}.")
 
 
+def split_fractions(fractions: Sequence[float]) -> tuple[list[str], np.ndarray]:
+    """Returns the splits that are not empty, and their fractions of the clips.
+
+    Args:
+      fractions: of train, valid and test; 0 leaves a split out.
+
+    Raises:
+      UserError: the fractions are negative or do not sum to 1, or nothing is for training.
+    """
+    values = np.asarray(fractions, float)
+    if len(values) != 3 or min(values) < 0 or abs(sum(values) - 1) > 1e-6 or values[0] <= 0:
+        raise UserError(
+            f"data.fractions={tuple(fractions)} must be three fractions (train, valid, test) that "
+            "sum to 1, the first above 0."
+        )
+    return [SPLITS[i] for i in np.flatnonzero(values)], values[values > 0]
+
+
+def fractions_text(fractions: Sequence[float]) -> str:
+    """Returns (0.7, 0.15, 0.15) as "70/15/15"."""
+    return "/".join(f"{100 * fraction:g}" for fraction in fractions)
+
+
 def group_split(
     labels: Sequence[str],
     groups: Sequence[str | None],
     seed: int,
     fractions: Sequence[float] = (0.7, 0.15, 0.15),
 ) -> list[str]:
-    """Splits clips so that no group is in two splits and each label is spread as the fractions say, as near as can be.
+    """Splits clips so that no group is in two splits and each label follows the fractions closely.
 
-    Groups are dealt out in random order, the larger first, each to the split that lacks most clips of the group's
-    commonest label. A label with at least as many groups as there are splits comes into each of them.
+    Groups are assigned in random order, the larger first, each to the split that lacks most clips
+    of the group's commonest label. A label with at least as many groups as there are splits is in
+    each of them.
 
     Args:
-      labels: one label (for tags: any one of them) for each clip.
+      labels: one label (for tags: any one of them) per clip.
       groups: the artist, album or track of each clip; a clip without one is a group of its own.
       seed: of the random order.
       fractions: of train, valid and test; 0 leaves a split out.
 
     Raises:
-      UserError: the fractions are negative or do not sum to 1, or nothing is for training.
+      UserError: as `split_fractions`.
     """
-    if (
-        len(fractions) != 3
-        or min(fractions) < 0
-        or abs(sum(fractions) - 1) > 1e-6
-        or fractions[0] <= 0
-    ):
-        raise UserError(
-            f"data.fractions={tuple(fractions)} must be three shares (train, valid, test) that sum to 1, the first above 0."
-        )
-    names = [
-        name for name, share in zip(("train", "valid", "test"), fractions, strict=True) if share > 0
-    ]
-    shares = np.array([share for share in fractions if share > 0])
+    names, parts = split_fractions(fractions)
     members: dict[tuple[bool, str], list[int]] = {}
     for i, group in enumerate(groups):
         members.setdefault((group is None, str(i) if group is None else group), []).append(i)
@@ -160,20 +169,17 @@ def group_split(
     splits = [""] * len(labels)
     generator = np.random.default_rng(seed)
     for label in sorted(by_label):
-        parts = [by_label[label][i] for i in generator.permutation(len(by_label[label]))]
-        parts.sort(key=len, reverse=True)
-        wanted = shares * sum(map(len, parts))
-        placed = np.zeros(len(names))
-        for number, clips in enumerate(parts):
-            empty = np.flatnonzero(placed == 0)
+        waiting = [by_label[label][i] for i in generator.permutation(len(by_label[label]))]
+        waiting.sort(key=len, reverse=True)
+        wanted = parts * sum(map(len, waiting))
+        assigned = np.zeros(len(names))
+        for number, clips in enumerate(waiting):
+            candidates, empty = np.arange(len(names)), np.flatnonzero(assigned == 0)
             # With no more groups left than empty splits, each of those gets one.
-            open_splits = (
-                empty
-                if len(empty) > 0 and len(parts) - number <= len(empty)
-                else np.arange(len(names))
-            )
-            chosen = open_splits[((wanted - placed) / shares)[open_splits].argmax()]
-            placed[chosen] += len(clips)
+            if 0 < len(empty) >= len(waiting) - number:
+                candidates = empty
+            chosen = candidates[((wanted - assigned) / parts)[candidates].argmax()]
+            assigned[chosen] += len(clips)
             for i in clips:
                 splits[i] = names[chosen]
     return splits

@@ -9,76 +9,32 @@ from musicgenre.errors import UserError
 
 h5py = pytest.importorskip("h5py", reason="h5py is not installed (the extra msd)")
 
-# The columns of the three tables in a file of the data set; `test_made_files_are_like_a_real_one` holds them to one.
-METADATA = np.dtype(
-    [
-        ("analyzer_version", "S32"),
-        ("artist_7digitalid", "<i4"),
-        ("artist_familiarity", "<f8"),
-        ("artist_hotttnesss", "<f8"),
-        ("artist_id", "S32"),
-        ("artist_latitude", "<f8"),
-        ("artist_location", "S1024"),
-        ("artist_longitude", "<f8"),
-        ("artist_mbid", "S40"),
-        ("artist_name", "S1024"),
-        ("artist_playmeid", "<i4"),
-        ("genre", "S1024"),
-        ("idx_artist_terms", "<i4"),
-        ("idx_similar_artists", "<i4"),
-        ("release", "S1024"),
-        ("release_7digitalid", "<i4"),
-        ("song_hotttnesss", "<f8"),
-        ("song_id", "S32"),
-        ("title", "S1024"),
-        ("track_7digitalid", "<i4"),
-    ]
+
+def columns(text):
+    """The type of a table with columns such as "title S1024"."""
+    return np.dtype([tuple(column.split()) for column in text.split(",")])
+
+
+# The three tables of a file; `test_the_files_of_these_tests_are_like_a_real_one` checks them.
+METADATA = columns(
+    "analyzer_version S32, artist_7digitalid <i4, artist_familiarity <f8, artist_hotttnesss <f8,"
+    "artist_id S32, artist_latitude <f8, artist_location S1024, artist_longitude <f8,"
+    "artist_mbid S40, artist_name S1024, artist_playmeid <i4, genre S1024, idx_artist_terms <i4,"
+    "idx_similar_artists <i4, release S1024, release_7digitalid <i4, song_hotttnesss <f8,"
+    "song_id S32, title S1024, track_7digitalid <i4"
 )
-LISTS = (
-    "bars_confidence",
-    "bars_start",
-    "beats_confidence",
-    "beats_start",
-    "sections_confidence",
-    "sections_start",
+ANALYSIS = columns(
+    "analysis_sample_rate <i4, audio_md5 S32, danceability <f8, duration <f8, end_of_fade_in <f8,"
+    "energy <f8, idx_bars_confidence <i4, idx_bars_start <i4, idx_beats_confidence <i4,"
+    "idx_beats_start <i4, idx_sections_confidence <i4, idx_sections_start <i4,"
+    "idx_segments_confidence <i4, idx_segments_loudness_max <i4,"
+    "idx_segments_loudness_max_time <i4, idx_segments_loudness_start <i4,"
+    "idx_segments_pitches <i4, idx_segments_start <i4, idx_segments_timbre <i4,"
+    "idx_tatums_confidence <i4, idx_tatums_start <i4, key <i4, key_confidence <f8, loudness <f8,"
+    "mode <i4, mode_confidence <f8, start_of_fade_out <f8, tempo <f8, time_signature <i4,"
+    "time_signature_confidence <f8, track_id S32"
 )
-SEGMENTS = (
-    "confidence",
-    "loudness_max",
-    "loudness_max_time",
-    "loudness_start",
-    "pitches",
-    "start",
-    "timbre",
-)
-ANALYSIS = np.dtype(
-    [("analysis_sample_rate", "<i4"), ("audio_md5", "S32")]
-    + [(name, "<f8") for name in ("danceability", "duration", "end_of_fade_in", "energy")]
-    + [
-        (f"idx_{name}", "<i4")
-        for name in (
-            *LISTS,
-            *(f"segments_{part}" for part in SEGMENTS),
-            "tatums_confidence",
-            "tatums_start",
-        )
-    ]
-    + [
-        ("key", "<i4"),
-        ("key_confidence", "<f8"),
-        ("loudness", "<f8"),
-        ("mode", "<i4"),
-        ("mode_confidence", "<f8"),
-    ]
-    + [
-        ("start_of_fade_out", "<f8"),
-        ("tempo", "<f8"),
-        ("time_signature", "<i4"),
-        ("time_signature_confidence", "<f8"),
-    ]
-    + [("track_id", "S32")]
-)
-MUSICBRAINZ = np.dtype([("idx_artist_mbtags", "<i4"), ("year", "<i4")])
+MUSICBRAINZ = columns("idx_artist_mbtags <i4, year <i4")
 
 
 def track(number):
@@ -86,7 +42,7 @@ def track(number):
 
 
 def write_h5(path, *songs, lists=True):
-    """Writes a file in the data set's form: one song or many, with the lists of tags or (a summary file) without."""
+    """Writes a file of the data set; a summary file has no lists of tags."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tables = [np.zeros(len(songs), dtype) for dtype in (METADATA, ANALYSIS, MUSICBRAINZ)]
     terms, weights, tags, counts = [], [], [], []
@@ -186,7 +142,7 @@ def test_a_real_song(real_data):
     )
 
 
-def test_made_files_are_like_a_real_one(real_data, tmp_path):
+def test_the_files_of_these_tests_are_like_a_real_one(real_data, tmp_path):
     path = write_h5(tmp_path / "song.h5", song(1, tags={"uk": 1}))
     with (
         h5py.File(real_data / "msd" / "TRAXLZU12903D05F94.h5", "r") as real,
@@ -418,13 +374,15 @@ def test_songs_with_previews_are_clips_split_by_artist(root):
 def test_songs_without_a_preview_are_skipped_with_the_reason(root):
     with pytest.raises(
         UserError,
-        match=rf"{track(20)} has no preview yet \(5 of 25 songs.*fetch_previews.*allow_missing=True",
+        match=rf"{track(20)} has no preview yet \(5 of 25 "
+        rf"songs.*fetch_previews.*allow_missing=True",
     ):
         load_msd(root)
     write_h5(root / folder_of(track(20)), song(20, track_7digitalid=0))
     (root / "previews" / "previews.csv").write_text(
         "track_id,track_7digitalid,status,detail\n"
-        f"{track(21)},1021,not_found,HTTP 404\n{track(22)},1022,not_found,HTTP 404\n{track(23)},1023,no_audio,JSON\n"
+        f"{track(21)},1021,not_found,HTTP 404\n{track(22)},1022,not_found,HTTP 404\n"
+        f"{track(23)},1023,no_audio,JSON\n"
         f"{track(24)},1024,failed,HTTP 500\n"
     )
     with pytest.raises(UserError, match=rf"{track(24)} has no preview yet \(1 of 25"):
@@ -434,7 +392,7 @@ def test_songs_without_a_preview_are_skipped_with_the_reason(root):
         track(20): "no preview: it has no 7digital id",
         track(21): "no preview: 7digital does not have it",
         track(22): "no preview: 7digital does not have it",
-        track(23): "no preview: 7digital's answer was no sound",
+        track(23): "no preview: 7digital's response was no audio",
         track(24): "no preview: not fetched yet",
     }
     (root / "previews" / f"{track(24)}.mp3").touch()
@@ -468,7 +426,7 @@ def test_previews_may_lie_beside_the_song_and_the_folder_previews_wins(root):
     dataset = load_msd(root, allow_missing=True)
     assert len(dataset.clips) == 20
     assert (
-        "1 sound files are named after tracks that no .h5 file knows; they are left out."
+        "1 sound files are named after tracks that no .h5 file has; they are left out."
         in dataset.notes
     )
 
@@ -502,13 +460,15 @@ def test_nothing_to_learn_from(root, tmp_path_factory):
     write_h5(empty / "a.h5", song(1))
     with pytest.raises(
         UserError,
-        match=r"none of the 1 songs has a preview in .*previews\. Fetch some: .*fetch_previews.py",
+        match=r"none of the 1 songs has a preview in .*previews\. Fetch some: musicgenre "
+        r"fetch_previews",
     ):
         load_msd(empty, allow_missing=True)
     (empty / "a.h5").write_bytes(b"")
     with pytest.raises(
         UserError,
-        match=r"no song in its \.h5 files, 1 of which cannot be used; the first is .*a\.h5: not an HDF5",
+        match=r"no song in its \.h5 files, 1 of which cannot be used; the first is .*a\.h5: not an "
+        r"HDF5",
     ):
         load_msd(empty)
 

@@ -14,7 +14,8 @@ from musicgenre.errors import UserError
 from musicgenre.evaluation.audit import AuditSide, audit
 from musicgenre.store.prepare import prepare_store
 
-# Four clips of three tracks, in no order of their ids. Counts: guitar 3, harp 2, cello 2, odd 1, silence 0.
+# Four clips of three tracks, in no order of their ids. Counts: guitar 3, harp 2, cello 2, odd 1,
+# silence 0.
 ROWS = (
     ("30", "00110", "c/ann-first-01-one-0-29.mp3"),
     ("4", "01100", "0/bob-second-02-two_b-29-58.mp3"),
@@ -27,6 +28,10 @@ HEADER = ("clip_id", "odd", "harp", "guitar", "cello", "silence", "mp3_path")
 def table(rows=ROWS, header=HEADER, quote=""):
     lines = [header, *([clip_id, *tags, path] for clip_id, tags, path in rows)]
     return "".join("\t".join(f"{quote}{field}{quote}" for field in line) + "\n" for line in lines)
+
+
+def plus(*row):
+    return table([*ROWS, row])
 
 
 def write(root, text, name="annotations_final.csv"):
@@ -98,8 +103,10 @@ def test_clips_have_their_tags_by_frequency_and_their_track(tmp_path):
         ("200", (), "test")
     ]
     assert everything.notes[:2] == (
-        "mtat, protocol all, top 3 tags: train 2, valid 1, test 1 of 4 clips in the table; every mp3 is on disk",
-        "leaks by the table: 0 of 1 test clips (0.0%) are from a track that is also in train, 0 (0.0%) by an artist who is in "
+        "mtat, protocol all, top 3 tags: train 2, valid 1, test 1 of 4 clips in the table; every "
+        "mp3 is on disk",
+        "leaks by the table: 0 of 1 test clips (0.0%) are from a track that is also in train, 0 "
+        "(0.0%) by an artist who is in "
         "train, too",
     )
 
@@ -110,7 +117,8 @@ def test_a_tie_at_the_last_tag_is_broken_by_name_and_said(tmp_path):
     assert dataset.label_names == ("guitar", "cello")
     assert (
         dataset.notes[-1]
-        == "the tags 'cello' and 'harp' are equally frequent; 'harp' is left out by alphabetical order"
+        == "the tags 'cello' and 'harp' are equally frequent; 'harp' is left out by alphabetical "
+        "order"
     )
     assert len(load_mtat(tmp_path, "all", top_k=3).notes) == 2
     write(
@@ -142,30 +150,21 @@ def test_a_tie_at_the_last_tag_is_broken_by_name_and_said(tmp_path):
             "line 4, column cello: '01' is not",
         ),
         (
-            table([*ROWS, ("0030", "10000", "1/a-b-01-c-0-29.mp3")]),
+            plus("0030", "10000", "1/a-b-01-c-0-29.mp3"),
             "line 6, column clip_id: clip 0030 is already on line 2",
         ),
         (
-            table([*ROWS, ("x7", "10000", "1/a-b-01-c-0-29.mp3")]),
+            plus("x7", "10000", "1/a-b-01-c-0-29.mp3"),
             "line 6, column clip_id: 'x7' is not a number",
         ),
         (
-            table([*ROWS, ("7", "10000", ROWS[2][2])]),
+            plus("7", "10000", ROWS[2][2]),
             "line 6, column mp3_path: f/ann-third-01-three-58-87.mp3 is already on line 4",
         ),
-        (table([*ROWS, ("7", "10000", "")]), "line 6, column mp3_path: '' is not a path such as"),
-        (
-            table([*ROWS, ("7", "10000", "../a-b-01-c-0-29.mp3")]),
-            r"line 6, column mp3_path: '\.\./a-b",
-        ),
-        (
-            table([*ROWS, ("7", "10000", "/etc/a-b-01-c-0-29.mp3")]),
-            "line 6, column mp3_path: '/etc/a-b",
-        ),
-        (
-            table([*ROWS, ("7", "1000", "1/a-b-01-c-0-29.mp3")]),
-            "line 6: 6 fields where the header has 7",
-        ),
+        (plus("7", "10000", ""), "line 6, column mp3_path: '' is not a path such as"),
+        (plus("7", "10000", "../a-b-01-c-0-29.mp3"), r"line 6, column mp3_path: '\.\./a-b"),
+        (plus("7", "10000", "/etc/a-b-01-c-0-29.mp3"), "line 6, column mp3_path: '/etc/a-b"),
+        (plus("7", "1000", "1/a-b-01-c-0-29.mp3"), "line 6: 6 fields where the header has 7"),
         (table().replace("c/ann", "c/a\tnn"), "line 2: 8 fields where the header has 7"),
         (
             table(header=("Clip ID", *HEADER[1:])),
@@ -189,7 +188,8 @@ def test_a_table_that_cannot_be_used_is_named_by_line_and_column(tmp_path, text,
 
 def test_files_that_are_no_table(tmp_path, monkeypatch):
     with pytest.raises(
-        UserError, match=r"no annotations_final\.csv or .*download\.py --dataset=mtat --root="
+        UserError,
+        match=r"no annotations_final\.csv or .*musicgenre download --dataset=mtat --root=",
     ):
         read_table(tmp_path)
     packed = gzip.compress(table().encode())
@@ -214,9 +214,9 @@ def test_mistakes_with_protocols(tmp_path):
             UserError, match=rf"data\.top_k={top_k} is not one of 1 to 4, the tags that occur"
         ):
             protocol_splits(read, "clean", top_k=top_k)
-    with pytest.raises(UserError, match="three shares"):
+    with pytest.raises(UserError, match="three fractions"):
         protocol_splits(read, "grouped", top_k=4, fractions=(0.5, 0.2, 0.2))
-    moved = read_table(write(tmp_path, table([*ROWS, ("7", "10000", "mp3/a-b-01-c-0-29.mp3")])))
+    moved = read_table(write(tmp_path, plus("7", "10000", "mp3/a-b-01-c-0-29.mp3")))
     with pytest.raises(
         UserError,
         match=r"clip 7, column mp3_path: 'mp3/a-b-01-c-0-29\.mp3' is in none of the folders",
@@ -233,9 +233,11 @@ def test_missing_files_are_named_counted_or_listed(tmp_path):
     with pytest.raises(UserError) as caught:
         load_mtat(tmp_path, "all", top_k=4)
     assert str(caught.value) == (
-        f"{tmp_path}/0/bob-second-02-two_b-0-29.mp3 is not on disk: 2 of 4 mp3s are missing (mtat, protocol all, top 4 tags: "
-        "train 2, valid 1, test 1 of 4 clips in the table). Go on without them with --config.data.allow_missing=True, or fetch "
-        f"them. The command that fetches them: python experiments/download.py --dataset=mtat --root={tmp_path}"
+        f"{tmp_path}/0/bob-second-02-two_b-0-29.mp3 is not on disk: 2 of 4 mp3s are missing (mtat, "
+        f"protocol all, top 4 tags: "
+        "train 2, valid 1, test 1 of 4 clips in the table). Continue without them with "
+        "--config.data.allow_missing=True, or fetch them: musicgenre download --dataset=mtat "
+        f"--root={tmp_path}"
     )
     dataset = load_mtat(tmp_path, "all", top_k=4, allow_missing=True)
     assert [(c.clip_id, c.path.relative_to(tmp_path).as_posix()) for c in dataset.clips] == [
@@ -252,7 +254,7 @@ def test_missing_files_are_named_counted_or_listed(tmp_path):
     for path in (tmp_path / ROWS[1][2], tmp_path / "ann-first-01-one-0-29.mp3"):
         path.unlink()
     with pytest.raises(
-        UserError, match=r"4 of 4 mp3s are missing \(mtat.*\)\. The command that fetches them"
+        UserError, match=r"4 of 4 mp3s are missing \(mtat.*\)\. Fetch them: musicgenre"
     ):
         load_mtat(tmp_path, "all", top_k=4, allow_missing=True)
 
@@ -262,7 +264,8 @@ def test_the_report_splits_at_random_twice(tmp_path):
     read = read_table(write(tmp_path, table(rows[::-1])))
     splits = np.array(protocol_splits(read, "report", top_k=1, seed=7))
     rest, test = train_test_split(np.arange(100), test_size=0.2, random_state=7)
-    # The inner split is over positions among the rest in the table's order, whatever order the outer one gave them.
+    # The inner split is over positions among the rest in the table's order, whatever order the
+    # outer one gave them.
     inner, valid = train_test_split(np.sort(rest), test_size=0.2, random_state=7)
     assert set(np.flatnonzero(splits == "test")) == set(test)
     assert set(np.flatnonzero(splits == "valid")) == set(valid) and set(
@@ -274,9 +277,9 @@ def test_the_report_splits_at_random_twice(tmp_path):
 def test_leaks_counted_by_hand():
     splits = ["train", "train", "valid", "test", "test", "test", ""]
     groups = ["a", "b", "a", "b", "c", "a", "c"]
-    assert leak(splits, groups) == (2, 3) and leak(splits, groups).share == pytest.approx(2 / 3)
+    assert leak(splits, groups) == (2, 3) and leak(splits, groups).fraction == pytest.approx(2 / 3)
     assert leak(splits, groups, "valid") == (1, 1)
-    assert leak(["train"], ["a"]).share == 0
+    assert leak(["train"], ["a"]).fraction == 0
 
 
 def test_tracks_stay_whole_and_tags_are_spread():
@@ -297,7 +300,9 @@ def test_tracks_stay_whole_and_tags_are_spread():
         != split_tracks(tags, tracks, 1, (0.6, 0.2, 0.2))
     )
     assert set(split_tracks(tags, tracks, 0, (0.8, 0.2, 0))) == {"train", "valid"}
-    with pytest.raises(UserError, match=r"data\.fractions=\(0, 0\.5, 0\.5\) must be three shares"):
+    with pytest.raises(
+        UserError, match=r"data\.fractions=\(0, 0\.5, 0\.5\) must be three fractions"
+    ):
         split_tracks(tags, tracks, 0, (0, 0.5, 0.5))
 
 
@@ -419,11 +424,14 @@ def test_the_audit_reports_the_leak_of_the_reports_split(real_table):
 def test_the_real_folder_counts_what_it_lacks(real_data):
     dataset = load_mtat(real_data / "mtat", "clean", allow_missing=True)
     assert dataset.notes == (
-        "mtat, protocol clean, top 50 tags: train 15,250, valid 1,529, test 4,332 of 25,863 clips in the table; "
+        "mtat, protocol clean, top 50 tags: train 15,250, valid 1,529, test 4,332 of 25,863 clips "
+        "in the table; "
         "21,110 mp3s are not on disk",
-        "leaks by the table: 0 of 4,332 test clips (0.0%) are from a track that is also in train, 2,680 (61.9%) by an artist who "
+        "leaks by the table: 0 of 4,332 test clips (0.0%) are from a track that is also in train, "
+        "2,680 (61.9%) by an artist who "
         "is in train, too",
-        "known to be empty files in the published archive and counted above: clips 35644, 55753, 57881",
+        "known to be empty files in the published archive and counted above: clips 35644, 55753, "
+        "57881",
     )
     [clip] = dataset.clips
     assert (clip.clip_id, clip.labels, clip.split, clip.group) == (

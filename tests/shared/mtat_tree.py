@@ -1,9 +1,7 @@
-"""A small folder in MagnaTagATune's exact layout with made-up audio.
+"""A small folder in MagnaTagATune's exact layout with synthetic audio.
 
 Also a script: python tests/shared/mtat_tree.py FOLDER [AN_MP3_TO_ADD]
 
-Test modules do not import each other here, so they load it by its path:
-`make_mtat_tree = runpy.run_path(str(Path(__file__).with_name("mtat_tree.py")))["make_mtat_tree"]`.
 """
 
 import gzip
@@ -58,18 +56,21 @@ def make_mtat_tree(
 ) -> Path:
     """Writes folders 0-9, a-f with mp3s (16 kHz, mono) and the label table; returns `root`.
 
-    Two clips are one track. The tracks are by ten styles in turn, and every ten tracks go to other folders: the first ten to 0-b,
-    the next to c, the next to d-f, all others to 0-b. So 60 clips are enough for every tag in every split of the "clean"
-    protocol, which for 96 clips has 56 / 20 / 20.
+    Two clips are one track. The tracks are in ten styles in turn, and every ten tracks are in other
+    folders: the first ten in 0-b, the next in c, the next in d-f, all others in 0-b. So 60 clips
+      are
+    enough for every tag in every split of the "clean" protocol, which for 96 clips has 56 / 20 /
+    20.
 
     Args:
-      root: the folder; made where it does not exist.
+      root: the folder; created if needed.
       clips: an even number.
       seconds: length of a clip, whole seconds.
       seed: of the music.
       audio: whether the mp3s are written, or the table alone.
-      quoted: the original form of the table, or that without quotes and with its tags by frequency, packed by gzip.
-      empty: so many clips more, in folder 0, whose mp3 holds not a single byte.
+      quoted: the original form of the table, or the gzipped one without quotes and with its tags
+        by frequency.
+      empty: number of further clips, in folder 0, whose mp3 is empty.
       real_clip: an mp3 that is copied into folder e, with the tags techno and electronic.
     """
     root = Path(root)
@@ -109,7 +110,7 @@ def _write_table(root: Path, rows: list[tuple[str, tuple[str, ...]]], quoted: bo
     if not quoted:
         tags.sort(key=lambda tag: -sum(tag in own for _, own in rows))
     table = [["clip_id", *tags, "mp3_path"]]
-    # The ids have gaps, and the larger have more digits: their order as numbers is not that as text.
+    # The ids have gaps and more digits later: their order as numbers is not that as text.
     table += [
         [str(2 + 7 * i), *("01"[tag in own] for tag in tags), path]
         for i, (path, own) in enumerate(rows)

@@ -1,10 +1,8 @@
 import base64
-import contextlib
 import csv
 import email.utils
 import hashlib
 import hmac
-import http.server
 import io
 import json
 import logging
@@ -12,7 +10,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from urllib.parse import parse_qsl, quote, urlsplit
@@ -29,7 +26,6 @@ from musicgenre.datasets.fetch.previews import (
     Outcome,
     fetch_previews,
     keys_from_environment,
-    read_ledger,
 )
 from musicgenre.errors import UserError
 
@@ -39,6 +35,7 @@ pytest.importorskip(
 
 ROOT = Path(__file__).resolve().parents[3]
 KEY, SECRET = "key-of-the-test", "s3cret & with/odd=signs"
+KEYS = Keys(KEY, SECRET)
 START = 1_750_000_000.0
 
 
@@ -87,32 +84,16 @@ def signature_is_right(target, host, secret, nonces):
     return signature == wanted and fresh and method == ("HMAC-SHA1", "1.0", KEY)
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-    def do_GET(self):
-        server = self.server
-        path = urlsplit(self.path).path
-        server.asked.append(self.path)
-        if path.startswith("/clip/"):
-            if not signature_is_right(self.path, self.headers["Host"], SECRET, server.nonces):
-                return self.answer(401, b"bad signature")
-            number = int(path.rsplit("/", 1)[1])
-            answers = server.answers.get(number, [(404, b"")])
-            answer = answers.pop(0) if len(answers) > 1 else answers[0]
-        else:
-            answer = (200, SOUND)
-        return answer(self) if callable(answer) else self.answer(*answer)
-
-    def answer(self, status, body, headers=(), length=None):
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body) if length is None else length))
-        for name, value in headers:
-            self.send_header(name, value)
-        self.end_headers()
-        with contextlib.suppress(OSError):
-            self.wfile.write(body)
+def sign_and_answer(handler):
+    server, path = handler.server, urlsplit(handler.path).path
+    server.asked.append(handler.path)
+    if not path.startswith("/clip/"):
+        return handler.answer(200, SOUND)
+    if not signature_is_right(handler.path, handler.headers["Host"], SECRET, server.nonces):
+        return handler.answer(401, b"bad signature")
+    answers = server.answers.get(int(path.rsplit("/", 1)[1]), [(404, b"")])
+    answer = answers.pop(0) if len(answers) > 1 else answers[0]
+    return answer(handler) if callable(answer) else handler.answer(*answer)
 
 
 def cut(handler):
@@ -121,6 +102,7 @@ def cut(handler):
 
 
 def drop(handler):
+    handler.close_connection = True
     handler.connection.close()
 
 
@@ -129,66 +111,47 @@ def stall(handler):
 
 
 @pytest.fixture
-def server(monkeypatch):
-    """A stand-in for 7digital on this machine; `answers` maps a track id to its answers in turn, the last one for ever."""
-    for name in (
-        "http_proxy",
-        "https_proxy",
-        "all_proxy",
-        "HTTP_PROXY",
-        "HTTPS_PROXY",
-        "ALL_PROXY",
-    ):
-        monkeypatch.delenv(name, raising=False)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    server.answers, server.asked, server.nonces, server.released = {}, [], set(), threading.Event()
-    server.url = f"http://127.0.0.1:{server.server_address[1]}/clip"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.released.set()
-    server.shutdown()
-    server.server_close()
-    thread.join()
+def seven(server):
+    """Stands in for 7digital; `answers`: the responses by track id, the last one repeated."""
+    server.respond = sign_and_answer
+    server.answers, server.asked, server.nonces = {}, [], set()
+    server.url = f"{server.address}/clip"
+    return server
 
 
 class Clock:
-    """A clock that stands still but for sleeping."""
+    """A clock that stands still except for sleeping."""
 
     def __init__(self):
-        self.time, self.slept = START, []
+        self.now, self.slept = START, []
 
-    def now(self):
-        return self.time
+    def time(self):
+        return self.now
 
     def sleep(self, seconds):
         self.slept.append(seconds)
-        self.time += seconds
+        self.now += seconds
 
 
 @pytest.fixture
-def clock():
-    return Clock()
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(time, "time", clock.time)
+    monkeypatch.setattr(time, "sleep", clock.sleep)
+    return clock
 
 
 @pytest.fixture
-def fetch(server, clock, tmp_path):
-    def run(numbers, **options):
-        options = {
-            "base_url": server.url,
-            "now": clock.now,
-            "sleep": clock.sleep,
-            "progress": False,
-            **options,
-        }
-        return fetch_previews(tmp_path, numbers, options.pop("keys", Keys(KEY, SECRET)), **options)
+def fetch(seven, clock, tmp_path):
+    def run(numbers, keys=KEYS, **options):
+        options = {"base_url": seven.url, "progress": False, **options}
+        return fetch_previews(tmp_path, numbers, keys, **options)
 
     return run
 
 
-def ids_asked(server):
-    return [int(urlsplit(path).path.rsplit("/", 1)[1]) for path in server.asked]
+def ids_asked(seven):
+    return [int(urlsplit(path).path.rsplit("/", 1)[1]) for path in seven.asked]
 
 
 def ledger_lines(folder):
@@ -198,12 +161,19 @@ def ledger_lines(folder):
     ]
 
 
+def ledger_line(time):
+    return (
+        f'{{"time": "{time}+00:00", "track_id": "x", "track_7digitalid": 9, '
+        '"outcome": "found", "detail": ""}'
+    )
+
+
 def statuses(summary):
     return {int(track_id[2:]): outcome.status for track_id, outcome in summary.outcomes.items()}
 
 
-def test_songs_are_found_or_not_and_listed(fetch, server, clock, tmp_path):
-    server.answers = {
+def test_songs_are_found_or_not_and_listed(fetch, seven, clock, tmp_path):
+    seven.answers = {
         1: [(200, SOUND)],
         3: [(500, b"oops"), (200, SOUND)],
         4: [(200, b"<html>sorry</html>")],
@@ -225,13 +195,13 @@ def test_songs_are_found_or_not_and_listed(fetch, server, clock, tmp_path):
         "requests.jsonl",
     ]
     assert (folder / f"{track(1)}.mp3").read_bytes() == SOUND
-    assert ids_asked(server) == [1, 2, 3, 3, 4] and clock.slept == [1.0]
+    assert ids_asked(seven) == [1, 2, 3, 3, 4] and clock.slept == [1.0]
     assert list(csv.reader((folder / "previews.csv").open())) == [
         ["track_id", "track_7digitalid", "status", "detail"],
         [track(1), "1", "found", ""],
         [track(2), "2", "not_found", "HTTP 404"],
         [track(3), "3", "found", ""],
-        [track(4), "4", "no_audio", "a web page or XML instead of sound"],
+        [track(4), "4", "no_audio", "a web page or XML instead of audio"],
         [track(5), "0", "no_id", ""],
         [track(6), "-1", "no_id", ""],
     ]
@@ -242,25 +212,27 @@ def test_songs_are_found_or_not_and_listed(fetch, server, clock, tmp_path):
         (track(2), "not_found", "HTTP 404"),
         (track(3), "failed", "HTTP 500"),
         (track(3), "found", f"{len(SOUND)} bytes"),
-        (track(4), "no_audio", "a web page or XML instead of sound"),
+        (track(4), "no_audio", "a web page or XML instead of audio"),
     ]
     assert ledger_lines(tmp_path)[0]["time"] == "2025-06-15T15:06:40.000+00:00"
     assert summary.lines() == [
-        f"{folder}: 2 previews of 4 songs with a 7digital id (2 new); 1 not found, 1 answered without sound, 0 failed, "
+        f"{folder}: 2 previews of 4 songs with a 7digital id (2 new); 1 not found, 1 answered "
+        f"without audio, 0 failed, "
         "0 not asked for yet; 2 songs have no id.",
-        f"5 requests in this run, 5 of 4000 in the last 24 hours; all songs are listed in {folder}/previews.csv.",
-        f"  {track(4)}: no_audio (a web page or XML instead of sound)",
+        f"5 requests in this run, 5 of 4000 in the last 24 hours; all songs are listed in "
+        f"{folder}/previews.csv.",
+        f"  {track(4)}: no_audio (a web page or XML instead of audio)",
     ]
     assert not summary.incomplete
 
 
-def test_a_second_run_asks_only_for_what_is_open(fetch, server, tmp_path):
-    server.answers = {1: [(200, SOUND)], 3: [(200, b"{}"), (200, SOUND)], 4: [(403, b"")]}
+def test_a_second_run_asks_only_for_what_is_open(fetch, seven, tmp_path):
+    seven.answers = {1: [(200, SOUND)], 3: [(200, b"{}"), (200, SOUND)], 4: [(403, b"")]}
     fetch(songs(1, 2, 3, 4))
-    server.asked.clear()
+    seven.asked.clear()
     # A new song comes before those that failed.
     summary = fetch(songs(1, 2, 3, 4, 5))
-    assert ids_asked(server) == [5, 3, 4] and statuses(summary) == {
+    assert ids_asked(seven) == [5, 3, 4] and statuses(summary) == {
         1: "found",
         2: "not_found",
         3: "found",
@@ -271,84 +243,82 @@ def test_a_second_run_asks_only_for_what_is_open(fetch, server, tmp_path):
         summary.incomplete
         and "2 previews of 5 songs with a 7digital id (1 new)" in summary.lines()[0]
     )
-    server.asked.clear()
-    server.answers[2] = [(200, SOUND)]
+    seven.asked.clear()
+    seven.answers[2] = [(200, SOUND)]
     summary = fetch(songs(1, 2, 3), retry_missing=True)
-    assert ids_asked(server) == [2] and statuses(summary)[2] == "found"
-    server.asked.clear()
+    assert ids_asked(seven) == [2] and statuses(summary)[2] == "found"
+    seven.asked.clear()
     (tmp_path / "previews" / f"{track(1)}.mp3").unlink()
     fetch(songs(1, 2, 3))
-    assert ids_asked(server) == [1]
+    assert ids_asked(seven) == [1]
 
 
-def test_the_daily_limit_counts_retries_and_the_last_24_hours(fetch, server, clock, tmp_path):
-    server.answers = {n: [(200, SOUND)] for n in (1, 3, 4, 5)} | {2: [(503, b""), (200, SOUND)]}
+def test_the_daily_limit_counts_retries_and_the_last_24_hours(fetch, seven, clock, tmp_path):
+    seven.answers = {n: [(200, SOUND)] for n in (1, 3, 4, 5)} | {2: [(503, b""), (200, SOUND)]}
     summary = fetch(songs(1, 2, 3, 4, 5), per_day=4)
     # 1, 2, 2 again after a second, 3.
-    assert ids_asked(server) == [1, 2, 2, 3] and summary.incomplete and summary.left == 2
+    assert ids_asked(seven) == [1, 2, 2, 3] and summary.incomplete and summary.left == 2
     assert (
         summary.lines()[-1]
-        == "The 4 requests of 24 hours are used up. Go on after 2025-06-16 15:07 UTC: 2 songs are left."
+        == "The 4 requests of 24 hours are used up. Resume after 2025-06-16 15:07 UTC: 2 songs are "
+        "left."
     )
     assert list(statuses(summary).values()) == ["found"] * 3 + ["not_asked"] * 2
-    clock.time = START + 24 * 3600 - 1
+    clock.now = START + 24 * 3600 - 1
     assert fetch(songs(1, 2, 3, 4, 5), per_day=4).requests == 0
     # Two of the four requests were made at START, two a second later.
-    clock.time = START + 24 * 3600
+    clock.now = START + 24 * 3600
     summary = fetch(songs(1, 2, 3, 4, 5, 6), per_day=4)
-    assert summary.requests == 2 and summary.used == 4 and ids_asked(server)[4:] == [4, 5]
-    clock.time += 1
+    assert summary.requests == 2 and summary.used == 4 and ids_asked(seven)[4:] == [4, 5]
+    clock.now += 1
     assert statuses(fetch(songs(6), per_day=4)) == {6: "not_found"}
 
 
-def test_a_limit_within_the_tries_of_a_song(fetch, server):
-    server.answers = {1: [(500, b"")]}
+def test_a_limit_within_the_tries_of_a_song(fetch, seven):
+    seven.answers = {1: [(500, b"")]}
     summary = fetch(songs(1, 2), per_day=2)
-    assert ids_asked(server) == [1, 1] and summary.left == 2 and summary.pause
+    assert ids_asked(seven) == [1, 1] and summary.left == 2 and summary.pause
     assert summary.outcomes == {
         track(1): Outcome("failed", "HTTP 500"),
         track(2): Outcome("not_asked"),
     }
 
 
-def test_no_more_than_4000_requests_a_day_by_default(fetch, server, clock, tmp_path):
+def test_no_more_than_4000_requests_a_day_by_default(fetch, seven, clock, tmp_path):
     assert previews.REQUESTS_PER_DAY == 4000
     book = tmp_path / "previews" / "requests.jsonl"
     book.parent.mkdir()
-    lines = [
-        '{"time": "2025-06-14T15:06:40+00:00", "track_id": "x", "track_7digitalid": 9, "outcome": "found", "detail": ""}'
-    ]
-    lines += [
-        '{"time": "2025-06-14T15:06:41+00:00", "track_id": "x", "track_7digitalid": 9, "outcome": "found", "detail": ""}'
-    ] * 3998
+    lines = [ledger_line("2025-06-14T15:06:40")] + [ledger_line("2025-06-14T15:06:41")] * 3998
     book.write_text("\n".join(lines) + "\n")
     # The first line is exactly 24 hours old and no longer counts.
-    assert fetch(songs(1, 2, 3)).requests == 2 and ids_asked(server) == [1, 2]
+    assert fetch(songs(1, 2, 3)).requests == 2 and ids_asked(seven) == [1, 2]
 
 
-def test_limit_is_songs_of_this_run(fetch, server):
-    server.answers = {1: [(500, b""), (404, b"")]}
+def test_limit_is_songs_of_this_run(fetch, seven):
+    seven.answers = {1: [(500, b""), (404, b"")]}
     summary = fetch(songs(1, 2, 3), limit=2)
-    assert ids_asked(server) == [1, 1, 2] and not summary.incomplete
+    assert ids_asked(seven) == [1, 1, 2] and not summary.incomplete
     assert statuses(summary) == {1: "not_found", 2: "not_found", 3: "not_asked"}
 
 
-def test_a_ledger_that_a_crash_cut_short(fetch, server, clock, tmp_path):
+def test_a_ledger_that_a_crash_cut_short(fetch, seven, clock, tmp_path):
     fetch(songs(1))
     book = tmp_path / "previews" / "requests.jsonl"
     whole = book.read_text()
-    # Killed while waiting for the answer: the request counts, at its time, and the song is asked for again.
-    clock.time += 3600
+    # Killed while waiting for the answer: the request counts, at its time, and the song is asked
+    # for again.
+    clock.now += 3600
     with book.open("a") as file:
         file.write(
-            f'{{"time": "2025-06-15T16:06:40.000+00:00", "track_id": "{track(2)}", "track_7digitalid": 2'
+            '{"time": "2025-06-15T16:06:40.000+00:00", '
+            f'"track_id": "{track(2)}", "track_7digitalid": 2'
         )
-    history = read_ledger(book)
+    history = Ledger(book)
     assert history.times == [START, START + 3600] and history.last == {
         1: Outcome("not_found", "HTTP 404")
     }
     summary = fetch(songs(1, 2, 3), per_day=3)
-    assert ids_asked(server) == [1, 2] and summary.used == 3 and summary.pause
+    assert ids_asked(seven) == [1, 2] and summary.used == 3 and summary.pause
     lines = book.read_text().splitlines()
     assert (
         len(lines) == 3
@@ -359,65 +329,68 @@ def test_a_ledger_that_a_crash_cut_short(fetch, server, clock, tmp_path):
 
 def test_damaged_lines_count_at_the_time_of_the_next(tmp_path):
     book = tmp_path / "requests.jsonl"
-    good = '{"time": "2025-06-15T15:06:40+00:00", "track_id": "x", "track_7digitalid": 9, "outcome": "found", "detail": ""}'
+    good = ledger_line("2025-06-15T15:06:40")
     book.write_bytes(b'\x00\x00\xff{"ti\n' + good.encode() + b'\n\n5\n{"time": "yesterday"}\n')
     os.utime(book, (START + 50, START + 50))
-    history = read_ledger(book)
+    history = Ledger(book)
     assert history.times == [START, START, START + 50, START + 50] and list(history.last) == [9]
 
 
-def test_stopped_within_a_request(fetch, server, tmp_path, monkeypatch):
-    server.answers = {1: [(200, SOUND)]}
+def test_stopped_within_a_request(fetch, seven, tmp_path, monkeypatch):
+    seven.answers = {1: [(200, SOUND)]}
 
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(previews._Client, "_keep", stop)
+    monkeypatch.setattr(previews, "_save", stop)
     with pytest.raises(KeyboardInterrupt):
         fetch(songs(1, 2))
     monkeypatch.undo()
     (line,) = ledger_lines(tmp_path)
-    assert (line["outcome"], line["detail"]) == ("failed", "broken off")
-    assert "broken off" in (tmp_path / "previews" / "previews.csv").read_text()
+    assert (line["outcome"], line["detail"]) == ("failed", "interrupted")
+    assert "interrupted" in (tmp_path / "previews" / "previews.csv").read_text()
     assert statuses(fetch(songs(1, 2))) == {1: "found", 2: "not_found"}
 
 
-def test_a_request_is_on_the_disk_before_it_is_sent(fetch, server, tmp_path):
+def test_a_request_is_on_the_disk_before_it_is_sent(fetch, seven, tmp_path):
     seen = []
 
     def look(handler):
         seen.append((tmp_path / "previews" / "requests.jsonl").read_text())
         handler.answer(200, SOUND)
 
-    server.answers = {1: [look]}
+    seven.answers = {1: [look]}
     fetch(songs(1))
     assert seen == [
-        f'{{"time": "2025-06-15T15:06:40.000+00:00", "track_id": "{track(1)}", "track_7digitalid": 1'
+        '{"time": "2025-06-15T15:06:40.000+00:00", '
+        f'"track_id": "{track(1)}", "track_7digitalid": 1'
     ]
-    assert read_ledger(tmp_path / "previews" / "requests.jsonl").last == {
+    assert Ledger(tmp_path / "previews" / "requests.jsonl").last == {
         1: Outcome("found", f"{len(SOUND)} bytes")
     }
 
 
-def test_one_run_at_a_time_on_a_ledger(fetch, server, tmp_path):
+def test_one_run_at_a_time_on_a_ledger(fetch, seven, tmp_path):
     with Ledger(tmp_path / "previews" / "requests.jsonl", 4000):
-        with pytest.raises(UserError, match=r"requests\.jsonl: another run is using this ledger"):
+        with pytest.raises(
+            UserError, match=r"requests\.jsonl: this ledger cannot be locked: another run"
+        ):
             fetch(songs(1))
-        assert server.asked == [] and fetch(songs(1), ledger=tmp_path / "other.jsonl").requests == 1
+        assert seven.asked == [] and fetch(songs(1), ledger=tmp_path / "other.jsonl").requests == 1
     assert fetch(songs(2)).requests == 1
 
 
-def test_no_request_that_the_ledger_cannot_note(fetch, server, monkeypatch):
-    def full(_):
+def test_no_request_that_the_ledger_cannot_note(fetch, seven, monkeypatch):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(previews.os, "fsync", full)
+    monkeypatch.setattr(previews.os, "write", full)
     with pytest.raises(
         UserError,
         match=r"requests\.jsonl: the ledger of requests cannot be written \(No space left",
     ):
         fetch(songs(1))
-    assert server.asked == []
+    assert seven.asked == []
 
 
 @pytest.mark.parametrize(
@@ -430,13 +403,13 @@ def test_no_request_that_the_ledger_cannot_note(fetch, server, monkeypatch):
         ([], 1.0),
     ],
 )
-def test_how_long_it_waits_after_429(fetch, server, clock, header, slept):
-    server.answers = {1: [(429, b"", header), (200, SOUND)]}
+def test_how_long_it_waits_after_429(fetch, seven, clock, header, slept):
+    seven.answers = {1: [(429, b"", header), (200, SOUND)]}
     assert statuses(fetch(songs(1))) == {1: "found"} and clock.slept == [slept]
 
 
-def test_the_reset_of_the_day_matters_only_after_429(fetch, server, clock):
-    server.answers = {
+def test_the_reset_of_the_day_matters_only_after_429(fetch, seven, clock):
+    seven.answers = {
         1: [
             (503, b"", [("X-RateLimit-Reset", "40000")]),
             (502, b"", [("Retry-After", "2")]),
@@ -446,39 +419,40 @@ def test_the_reset_of_the_day_matters_only_after_429(fetch, server, clock):
     assert statuses(fetch(songs(1))) == {1: "found"} and clock.slept == [1.0, 2.0]
 
 
-def test_a_long_pause_ends_the_run(fetch, server, clock):
-    server.answers = {1: [(429, b"", [("Retry-After", "7200")])]}
+def test_a_long_pause_ends_the_run(fetch, seven, clock):
+    seven.answers = {1: [(429, b"", [("Retry-After", "7200")])]}
     summary = fetch(songs(1, 2))
-    assert clock.slept == [] and ids_asked(server) == [1] and summary.incomplete
+    assert clock.slept == [] and ids_asked(seven) == [1] and summary.incomplete
     assert (
         summary.lines()[-1]
-        == "7digital asks for a pause (HTTP 429). Go on after 2025-06-15 17:07 UTC: 2 songs are left."
+        == "7digital asks for a pause (HTTP 429). Resume after 2025-06-15 17:07 UTC: 2 songs are "
+        "left."
     )
-    server.answers = {1: [(429, b"")]}
+    seven.answers = {1: [(429, b"")]}
     summary = fetch(songs(1, 2), back_off=(1.0, 2.0))
     assert clock.slept == [1.0, 2.0] and "does not say until when" in summary.pause
 
 
-def test_cut_connections_and_timeouts_are_tried_again(fetch, server, clock, tmp_path):
-    server.answers = {1: [cut, drop, stall, (200, SOUND)]}
+def test_cut_connections_and_timeouts_are_tried_again(fetch, seven, clock, tmp_path):
+    seven.answers = {1: [cut, drop, stall, (200, SOUND)]}
     assert statuses(fetch(songs(1), timeout=0.3)) == {1: "found"} and clock.slept == [
         1.0,
         4.0,
         16.0,
     ]
     assert [line["detail"] for line in ledger_lines(tmp_path)] == [
-        "the connection was cut within the answer",
+        "the connection was cut within the response",
         "no connection, or it was cut",
         "timed out",
         f"{len(SOUND)} bytes",
     ]
-    server.answers[2] = [cut]
+    seven.answers[2] = [cut]
     summary = fetch(songs(2))
     assert summary.outcomes[track(2)] == Outcome(
-        "failed", "the connection was cut within the answer"
+        "failed", "the connection was cut within the response"
     )
     assert (
-        ids_asked(server).count(2) == 4 and not (tmp_path / "previews" / f"{track(2)}.mp3").exists()
+        ids_asked(seven).count(2) == 4 and not (tmp_path / "previews" / f"{track(2)}.mp3").exists()
     )
 
 
@@ -491,19 +465,19 @@ def wav():
 @pytest.mark.parametrize(
     ("body", "detail"),
     [
-        (b"", "an empty answer"),
+        (b"", "an empty response"),
         (
             b'\xef\xbb\xbf\n <?xml version="1.0"?><response status="error"/>',
-            "a web page or XML instead of sound",
+            "a web page or XML instead of audio",
         ),
-        (b'{"status": "error"}', "JSON instead of sound"),
+        (b'{"status": "error"}', "JSON instead of audio"),
         (b"\x00\x01\x02" * 500, "no mp3 that can be decoded"),
         (wav(), "WAV, not mp3"),
         (bytes(2**16) * 170, "more than 10 MB"),
     ],
 )
-def test_an_answer_that_is_no_sound_is_not_kept(fetch, server, tmp_path, body, detail):
-    server.answers = {1: [(200, body)]}
+def test_an_answer_that_is_no_sound_is_not_kept(fetch, seven, tmp_path, body, detail):
+    seven.answers = {1: [(200, body)]}
     assert fetch(songs(1)).outcomes[track(1)] == Outcome("no_audio", detail)
     assert sorted(path.name for path in (tmp_path / "previews").iterdir()) == [
         "previews.csv",
@@ -511,8 +485,8 @@ def test_an_answer_that_is_no_sound_is_not_kept(fetch, server, tmp_path, body, d
     ]
 
 
-def test_redirects_are_followed_and_counted(fetch, server, tmp_path):
-    server.answers = {
+def test_redirects_are_followed_and_counted(fetch, seven, tmp_path):
+    seven.answers = {
         1: [(302, b"", [("Location", "/media/1.mp3")])],
         2: [lambda handler: handler.answer(302, b"", [("Location", handler.path)])],
     }
@@ -520,22 +494,22 @@ def test_redirects_are_followed_and_counted(fetch, server, tmp_path):
     assert (
         statuses(summary) == {1: "found"}
         and summary.requests == 2
-        and server.asked[1] == "/media/1.mp3"
+        and seven.asked[1] == "/media/1.mp3"
     )
     assert [line["outcome"] for line in ledger_lines(tmp_path)] == ["redirected", "found"]
     # The same signed address a second time is refused, as 7digital would.
     assert fetch(songs(2)).outcomes[track(2)] == Outcome("failed", "HTTP 401, refused")
-    server.answers[3] = [(302, b"", [("Location", "ftp://127.0.0.1/x")])]
+    seven.answers[3] = [(302, b"", [("Location", "ftp://127.0.0.1/x")])]
     assert fetch(songs(3)).outcomes[track(3)] == Outcome("failed", "InvalidSchema")
 
 
-def test_the_country_is_signed_too(fetch, server):
-    server.answers = {1: [(200, SOUND)]}
+def test_the_country_is_signed_too(fetch, seven):
+    seven.answers = {1: [(200, SOUND)]}
     assert statuses(fetch(songs(1), country="GB")) == {1: "found"}
-    assert ("country", "GB") in parse_qsl(urlsplit(server.asked[0]).query)
+    assert ("country", "GB") in parse_qsl(urlsplit(seven.asked[0]).query)
 
 
-def test_wrong_keys_end_the_run_and_stay_secret(fetch, server, tmp_path, caplog):
+def test_wrong_keys_end_the_run_and_stay_secret(fetch, seven, tmp_path, caplog):
     caplog.set_level(logging.DEBUG)
     wrong = Keys(KEY, "wr0ng-secret")
     assert KEY not in repr(wrong) and "wr0ng" not in repr(wrong)
@@ -543,7 +517,7 @@ def test_wrong_keys_end_the_run_and_stay_secret(fetch, server, tmp_path, caplog)
         UserError, match=r"5 songs in a row failed.*HTTP 401, refused.*MUSICGENRE_7DIGITAL_SECRET"
     ) as error:
         fetch(songs(*range(1, 9)), keys=wrong)
-    assert ids_asked(server) == [1, 2, 3, 4, 5]
+    assert ids_asked(seven) == [1, 2, 3, 4, 5]
     with pytest.raises(UserError, match="no connection") as unreachable:
         fetch(songs(*range(11, 19)), keys=wrong, base_url="http://127.0.0.1:9/clip", back_off=())
     written = "".join(path.read_text() for path in (tmp_path / "previews").iterdir())
@@ -551,8 +525,8 @@ def test_wrong_keys_end_the_run_and_stay_secret(fetch, server, tmp_path, caplog)
         assert "wr0ng" not in text and KEY not in text and "oauth_signature=" not in text
 
 
-def test_failures_that_others_part_do_not_end_the_run(fetch, server):
-    server.answers = {n: [(403, b"")] for n in (1, 2, 3, 4, 6, 7, 8, 9)}
+def test_failures_that_others_part_do_not_end_the_run(fetch, seven):
+    seven.answers = {n: [(403, b"")] for n in (1, 2, 3, 4, 6, 7, 8, 9)}
     assert fetch(songs(*range(1, 11))).requests == 10
 
 
@@ -576,7 +550,10 @@ def test_keys_come_from_the_environment(monkeypatch, key, secret, named):
 
 
 def test_mistakes(fetch, monkeypatch):
-    with pytest.raises(UserError, match=r"--base_url='previews\.7digital\.com' is no address"):
+    with pytest.raises(
+        UserError,
+        match=r"--base_url='previews\.7digital\.com' does not begin with https:// or http://",
+    ):
         fetch(songs(1), base_url="previews.7digital.com")
     with pytest.raises(UserError, match="at least 1, not 0"):
         fetch(songs(1), per_day=0)
@@ -620,9 +597,9 @@ def test_songs_of_a_data_set(tmp_path):
         previews.wanted_songs(tmp_path / "c.h5")
 
 
-def test_the_script(server, tmp_path):
+def test_the_script(seven, tmp_path):
     write_summary(tmp_path / "all.h5", songs(1, 2, 3) | {track(4): -1})
-    server.answers = {1: [(200, SOUND)], 3: [(200, SOUND)]}
+    seven.answers = {1: [(200, SOUND)], 3: [(200, SOUND)]}
     outputs = []
 
     def run(*arguments, keys=True):
@@ -638,7 +615,7 @@ def test_the_script(server, tmp_path):
             "--noprogress",
         ]
         done = subprocess.run(
-            [*script, f"--base_url={server.url}", *arguments],
+            [*script, f"--base_url={seven.url}", *arguments],
             env=environment,
             capture_output=True,
             text=True,
@@ -652,14 +629,14 @@ def test_the_script(server, tmp_path):
         "error: MUSICGENRE_7DIGITAL_KEY and .* are not set", done.stderr
     )
     done = run("--dry_run", keys=False)
-    assert done.returncode == 0 and not (tmp_path / "previews").exists() and server.asked == []
+    assert done.returncode == 0 and not (tmp_path / "previews").exists() and seven.asked == []
     assert (
         "4 songs: 0 found, 0 not found, 0 no audio, 0 failed, 1 no id, 3 not asked." in done.stdout
     )
     assert "would ask for 3 songs; 4000 of 4000 requests are free." in done.stdout
     done = run("--per_day=2", "--verbosity=1")
     assert done.returncode == 3 and re.search(
-        r"Go on after .* UTC: 1 songs are left\.$", done.stdout.strip()
+        r"Resume after .* UTC: 1 songs are left\.$", done.stdout.strip()
     )
     plan = previews.plan_lines(tmp_path, songs(1, 2, 3), per_day=3)
     assert plan[1] == "would ask for 1 songs; 1 of 3 requests are free."
@@ -669,7 +646,7 @@ def test_the_script(server, tmp_path):
         done.returncode == 0 and "2 previews of 3 songs with a 7digital id (1 new)" in done.stdout
     )
     assert done.stderr.startswith(f"skipped {tmp_path}/bad.h5: not an HDF5 file")
-    assert ids_asked(server) == [1, 2, 3]
+    assert ids_asked(seven) == [1, 2, 3]
     written = [
         path.read_text() for path in (tmp_path / "previews").iterdir() if path.suffix != ".mp3"
     ]
