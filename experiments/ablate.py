@@ -5,7 +5,7 @@ python experiments/ablate.py --config=configs/ablations/report_knobs.py --workdi
 By cross-validation inside the train list of a data set of arrays, artists kept together, so that the validation clips have no
 say:
 
-python experiments/ablate.py --config=configs/ablations/gtzan_best.py --workdir=runs/gtzan_best_folds --folds=5 --seeds=1 \
+python experiments/ablate.py --config=configs/ablations/gtzan_modulation.py --workdir=runs/gtzan_best_folds --folds=5 --seeds=1 \
     --config.data.protocol=artist_kfold --config.data.files.valid=
 """
 

@@ -128,6 +128,11 @@ def load_arrays(
         raise UserError(
             "data set 'arrays': no files. Set --config.data.files.train=... (and valid, test)."
         )
+    absent = next((path for path in given.values() if not path.is_file()), None)
+    if not root and absent:
+        raise UserError(
+            f"{absent}: no such file. Set --config.data.root=... to the folder of the array files."
+        )
     opened = {split: open_array_file(path, layout) for split, path in given.items()}
     first = next(iter(opened.values()))
     names = first.label_names or tuple(

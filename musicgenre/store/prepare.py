@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from musicgenre.audio.decode import load_audio
-from musicgenre.audio.features import FeatureSpec, compute_features, mfcc_from_db
+from musicgenre.audio.features import FeatureSpec, mfcc_from_db
 from musicgenre.audio.layout import ClipLayout
 from musicgenre.datasets import arrays
 from musicgenre.datasets.base import Clip, Dataset
@@ -96,7 +96,7 @@ def process_clip(
             samples = load_audio(
                 clip.path, spec.sample_rate, min_seconds=min_seconds, resampler=spec.resampler
             ).samples
-            features = compute_features(layout.cut(samples, spec), spec)
+            features = layout.features(samples, spec)
         else:
             if spec.kind not in ("logmel", "mfcc"):
                 raise UserError(
