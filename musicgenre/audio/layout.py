@@ -7,7 +7,7 @@ import numpy as np
 from musicgenre.audio.features import FeatureSpec, compute_features
 from musicgenre.errors import UserError
 
-# How much longer or shorter than `frames` hops a clip may be for "spread" to cover exactly all of it.
+# Relative difference from `frames` hops up to which "spread" covers all of a clip.
 _TOLERANCE = 0.025
 
 
@@ -17,11 +17,12 @@ class ClipLayout:
 
     Attributes:
       frames: frames per clip in the store.
-      pad: what fills a shorter clip: "repeat" (the clip again), "silence" (its quietest value) or "zero" (0 dB,
-        as in the report).
-      excerpt: what is kept of a longer clip. "start" and "middle" keep that part of it. "spread" computes frames
-        every quarter of a transform and keeps evenly spaced ones, about `hop_length` apart; a clip within 2.5 % of
-        `frames` hops is covered to its end. The precomputed GTZAN spectrograms were sampled this way.
+      pad: what fills a shorter clip: "repeat" (the clip again), "silence" (its quietest value) or
+        "zero" (0 dB, as in the report).
+      excerpt: what is kept of a longer clip. "start" and "middle" keep that part of it. "spread"
+        computes frames every quarter of a transform and keeps evenly spaced ones, about
+        `hop_length` apart; a clip within 2.5 % of `frames` hops is covered to its end. The
+        precomputed GTZAN spectrograms were sampled this way.
     """
 
     frames: int
@@ -40,15 +41,17 @@ class ClipLayout:
             )
 
     def features(self, samples: np.ndarray, spec: FeatureSpec) -> np.ndarray:
-        """Returns the features of the kept part of mono samples `[samples]`, float32 `[any, bands]`; see `fit`.
+        """Returns features of the kept part of mono samples `[samples]`, float32 `[any, bands]`.
 
         Raises:
-          UserError: the excerpt is "spread" and the features are a waveform, which has no frames to choose from.
+          UserError: the excerpt is "spread" and the features are a waveform.
         """
         if self.excerpt != "spread":
             return compute_features(self.cut(samples, spec), spec)
         if spec.kind == "waveform":
-            raise UserError("data.excerpt='spread' needs spectrogram frames: take 'start' or 'middle'.")
+            raise UserError(
+                "data.excerpt='spread' needs spectrogram frames: take 'start' or 'middle'."
+            )
         wanted = self.frames * spec.hop_length
         if len(samples) > (1 + _TOLERANCE) * wanted:
             samples = samples[:wanted]
@@ -67,7 +70,7 @@ class ClipLayout:
         return samples[start : start + wanted]
 
     def fit(self, features: np.ndarray) -> tuple[np.ndarray, int]:
-        """Returns `[frames, bands]`, trimmed or padded from `[any, bands]`, and the number of real frames."""
+        """Returns `[any, bands]` trimmed or padded to `[frames, bands]`, and its real frames."""
         features = features[: self.frames]
         length = len(features)
         if length < self.frames:

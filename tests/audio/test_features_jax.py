@@ -113,7 +113,7 @@ def test_the_first_frames_are_a_clip_of_their_own():
         abs(float(found.max())) < 1e-5
         and jax.jit(partial(features, spec=spec))(clip)[:, :16].max() < -20
     )
-    with pytest.raises(UserError, match="34 frames were asked for, but the samples make 33"):
+    with pytest.raises(UserError, match="34 frames were requested, but the samples make 33"):
         features(clip, spec, frames=34)
 
 
