@@ -313,9 +313,9 @@ def test_the_rounding_of_the_original_musicnn_is_small():
         ({"compression": "log1000"}, "features.compression: 'log1000'.*Did you mean 'log10000'"),
         (
             {"compression": "log10000", "kind": "mfcc"},
-            "compression='log10000' is of log-mels and the STFT, not .*'mfcc'",
+            "compression='log10000' is for log-mels and the STFT, not .*'mfcc'",
         ),
-        ({"compression": "log10000", "kind": "waveform"}, "not of features.kind='waveform'"),
+        ({"compression": "log10000", "kind": "waveform"}, "not for features.kind='waveform'"),
     ],
 )
 def test_compressions_that_cannot_be(fields, message):

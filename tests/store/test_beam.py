@@ -136,21 +136,21 @@ def test_a_second_run_changes_no_file_and_starts_no_job(dataset, tmp_path, monke
 def test_a_run_that_failed_goes_on_and_ends_at_the_same_bytes(
     dataset, expected, tmp_path, monkeypatch
 ):
-    process = prepare.process_clip
+    process = prepare.Recipe.__call__
 
-    def fails(clip, *rest):
+    def fails(recipe, clip):
         if clip.clip_id == "train/a/06":
             raise MemoryError("no memory for this clip")
-        return process(clip, *rest)
+        return process(recipe, clip)
 
-    monkeypatch.setattr(prepare, "process_clip", fails)
+    monkeypatch.setattr(prepare.Recipe, "__call__", fails)
     with pytest.raises(
         UserError,
         match=r"the Beam job failed: .*no memory for this clip.* What was finished is kept",
     ):
         make(dataset, tmp_path / "store")
     assert not [name for name in os.listdir(tmp_path / "store") if name != "shards"]
-    monkeypatch.setattr(prepare, "process_clip", process)
+    monkeypatch.setattr(prepare.Recipe, "__call__", process)
     make(dataset, tmp_path / "store")
     assert content(tmp_path / "store") == expected
 
@@ -269,13 +269,13 @@ def test_a_worker_that_would_make_other_bytes_refuses(dataset, tmp_path, monkeyp
 
 def test_workers_keep_to_one_thread(dataset, tmp_path, monkeypatch):
     seen = []
-    process = prepare.process_clip
+    process = prepare.Recipe.__call__
 
     def looks(*arguments):
         seen.extend(pool["num_threads"] for pool in threadpool_info())
         return process(*arguments)
 
-    monkeypatch.setattr(prepare, "process_clip", looks)
+    monkeypatch.setattr(prepare.Recipe, "__call__", looks)
     task, job = task_and_job(dataset, tmp_path / "store")
     with threadpool_limits(2):
         beam.make_shard(beam.task_to_json(task), job)

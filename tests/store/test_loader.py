@@ -1,4 +1,4 @@
-import grain.python as grain
+import grain
 import numpy as np
 import pytest
 
