@@ -43,6 +43,18 @@ def sound(path, seed, seconds=1.2):
 
 
 @pytest.fixture
+def without_pipeline(monkeypatch):
+    """Runs the tasks of a job here, in order; starting a pipeline takes seconds."""
+
+    def run(plan, tasks, options):
+        job = beam.ShardJob(plan.recipe, plan.shards, beam.package_versions())
+        for task in list(tasks):
+            beam.make_shard(beam.task_to_json(task), job)
+
+    monkeypatch.setattr(beam, "_run", run)
+
+
+@pytest.fixture
 def dataset(tmp_path):
     """Eleven clips in two classes, one of them no sound file and one too short."""
     for number in range(11):
@@ -118,6 +130,7 @@ def test_the_bytes_are_those_of_one_machine(dataset, expected, tmp_path, flags):
     assert Store.open(tmp_path / "store").gather(np.array([0])).shape == (1, 60, 20)
 
 
+@pytest.mark.usefixtures("without_pipeline")
 def test_a_second_run_changes_no_file_and_starts_no_job(dataset, tmp_path, monkeypatch):
     make(dataset, tmp_path / "store")
     before = times(tmp_path / "store")
@@ -146,7 +159,7 @@ def test_a_run_that_failed_goes_on_and_ends_at_the_same_bytes(
     monkeypatch.setattr(prepare.Recipe, "__call__", fails)
     with pytest.raises(
         UserError,
-        match=r"the Beam job failed: .*no memory for this clip.* What was finished is kept",
+        match=r"the Beam job failed: .*no memory for this clip.* Finished shards are kept",
     ):
         make(dataset, tmp_path / "store")
     assert not [name for name in os.listdir(tmp_path / "store") if name != "shards"]
@@ -172,6 +185,7 @@ def test_only_the_shards_that_a_dead_run_left_out_are_made(dataset, expected, tm
     )
 
 
+@pytest.mark.usefixtures("without_pipeline")
 def test_a_changed_clip_takes_a_new_number_though_there_is_a_gap(dataset, tmp_path):
     make(dataset, tmp_path / "store")
     shards = tmp_path / "store" / "shards"
@@ -189,6 +203,7 @@ def test_a_changed_clip_takes_a_new_number_though_there_is_a_gap(dataset, tmp_pa
     np.testing.assert_array_equal(grown.gather(np.arange(9)), fresh.gather(np.arange(9)))
 
 
+@pytest.mark.usefixtures("without_pipeline")
 def test_a_shard_that_the_workers_lost_is_named(dataset, expected, tmp_path, monkeypatch):
     run = beam._run
 
@@ -309,6 +324,7 @@ def test_beams_counters_say_what_was_done(dataset, tmp_path):
     assert counters() == {"shards_found": 4}
 
 
+@pytest.mark.usefixtures("without_pipeline")
 def test_the_bar_follows_the_shards(dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(beam, "_POLL_SECONDS", 0.01)
     prepare_store_beam(dataset, SPEC, LAYOUT, tmp_path / "store", HERE, clips_per_shard=3)
@@ -408,7 +424,7 @@ def test_a_worker_process_that_dies_ends_the_run(dataset, tmp_path):
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert killed and re.search(r"the Beam job failed: .* What was finished is kept", errors[0])
+    assert killed and re.search(r"the Beam job failed: .* Finished shards are kept", errors[0])
     assert not (tmp_path / "store" / "manifest.json").exists()
 
 

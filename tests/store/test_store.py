@@ -420,7 +420,7 @@ def test_damaged_columns_are_named_and_written_anew(dataset, tmp_path, damage):
             file.write_bytes(content if damage == "flip" else content[:-1])
         with pytest.raises(
             UserError,
-            match=rf"{file.name}: this part.*(missing|damaged).*musicgenre prepare again: it rewrites the file",
+            match=rf"{file.name}: this part.*(missing|damaged).*again: it rewrites the file",
         ):
             Store.open(tmp_path / "store")
     assert make(dataset, tmp_path / "store").computed == 0
@@ -506,7 +506,7 @@ def test_shards_read_or_mapped_give_the_same_and_one_cut_while_in_use_is_named(
     )
     for opened in (store, copy):
         np.testing.assert_array_equal(opened.gather(clips, starts, 30), expected)
-    # A page and more is gone, which a map still has room for: touching it would be the end of the process.
+    # Touching a mapped page that the file has lost would end the process.
     os.truncate(tmp_path / "store/shards/00001.npy", 128)
     with pytest.raises(UserError, match=r"00001\.npy: this shard is damaged \(it ends early\)"):
         store.gather(np.array([5]))
