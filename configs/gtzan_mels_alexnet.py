@@ -15,8 +15,7 @@ No result: only one epoch was run, to show that it works.
 """
 
 from ml_collections import ConfigDict
-
-from configs import gtzan_mels_conv1d
+from musicgenre.configs import gtzan_mels_conv1d
 
 
 def get_config(source: str = "audio") -> ConfigDict:

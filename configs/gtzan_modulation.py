@@ -37,8 +37,7 @@ scripts measured. The test list (290 clips) was not evaluated.
 """
 
 from ml_collections import ConfigDict
-
-from configs import gtzan_mels_conv1d
+from musicgenre.configs import gtzan_mels_conv1d
 
 
 def get_config(source: str = "audio") -> ConfigDict:

@@ -15,8 +15,7 @@ No result: MTAT's audio was not available.
 """
 
 from ml_collections import ConfigDict
-
-from configs import mtat_musicnn
+from musicgenre.configs import mtat_musicnn
 
 
 def get_config() -> ConfigDict:

@@ -30,8 +30,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
-
-from configs import gtzan_modulation
+from musicgenre.configs import gtzan_modulation
 
 
 def get_config() -> ConfigDict:

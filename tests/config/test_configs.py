@@ -1,4 +1,4 @@
-import importlib.util
+import importlib
 from pathlib import Path
 
 import jax
@@ -42,18 +42,9 @@ TWO_SOURCES = [
 ]
 
 
-@pytest.fixture
-def load(monkeypatch):
-    """A function from a config's name to its module."""
-    monkeypatch.syspath_prepend(ROOT)
-
-    def load(name):
-        spec = importlib.util.spec_from_file_location("some_config", ROOT / f"configs/{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
+def load(name):
+    """Returns the module of a config."""
+    return importlib.import_module(f"musicgenre.configs.{name.replace('/', '.')}")
 
 
 def build(config, classes):
@@ -70,7 +61,7 @@ def build(config, classes):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_config_and_variant_builds_its_network(name, load):
+def test_every_config_and_variant_builds_its_network(name):
     module = load(name)
     assert f"--config={name}" in module.__doc__
     assert "shared/" not in module.__doc__ and "../" not in str(module.get_config())
@@ -96,7 +87,7 @@ def test_every_config_and_variant_builds_its_network(name, load):
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_config_takes_one_step(name, load):
+def test_every_config_takes_one_step(name):
     config = load(name).get_config()
     task, classes = {
         "mtat": ("multi_label", 50),
@@ -148,7 +139,7 @@ def test_every_config_takes_one_step(name, load):
 
 
 @pytest.mark.parametrize("name", TWO_SOURCES)
-def test_audio_and_arrays_differ_in_the_source_of_the_spectrograms_alone(name, load):
+def test_audio_and_arrays_differ_in_the_source_of_the_spectrograms_alone(name):
     module = load(name)
     audio, arrays = (to_plain(module.get_config(source)) for source in ("audio", "arrays"))
     assert to_plain(module.get_config()) == audio
@@ -163,7 +154,7 @@ def test_audio_and_arrays_differ_in_the_source_of_the_spectrograms_alone(name, l
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_a_missing_data_folder_is_one_clear_error(name, load, tmp_path, monkeypatch):
+def test_a_missing_data_folder_is_one_clear_error(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = load(name).get_config()
     if config.data.dataset == "synthetic":
@@ -174,7 +165,7 @@ def test_a_missing_data_folder_is_one_clear_error(name, load, tmp_path, monkeypa
             load_dataset(dataset_options(source))
 
 
-def test_sizes_and_sources_of_the_residual_network_combine(load):
+def test_sizes_and_sources_of_the_residual_network_combine():
     get_config = load("gtzan_mels_resnet").get_config
     assert to_plain(get_config("report")) == to_plain(get_config())
     assert get_config("arrays").data.dataset == "arrays"

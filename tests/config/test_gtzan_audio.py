@@ -25,9 +25,8 @@ FLAGS = ("--config.data.allow_missing=True", "--noprogress")
 
 
 @pytest.fixture
-def config(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
-    from configs import gtzan_modulation
+def config():
+    from musicgenre.configs import gtzan_modulation
 
     return gtzan_modulation.get_config()
 

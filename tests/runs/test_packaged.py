@@ -7,13 +7,14 @@ import pytest
 from musicgenre import Tagger
 from musicgenre.datasets.arrays import open_array_file
 from musicgenre.datasets.gtzan import GENRES
-from musicgenre.runs.model import load_model, packaged_models
+from musicgenre.runs.bundle import packaged_models
+from musicgenre.runs.model import load_model
 from musicgenre.training.step import make_score_step
 
 
 def test_the_packaged_model_says_what_it_is():
     model = load_model("gtzan")
-    assert "gtzan" in packaged_models() and model.workdir.stat().st_size < 6e6
+    assert "gtzan" in packaged_models() and model.workdir.stat().st_size < 6.5e6
     assert model.label_names == GENRES and (model.frames, model.features.hop_length) == (387, 1710)
     said = (
         "442 clips",
