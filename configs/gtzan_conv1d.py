@@ -1,9 +1,10 @@
-"""The report's Conv1D on GTZAN's audio with the report's front end (section 3, figure 3): 647 frames x 128 mels.
+"""The report's Conv1D on GTZAN's audio with the report's front end (section 3): 647 x 128 mels.
 
-python experiments/prepare.py --config=configs/gtzan_conv1d.py --config.data.root=<folder with genres>
-python experiments/train.py --config=configs/gtzan_conv1d.py --config.data.root=<the same> --workdir=runs/gtzan_conv1d
+musicgenre prepare --config=gtzan_conv1d --config.data.root=/data/gtzan
+musicgenre train --config=gtzan_conv1d --config.data.root=/data/gtzan --workdir=runs/gtzan_conv1d
+musicgenre evaluate --workdir=runs/gtzan_conv1d --split=valid
 
-No result yet: GTZAN's audio was not at hand when this was written, so only the code path has been run, on a few clips.
+No result: GTZAN's audio was not available, so only the code path has been run, on a few clips.
 """
 
 from ml_collections import ConfigDict

@@ -1,18 +1,19 @@
-r"""FCN-5 (Choi 2016) on 30 s previews of Million Song Dataset songs, 96 bands x 1366 frames at 12 kHz.
+r"""FCN-5 (Choi 2016) on 30 s previews of Million Song Dataset songs, 1366 x 96 mels at 12 kHz.
 
     pip install 'musicgenre[msd]'
     export MUSICGENRE_7DIGITAL_KEY=... MUSICGENRE_7DIGITAL_SECRET=...
-    python experiments/fetch_previews.py --root=<folder with the .h5 files>
-    python experiments/prepare.py --config=configs/msd_fcn5.py --config.data.root=<the same>
-    python experiments/train.py --config=configs/msd_fcn5.py --config.data.root=<the same> --workdir=runs/msd_fcn5
-    python experiments/evaluate.py --workdir=runs/msd_fcn5 --split=test
+    musicgenre fetch_previews --root=/data/msd    # the folder with the .h5 files
+    musicgenre prepare --config=msd_fcn5 --config.data.root=/data/msd
+    musicgenre train --config=msd_fcn5 --config.data.root=/data/msd --workdir=runs/msd_fcn5
+    musicgenre evaluate --workdir=runs/msd_fcn5 --split=test
 
-Fetching ends at 4,000 requests a day with exit code 3; run it again the next day. To train on what is there until then, add
---config.data.allow_missing=True to the commands after it.
+Fetching ends with exit code 3 at 4,000 requests per day; run it again the next day. To train on
+the previews fetched so far, add --config.data.allow_missing=True to the commands that follow it.
 
-No result: no previews were at hand, and nothing has been trained with this. The tags are the 50 commonest Echo Nest terms of the
-songs' artists, split by artist; published figures (Choi's corrected ROC-AUC .855 for FCN-5, say) are on Last.fm tags of another
-split, so the two are not comparable. In the report's trial 622 of 3,242 songs had a preview.
+No result: no previews were available, and nothing has been trained with this config. The tags are
+the 50 most frequent Echo Nest terms of the songs' artists, split by artist. Published figures
+(such as Choi's corrected ROC-AUC .855 for FCN-5) are on Last.fm tags with another split and are
+not comparable. In the report's trial 622 of 3,242 songs had a preview.
 """
 
 from ml_collections import ConfigDict

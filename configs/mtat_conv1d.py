@@ -1,15 +1,16 @@
-"""The report's Conv1D on MagnaTagATune, in the report's own protocol and front end: 628 frames x 128 mels, 50 tags, 100 epochs.
+"""The report's Conv1D on MagnaTagATune with the report's protocol: 628 x 128 mels, 50 tags.
 
-python experiments/download.py --dataset=mtat --root=/data/mtat
-python experiments/prepare.py --config=configs/mtat_conv1d.py --config.data.root=/data/mtat
-python experiments/train.py --config=configs/mtat_conv1d.py --config.data.root=/data/mtat --workdir=runs/mtat_conv1d
-python experiments/evaluate.py --workdir=runs/mtat_conv1d --split=test
+musicgenre download --dataset=mtat --root=/data/mtat
+musicgenre prepare --config=mtat_conv1d --config.data.root=/data/mtat
+musicgenre train --config=mtat_conv1d --config.data.root=/data/mtat --workdir=runs/mtat_conv1d
+musicgenre evaluate --workdir=runs/mtat_conv1d --split=test
 
-Loss, rate and its decay are those of the report's script for this data set. A result in this protocol is no headline: 3,796 of
-its 4,223 test clips (89.9 %) come from a track that is also in the training set. What others report is
---config.data.protocol=clean, with no track and no album on two sides.
+Loss, learning rate, decay and the 100 epochs are those of the report's script for this data set.
+Do not quote a result of this protocol: 3,796 of its 4,223 test clips (89.9 %) come from a track
+that is also in the training set. Most published numbers are on --config.data.protocol=clean, which
+keeps each track and album in one split.
 
-No result yet: MTAT's audio was not at hand when this was written, so only the code path has been run, on made-up clips.
+No result: MTAT's audio was not available, so only the code path has been run, on synthetic clips.
 """
 
 from ml_collections import ConfigDict

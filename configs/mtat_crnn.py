@@ -1,18 +1,20 @@
-r"""The CRNN (Choi et al. 2017) on MagnaTagATune: the 50 most frequent tags of 29.1 s, 1366 frames x 96 mels at 12 kHz.
+r"""The CRNN (Choi et al. 2017) on MagnaTagATune's 50 top tags, 1366 x 96 mels at 12 kHz.
 
-    python experiments/prepare.py --config=configs/mtat_crnn.py --config.data.root=<folder of MagnaTagATune>
-    python experiments/train.py --config=configs/mtat_crnn.py --config.data.root=<the same> --workdir=runs/mtat_crnn
-    python experiments/evaluate.py --workdir=runs/mtat_crnn --split=test
+    musicgenre prepare --config=mtat_crnn --config.data.root=/data/mtat
+    musicgenre train --config=mtat_crnn --config.data.root=/data/mtat --workdir=runs/mtat_crnn
+    musicgenre evaluate --workdir=runs/mtat_crnn --split=test
 
-The networks that the paper holds against it share the store (and that of configs/mtat_fcn4.py). They, and sizes of all four,
-are named after a colon: k1c2, k2c1 and k2c2, or crnn-0.5M, k2c2-3M and so on, as in `CRNN_SIZES` and `CHOI_SIZES`:
+The networks that the paper compares it with use the same store (as does mtat_fcn4). They and the
+sizes of all four follow a colon: k1c2, k2c1 and k2c2, or crnn-0.5M, k2c2-3M and so on, as in
+`CRNN_SIZES` and `CHOI_SIZES`:
 
-    python experiments/train.py --config=configs/mtat_crnn.py:k2c2-0.5M --config.data.root=<the same> --workdir=runs/mtat_k2c2
+    musicgenre train --config=mtat_crnn:k2c2-0.5M --config.data.root=/data/mtat --workdir=runs/k2c2
 
-Adam and the binary cross entropy are the paper's. One mean and deviation for all values puts the zeros that the
-network pads with at the mean; it normalises each frame itself.
+Adam and the binary cross-entropy are the paper's. One mean and standard deviation for all values
+put the zeros of the network's padding at the mean; the network normalises each frame itself.
 
-No result yet: MagnaTagATune's audio was not at hand. The paper's are of the Million Song Dataset.
+No result: MagnaTagATune's audio was not available. The paper's results are on the Million Song
+Dataset.
 """
 
 from ml_collections import ConfigDict

@@ -1,17 +1,18 @@
-r"""FCN-4 (Choi et al. 2016) on MagnaTagATune: the 50 most frequent tags of 29.1 s, 1366 frames x 96 mels at 12 kHz.
+r"""FCN-4 (Choi et al. 2016) on MagnaTagATune's 50 top tags, 1366 x 96 mels at 12 kHz.
 
-    python experiments/prepare.py --config=configs/mtat_fcn4.py --config.data.root=<folder of MagnaTagATune>
-    python experiments/train.py --config=configs/mtat_fcn4.py --config.data.root=<the same> --workdir=runs/mtat_fcn4
-    python experiments/evaluate.py --workdir=runs/mtat_fcn4 --split=test
+    musicgenre prepare --config=mtat_fcn4 --config.data.root=/data/mtat
+    musicgenre train --config=mtat_fcn4 --config.data.root=/data/mtat --workdir=runs/mtat_fcn4
+    musicgenre evaluate --workdir=runs/mtat_fcn4 --split=test
 
-The paper's other depths share the store; fcn3, fcn5, fcn6 and fcn7 are named after a colon:
+The paper's other depths use the same store; fcn3, fcn5, fcn6 and fcn7 follow a colon:
 
-    python experiments/train.py --config=configs/mtat_fcn4.py:fcn5 --config.data.root=<the same> --workdir=runs/mtat_fcn5
+    musicgenre train --config=mtat_fcn4:fcn5 --config.data.root=/data/mtat --workdir=runs/mtat_fcn5
 
-Front end, network, dropout .5, Adam and the binary cross entropy are the paper's; its learning rate is not known, and 1e-3 is
-Adam's usual one. The protocol is the clean split of later work, and not comparable with the paper's own.
+Front end, network, dropout .5, Adam and the binary cross-entropy are the paper's. Its learning
+rate is unknown, so 1e-3, the usual one for Adam, is used. The protocol is the clean split of later
+work and is not comparable with the paper's.
 
-No result yet: MagnaTagATune's audio was not at hand.
+No result: MagnaTagATune's audio was not available.
 """
 
 from ml_collections import ConfigDict

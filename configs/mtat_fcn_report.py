@@ -1,17 +1,19 @@
-r"""The report's best network for MagnaTagATune (section 4): fully convolutional, on its own front end of 628 frames x 128 mels.
+r"""The report's best network for MagnaTagATune (section 4), fully convolutional: 628 x 128 mels.
 
-    python experiments/prepare.py --config=configs/mtat_fcn_report.py --config.data.root=<folder of MagnaTagATune>
-    python experiments/train.py --config=configs/mtat_fcn_report.py --config.data.root=<the same> --workdir=runs/mtat_fcn_report
-    python experiments/evaluate.py --workdir=runs/mtat_fcn_report --split=test
+    musicgenre prepare --config=mtat_fcn_report --config.data.root=/data/mtat
+    musicgenre train --config=mtat_fcn_report --config.data.root=/data/mtat --workdir=runs/fcn
+    musicgenre evaluate --workdir=runs/fcn --split=test
 
-The recipe is that of the author's script: mean squared error of the sigmoid outputs, Adam with 1e-3 x .96 every 100,000
-steps, batches of 32, 100 epochs. The report states no filters; these are FCN-4's (Choi et al. 2016), with pools that leave one
-position of 628 x 128, for which FCN-4's own pools are too large.
+The recipe is that of the author's script: mean squared error of the sigmoid outputs, Adam with
+1e-3 x .96 every 100,000 steps, batches of 32, 100 epochs. The report states no filter counts;
+these are FCN-4's (Choi et al. 2016). The pools reduce 628 x 128 to one position, for which FCN-4's
+own pools are too large.
 
-Its random split leaks: most tracks have clips on both sides, so that its numbers are comparable with nothing but the report.
-With `--config.data.protocol=clean` or `grouped` no track is on both sides.
+The report's random split leaks: most tracks have clips in several splits, so the numbers are
+comparable with the report only. --config.data.protocol=clean or grouped keeps each track in one
+split.
 
-No result yet: MagnaTagATune's audio was not at hand.
+No result: MagnaTagATune's audio was not available.
 """
 
 from ml_collections import ConfigDict

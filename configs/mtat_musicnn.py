@@ -1,17 +1,18 @@
-r"""musicnn (Pons and Serra 2019) on MagnaTagATune, in the split that most others report: 187 frames x 96 mels at 16 kHz, 50 tags.
+r"""musicnn (Pons and Serra 2019) on MagnaTagATune's clean split: 187 x 96 mels, 50 tags.
 
-    python experiments/download.py --dataset=mtat --root=/data/mtat
-    python experiments/prepare.py --config=configs/mtat_musicnn.py --config.data.root=/data/mtat
-    python experiments/train.py --config=configs/mtat_musicnn.py --config.data.root=/data/mtat --workdir=runs/mtat_musicnn
-    python experiments/evaluate.py --workdir=runs/mtat_musicnn --split=test
+    musicgenre download --dataset=mtat --root=/data/mtat
+    musicgenre prepare --config=mtat_musicnn --config.data.root=/data/mtat
+    musicgenre train --config=mtat_musicnn --config.data.root=/data/mtat --workdir=runs/mtat_musicnn
+    musicgenre evaluate --workdir=runs/mtat_musicnn --split=test
 
-Trained on random crops of 3 s; a clip's scores are the means over ten that cover its 29 s. The batch, Adam, its rate and the
-number of epochs are those of the original's published settings, as are the front end, log10(10000 x + 1) of the mel power, and
-the end of training after 75 epochs without a better validation loss. One thing differs: the original has a weight decay of 1e-5
-in its loss, this none. On this split ("clean") Won (2020) reports ROC-AUC .9106 and PR-AUC .4493 for it; the .9067 and .3831
-published with its weights are on all clips ("all"), and the two are not comparable.
+It is trained on random windows of 3 s; a clip's scores are the means over ten windows that cover
+its 29 s. Batch size, Adam, learning rate and number of epochs are the original's published
+settings, and so are the front end, log10(10000 x + 1) of the mel power, and early stopping after
+75 epochs without a better validation loss. The original's weight decay of 1e-5 in the loss is left
+out. On this split ("clean") Won (2020) reports ROC-AUC .9106 and PR-AUC .4493; the .9067 and .3831
+published with the original's weights are on all clips ("all") and are not comparable.
 
-No result yet: MTAT's audio was not at hand when this was written, so only the code path has been run, on made-up clips.
+No result: MTAT's audio was not available, so only the code path has been run, on synthetic clips.
 """
 
 from ml_collections import ConfigDict

@@ -1,18 +1,20 @@
-r"""The sample-level network (Lee 2017) on MagnaTagATune's waveforms at 22,050 Hz: 59,049 samples (2.68 s) at a time, 50 tags.
+r"""The sample-level network (Lee 2017) on MagnaTagATune's waveforms: windows of 2.68 s.
 
-    python experiments/download.py --dataset=mtat --root=/data/mtat
-    python experiments/prepare.py --config=configs/mtat_sample_level.py --config.data.root=/data/mtat
-    python experiments/train.py --config=configs/mtat_sample_level.py --config.data.root=/data/mtat --workdir=runs/sample_level
-    python experiments/evaluate.py --workdir=runs/sample_level --split=test
+    musicgenre download --dataset=mtat --root=/data/mtat
+    musicgenre prepare --config=mtat_sample_level --config.data.root=/data/mtat
+    musicgenre train --config=mtat_sample_level --config.data.root=/data/mtat --workdir=runs/samples
+    musicgenre evaluate --workdir=runs/samples --split=test
 
-The store holds the samples themselves as frames of 729, 880 of them for 29.1 s: 1.3 MB a clip, 27 GB for the 21,111 clips of the
-protocol. Training takes random crops of 81 frames, which are 59,049 samples; a clip's scores are the means over ten evenly
-spaced ones, as many as it holds without overlap. A batch of 23 clips, Nesterov's momentum and a first rate of .01 are the
-paper's (the rate is unverified); it lowers the rate whenever the validation loss stalls, for which a cosine over the whole run
-stands here. On this split Won (2020) reports ROC-AUC .9058 and PR-AUC .4422 for the network, and .9103 and .4520 for one with
-squeeze, excitation and residual connections; --config.model.squeeze_excite=True adds squeeze and excitation only.
+The store holds the samples as frames of 729, 880 frames for 29.1 s: 1.3 MB per clip, 27 GB for the
+21,111 clips of the protocol. Training draws random windows of 81 frames, which are 59,049 samples.
+A clip's scores are the means over ten evenly spaced windows, as many as it holds without overlap.
+Batches of 23 clips, Nesterov momentum and an initial rate of .01 are the paper's (the rate is
+unverified). The paper lowers the rate whenever the validation loss stalls; this config uses a
+cosine over the whole run. On this split Won (2020) reports ROC-AUC .9058 and PR-AUC .4422 for the
+network, and .9103 and .4520 for one with squeeze-and-excitation and residual connections;
+--config.model.squeeze_excite=True adds the former only.
 
-No result yet: MTAT's audio was not at hand when this was written, so only the code path has been run, on made-up clips.
+No result: MTAT's audio was not available, so only the code path has been run, on synthetic clips.
 """
 
 from ml_collections import ConfigDict

@@ -1,18 +1,20 @@
-r"""The short-chunk network (Won et al. 2020) on MagnaTagATune: the 50 most frequent tags, trained on crops of 3.69 s.
+r"""The short-chunk network (Won et al. 2020) on MagnaTagATune's 50 top tags, windows of 3.69 s.
 
-    python experiments/prepare.py --config=configs/mtat_short_chunk.py --config.data.root=<folder of MagnaTagATune>
-    python experiments/train.py --config=configs/mtat_short_chunk.py --config.data.root=<the same> --workdir=runs/mtat_short_chunk
-    python experiments/evaluate.py --workdir=runs/mtat_short_chunk --split=test
+    musicgenre prepare --config=mtat_short_chunk --config.data.root=/data/mtat
+    musicgenre train --config=mtat_short_chunk --config.data.root=/data/mtat --workdir=runs/chunks
+    musicgenre evaluate --workdir=runs/chunks --split=test
 
-With residual layers, on the same store: `--config.model.residual=True --workdir=runs/mtat_short_chunk_res`.
+With residual layers, on the same store: --config.model.residual=True
+--workdir=runs/chunks_res.
 
-A clip's score is the mean over 16 chunks, as in the authors' code. Nothing is normalised beforehand: the network normalises its
-dB itself, with one running mean and deviation. They are not relative to the clip's maximum, so that loudness is kept as it is
-there, and their range is not cut. The authors go from Adam (1e-4) on to SGD after some epochs; here Adam goes on.
+A clip's score is the mean over 16 windows, as in the authors' code. The data are not normalised:
+the network normalises its dB itself, with one running mean and standard deviation. The dB are not
+relative to the clip's maximum, which keeps the loudness, and their range is not limited. The
+authors switch from Adam (1e-4) to SGD after some epochs; this config stays with Adam.
 
 They report .9126 ROC-AUC and .4590 PR-AUC, residual .9129 and .4614, on the same clean split.
 
-No result yet: MagnaTagATune's audio was not at hand.
+No result: MagnaTagATune's audio was not available.
 """
 
 from ml_collections import ConfigDict

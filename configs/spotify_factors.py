@@ -1,22 +1,24 @@
-r"""Dieleman's network at Spotify (2014): 40 latent factors of a song from its sound, 599 frames x 128 mels, by MSE.
+r"""Dieleman's network at Spotify (2014): 40 latent factors of a song from 599 x 128 mels.
 
-    python experiments/prepare.py --config=configs/spotify_factors.py --config.data.root=factors.csv
-    python experiments/train.py --config=configs/spotify_factors.py --config.data.root=factors.csv --workdir=runs/spotify_factors
-    python experiments/evaluate.py --workdir=runs/spotify_factors --split=test
+    musicgenre prepare --config=spotify_factors --config.data.root=factors.csv
+    musicgenre train --config=spotify_factors --config.data.root=factors.csv --workdir=runs/factors
+    musicgenre evaluate --workdir=runs/factors --split=test
 
-factors.csv is one's own: a line a song, the columns `path` and `targets`, and optionally `split`, `group` (the artist) and
-`clip_id`. Targets are numbers separated by "|", as many on each line; 40 in the post, where they come from collaborative
-filtering and each song's are scaled to unit norm first, so that popular songs do not dominate:
+factors.csv is your own: one line per song with the columns `path` and `targets`, and optionally
+`split`, `group` (the artist) and `clip_id`. Targets are numbers separated by "|", the same count
+on each line. In the post there are 40, from collaborative filtering, and each song's are first
+scaled to unit norm, so that popular songs do not dominate:
 
     path,targets,group
     audio/one.mp3,0.12|-0.31|0.08,some artist
 
-The network, its input of 599 x 128 from the middle 30 s of a song, cropped at random in time, the loss and momentum with
-Nesterov's step are the post's. It does not say the front end, the rate or the batch, and its 750,000 updates are for a million
-songs: front end, batch and epochs are the base's (hop 1024 at 22,050 Hz, whose 647 frames of 30 s the crop cuts to 599), the rate
-and its schedule are a guess.
+The network, its input of 599 x 128 from the middle 30 s of a song as a random window in time, the
+loss and Nesterov momentum are the post's. It does not state front end, learning rate or batch
+size, and its 750,000 updates are for a million songs. Front end, batch size and epochs are the
+base's (hop 1024 at 22,050 Hz, whose 647 frames of 30 s the window reduces to 599); the rate and
+its schedule are a guess.
 
-No result yet: no such factors were at hand, so only the code path has been run, on made-up clips.
+No result: no such factors were available, so only the code path has been run, on synthetic clips.
 """
 
 from ml_collections import ConfigDict

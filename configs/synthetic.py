@@ -1,11 +1,11 @@
-r"""The embedded default: the report's Conv1D on made-up music, from rendering to report in about a minute.
+"""The demo: the report's Conv1D on synthetic music, from rendering to report in about a minute.
 
-    python experiments/prepare.py --config=configs/synthetic.py
-    python experiments/train.py --config=configs/synthetic.py --workdir=runs/demo
-    python experiments/evaluate.py --workdir=runs/demo --split=test
+    musicgenre prepare --config=synthetic
+    musicgenre train --config=synthetic --workdir=runs/demo
+    musicgenre evaluate --workdir=runs/demo --split=test
 
-On this SYNTHETIC audio it reached 60.0 % (Wilson 46.2-72.4, bootstrap by artist 46.0-73.1) of the 50 test clips, one seed. It
-shows that the code works and says nothing about music.
+On this SYNTHETIC audio it reached 60.0 % (Wilson 46.2-72.4, bootstrap by artist 46.0-73.1) of the
+50 test clips, one seed. The number shows that the code works and says nothing about real music.
 """
 
 from ml_collections import ConfigDict

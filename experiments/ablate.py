@@ -4,7 +4,7 @@ musicgenre ablate --config=ablations/report_knobs --workdir=runs/report_knobs --
 
 By cross-validation within the training list of a data set of arrays, artists kept together:
 
-musicgenre ablate --config=ablations/gtzan_best --workdir=runs/gtzan_best_folds --folds=5 \
+musicgenre ablate --config=ablations/gtzan_modulation --workdir=runs/gtzan_modulation_folds --folds=5 \
     --seeds=1 --config.data.protocol=artist_kfold --config.data.files.valid=
 """
 

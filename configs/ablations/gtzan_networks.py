@@ -1,22 +1,25 @@
-r"""Networks and their ends, one training for all, on the real GTZAN arrays: 442 clips to train on, 197 to validate.
+r"""Networks and poolings with one training recipe on GTZAN: 442 training and 197 validation clips.
 
-python experiments/ablate.py --config=configs/ablations/gtzan_networks.py --workdir=runs/gtzan_networks --seeds=3
+    musicgenre ablate --config=ablations/gtzan_networks:arrays \
+      --config.data.root=/data/gtzan_mels --workdir=runs/gtzan_networks --seeds=3
 
-All are trained alike: random crops of 129 of the 387 frames, scored on three of them; band normalisation, Adam with a cosine,
-batch 16, 30 epochs, no augmentation. Validation accuracy at the end of training, seeds 0-2, mean +- deviation (95 % t interval of
-the mean; fault-filtered lists, nothing selected; jax 0.10.2, one CPU core, 10 to 125 s a run); the table and its plot are in
-docs/results/gtzan_networks:
+All are trained alike: random windows of 129 of the 387 frames, evaluated on three of them; band
+normalisation, Adam with a cosine, batch 16, 30 epochs, no augmentation. Validation accuracy on the
+arrays at the end of training, seeds 0-2, mean +- standard deviation (95 % t interval of the mean;
+fault-filtered lists, nothing selected; jax 0.10.2, one CPU core, 10 to 125 s per run); the table
+and its plot are in docs/results/gtzan_networks:
 
-    conv1d_flatten        49.2 % +- 2.5 (42.9-55.5)    conv1d_layers4        48.4 % +- 1.8 (44.0-52.8)
-    conv1d_mean           49.6 % +- 1.2 (46.7-52.5)    k2c1                  52.6 % +- 1.3 (49.4-55.8)
-    conv1d_mean_max       47.5 % +- 1.6 (43.5-51.6)    conv2d                54.7 % +- 1.8 (50.2-59.1)
-    conv1d_attention      48.9 % +- 2.3 (43.1-54.7)    resnet16              52.8 % +- 0.9 (50.6-55.0)
-    conv1d_scales         47.2 % +- 1.5 (43.4-51.0)    resnet32              56.3 % +- 2.8 (49.3-63.4)
-    conv1d_filters64      47.7 % +- 1.5 (43.9-51.5)    short_chunk_residual  43.7 % +- 1.3 (40.3-47.0)
-    conv1d_layers2        50.6 % +- 0.8 (48.7-52.5)    crnn                  53.3 % +- 0.5 (52.0-54.6)
+    conv1d_flatten        49.2 % +- 2.5 (42.9-55.5)  conv1d_layers4        48.4 % +- 1.8 (44.0-52.8)
+    conv1d_mean           49.6 % +- 1.2 (46.7-52.5)  k2c1                  52.6 % +- 1.3 (49.4-55.8)
+    conv1d_mean_max       47.5 % +- 1.6 (43.5-51.6)  conv2d                54.7 % +- 1.8 (50.2-59.1)
+    conv1d_attention      48.9 % +- 2.3 (43.1-54.7)  resnet16              52.8 % +- 0.9 (50.6-55.0)
+    conv1d_scales         47.2 % +- 1.5 (43.4-51.0)  resnet32              56.3 % +- 2.8 (49.3-63.4)
+    conv1d_filters64      47.7 % +- 1.5 (43.9-51.5)  short_chunk_residual  43.7 % +- 1.3 (40.3-47.0)
+    conv1d_layers2        50.6 % +- 0.8 (48.7-52.5)  crnn                  53.3 % +- 0.5 (52.0-54.6)
 
-The other variants have not been trained: the wider ones, short_chunk without residual units or with five layers, and musicnn,
-whose step takes some 20 times as long as conv2d's on a CPU. For comparison, the recipe of configs/gtzan_best.py: 65.3 % +- 1.2.
+The other variants have not been trained: the wider ones, short_chunk without residual units or
+with five layers, and musicnn, whose step takes some 20 times as long as conv2d's on a CPU. For
+comparison, the recipe of configs/gtzan_modulation.py: 65.3 % +- 1.2.
 """
 
 from collections.abc import Iterator
@@ -33,7 +36,7 @@ CONV1D = {
     "dense": (256,),
     "batch_norm": True,
 }
-# Squares of 4 at every second position; the pool over all frames and bands is the maximum beside the mean.
+# Kernels of 4 x 4 with stride 2; the final pool concatenates mean and maximum.
 CONV2D = {
     "name": "conv2d",
     "module": "",
@@ -50,15 +53,15 @@ SHORT_CHUNK = {
 }
 
 
-def get_config() -> ConfigDict:
-    """Returns what the variants change: narrow networks trained on random crops of a third of a clip."""
-    config = gtzan_mels_conv1d.get_config()
-    # Three chunks of 129 frames (10 s) are all 387 of a clip, so that scores see what the training saw.
+def get_config(source: str = "audio") -> ConfigDict:
+    """Returns narrow networks on windows of a third of a clip; `source` is "audio" or "arrays"."""
+    config = gtzan_mels_conv1d.get_config(source)
+    # Three windows of 129 frames (10 s) cover all 387: evaluation sees what training saw.
     config.data.crop_frames = 129
     config.data.eval_chunks = 3
     config.data.normalise = "band"
     config.model = ConfigDict(CONV1D)
-    # Half the usual batch: twice the steps for the same computation.
+    # Half the usual batch gives twice the steps for the same computation.
     config.batch_size = 16
     config.epochs = 30  # of 28 steps
     config.eval_every = 30
@@ -69,7 +72,7 @@ def get_config() -> ConfigDict:
 
 def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the variants."""
-    # What becomes of the 16 frames that are left of a crop.
+    # How the 16 remaining frames of a window are pooled.
     yield "conv1d_flatten", {}
     yield "conv1d_mean", {"model": CONV1D | {"pooling": "mean"}}
     pooled = CONV1D | {"pooling": "mean_max"}
@@ -108,7 +111,7 @@ def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
         "short_chunk_residual_wide",
         {"model": residual | {"filters": (32, 32, 64, 64, 64, 64, 128), "dense": 128}},
     )
-    # The original's 7 frames, and 128, 64 and 32, are 0.11 s and 2, 1 and 0.5 s: so long are these at this hop of 78 ms.
+    # The original's widths of 7, 128, 64 and 32 frames (0.11, 2, 1 and 0.5 s) at this hop of 78 ms.
     yield (
         "musicnn",
         {

@@ -1,9 +1,11 @@
-r"""How a small 2-D network is trained, one change each, on the real GTZAN arrays: 442 clips to train on, 197 to validate.
+r"""Training choices for a small 2D network on GTZAN (442 training clips), one change each.
 
-python experiments/ablate.py --config=configs/ablations/gtzan_training.py --workdir=runs/gtzan_training --seeds=3
+    musicgenre ablate --config=ablations/gtzan_training:arrays \
+      --config.data.root=/data/gtzan_mels --workdir=runs/gtzan_training --seeds=3
 
-Validation accuracy at the end of training, seeds 0-2, mean +- deviation (95 % t interval of the mean; fault-filtered lists, 30
-epochs, nothing selected; jax 0.10.2, one CPU core, 10 to 40 s a run); the table and its plot are in docs/results/gtzan_training:
+Validation accuracy on the arrays at the end of training, seeds 0-2, mean +- standard deviation (95
+% t interval of the mean; fault-filtered lists, 30 epochs, nothing selected; jax 0.10.2, one CPU
+core, 10 to 40 s per run); the table and its plot are in docs/results/gtzan_training:
 
     baseline          54.7 % +- 1.8 (50.2-59.1)    one_chunk         54.5 % +- 2.8 (47.5-61.4)
     spec_augment      54.8 % +- 1.3 (51.5-58.2)    five_chunks       55.3 % +- 2.6 (48.8-61.9)
@@ -18,7 +20,7 @@ epochs, nothing selected; jax 0.10.2, one CPU core, 10 to 40 s a run); the table
     crops258          56.7 % +- 4.1 (46.5-66.9)    normalise_global  57.7 % +- 2.5 (51.5-63.9)
     whole_clips       51.3 % +- 4.8 (39.2-63.3)    normalise_none    56.2 % +- 3.4 (47.8-64.6)
 
-With 23 changes against one baseline of three seeds, the best of them are too good.
+With 23 changes and one baseline of three seeds, the best of them are overestimated.
 """
 
 from collections.abc import Iterator
@@ -28,10 +30,10 @@ from ml_collections import ConfigDict
 from musicgenre.configs.ablations import gtzan_networks
 
 
-def get_config() -> ConfigDict:
-    """Returns what the variants change: `conv2d` of `configs/ablations/gtzan_networks.py`, trained as there."""
-    config = gtzan_networks.get_config()
-    # Convolutions over frames and bands and one pool over all of both: a few milliseconds a step, and no tie to a length.
+def get_config(source: str = "audio") -> ConfigDict:
+    """Returns `conv2d` of `gtzan_networks`, trained as there; `source` is "audio" or "arrays"."""
+    config = gtzan_networks.get_config(source)
+    # A few milliseconds per step, and its global pool takes any number of frames.
     config.model = ConfigDict(gtzan_networks.CONV2D)
     return config
 
@@ -49,7 +51,7 @@ def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "gain", {"augment.gain": 6.0}
     yield "noise", {"augment.noise": 2.0}
     yield "time_shuffle", {"augment.time_shuffle": 4}
-    # What is seen of a clip: longer crops, all of it, and how many chunks are scored after the same training.
+    # Longer training windows, whole clips, and the number of windows per evaluated clip.
     yield "crops258", {"data.crop_frames": 258}
     yield "whole_clips", {"data.crop_frames": 0, "data.eval_chunks": 1}
     yield "one_chunk", {"data.eval_chunks": 1}

@@ -1,9 +1,11 @@
-r"""The knobs that the report turned (section 4), one at a time, on the real GTZAN arrays: 442 clips to train on, 197 to validate.
+r"""The hyperparameters that the report varied (section 4), one at a time, on GTZAN.
 
-python experiments/ablate.py --config=configs/ablations/report_knobs.py --workdir=runs/report_knobs --seeds=3
+    musicgenre ablate --config=ablations/report_knobs:arrays \
+      --config.data.root=/data/gtzan_mels --workdir=runs/report_knobs --seeds=3
 
-Validation accuracy at the end of training, seeds 0-2, mean +- deviation (95 % t interval of the mean; fault-filtered lists, 50
-epochs, nothing selected; jax 0.10.2, one CPU core); the table and its plot are in docs/results/report_knobs:
+Validation accuracy on the GTZAN arrays at the end of training, seeds 0-2, mean +- standard
+deviation (95 % t interval of the mean; fault-filtered lists, 50 epochs, nothing selected; jax
+0.10.2, one CPU core); the table and its plot are in docs/results/report_knobs:
 
     report      45.0 % +- 0.6 (43.6-46.5)        batch_norm        46.0 % +- 2.1 (40.8-51.3)
     filters128  43.5 % +- 1.6 (39.4-47.5)        dropout0          43.5 % +- 2.1 (38.2-48.7)
@@ -21,9 +23,9 @@ from ml_collections import ConfigDict
 from musicgenre.configs import gtzan_mels_conv1d
 
 
-def get_config() -> ConfigDict:
-    """Returns what the variants change: `configs/gtzan_mels_conv1d.py`."""
-    return gtzan_mels_conv1d.get_config()
+def get_config(source: str = "audio") -> ConfigDict:
+    """Returns the config of the experiment; `source` is "audio" or "arrays"."""
+    return gtzan_mels_conv1d.get_config(source)
 
 
 def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -34,13 +36,13 @@ def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "width2", {"model.width": 2}
     yield "width8", {"model.width": 8}
     yield "layers2", {"model.filters": (256, 256)}
-    # Four layers of stride 2 would leave nothing of 387 frames for the last pool, so here the stride is 1 and the pools shrink.
+    # Four layers of stride 2 would leave no frames for the last pool, so the stride is 1.
     yield "layers4", {"model.filters": (256, 256, 256, 256), "model.stride": 1}
     yield "batch_norm", {"model.batch_norm": True}
     yield "dropout0", {"model.dropout": 0.0}
     yield "dropout75", {"model.dropout": 0.75}
     yield "normalise_band", {"data.normalise": "band"}
     yield "normalise_global", {"data.normalise": "global"}
-    # From the dB log-mels by DCT: the 20 coefficients that are usual, and all 128, which are a rotation of the log-mels.
+    # The usual 20 coefficients, and all 128, which are a rotation of the log-mels.
     yield "mfcc20", {"features.kind": "mfcc", "features.n_mfcc": 20}
     yield "mfcc128", {"features.kind": "mfcc", "features.n_mfcc": 128}

@@ -1,9 +1,11 @@
-r"""1D against 2D, and the report's ResNet, on the real GTZAN arrays: 442 clips to train on, 197 to validate.
+r"""1D against 2D convolutions and the report's ResNet on GTZAN (442 training clips).
 
-python experiments/ablate.py --config=configs/ablations/report_networks.py --workdir=runs/report_networks --seeds=3
+    musicgenre ablate --config=ablations/report_networks:arrays \
+      --config.data.root=/data/gtzan_mels --workdir=runs/report_networks --seeds=3
 
-Validation accuracy at the end of training, seeds 0-2, mean +- deviation (95 % t interval of the mean; fault-filtered lists, 50
-epochs, nothing selected; jax 0.10.2, one CPU core); the table and its plot are in docs/results/report_networks:
+Validation accuracy on the arrays at the end of training, seeds 0-2, mean +- standard deviation (95
+% t interval of the mean; fault-filtered lists, 50 epochs, nothing selected; jax 0.10.2, one CPU
+core); the table and its plot are in docs/results/report_networks:
 
     conv1d  45.0 % +- 0.6 (43.6-46.5)    conv1d_batch_norm  46.0 % +- 2.1 (40.8-51.3)
     conv2d  51.1 % +- 0.8 (49.2-53.0)    conv2d_batch_norm  58.2 % +- 0.8 (56.3-60.1)
@@ -17,9 +19,9 @@ from ml_collections import ConfigDict
 from musicgenre.configs import gtzan_mels_conv1d
 
 
-def get_config() -> ConfigDict:
-    """Returns what the variants change: `configs/gtzan_mels_conv1d.py`."""
-    return gtzan_mels_conv1d.get_config()
+def get_config(source: str = "audio") -> ConfigDict:
+    """Returns the config of the experiment; `source` is "audio" or "arrays"."""
+    return gtzan_mels_conv1d.get_config(source)
 
 
 def sweep() -> Iterator[tuple[str, dict[str, Any]]]:

@@ -1,1 +1,1 @@
-"""Sound files to samples to features."""
+"""From sound files to samples to features."""

@@ -1,4 +1,4 @@
-"""Samples to log-mels, MFCCs, STFTs or framed waveforms, and the specification that travels with all that is made of them."""
+"""Samples to log-mels, MFCCs, STFTs or framed waveforms, and the specification of these."""
 
 import dataclasses
 import functools
@@ -15,37 +15,35 @@ from musicgenre.files import fingerprint
 
 KINDS = ("logmel", "mfcc", "stft", "waveform")
 COMPRESSIONS = ("db", "log10000")
-# Frames that are transformed at a time: few enough for the cache, and enough to make the calls few.
+# Frames transformed at a time (they fit the cache), frames per block, and mel bands per product.
 _PART = 54
-# Frames whose bands are summed at a time.
 _BLOCK = 4 * _PART
-# Mel bands of one product.
 _BANDS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSpec:
-    """How samples become features. Two stores or models are compatible when their specs are equal.
+    """The front end. Two stores or models are compatible when their specs are equal.
 
-    The defaults are the report's front end (section 3): librosa's `melspectrogram(n_mels=128, n_fft=2048,
-    hop_length=1024)` at 22,050 Hz, then `power_to_db(ref=np.max)`, of frames centred on multiples of the hop.
+    The defaults are the report's (section 3): librosa's `melspectrogram(n_mels=128, n_fft=2048,
+    hop_length=1024)` at 22,050 Hz, then `power_to_db(ref=np.max)`, with centred frames.
 
     Attributes:
-      kind: "logmel", "mfcc" (an orthonormal DCT-II of the log-mel bands), "stft" (the power spectrogram in dB, without
-        mel bands) or "waveform" (the samples themselves, cut into frames of `hop_length`).
+      kind: "logmel", "mfcc" (an orthonormal DCT-II of the log-mel bands), "stft" (the power
+        spectrogram in dB, without mel bands) or "waveform" (samples in frames of `hop_length`).
       sample_rate: Hz.
-      n_fft: window (Hann) and transform length, samples.
-      hop_length: samples from one frame to the next.
+      n_fft: length of the Hann window and the transform, samples.
+      hop_length: samples between frames.
       n_mels: mel bands (Slaney's scale and area normalisation).
-      n_mfcc: cepstral coefficients kept when the kind is "mfcc".
+      n_mfcc: cepstral coefficients, for "mfcc".
       fmin: lowest frequency of the bands, Hz.
       fmax: highest frequency, Hz; 0 means half the sample rate.
       db_ref: "max" (0 dB is the clip's loudest cell) or a power as a number, such as "1.0".
-      top_db: dynamic range kept below the clip's maximum, dB.
-      compression: "db", or "log10000": log10(10000 x + 1) of the power x, as in musicnn (Pons and Serra 2019). It is a
-        fixed function of each cell, so `db_ref` and `top_db` play no part.
-      resampler: what brings sound files of another rate to `sample_rate`: "soxr_hq", or "kaiser_best", resampy's filter, which
-        the scores of the original musicnn were made with (see `musicgenre.audio.resample.resample`).
+      top_db: dynamic range below the clip's maximum, dB.
+      compression: "db", or "log10000": log10(10000 x + 1) of the power x, as in musicnn (Pons and
+        Serra 2019), which ignores `db_ref` and `top_db`.
+      resampler: filter for files of another rate: "soxr_hq", or "kaiser_best", which the original
+        musicnn's scores were made with (see `musicgenre.audio.resample.resample`).
     """
 
     kind: str = "logmel"
@@ -62,46 +60,37 @@ class FeatureSpec:
     resampler: str = "soxr_hq"
 
     def __post_init__(self) -> None:
-        """Raises UserError for a value that cannot work, naming the field."""
-        if self.kind not in KINDS:
-            raise UserError(
-                f"features.kind: {self.kind!r} is not known." + did_you_mean(self.kind, KINDS)
-            )
+        """Raises UserError for an invalid value, naming the field."""
+        choices = {"kind": KINDS, "compression": COMPRESSIONS, "resampler": RESAMPLERS}
+        for name, allowed in choices.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise UserError(
+                    f"features.{name}: {value!r} is not known." + did_you_mean(value, allowed)
+                )
         for name in ("sample_rate", "n_fft", "hop_length", "n_mels", "n_mfcc"):
             if getattr(self, name) < 1:
                 raise UserError(f"features.{name} must be at least 1, not {getattr(self, name)}.")
         if not 0 <= self.fmin < self.top_frequency <= self.sample_rate / 2:
             raise UserError(
-                f"features.fmin={self.fmin:g} and fmax={self.top_frequency:g} must lie between 0 and "
-                f"half the sample rate ({self.sample_rate / 2:g} Hz), in that order."
+                f"features.fmin={self.fmin:g} and fmax={self.top_frequency:g} must lie between 0 "
+                f"and half the sample rate ({self.sample_rate / 2:g} Hz), in that order."
             )
         if self.top_db <= 0:
             raise UserError(f"features.top_db must be positive, not {self.top_db:g}.")
-        if self.db_ref != "max":
-            try:
-                valid = float(self.db_ref) > 0
-            except ValueError:
-                valid = False
-            if not valid:
-                raise UserError(
-                    f"features.db_ref must be 'max' or a positive number, not {self.db_ref!r}."
-                )
+        try:
+            valid = self.db_ref == "max" or float(self.db_ref) > 0
+        except ValueError:
+            valid = False
+        if not valid:
+            raise UserError(
+                f"features.db_ref must be 'max' or a positive number, not {self.db_ref!r}."
+            )
         if self.kind == "mfcc" and self.n_mfcc > self.n_mels:
             raise UserError(f"features.n_mfcc={self.n_mfcc} exceeds features.n_mels={self.n_mels}.")
-        if self.compression not in COMPRESSIONS:
-            raise UserError(
-                f"features.compression: {self.compression!r} is not known."
-                + did_you_mean(self.compression, COMPRESSIONS)
-            )
         if self.compression != "db" and self.kind not in ("logmel", "stft"):
             raise UserError(
-                f"features.compression={self.compression!r} is of log-mels and the STFT, not of features.kind={self.kind!r}: "
-                "leave it at 'db'."
-            )
-        if self.resampler not in RESAMPLERS:
-            raise UserError(
-                f"features.resampler: {self.resampler!r} is not known."
-                + did_you_mean(self.resampler, RESAMPLERS)
+                f"features.compression={self.compression!r} is for log-mels and the STFT, not for "
+                f"features.kind={self.kind!r}: leave it at 'db'."
             )
 
     @property
@@ -111,7 +100,7 @@ class FeatureSpec:
 
     @property
     def bands(self) -> int:
-        """Values per frame: mel bands, cepstral coefficients, frequencies of the STFT, or samples."""
+        """Values per frame: mel bands, cepstral coefficients, STFT frequencies, or samples."""
         return {
             "logmel": self.n_mels,
             "mfcc": self.n_mfcc,
@@ -120,18 +109,18 @@ class FeatureSpec:
         }[self.kind]
 
     def frames(self, seconds: float) -> int:
-        """Frames of a clip of that length: one for each whole hop, plus the centred one at the end but for waveforms."""
+        """Returns the frames of a clip: one per complete hop, and one more except for waveforms."""
         hops = int(seconds * self.sample_rate) // self.hop_length
         return max(hops, 1) if self.kind == "waveform" else 1 + hops
 
     def samples(self, frames: int) -> int:
-        """The fewest samples that give at least `frames` frames."""
+        """Returns the smallest number of samples that gives at least `frames` frames."""
         return (frames if self.kind == "waveform" else frames - 1) * self.hop_length
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as plain JSON values.
+        """Returns the fields as JSON values, without the resampler if it is the default.
 
-        The resampler is left out at its default: stores and models that were made before there was a choice stay what they are.
+        Stores and models older than that field thus keep their fingerprints.
         """
         values = dataclasses.asdict(self)
         if self.resampler == RESAMPLERS[0]:
@@ -140,7 +129,7 @@ class FeatureSpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "FeatureSpec":
-        """Builds a spec from a mapping; an unknown field is a UserError that names the nearest known one."""
+        """Builds a spec; raises UserError for an unknown field, naming the nearest known one."""
         known = {field.name for field in dataclasses.fields(cls)}
         for name in values:
             if name not in known:
@@ -151,21 +140,19 @@ class FeatureSpec:
 
     @property
     def fingerprint(self) -> str:
-        """Eight hexadecimal digits that differ between different specs."""
+        """Eight hexadecimal digits that identify the spec."""
         return fingerprint(self.to_dict())
 
     def describe(self) -> str:
-        """One line for people."""
-        rate = f"{self.sample_rate} Hz" + (
-            f" by {self.resampler}" if self.resampler != RESAMPLERS[0] else ""
-        )
+        """Returns one line for people."""
+        rate = f"{self.sample_rate} Hz"
+        if self.resampler != RESAMPLERS[0]:
+            rate += f" by {self.resampler}"
         if self.kind == "waveform":
             return f"waveform, {rate}, frames of {self.hop_length} samples"
-        scale = (
-            f"dB re {self.db_ref}, top {self.top_db:g} dB"
-            if self.compression == "db"
-            else "log10(10000 x + 1) of the power"
-        )
+        scale = f"dB re {self.db_ref}, top {self.top_db:g} dB"
+        if self.compression != "db":
+            scale = "log10(10000 x + 1) of the power"
         return (
             f"{self.kind} {self.bands} bands, {rate}, n_fft {self.n_fft}, hop {self.hop_length}, "
             f"{self.fmin:g}-{self.top_frequency:g} Hz, {scale}"
@@ -173,9 +160,10 @@ class FeatureSpec:
 
 
 def mel_frequencies(low: float, high: float, count: int) -> np.ndarray:
-    """Returns `count` frequencies from `low` to `high` Hz at equal distances on Slaney's mel scale, float64 `[count]`.
+    """Returns frequencies from `low` to `high` Hz, evenly spaced in mels, float64 `[count]`.
 
-    The scale (M. Slaney, "Auditory Toolbox", 1998) has 15 mels to 1 kHz, evenly spaced, and from there 27 to each factor of 6.4.
+    Slaney's scale ("Auditory Toolbox", 1998) is linear to 1 kHz, 15 mels, and then logarithmic with
+    27 mels per factor of 6.4.
     """
     to_mels, to_octaves = 15 / 1000, 27 / math.log(6.4)
 
@@ -188,24 +176,22 @@ def mel_frequencies(low: float, high: float, count: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def mel_filters(spec: FeatureSpec) -> np.ndarray:
-    """Returns the transposed filter bank, float32 `[1 + n_fft // 2, n_mels]`: `librosa.filters.mel`, which takes long to load.
+    """Returns the transposed filter bank, float32 `[1 + n_fft // 2, n_mels]`.
 
-    Each band is a triangle from the centre of the band below to that of the band above, of the area 1 where frequency is in Hz.
+    Equals `librosa.filters.mel`, without importing librosa: each band is a triangle of unit area
+    over Hz, from the centre of the band below to that of the band above.
     """
     frequencies = np.arange(1 + spec.n_fft // 2)[:, None] * (spec.sample_rate / spec.n_fft)
     edges = mel_frequencies(spec.fmin, spec.top_frequency, spec.n_mels + 2)
     below, centre, above = edges[:-2], edges[1:-1], edges[2:]
-    rising, falling = (
-        (frequencies - below) / (centre - below),
-        (above - frequencies) / (above - centre),
-    )
-    filters = (np.maximum(np.minimum(rising, falling), 0) * (2 / (above - below))).astype(
-        np.float32
-    )
-    if deaf := int((~filters.any(axis=0)).sum()):
+    rising = (frequencies - below) / (centre - below)
+    falling = (above - frequencies) / (above - centre)
+    triangles = np.maximum(np.minimum(rising, falling), 0)
+    filters = (triangles * (2 / (above - below))).astype(np.float32)
+    if empty := int((~filters.any(axis=0)).sum()):
         warnings.warn(
-            f"{deaf} of {spec.n_mels} mel bands lie between two frequencies of the transform and are always silent: "
-            "lower features.n_mels or raise features.n_fft.",
+            f"{empty} of {spec.n_mels} mel bands lie between two frequencies of the transform and "
+            "are always silent: lower features.n_mels or raise features.n_fft.",
             stacklevel=2,
         )
     return filters
@@ -213,17 +199,17 @@ def mel_filters(spec: FeatureSpec) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def _mel_groups(spec: FeatureSpec) -> tuple[tuple[slice, slice, np.ndarray], ...]:
-    """Returns the filter bank without most of its zeros: neighbouring bands, the frequencies that they hear, and their filters.
+    """Returns (bands, frequencies, filters) for groups of 8 neighbouring bands.
 
-    Of the front end's 128 x 1025 weights two in a hundred are not zero. Small products of 8 bands each take a sixth of the
-    time of the whole one.
+    Only 2 % of the report's 128 x 1025 weights are not zero; products of 8 bands each take a sixth
+    of the time.
     """
     filters = mel_filters(spec)
     groups = []
     for first in range(0, spec.n_mels, _BANDS):
         bands = slice(first, min(first + _BANDS, spec.n_mels))
-        heard = np.flatnonzero(filters[:, bands].any(axis=1))
-        bins = slice(heard[0], heard[-1] + 1) if len(heard) else slice(0, 1)
+        used = np.flatnonzero(filters[:, bands].any(axis=1))
+        bins = slice(used[0], used[-1] + 1) if len(used) else slice(0, 1)
         groups.append((bands, bins, np.ascontiguousarray(filters[bins, bands])))
     return tuple(groups)
 
@@ -235,32 +221,27 @@ def _window(n_fft: int) -> np.ndarray:
 
 
 def frame_count(samples: int, spec: FeatureSpec) -> int:
-    """Returns how many frames so many samples make."""
+    """Returns the number of frames of so many samples."""
     if spec.kind == "waveform":
         return max(samples // spec.hop_length, 1)
     return max(1 + (samples + 2 * (spec.n_fft // 2) - spec.n_fft) // spec.hop_length, 0)
 
 
 def _power_blocks(samples: np.ndarray, spec: FeatureSpec) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yields the power spectrogram of mono samples `[samples]` a block of frames at a time.
+    """Yields the power spectrogram of mono samples `[samples]` in blocks of frames.
 
-    The transform runs in double precision as librosa's does: single precision misses it by more than 1e-4 dB in quiet cells. All
-    that is between the samples and the power stays in the cache and is used again for the next part of a block.
+    The transform is in double precision like librosa's; single precision differs by more than 1e-4
+    dB in quiet cells. Intermediate arrays stay in the cache and are reused.
 
     Yields:
-      Which frames these are, and their power, float32 `[any, 1 + n_fft // 2]`, which is valid until the next is asked for.
+      Which frames, and their power, float32 `[any, 1 + n_fft // 2]`, valid until the next block.
     """
     n_fft, hop, count = spec.n_fft, spec.hop_length, frame_count(len(samples), spec)
-    samples = np.asarray(samples, np.float32)
-    stretch = np.empty((_PART - 1) * hop + n_fft, np.float32)
-    frames = np.lib.stride_tricks.sliding_window_view(stretch, n_fft)[::hop]
-    # The first frame is centred on the first sample; there are zeros beyond both ends. These frames need none of them:
-    first_inside = math.ceil(n_fft // 2 / hop)
-    inside = frames[:0]
-    if len(samples) >= n_fft:
-        inside = np.lib.stride_tricks.sliding_window_view(samples, n_fft)[
-            first_inside * hop - n_fft // 2 :: hop
-        ]
+    # Frame k is centred on sample k * hop; both ends are padded with zeros.
+    samples = np.pad(np.asarray(samples, np.float32), n_fft // 2)
+    if not count:
+        return
+    frames = np.lib.stride_tricks.sliding_window_view(samples, n_fft)[::hop]
     windowed = np.empty((_PART, n_fft))
     spectrum = np.empty((_PART, 1 + n_fft // 2), np.complex128)
     rounded = np.empty(spectrum.shape, np.complex64)
@@ -268,17 +249,8 @@ def _power_blocks(samples: np.ndarray, spec: FeatureSpec) -> Iterator[tuple[slic
     for start in range(0, count, _BLOCK):
         rows = min(_BLOCK, count - start)
         for row in range(0, rows, _PART):
-            number, part = start + row, slice(0, min(_PART, rows - row))
-            if first_inside <= number and number + part.stop <= first_inside + len(inside):
-                windowed[part] = inside[number - first_inside :][part]
-            else:
-                first = number * hop - n_fft // 2
-                before = max(-first, 0)
-                there = samples[first + before : first + len(stretch)]
-                stretch[:before] = 0
-                stretch[before : before + len(there)] = there
-                stretch[before + len(there) :] = 0
-                windowed[part] = frames[part]
+            part = slice(0, min(_PART, rows - row))
+            windowed[part] = frames[start + row :][part]
             np.multiply(windowed[part], _window(n_fft), out=windowed[part])
             np.fft.rfft(windowed[part], out=spectrum[part])
             rounded[part] = spectrum[part]
@@ -300,7 +272,7 @@ def mel_power(samples: np.ndarray, spec: FeatureSpec) -> np.ndarray:
 
 
 def stft_power(samples: np.ndarray, spec: FeatureSpec) -> np.ndarray:
-    """Returns the power spectrogram, float32 `[frames, 1 + n_fft // 2]`: `abs(librosa.stft(samples)) ** 2` transposed."""
+    """Returns `abs(librosa.stft(samples)) ** 2` transposed, float32 `[frames, 1 + n_fft // 2]`."""
     result = np.empty((frame_count(len(samples), spec), 1 + spec.n_fft // 2), np.float32)
     for frames, power in _power_blocks(samples, spec):
         result[frames] = power
@@ -308,22 +280,20 @@ def stft_power(samples: np.ndarray, spec: FeatureSpec) -> np.ndarray:
 
 
 def frame_waveform(samples: np.ndarray, hop_length: int) -> np.ndarray:
-    """Returns consecutive samples as float32 `[frames, hop_length]`; a last frame that is not whole is dropped.
+    """Returns consecutive samples as float32 `[frames, hop_length]`.
 
-    Fewer samples than one frame are filled up with zeros.
+    An incomplete last frame is dropped; fewer samples than one frame are padded with zeros.
     """
     samples = np.pad(samples, (0, max(hop_length - len(samples), 0)))
-    frames = len(samples) // hop_length
-    return np.ascontiguousarray(
-        samples[: frames * hop_length].reshape(frames, hop_length), np.float32
-    )
+    complete = samples[: len(samples) // hop_length * hop_length]
+    return np.ascontiguousarray(complete.reshape(-1, hop_length), np.float32)
 
 
 def to_db(power: np.ndarray, spec: FeatureSpec) -> np.ndarray:
-    """Returns the power `[frames, bands]` of one clip in dB, limited to `top_db` below the clip's maximum."""
+    """Returns one clip's power `[frames, bands]` in dB, at least its maximum minus `top_db`."""
     floor, ceiling = np.float32(1e-10), np.float32(np.inf)
     reference = power.max() if spec.db_ref == "max" else np.float32(float(spec.db_ref))
-    # NumPy clips to two bounds in a quarter of the time that its maximum with one number takes.
+    # Clipping to two bounds takes a quarter of the time of NumPy's maximum with a number.
     db = np.log10(np.clip(power, floor, ceiling), dtype=np.float32)
     db *= 10
     db -= 10 * np.log10(np.maximum(floor, reference))
@@ -331,10 +301,10 @@ def to_db(power: np.ndarray, spec: FeatureSpec) -> np.ndarray:
 
 
 def compress(power: np.ndarray, spec: FeatureSpec) -> np.ndarray:
-    """Returns the power `[frames, bands]` of one clip on the spec's scale: dB (see `to_db`) or log10(10000 x + 1).
+    """Returns one clip's power `[frames, bands]` in dB (see `to_db`) or as log10(10000 x + 1).
 
-    The original musicnn rounds the power to float16 before its logarithm. That moves a value by at most 2.2e-4, and is
-    left out here; the store, which keeps the logarithm in float16, moves a value by up to ten times that.
+    The original musicnn rounds the power to float16 before the logarithm. That changes a value by
+    at most 2.2e-4 and is left out; the store's float16 changes it by up to ten times as much.
     """
     if spec.compression == "db":
         return to_db(power, spec)
@@ -342,16 +312,16 @@ def compress(power: np.ndarray, spec: FeatureSpec) -> np.ndarray:
 
 
 def mfcc_from_db(db: np.ndarray, n_mfcc: int) -> np.ndarray:
-    """Returns the cepstrum `[..., n_mfcc]` of dB log-mels `[..., mels]`: orthonormal DCT-II, as librosa's."""
-    import scipy.fft  # takes its time to load, and log-mels do not need it
+    """Returns the cepstrum `[..., n_mfcc]` of dB log-mels `[..., mels]` (orthonormal DCT-II)."""
+    import scipy.fft  # slow to import, and log-mels do not need it
 
     return scipy.fft.dct(db, axis=-1, type=2, norm="ortho")[..., :n_mfcc].astype(np.float32)
 
 
 def compute_features(samples: np.ndarray, spec: FeatureSpec) -> np.ndarray:
-    """Returns the features of one clip, float32 `[frames, bands]`, of mono samples `[samples]` at the spec's rate.
+    """Returns the features, float32 `[frames, bands]`, of mono samples at the spec's rate.
 
-    The log-mel kind equals `power_to_db(melspectrogram(...), ref=np.max)` of librosa 0.11 and 1.0 to 1e-4 dB.
+    Log-mels equal librosa's `power_to_db(melspectrogram(...), ref=np.max)` to 1e-4 dB.
     """
     if spec.kind == "waveform":
         return frame_waveform(samples, spec.hop_length)

@@ -1,12 +1,12 @@
-"""The front end on the device: samples to features inside a jitted program, as `musicgenre.audio.features` computes them.
+"""The front end on the device: samples to features inside a jitted program.
 
-For a program that takes sound (`musicgenre.exchange.export`) and for training on clips that have no store. It equals
-`compute_features` to 1e-3 dB where its `transform` is "rfft64", and says below how near the others come.
+For programs that take audio (`musicgenre.exchange.export`) and for training without a store. With
+the transform "rfft64" it equals `musicgenre.audio.features.compute_features` to 1e-3 dB.
 """
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,30 +23,30 @@ TRANSFORMS = ("auto", "rfft64", "rfft32", "matmul")
 def features(
     samples: jax.Array, spec: FeatureSpec, *, frames: int = 0, transform: str = "auto"
 ) -> jax.Array:
-    """Returns the features of each clip of a batch; a pure function that can be jitted, vmapped and differentiated.
+    """Returns the features of each clip of a batch; a pure, differentiable function.
 
-    The frames are centred on multiples of the hop, with zeros beyond both ends, and a decibel's reference and the floor of
-    `top_db` are each clip's own.
+    Frames are centred on multiples of the hop, with zeros beyond both ends. The reference of the dB
+    and the floor of `top_db` are each clip's own.
 
     Args:
       samples: float32 `[batch, samples]`, mono at the spec's rate.
       spec: the front end.
-      frames: keep the first so many, which then are the clip for its reference and floor; 0 keeps all.
-      transform: how a frame's spectrum is computed. The figures are the largest differences from `compute_features`: of the
-        log-mels of eight real clips of 30 s, of those of the worst made-up signal, a loud chord over faint noise, and of the
-        single frequencies (the kind "stft") of either.
-          "rfft64": in double precision, whatever `jax_enable_x64` says. 2e-5, 2e-5 and 2e-5 dB.
-          "rfft32": in single precision. 2e-4, 2e-3 and 6e-3 dB: a cell 80 dB below its frame's loudest holds the rounding of
-            that one.
-          "matmul": in single precision by small matrix products, for programs that lack a Fourier transform (ONNX) or double
-            precision (TPU). 3e-4, 4e-3 and 7e-3 dB.
+      frames: keep the first so many, which then determine reference and floor; 0 keeps all.
+      transform: how a spectrum is computed. The numbers are the largest differences from
+        `compute_features`: log-mels of eight real clips of 30 s, log-mels of the worst synthetic
+        signal (a loud chord over faint noise), and single frequencies ("stft") of either.
+          "rfft64": in double precision, whatever `jax_enable_x64` is. 2e-5, 2e-5 and 2e-5 dB.
+          "rfft32": in single precision. 2e-4, 2e-3 and 6e-3 dB: a cell 80 dB below the frame's
+            loudest holds rounding errors.
+          "matmul": in single precision by matrix products, for programs without a Fourier transform
+            (ONNX) or double precision (TPU). 3e-4, 4e-3 and 7e-3 dB.
           "auto": "matmul" on a TPU, otherwise "rfft64".
 
     Returns:
       float32 `[batch, frames, bands]`.
 
     Raises:
-      UserError: the transform is not known, or there are fewer frames than were asked for.
+      UserError: an unknown transform, or more frames than the samples make.
     """
     if spec.kind == "waveform":
         return frame_waveform(samples, spec.hop_length, frames=frames)
@@ -68,18 +68,21 @@ def stft_power(
             f"transform: {transform!r} is not known." + did_you_mean(transform, TRANSFORMS)
         )
     cut = _frames(samples, spec, _wanted(frames, frame_count(samples.shape[1], spec)))
-    if transform == "auto":
-        chosen: jax.Array = jax.lax.platform_dependent(
-            cut, tpu=_power_matmul, default=_power_rfft64
-        )
-        return chosen
-    return {"rfft64": _power_rfft64, "rfft32": _power_rfft32, "matmul": _power_matmul}[transform](
-        cut
+    functions: dict[str, Callable[[jax.Array], jax.Array]] = {
+        "rfft64": _power_rfft64,
+        "rfft32": _power,
+        "matmul": _power_matmul,
+    }
+    power: jax.Array = (
+        jax.lax.platform_dependent(cut, tpu=_power_matmul, default=_power_rfft64)
+        if transform == "auto"
+        else functions[transform](cut)
     )
+    return power
 
 
 def frame_waveform(samples: jax.Array, hop_length: int, *, frames: int = 0) -> jax.Array:
-    """Returns consecutive samples, float32 `[batch, frames, hop_length]`; see `musicgenre.audio.features.frame_waveform`."""
+    """Returns consecutive samples, float32 `[batch, frames, hop_length]`; see `features`."""
     batch, length = samples.shape
     wanted = _wanted(frames, max(length // hop_length, 1))
     padded = jnp.pad(samples, ((0, 0), (0, max(hop_length - length, 0))))
@@ -87,32 +90,31 @@ def frame_waveform(samples: jax.Array, hop_length: int, *, frames: int = 0) -> j
 
 
 def compress(power: jax.Array, spec: FeatureSpec) -> jax.Array:
-    """Returns the power `[batch, frames, bands]` on the spec's scale; see `musicgenre.audio.features.compress`."""
+    """Returns the power `[batch, frames, bands]` in dB or log10(10000 x + 1), by the spec."""
     if spec.compression != "db":
         return jnp.log10(10000.0 * power + 1.0)
-    floor = 1e-10
-    reference = (
-        power.max(axis=(1, 2), keepdims=True)
-        if spec.db_ref == "max"
-        else jnp.float32(float(spec.db_ref))
-    )
-    db = 10.0 * jnp.log10(jnp.maximum(power, floor)) - 10.0 * jnp.log10(
-        jnp.maximum(reference, floor)
-    )
+    if spec.db_ref == "max":
+        reference = power.max(axis=(1, 2), keepdims=True)
+    else:
+        reference = jnp.float32(float(spec.db_ref))
+
+    def decibels(power: jax.Array) -> jax.Array:
+        return 10.0 * jnp.log10(jnp.maximum(power, 1e-10))
+
+    db = decibels(power) - decibels(reference)
     return jnp.maximum(db, db.max(axis=(1, 2), keepdims=True) - spec.top_db)
 
 
-def _wanted(frames: int, there: int) -> int:
-    if frames > there:
-        raise UserError(f"{frames} frames were asked for, but the samples make {there}.")
-    return frames or there
+def _wanted(frames: int, available: int) -> int:
+    if frames > available:
+        raise UserError(f"{frames} frames were requested, but the samples make {available}.")
+    return frames or available
 
 
 def _frames(samples: jax.Array, spec: FeatureSpec, frames: int) -> jax.Array:
     """Returns overlapping frames, float32 `[batch, frames, n_fft]`.
 
-    Put together from runs of one hop, of which neighbouring frames share all but one: unlike a gather it needs no table of
-    indices and is a mere copy on every device.
+    Concatenated from shifted views of hops: a plain copy on every device, without a gather.
     """
     n_fft, hop = spec.n_fft, spec.hop_length
     runs = -(-n_fft // hop)
@@ -126,8 +128,8 @@ def _frames(samples: jax.Array, spec: FeatureSpec, frames: int) -> jax.Array:
     ]
 
 
-# The transform in double precision has rules of its own for what JAX would otherwise do by its own rules later, where double
-# precision is off again: those would silently compute in single precision, or fail.
+# JAX would apply its own differentiation and batching rules later, outside `enable_x64`, where they
+# compute in single precision or fail. Hence the custom rules.
 @jax.custom_vjp
 def _power_rfft64(frames: jax.Array) -> jax.Array:
     return _double_power(frames)
@@ -169,32 +171,28 @@ def _double_gradient_vmap(
     size: int, batched: Sequence[bool], *arrays: jax.Array
 ) -> tuple[jax.Array, bool]:
     filled = [
-        array if there else jnp.broadcast_to(array, (size, *array.shape))
-        for array, there in zip(arrays, batched, strict=True)
+        array if mapped else jnp.broadcast_to(array, (size, *array.shape))
+        for array, mapped in zip(arrays, batched, strict=True)
     ]
     return _double_gradient(*filled), True
 
 
-def _power_rfft32(frames: jax.Array) -> jax.Array:
-    return _power(frames)
-
-
 def _power(frames: jax.Array) -> jax.Array:
-    """Returns the power of frames `[..., n_fft]` in their own precision, `[..., 1 + n_fft // 2]`."""
+    """Returns the power of frames `[..., n_fft]` in their precision, `[..., 1 + n_fft // 2]`."""
     spectrum = jnp.fft.rfft(frames * _window(frames.shape[-1]).astype(frames.dtype))
     return jnp.square(spectrum.real) + jnp.square(spectrum.imag)
 
 
 def _power_matmul(frames: jax.Array) -> jax.Array:
-    """Cooley and Tukey's first step, and the two shorter transforms that it leaves as matrix products.
+    """Returns the power by one Cooley-Tukey step, whose two shorter transforms are matrix products.
 
-    With n = inner a + b and k = c + outer d, of a transform of n_fft = outer x inner: over a, then the twiddle factors, then
-    over b. For 2,048 = 64 x 32 that is a tenth of the work of one product with the whole matrix, and its sums are shorter, so
-    that less is rounded.
+    With n = inner a + b, k = c + outer d and n_fft = outer x inner: the transform over a, the
+    twiddle factors, the transform over b. For 2,048 = 64 x 32 this takes a tenth of the work of the
+    full matrix, and its shorter sums round less.
     """
     n_fft = frames.shape[-1]
     outer, inner = _factors(n_fft)
-    # No more than the frequencies up to half the rate.
+    # Only the frequencies up to half the rate.
     upper = -(-(n_fft // 2 + 1) // outer)
     cos, sin = _wave(outer, outer, outer)
     x = (frames * _window(n_fft).astype(np.float32)).reshape(*frames.shape[:2], outer, inner)
@@ -213,7 +211,7 @@ def _power_matmul(frames: jax.Array) -> jax.Array:
 
 
 def _product(a: jax.Array | np.ndarray, b: jax.Array | np.ndarray) -> jax.Array:
-    """Multiplies float32 as such: a GPU would otherwise round the factors to 10 bits, and a TPU to 7."""
+    """Multiplies in full float32; by default a GPU rounds the factors to 10 bits and a TPU to 7."""
     return jnp.matmul(jnp.asarray(a), jnp.asarray(b), precision=jax.lax.Precision.HIGHEST)
 
 
@@ -225,14 +223,14 @@ def _window(n_fft: int) -> np.ndarray:
 
 
 def _factors(n: int) -> tuple[int, int]:
-    """Returns two factors of n, as equal as can be, the larger first; n and 1 of a prime."""
+    """Returns the two most equal factors of n, the larger first."""
     inner = next(factor for factor in range(math.isqrt(n), 0, -1) if n % factor == 0)
     return n // inner, inner
 
 
 def _wave(rows: int, columns: int, period: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns cosine and sine of 2 pi r c / period, float32 `[rows, columns]`."""
-    # Whole periods are taken away in integers, where nothing is rounded.
+    # Integer arithmetic removes complete periods without rounding.
     angle = 2 * np.pi * (np.outer(np.arange(rows), np.arange(columns)) % period) / period
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 

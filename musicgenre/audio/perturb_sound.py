@@ -1,17 +1,18 @@
-"""Changes to sound that leave its genre as it is, to find out what a model listens to: functions of mono samples.
+"""Changes to sound that preserve its genre, to find out what a model responds to.
 
-After B. L. Sturm, "A simple method to determine if a music information retrieval system is a 'horse'", IEEE Transactions on
-Multimedia 16(6), 2014: a system that answers by what it should listen to keeps its answer where only other things change. Which
-changes are tried here, and how far they go, is this project's choice.
+After B. L. Sturm, "A simple method to determine if a music information retrieval system is a
+'horse'", IEEE Transactions on Multimedia 16(6), 2014: a system that uses the music keeps its
+decision when only other things change. The choice of changes is this project's.
 
-`sound_transforms` lists them all. `musicgenre.audio.perturb_mels` has those that can be made of a spectrogram.
+`sound_transforms` lists them as functions of mono samples; `musicgenre.audio.perturb_mels` has
+those that can be applied to a spectrogram.
 """
 
 import dataclasses
 import functools
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,34 @@ Apply = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 # Octave-spaced points of an equaliser's curve, Hz.
 EQ_CENTRES = 62.5 * 2.0 ** np.arange(9)
-# How far the random equalisers go, dB: as a tone control that is moved a little, and clearly heard.
+# Ranges of the random equalisers, dB: a small turn of a tone control, and a clearly audible one.
 GENTLE_EQ, STRONG_EQ = 3.0, 6.0
-# A share of the tempo, and a quarter tone.
+# Changes of tempo (fraction) and pitch (a quarter tone).
 TEMPO, SEMITONES = 0.02, 0.5
-# Zeros behind the samples while they are filtered in the frequency domain, seconds: longer than the filters ring.
+# Zero padding while filtering in the frequency domain, seconds: longer than the filters ring.
 _ROOM = 0.25
-# Order of the filters that limit the band; each doubles the slope of 6 dB an octave.
+# Order of the band-limiting filters; each order adds 6 dB per octave.
 _ORDER = 8
-# By the lowest sample rate, Hz: highest and lowest kbit/s of an mp3 of constant bit rate (MPEG-1, 2 and 2.5).
+# From this sample rate on, in Hz: highest and lowest constant kbit/s of an mp3 (MPEG-1, 2 and 2.5).
 _MP3_RATES = ((32000, 320, 32), (16000, 160, 8), (0, 64, 8))
+# How each type of change is made to sound; v is its value.
+_WHAT = {
+    "level": "Every sample multiplied by a constant, without clipping.",
+    "polarity": "Every sample with the other sign.",
+    "offset": "{v:g} of full scale added to every sample.",
+    "channels": "Written as a file of two equal channels at another rate and decoded.",
+    "bits": "Rounded with triangular dither.",
+    "eq": "{v.what}",
+    "later": "The first seconds are dropped.",
+    "silence": "Silence before the clip, whose end is cut off.",
+    "mp3": "Mono, constant bit rate, decoded again.",
+    "vorbis": "Mono, libsndfile's default quality, decoded again.",
+    "tempo": "Phase vocoder at the same pitch.",
+    "speed": "Like a tape: the pitch changes by {semitones:+.2f} semitones.",
+    "pitch": "Phase vocoder at the same tempo.",
+    "limit": "Butterworth filter, 48 dB per octave.",
+    "noise": "White noise {v} dB below the clip's mean power.",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,47 +65,59 @@ class Transform:
 
     Attributes:
       name: such as "mp3, 64 kbit/s".
-      irrelevant: a listener does not notice it, or it has nothing to do with the music: level, polarity, where the excerpt
-        begins, a tone control that is moved a little. Otherwise it is heard, and the genre stays.
+      irrelevant: inaudible or not about the music: level, polarity, start of the excerpt, slight
+        equalisation. Other changes are audible but keep the genre.
       what: one sentence on how it is made.
       apply: the clip and a random generator to the changed clip.
-      encoder: it needs an encoder, which not every libsndfile brings.
     """
 
     name: str
     irrelevant: bool
     what: str
     apply: Apply
-    encoder: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Missing:
-    """A change that cannot be made here, and why."""
+    """A change that is not available here, and why."""
 
     name: str
     reason: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A change before it is made for sound or spectrograms: `type` and `value` say how."""
+
+    name: str
+    irrelevant: bool
+    type: str
+    value: Any = None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Equaliser:
-    """A smooth curve over frequency: straight lines over octaves between points, level beyond them.
+    """A smooth curve over frequency: linear over octaves between points, constant beyond them.
 
     Attributes:
       gains: dB at `EQ_CENTRES`, `[9]`.
+      what: one sentence on its origin.
     """
 
     gains: np.ndarray
+    what: str = ""
 
     @classmethod
     def random(cls, generator: np.random.Generator, limit: float) -> "Equaliser":
-        """Draws each gain evenly from -limit to limit, dB."""
-        return cls(generator.uniform(-limit, limit, len(EQ_CENTRES)))
+        """Draws each gain uniformly from -limit to limit, dB."""
+        what = f"Random gains of up to {limit:g} dB per octave band, the same for every clip."
+        return cls(generator.uniform(-limit, limit, len(EQ_CENTRES)), what)
 
     @classmethod
     def tilt(cls, limit: float) -> "Equaliser":
         """Returns a line from -limit at the lowest point to limit at the highest, dB."""
-        return cls(np.linspace(-limit, limit, len(EQ_CENTRES)))
+        what = f"A tilt from {-limit:+g} dB at 62.5 Hz to {limit:+g} dB at 16 kHz."
+        return cls(np.linspace(-limit, limit, len(EQ_CENTRES)), what)
 
     def response(self, frequencies: np.ndarray) -> np.ndarray:
         """Returns the gain in dB at frequencies in Hz, of the same shape."""
@@ -96,14 +127,14 @@ class Equaliser:
 
 
 def random_equalisers(count: int, limit: float, seed: int) -> list[Equaliser]:
-    """Returns the same random equalisers for the same seed; the first few do not depend on how many follow."""
+    """Returns the random equalisers of a seed; the first ones do not depend on the count."""
     return [
         Equaliser.random(np.random.default_rng([seed, number]), limit) for number in range(count)
     ]
 
 
 def equalise(samples: np.ndarray, rate: int, equaliser: Equaliser) -> np.ndarray:
-    """Returns the samples `[n]` through an equaliser that moves nothing in time (zero phase), float32 `[n]`."""
+    """Returns the samples `[n]` through a zero-phase equaliser, float32 `[n]`."""
     size = scipy.fft.next_fast_len(len(samples) + int(_ROOM * rate), real=True)
     spectrum = scipy.fft.rfft(samples.astype(np.float64), size)
     spectrum *= 10 ** (equaliser.response(scipy.fft.rfftfreq(size, 1 / rate)) / 20)
@@ -111,11 +142,11 @@ def equalise(samples: np.ndarray, rate: int, equaliser: Equaliser) -> np.ndarray
 
 
 def band_filter(kind: str, frequency: float, rate: int) -> np.ndarray:
-    """Returns a Butterworth filter of order 8 (48 dB an octave) as second-order sections.
+    """Returns a Butterworth filter of order 8 (48 dB per octave) as second-order sections.
 
     Args:
       kind: "lowpass" or "highpass".
-      frequency: where it takes away 3 dB, Hz.
+      frequency: cutoff (-3 dB), Hz.
       rate: Hz.
 
     Raises:
@@ -129,54 +160,49 @@ def band_filter(kind: str, frequency: float, rate: int) -> np.ndarray:
 
 def limit_band(samples: np.ndarray, rate: int, kind: str, frequency: float) -> np.ndarray:
     """Returns the samples `[n]` through `band_filter`, float32 `[n]`."""
-    return scipy.signal.sosfilt(
-        band_filter(kind, frequency, rate), samples.astype(np.float64)
-    ).astype(np.float32)
+    sections = band_filter(kind, frequency, rate)
+    return scipy.signal.sosfilt(sections, samples.astype(np.float64)).astype(np.float32)
 
 
 def white_noise(samples: np.ndarray, generator: np.random.Generator, snr: float) -> np.ndarray:
-    """Adds white noise that lies `snr` dB below the mean power of the samples."""
+    """Adds white noise, `snr` dB below the mean power of the samples."""
     level = math.sqrt(float(np.mean(np.square(samples, dtype=np.float64)))) * 10 ** (-snr / 20)
     return samples + (level * generator.standard_normal(len(samples))).astype(np.float32)
 
 
 def quantise(samples: np.ndarray, generator: np.random.Generator, bits: int) -> np.ndarray:
-    """Rounds to so many bits after adding triangular dither of one step to both sides."""
+    """Rounds to `bits` bits after adding triangular dither of one step to both sides."""
     steps = 2.0 ** (bits - 1)
     dither = generator.random(len(samples)) - generator.random(len(samples))
-    return (np.clip(np.round(samples * steps + dither), -steps, steps - 1) / steps).astype(
-        np.float32
-    )
+    rounded = np.clip(np.round(samples * steps + dither), -steps, steps - 1)
+    return (rounded / steps).astype(np.float32)
 
 
 def silence_before(samples: np.ndarray, rate: int, seconds: float) -> np.ndarray:
-    """Puts silence before the samples `[n]` and cuts what then lies beyond their length off, `[n]`."""
+    """Puts silence before the samples `[n]` and keeps the first `n`."""
     return np.concatenate([np.zeros(round(seconds * rate), np.float32), samples])[: len(samples)]
 
 
 def begin_later(samples: np.ndarray, rate: int, seconds: float) -> np.ndarray:
-    """Leaves the first seconds out."""
+    """Drops the first seconds."""
     return samples[round(seconds * rate) :]
 
 
 def change_tempo(samples: np.ndarray, factor: float) -> np.ndarray:
-    """Plays `factor` times as fast at the same pitch (librosa's phase vocoder), `[at most n]`.
-
-    What becomes longer is cut off at the old length.
-    """
-    from librosa.effects import time_stretch  # takes its time to load, as below
+    """Plays `factor` times as fast at the same pitch (librosa's phase vocoder), `[at most n]`."""
+    from librosa.effects import time_stretch  # slow to import, as below
 
     stretched: np.ndarray = time_stretch(samples, rate=factor)
     return stretched[: len(samples)].astype(np.float32)
 
 
 def change_speed(samples: np.ndarray, rate: int, factor: float) -> np.ndarray:
-    """Plays `factor` times as fast as a tape would, so that the pitch goes along, `[at most n]`."""
+    """Plays `factor` times as fast, like a tape: the pitch changes, too, `[at most n]`."""
     return resample(samples, round(factor * rate), rate)[: len(samples)]
 
 
 def change_pitch(samples: np.ndarray, rate: int, semitones: float) -> np.ndarray:
-    """Transposes at the same tempo (librosa's phase vocoder, then a resampling), `[n]`."""
+    """Transposes at the same tempo (librosa's phase vocoder, then resampling), `[n]`."""
     from librosa.effects import pitch_shift
 
     shifted: np.ndarray = pitch_shift(samples, sr=rate, n_steps=semitones)
@@ -192,26 +218,24 @@ def through_file(
     file_rate: int = 0,
     **how: Any,
 ) -> np.ndarray:
-    """Writes the samples `[n]` to a file and decodes it as any other file, float32 `[n]`.
+    """Writes the samples `[n]` to a file and decodes it, float32 `[n]`.
 
     Args:
       samples: mono.
       rate: Hz.
       suffix: such as ".mp3".
-      channels: how many channels hold the same.
-      file_rate: rate of the file in Hz; 0 is the same.
-      how: to `soundfile.write`.
+      channels: number of equal channels.
+      file_rate: rate of the file in Hz; 0 is `rate`.
+      how: arguments of `soundfile.write`.
 
     Raises:
-      UserError: libsndfile cannot write it.
+      UserError: libsndfile cannot write the file.
     """
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"clip{suffix}"
-        written = resample(samples, rate, file_rate or rate)
+        path, file_rate = Path(folder) / f"clip{suffix}", file_rate or rate
+        written = np.repeat(resample(samples, rate, file_rate)[:, None], channels, axis=1)
         try:
-            soundfile.write(
-                path, np.repeat(written[:, None], channels, axis=1), file_rate or rate, **how
-            )
+            soundfile.write(path, written, file_rate, **how)
         except (soundfile.LibsndfileError, RuntimeError, ValueError, TypeError) as error:
             reason = str(getattr(error, "error_string", error)).rstrip(".")
             raise UserError(
@@ -222,179 +246,114 @@ def through_file(
 
 
 def through_mp3(samples: np.ndarray, rate: int, kbits: int) -> np.ndarray:
-    """Returns what is left after an mp3 of a constant bit rate, mono at `rate` Hz, float32 `[n]`.
+    """Encodes as mono mp3 of a constant bit rate at `rate` Hz and decodes, float32 `[n]`.
 
     Raises:
-      UserError: this libsndfile writes no mp3, or not of this bit rate at this sample rate.
+      UserError: this libsndfile writes no mp3, or not with this bit rate at this sample rate.
     """
     highest, lowest = next((high, low) for start, high, low in _MP3_RATES if rate >= start)
     if not lowest < kbits <= highest:
         raise UserError(f"an mp3 of {rate} Hz has {lowest} to {highest} kbit/s.")
-    # libsndfile maps its level from 0 to 1 onto these rates, evenly.
-    level = (highest - kbits) / (highest - lowest)
-    return through_file(
-        samples,
-        rate,
-        ".mp3",
-        format="MP3",
-        subtype="MPEG_LAYER_III",
-        bitrate_mode="CONSTANT",
-        compression_level=level,
-    )
+    # libsndfile maps its level from 0 to 1 linearly onto these rates.
+    how: dict[str, Any] = {
+        "bitrate_mode": "CONSTANT",
+        "compression_level": (highest - kbits) / (highest - lowest),
+    }
+    return through_file(samples, rate, ".mp3", format="MP3", subtype="MPEG_LAYER_III", **how)
 
 
 def without_chance(function: Callable[..., np.ndarray], *arguments: Any, **named: Any) -> Apply:
-    """Returns a function of the clip alone as an `apply`; the arguments follow the clip."""
+    """Returns `function(clip, *arguments, **named)` as an `apply` that ignores its generator."""
     return lambda clip, generator: function(clip, *arguments, **named)
 
 
-def equaliser_choices(seed: int) -> list[tuple[str, bool, str, Equaliser]]:
-    """Returns the equalisers that are tried, for sound and spectrograms alike: name, irrelevant, what, and the curve."""
-    chosen = []
-    for name, limit, irrelevant, count in (
-        ("gentle equaliser", GENTLE_EQ, True, 3),
-        ("equaliser", STRONG_EQ, False, 2),
-    ):
-        what = f"Random gains of up to {limit:g} dB an octave band, the same for every clip."
-        for number, equaliser in enumerate(random_equalisers(count, limit, seed), start=1):
-            chosen.append((f"{name} {number}, ±{limit:g} dB", irrelevant, what, equaliser))
-    for name, limit in (("brighter", GENTLE_EQ), ("darker", -GENTLE_EQ)):
-        what = f"A tilt from {-limit:+g} dB at 62.5 Hz to {limit:+g} dB at 16 kHz."
-        chosen.append((name, True, what, Equaliser.tilt(limit)))
-    return chosen
-
-
-def band_limits(rate: int) -> tuple[list[tuple[str, str, float]], list[Missing]]:
-    """Returns the limits of the band that are tried at `rate` Hz (name, kind, Hz), and those that change nothing there."""
-    limits, missing = [], []
-    for kind, frequency in (
-        ("lowpass", 8000.0),
-        ("lowpass", 4000.0),
-        ("highpass", 100.0),
-        ("highpass", 300.0),
-    ):
-        name = f"nothing {'above' if kind == 'lowpass' else 'below'} {frequency:g} Hz"
-        if frequency < rate / 2:
-            limits.append((name, kind, frequency))
-        else:
-            missing.append(Missing(name, f"at {rate} Hz there is nothing above {rate / 2:g} Hz."))
-    return limits, missing
+def all_changes(rate: int, seed: int) -> tuple[list[Change], list[Missing]]:
+    """Returns all changes to sound at `rate` Hz in report order, and those without effect there."""
+    other = 44100 if rate != 44100 else 48000
+    tempos = (1 - TEMPO, 1 + TEMPO)
+    gentle, strong = (
+        enumerate(random_equalisers(count, limit, seed), start=1)
+        for count, limit in ((3, GENTLE_EQ), (2, STRONG_EQ))
+    )
+    limits = (("lowpass", 8000.0), ("lowpass", 4000.0), ("highpass", 100.0), ("highpass", 300.0))
+    named = [
+        (f"nothing {'above' if kind == 'lowpass' else 'below'} {frequency:g} Hz", (kind, frequency))
+        for kind, frequency in limits
+    ]
+    changes = [
+        *(Change(f"level {gain:+d} dB", True, "level", gain) for gain in (-20, -6, 6)),
+        Change("polarity", True, "polarity"),
+        Change("offset 0.05", True, "offset", 0.05),
+        Change(f"{other / 1000:g} kHz, two channels", True, "channels", other),
+        Change("16 bit", True, "bits", 16),
+        *(Change(f"gentle equaliser {i}, ±{GENTLE_EQ:g} dB", True, "eq", eq) for i, eq in gentle),
+        *(Change(f"equaliser {i}, ±{STRONG_EQ:g} dB", False, "eq", eq) for i, eq in strong),
+        Change("brighter", True, "eq", Equaliser.tilt(GENTLE_EQ)),
+        Change("darker", True, "eq", Equaliser.tilt(-GENTLE_EQ)),
+        *(Change(f"begins {s:g} s later", True, "later", s) for s in (0.02, 0.5)),
+        *(Change(f"silence of {s:g} s first", True, "silence", s) for s in (0.5, 2.0)),
+        Change("mp3, 128 kbit/s", True, "mp3", 128),
+        Change("Ogg Vorbis", True, "vorbis"),
+        Change("mp3, 64 kbit/s", False, "mp3", 64),
+        Change("8 bit", False, "bits", 8),
+        *(Change(f"tempo {100 * (f - 1):+.0f} %", False, "tempo", f) for f in tempos),
+        *(Change(f"speed {100 * (f - 1):+.0f} %", False, "speed", f) for f in tempos),
+        *(Change(f"pitch {s:+g} semitone", False, "pitch", s) for s in (-SEMITONES, SEMITONES)),
+        *(Change(name, False, "limit", value) for name, value in named if value[1] < rate / 2),
+        *(Change(f"noise at {snr} dB", False, "noise", snr) for snr in (30, 20)),
+    ]
+    return changes, [
+        Missing(name, f"at {rate} Hz there is nothing above {rate / 2:g} Hz.")
+        for name, value in named
+        if value[1] >= rate / 2
+    ]
 
 
 def sound_transforms(rate: int, seed: int = 0) -> tuple[list[Transform], list[Missing]]:
-    """Returns the changes that can be made to mono samples at `rate` Hz, and those that cannot.
+    """Returns the changes available for mono samples at `rate` Hz, and the others.
 
-    Their `apply` takes float32 `[n]` and returns at most as many.
+    Their `apply` takes float32 `[n]` and returns `[at most n]`.
 
     Args:
       rate: Hz.
       seed: of the random equalisers.
     """
-    made, missing = every_transform(rate, seed)
+    fixed = without_chance
+    wav: dict[str, Any] = {"format": "WAV", "subtype": "FLOAT", "channels": 2}
+    makers: dict[str, Callable[[Any], Apply]] = {
+        "level": lambda gain: fixed(np.multiply, np.float32(10 ** (gain / 20))),
+        "polarity": lambda _: fixed(np.negative),
+        "offset": lambda offset: fixed(np.add, np.float32(offset)),
+        "channels": lambda other: fixed(through_file, rate, ".wav", file_rate=other, **wav),
+        "bits": lambda bits: functools.partial(quantise, bits=bits),
+        "eq": lambda equaliser: fixed(equalise, rate, equaliser),
+        "later": lambda seconds: fixed(begin_later, rate, seconds),
+        "silence": lambda seconds: fixed(silence_before, rate, seconds),
+        "mp3": lambda kbits: fixed(through_mp3, rate, kbits),
+        "vorbis": lambda _: fixed(through_file, rate, ".ogg", format="OGG", subtype="VORBIS"),
+        "tempo": lambda factor: fixed(change_tempo, factor),
+        "speed": lambda factor: fixed(change_speed, rate, factor),
+        "pitch": lambda semitones: fixed(change_pitch, rate, semitones),
+        "limit": lambda limit: fixed(limit_band, rate, *limit),
+        "noise": lambda snr: functools.partial(white_noise, snr=snr),
+    }
+    changes, missing = all_changes(rate, seed)
     noise = np.random.default_rng(0)
     samples = (0.1 * noise.standard_normal(rate)).astype(np.float32)
     possible = []
-    for transform in made:
-        if transform.encoder:
+    for change in changes:
+        apply = makers[change.type](change.value)
+        if change.type in ("mp3", "vorbis"):  # which not every libsndfile can write
             try:
-                transform.apply(samples, noise)
+                apply(samples, noise)
             except UserError as error:
-                missing.append(Missing(transform.name, str(error)))
+                missing.append(Missing(change.name, str(error)))
                 continue
-        possible.append(transform)
+        possible.append(Transform(change.name, change.irrelevant, describe(change, _WHAT), apply))
     return possible, missing
 
 
-def every_transform(rate: int, seed: int = 0) -> tuple[list[Transform], list[Missing]]:
-    """Returns what `sound_transforms` returns where libsndfile writes everything; nothing is tried out."""
-    found: list[Transform] = []
-
-    def add(name: str, irrelevant: bool, what: str, apply: Apply, *, encoder: bool = False) -> None:
-        found.append(Transform(name, irrelevant, what, apply, encoder))
-
-    for gain in (-20, -6, 6):
-        times = np.float32(10 ** (gain / 20))
-        add(
-            f"level {gain:+d} dB",
-            True,
-            "Every sample times the same, without clipping.",
-            without_chance(np.multiply, times),
-        )
-    add("polarity", True, "Every sample with the other sign.", without_chance(np.negative))
-    add(
-        "offset 0.05",
-        True,
-        "0.05 of full scale added to every sample.",
-        without_chance(np.add, np.float32(0.05)),
-    )
-    other = 44100 if rate != 44100 else 48000
-    add(
-        f"{other / 1000:g} kHz, two channels",
-        True,
-        "Written as a file of two equal channels at another rate and decoded.",
-        without_chance(
-            through_file, rate, ".wav", channels=2, file_rate=other, format="WAV", subtype="FLOAT"
-        ),
-    )
-    add("16 bit", True, "Rounded with triangular dither.", functools.partial(quantise, bits=16))
-    for name, irrelevant, what, equaliser in equaliser_choices(seed):
-        add(name, irrelevant, what, without_chance(equalise, rate, equaliser))
-    for seconds in (0.02, 0.5):
-        add(
-            f"begins {seconds:g} s later",
-            True,
-            "What came before is left out.",
-            without_chance(begin_later, rate, seconds),
-        )
-    for seconds in (0.5, 2.0):
-        what = "Silence before the clip, whose end is cut off."
-        add(
-            f"silence of {seconds:g} s first",
-            True,
-            what,
-            without_chance(silence_before, rate, seconds),
-        )
-    mp3 = "Mono, constant bit rate, decoded again."
-    add("mp3, 128 kbit/s", True, mp3, without_chance(through_mp3, rate, 128), encoder=True)
-    vorbis = without_chance(through_file, rate, ".ogg", format="OGG", subtype="VORBIS")
-    add(
-        "Ogg Vorbis", True, "Mono, libsndfile's usual quality, decoded again.", vorbis, encoder=True
-    )
-    add("mp3, 64 kbit/s", False, mp3, without_chance(through_mp3, rate, 64), encoder=True)
-    add(
-        "8 bit",
-        False,
-        "Rounded with triangular dither: steady noise.",
-        functools.partial(quantise, bits=8),
-    )
-    for factor in (1 - TEMPO, 1 + TEMPO):
-        what = "Phase vocoder at the same pitch."
-        add(f"tempo {100 * (factor - 1):+.0f} %", False, what, without_chance(change_tempo, factor))
-    for factor in (1 - TEMPO, 1 + TEMPO):
-        what = f"As of a tape: the pitch goes along, {12 * math.log2(factor):+.2f} semitones."
-        add(
-            f"speed {100 * (factor - 1):+.0f} %",
-            False,
-            what,
-            without_chance(change_speed, rate, factor),
-        )
-    for semitones in (-SEMITONES, SEMITONES):
-        what = "Phase vocoder at the same tempo."
-        add(
-            f"pitch {semitones:+g} semitone",
-            False,
-            what,
-            without_chance(change_pitch, rate, semitones),
-        )
-    limits, missing = band_limits(rate)
-    for name, kind, frequency in limits:
-        add(
-            name,
-            False,
-            "Butterworth filter, 48 dB an octave.",
-            without_chance(limit_band, rate, kind, frequency),
-        )
-    for snr in (30, 20):
-        what = f"White noise {snr} dB below the clip's mean power."
-        add(f"noise at {snr} dB", False, what, functools.partial(white_noise, snr=snr))
-    return found, missing
+def describe(change: Change, what: Mapping[str, str]) -> str:
+    """Returns the description of a change, from a format string for each type."""
+    semitones = 12 * math.log2(change.value) if change.type == "speed" else 0.0
+    return what[change.type].format(v=change.value, semitones=semitones)

@@ -1,25 +1,26 @@
-"""Sample rates, by one of two filters: soxr's "HQ", or the one that resampy calls "kaiser_best"."""
+"""Sample rate conversion by one of two filters: soxr's "HQ" or resampy's "kaiser_best"."""
 
 import functools
-import itertools
 import math
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 RESAMPLERS = ("soxr_hq", "kaiser_best")
-# resampy 0.4's "kaiser_best": zero crossings on each side, the Kaiser window's shape, and the cutoff as a fraction of Nyquist's.
+# resampy 0.4's "kaiser_best": zero crossings per side, the Kaiser window's beta, and the cutoff as
+# a fraction of the Nyquist frequency.
 _ZEROS, _BETA, _ROLLOFF = 50, 12.984585247040012, 0.9173473712608761
 
 
 def resample(samples: np.ndarray, rate: int, wanted: int, resampler: str = "soxr_hq") -> np.ndarray:
     """Returns mono samples at another rate.
 
-    "soxr_hq" gives what `librosa.load` gives. "kaiser_best" is a sinc of 50 zero crossings on each side below a Kaiser
-    window (J. O. Smith, "Digital Audio Resampling", https://ccrma.stanford.edu/~jos/resample/) with the parameters of resampy
-    0.4, through which librosa resampled where the original musicnn's scores come from. resampy reads its filter off a table and
-    misses this one by up to 4e-4 of full scale in white noise, 7e-5 in music. Its versions before 0.4 called a longer filter by
-    this name.
+    "soxr_hq" equals `librosa.load`. "kaiser_best" is a sinc with 50 zero crossings per side under a
+    Kaiser window (J. O. Smith, "Digital Audio Resampling",
+    https://ccrma.stanford.edu/~jos/resample/) with the parameters of resampy 0.4, which librosa
+    used when the original musicnn's scores were computed. resampy interpolates its filter from a
+    table and differs from this one by up to 4e-4 of full scale in white noise, 7e-5 in music.
+    Before version 0.4 the name meant a longer filter.
 
     Args:
       samples: `[samples]`.
@@ -28,12 +29,13 @@ def resample(samples: np.ndarray, rate: int, wanted: int, resampler: str = "soxr
       resampler: "soxr_hq" or "kaiser_best".
 
     Returns:
-      float32 `[samples * wanted / rate]`: rounded up as librosa does for "soxr_hq", down as resampy does for "kaiser_best".
+      float32 `[samples * wanted / rate]`, rounded up for "soxr_hq" (as in librosa) and down for
+      "kaiser_best" (as in resampy).
     """
     if rate == wanted:
         return np.ascontiguousarray(samples, np.float32)
     if resampler == "soxr_hq":
-        import soxr  # takes its time to load, and most files do not need it
+        import soxr  # slow to import, and most files do not need it
 
         resampled = soxr.resample(np.asarray(samples, np.float32), rate, wanted, quality="HQ")
         return _of_length(resampled, math.ceil(len(samples) * (wanted / rate)))
@@ -43,7 +45,7 @@ def resample(samples: np.ndarray, rate: int, wanted: int, resampler: str = "soxr
 def resample_stream(
     blocks: Iterable[np.ndarray], rate: int, wanted: int, resampler: str = "soxr_hq"
 ) -> Iterator[np.ndarray]:
-    """Yields what `resample` makes of the whole, the same to the bit, without ever holding it.
+    """Yields `resample` of the concatenated blocks, bit for bit, in bounded memory.
 
     Args:
       blocks: mono samples, float32 `[any]`.
@@ -55,11 +57,8 @@ def resample_stream(
       float32 `[any]`.
     """
     if rate == wanted:
-        yield from blocks
-    elif resampler == "soxr_hq":
-        yield from _by_soxr(blocks, rate, wanted)
-    else:
-        yield from _by_kaiser(blocks, rate, wanted)
+        return iter(blocks)
+    return (_by_soxr if resampler == "soxr_hq" else _by_kaiser)(blocks, rate, wanted)
 
 
 def _by_soxr(blocks: Iterable[np.ndarray], rate: int, wanted: int) -> Iterator[np.ndarray]:
@@ -67,38 +66,31 @@ def _by_soxr(blocks: Iterable[np.ndarray], rate: int, wanted: int) -> Iterator[n
 
     stream = soxr.ResampleStream(rate, wanted, 1, dtype="float32", quality="HQ")
     taken = made = 0
-    for block in itertools.chain(blocks, [None]):
-        end = block is None
-        resampled = stream.resample_chunk(
-            np.zeros(0, np.float32) if block is None else block, last=end
-        )
-        if block is not None:
-            taken += len(block)
-        else:
-            # librosa's length, whatever the filter's tail gives.
-            resampled = _of_length(resampled, max(math.ceil(taken * (wanted / rate)) - made, 0))
+    for block in blocks:
+        taken += len(block)
+        resampled = stream.resample_chunk(block)
         made += len(resampled)
         yield resampled
+    rest = stream.resample_chunk(np.zeros(0, np.float32), last=True)
+    # The total has librosa's length, whatever the length of the filter's tail.
+    yield _of_length(rest, max(math.ceil(taken * (wanted / rate)) - made, 0))
 
 
 def _of_length(samples: np.ndarray, length: int) -> np.ndarray:
-    """Returns samples cut or filled up with zeros."""
-    return (
-        samples
-        if len(samples) == length
-        else np.pad(samples, (0, max(length - len(samples), 0)))[:length]
-    )
+    """Returns samples trimmed or zero-padded to a length."""
+    if len(samples) == length:
+        return samples
+    return np.pad(samples, (0, max(length - len(samples), 0)))[:length]
 
 
 @functools.lru_cache(maxsize=2)
 def _filter(rate: int, wanted: int) -> np.ndarray:
-    """Returns the filter at the rate that is a multiple of both, float64 `[2 * half + 1]`, its centre in the middle."""
+    """Returns the filter at the least common multiple of both rates, float64 `[2 * half + 1]`."""
     import scipy.special
 
     divisor = math.gcd(rate, wanted)
-    up, down = wanted // divisor, rate // divisor
-    # Below the lower of the two rates' Nyquist frequencies; in its zero crossings, the far end at _ZEROS.
-    time = np.arange(_ZEROS * max(up, down) + 1) / max(up, down)
+    longer = max(rate, wanted) // divisor
+    time = np.arange(_ZEROS * longer + 1) / longer  # in zero crossings
     half = _ROLLOFF * np.sinc(_ROLLOFF * time)
     half *= scipy.special.i0(
         _BETA * np.sqrt(np.maximum(1 - np.square(time / _ZEROS), 0))
@@ -108,12 +100,12 @@ def _filter(rate: int, wanted: int) -> np.ndarray:
 
 
 def _by_kaiser(blocks: Iterable[np.ndarray], rate: int, wanted: int) -> Iterator[np.ndarray]:
-    """Yields resampled blocks. Every `down` samples in give `up` samples out, always through the same rows of the filter.
+    """Yields resampled blocks; every `down` input samples give `up` output samples.
 
-    A block's own sums are made in the same order wherever it is cut, since it starts at such a multiple and reaches as far to
-    both sides as the filter does.
+    A block starts at a multiple of `down` and includes the filter's reach on both sides, so its
+    sums are made in the same order wherever the input is divided.
     """
-    import scipy.signal  # takes half a second to load
+    import scipy.signal  # takes half a second to import
 
     divisor = math.gcd(rate, wanted)
     up, down = wanted // divisor, rate // divisor
@@ -121,11 +113,11 @@ def _by_kaiser(blocks: Iterable[np.ndarray], rate: int, wanted: int) -> Iterator
     half = len(kernel) // 2
     reach = half // up + 1
     before = -(-reach // down)  # groups of `down` samples
-    # A whole number of samples out comes before the filter's centre.
+    # The filter's centre falls on an output sample.
     kernel = np.concatenate([np.zeros(-half % down), kernel])
     delay = -(-half // down)
 
-    # `waiting` begins `before` groups ahead of the first one that is still to be resampled.
+    # `waiting` begins `before` groups ahead of the next group to resample.
     waiting, taken, made = np.zeros(before * down), 0, 0
     for block in blocks:
         taken += len(block)

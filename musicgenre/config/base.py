@@ -37,8 +37,8 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def check_config(config: ConfigDict) -> None:
     """Checks a config against the fields of `base_config()` and the ranges of their values.
 
-    The user's module that `config.module` names is imported first. Fields of `model` are the chosen
-    network's, and others of `pretrain` the chosen objective's: both are checked when these are built.
+    Imports `config.module` first. Fields of `model` are the chosen network's, and others of
+    `pretrain` the chosen objective's: both are checked when these are built.
 
     Raises:
       UserError: an unknown field (the message names the nearest one), a missing field, a value of

@@ -64,7 +64,7 @@ class Data(Section):
     min_seconds: float = setting(1.0, "Shorter sound files are skipped.", at_least=0)
     frames: int = setting(647, "Frames per clip in the store.", at_least=0)
     pad: str = setting("repeat", "What fills a shorter clip: repeat, silence or zero.")
-    excerpt: str = setting("start", "What is kept of a longer one: start or middle.")
+    excerpt: str = setting("start", "What is kept of a longer one: start, middle or spread.")
     normalise: str = setting(
         "position",
         "Mean and standard deviation of the training split, per position, band or globally.",

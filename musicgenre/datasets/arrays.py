@@ -141,13 +141,17 @@ def load_arrays(
             f"data.protocol: arrays have no protocol {protocol!r}."
             + did_you_mean(protocol, PROTOCOLS)
         )
-    opened = {
-        split: open_array_file(Path(root) / name, layout) for split, name in files.items() if name
-    }
-    if not opened:
+    given = {split: Path(root) / name for split, name in files.items() if name}
+    if not given:
         raise UserError(
             "data set 'arrays': no files. Set --config.data.files.train=... (and valid, test)."
         )
+    absent = next((path for path in given.values() if not path.is_file()), None)
+    if not root and absent:
+        raise UserError(
+            f"{absent}: no such file. Set --config.data.root=... to the folder of the array files."
+        )
+    opened = {split: open_array_file(path, layout) for split, path in given.items()}
     first = next(iter(opened.values()))
     names = first.label_names or tuple(sorted({x for file in opened.values() for x in file.labels}))
     segments = 1

@@ -1,13 +1,13 @@
-"""Clips to a spectrogram store on several machines: an Apache Beam pipeline that writes what `prepare_store` writes.
+"""Clips to a spectrogram store on several machines, with an Apache Beam pipeline.
 
-The machine that starts the job plans which clips become which shard. Workers compute whole shards and write them into
-the store's folder. When the job has ended the first machine checks every new shard and writes the manifest. So the
-store is the same to the byte as the one that `prepare_store` makes of the same clips, and a run that died goes on from
-the shards that are there.
+The machine that starts the job assigns the clips to shards. Workers compute complete shards and
+write them into the store's folder. At the end the first machine checks every new shard and writes
+the manifest. The store is byte-identical to that of `prepare_store`, and a run that died resumes
+from the existing shards.
 
-The sound files and the store must lie in folders that all machines see under the same paths (NFS, say). Object stores
-(gs://, s3://) are not supported unless they are mounted as folders. One run at a time may write a store: cancel a job
-that is still running somewhere before the command is started again.
+All machines must see the sound files and the store under the same paths (NFS, say). Object stores
+(gs://, s3://) must be mounted as folders. Only one run at a time may write a store: cancel a job
+that is still running before starting the command again.
 """
 
 import contextlib
@@ -46,11 +46,11 @@ from musicgenre.store.prepare import (
     write_shard,
 )
 
-# Beam's flags where none are given: two processes on this machine.
+# Beam's flags by default: two processes on this machine.
 LOCAL_FLAGS = ("--direct_num_workers=2", "--direct_running_mode=multi_processing")
 # Beam's counters, in this namespace: clips_computed, clips_skipped, shards_written, shards_found.
 NAMESPACE = "musicgenre.prepare"
-# Other versions of these may give other bytes.
+# Packages whose versions may change the bytes.
 _PACKAGES = ("musicgenre", "librosa", "numpy", "scipy", "soundfile", "soxr")
 _LOCAL_RUNNERS = ("", "direct", "switchingdirect", "bundlebaseddirect", "fnapi")
 _POLL_SECONDS = 1.0
@@ -58,13 +58,13 @@ _POLL_SECONDS = 1.0
 
 @dataclasses.dataclass(frozen=True)
 class ShardJob:
-    """What a worker needs besides its clips.
+    """What all tasks of a job have in common.
 
     Attributes:
       recipe: how clips become rows.
       shards: the folder of the shards, an absolute path.
-      versions: of the packages that the bytes depend on, where the job was started.
-      unreadable: ids of clips whose files may not be read there either.
+      versions: of the packages that determine the bytes, on the machine that starts the job.
+      unreadable: ids of clips whose files that machine cannot read.
     """
 
     recipe: Recipe
@@ -86,36 +86,38 @@ def prepare_store_beam(
     progress: bool = True,
     verify: bool = True,
 ) -> PrepareSummary:
-    """Writes the store of a data set, or brings an existing one up to date, with the workers of a Beam runner.
+    """Writes or updates the store of a data set with the workers of a Beam runner.
 
     Args:
       dataset: the clips; their paths must be absolute unless the runner is Beam's local one.
       spec: the front end.
       layout: frames per clip, padding and excerpt.
-      path: the store's folder, which all workers see under this path; made if missing.
-      beam_flags: the runner and its options as Beam's own flags, `--name=value`; none means two local processes.
+      path: the store's folder, visible to all workers under this path; created if missing.
+      beam_flags: the runner and its options as Beam's flags, `--name=value`; by default two local
+        processes.
       min_seconds: shorter sound files are skipped.
       array_layout: order of the axes of array files, "mel_time" or "time_mel".
-      clips_per_shard: clips of one shard. With another number than the default the shards differ from `prepare_store`'s.
-      progress: draw a progress bar; it follows the finished shards.
-      verify: compare the shards that earlier runs have written with their checksums, not only their sizes.
+      clips_per_shard: clips per shard; only the default gives the shards of `prepare_store`.
+      progress: draw a progress bar of the finished shards.
+      verify: compare existing shards with their checksums, not only their sizes.
 
     Raises:
-      UserError: as `prepare_store`; also: Apache Beam is not installed, a flag cannot be used, a path is no shared
-        folder's, or the job failed. Shards that were finished are kept then.
+      UserError: as `prepare_store`; also if Apache Beam is not installed, a flag is wrong, a path
+        is not in a shared folder, or the job failed. Finished shards are kept.
     """
     _import_beam()
     options, local = _options(beam_flags or LOCAL_FLAGS)
     if re.match(r"[A-Za-z][\w+.-]+:/", str(path)):
         raise UserError(
-            f"{path}: the store must be a folder that all workers see; object stores are not supported. Mount it, or "
-            "choose a shared folder with --config.data.store=..."
+            f"{path}: the store must be a folder that all workers see; object stores are not "
+            "supported. Mount it, or choose a shared folder with --config.data.store=..."
         )
     relative = next((clip.path for clip in dataset.clips if not clip.path.is_absolute()), None)
     if relative is not None and not local:
         raise UserError(
-            f"{relative}: a relative path means another file on another machine. Give --config.data.root as an absolute "
-            "path (in a CSV file, the column path), under which all workers see the files."
+            f"{relative}: a relative path means another file on another machine. Give "
+            "--config.data.root as an absolute path (in a CSV file, the column path), under which "
+            "all workers see the files."
         )
     plan = StorePlan(
         dataset,
@@ -124,7 +126,7 @@ def prepare_store_beam(
         verify=verify,
         progress=progress,
     )
-    # Made anew each time they are gone through: all tasks of a large data set at once would fill the memory.
+    # A function, since all tasks of a large data set at once would fill the memory.
     tasks = functools.partial(plan.tasks, clips_per_shard, fill_gaps=True)
     if plan.todo:
         with progress_bar(plan, progress) as bar, _followed(plan.shards, tasks(), bar):
@@ -134,16 +136,16 @@ def prepare_store_beam(
 
 
 def write_shards(pipeline: Any, todo: Path, job: ShardJob) -> Any:
-    """Adds the steps to a Beam pipeline: read the tasks, spread them over the workers, write a shard for each.
+    """Adds the steps to a Beam pipeline: read the tasks, distribute them, write a shard for each.
 
     Args:
       pipeline: the `beam.Pipeline`.
-      todo: a file with one task a line, as `task_to_json` writes it. The tasks travel through the shuffle, not in the
-        job's graph, whose size runners limit.
+      todo: a file with one task per line, as `task_to_json` writes it. Tasks travel through the
+        shuffle, not in the job's graph, whose size runners limit.
       job: what all tasks have in common.
 
     Returns:
-      A PCollection of the numbers of the shards.
+      A PCollection of shard numbers.
     """
     beam = _import_beam()
     return (
@@ -156,9 +158,7 @@ def write_shards(pipeline: Any, todo: Path, job: ShardJob) -> Any:
 
 
 def make_shard(line: str, job: ShardJob) -> int:
-    """Computes and writes the shard of one task: what a worker does.
-
-    Repeating it is harmless: a shard that is there, sound and of the same clips is left as it is.
+    """Computes and writes the shard of one task, in a worker. An existing, intact shard is kept.
 
     Args:
       line: the task, from `task_to_json`.
@@ -168,7 +168,7 @@ def make_shard(line: str, job: ShardJob) -> int:
       The shard's number.
 
     Raises:
-      UserError: this worker has other versions of the packages, does not see the files, or cannot write the shard.
+      UserError: this worker has other package versions, does not see the files, or cannot write.
     """
     from apache_beam.metrics import Metrics
 
@@ -211,7 +211,7 @@ def task_from_json(line: str) -> ShardTask:
 
 
 def package_versions() -> dict[str, str]:
-    """Returns the versions of the packages that the store's bytes depend on."""
+    """Returns the versions of the packages that determine the store's bytes."""
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
@@ -224,13 +224,13 @@ def _import_beam() -> ModuleType:
     root = logging.getLogger()
     level = root.level
     try:
-        # It warns that Google's clients are absent, which only its own sources and sinks would need.
+        # Hides the warning that Google's clients are missing; only Beam's own sources need them.
         root.setLevel(logging.ERROR)
         import apache_beam
     except ImportError as error:
         raise UserError(
-            f"Apache Beam cannot be imported ({error}). Install it with pip install 'musicgenre[scale]', or run "
-            "experiments/prepare.py, which needs none and uses all cores of this machine."
+            f"Apache Beam cannot be imported ({error}). Install it with pip install "
+            "'musicgenre[scale]', or run musicgenre prepare, which uses all cores of this machine."
         ) from error
     finally:
         root.setLevel(level)
@@ -241,8 +241,8 @@ def _options(flags: Sequence[str]) -> tuple[Any, bool]:
     """Returns Beam's options, and whether the runner is the local one.
 
     Raises:
-      UserError: a flag is not written `--name=value`, has a wrong value, or is unknown. A cluster's runner may know
-        more flags than Beam's Python side, so there Beam judges them.
+      UserError: a flag is not written `--name=value`, has a wrong value, or is unknown to the local
+        runner. Other runners may know more flags, so Beam judges these.
     """
     from apache_beam.options.pipeline_options import (
         PipelineOptions,
@@ -254,7 +254,8 @@ def _options(flags: Sequence[str]) -> tuple[Any, bool]:
     for flag in flags:
         if not flag.startswith("--") or flag == "--":
             raise UserError(
-                f"unexpected argument {flag!r}: Beam's flags follow after -- and are written --name=value."
+                f"unexpected argument {flag!r}: Beam's flags follow after -- and are written "
+                "--name=value."
             )
     printed = io.StringIO()
     try:
@@ -262,9 +263,8 @@ def _options(flags: Sequence[str]) -> tuple[Any, bool]:
             options = PipelineOptions(list(flags))
             given = options.get_all_options(retain_unknown_options=True)
     except SystemExit:
-        reason = (printed.getvalue().strip().splitlines() or ["unknown"])[-1].partition("error: ")[
-            2
-        ]
+        last = (printed.getvalue().strip().splitlines() or ["unknown"])[-1]
+        reason = last.partition("error: ")[2]
         raise UserError(
             f"Beam's flags cannot be used: {reason or 'see the documentation of the runner'}."
         ) from None
@@ -283,19 +283,16 @@ def _options(flags: Sequence[str]) -> tuple[Any, bool]:
             f"--{unknown[0]} is not a flag of Beam's local runner.{did_you_mean(unknown[0], names)}"
         )
     if local:
-        # Otherwise DirectRunner first tries to download another runner, Prism, which knows no --direct_num_workers.
+        # Otherwise DirectRunner tries to download another runner, which lacks --direct_num_workers.
         options.view_as(TypeOptions).allow_unsafe_triggers = True
-        # Its worker processes write a dozen lines each about themselves otherwise, and what fails is raised here anyway.
+        # Worker processes would print a dozen lines each; failures are raised here anyway.
         worker = options.view_as(WorkerOptions)
         worker.default_sdk_harness_log_level = worker.default_sdk_harness_log_level or "CRITICAL"
     return options, local
 
 
 def _watch_local_workers() -> None:
-    """Lets a local run end when a worker process dies (killed for its memory, say), or when it is stopped at its start.
-
-    Beam waits forever in both cases.
-    """
+    """Ends a local run whose worker process dies or is stopped at its start, unlike Beam."""
     from apache_beam.portability import python_urns
     from apache_beam.portability.api import beam_fn_api_pb2
     from apache_beam.runners.portability.fn_api_runner import worker_handlers
@@ -317,7 +314,7 @@ def _watch_local_workers() -> None:
                 time.sleep(1)
 
         def stop_worker(self) -> None:
-            # A worker that was still starting has missed the word to end.
+            # A worker that was still starting missed the first signal.
             while self.worker_thread.is_alive():
                 self.control_conn.push(control._DONE_MARKER)
                 self.worker_thread.join(1)
@@ -332,9 +329,9 @@ def _run(plan: StorePlan, tasks: Iterable[ShardTask], options: Any) -> None:
       UserError: it failed.
     """
     beam = _import_beam()
-    # The name is a new one: a job of an earlier run must not read this list in place of its own.
+    # A new name, so that a job of an earlier run does not read this list.
     todo = Path(os.path.abspath(plan.path)) / f"todo-{uuid.uuid4().hex[:8]}.jsonl"
-    # A folder with shards is known for a store if this run dies.
+    # If this run dies, the folder of shards identifies a store.
     plan.shards.mkdir(parents=True, exist_ok=True)
     for left in todo.parent.glob("todo-*.jsonl"):
         left.unlink(missing_ok=True)
@@ -342,7 +339,7 @@ def _run(plan: StorePlan, tasks: Iterable[ShardTask], options: Any) -> None:
     try:
         with replacing(todo) as temporary, open(temporary, "w", encoding="ascii") as lines:
             lines.writelines(task_to_json(task) + "\n" for task in tasks)
-        # Beam may have moved these parts in another version; then it works as it does by itself.
+        # In other versions of Beam these parts may have moved.
         with contextlib.suppress(ImportError, AttributeError):
             _watch_local_workers()
         pipeline = beam.Pipeline(options=options)
@@ -364,18 +361,19 @@ def _run(plan: StorePlan, tasks: Iterable[ShardTask], options: Any) -> None:
     except Exception as error:
         logging.info("%s", traceback.format_exc())
         raise UserError(
-            f"the Beam job failed: {_reason(error)} What was finished is kept; the same command goes on."
+            f"the Beam job failed: {_reason(error)} Finished shards are kept; the same command "
+            "resumes."
         ) from error
     finally:
         todo.unlink(missing_ok=True)
     if state != "DONE":
         raise UserError(
-            f"the Beam job ended as {state}. What was finished is kept; the same command goes on."
+            f"the Beam job ended as {state}. Finished shards are kept; the same command resumes."
         )
 
 
 def _reason(error: Exception) -> str:
-    """Returns one line of what Beam raised: our own message where there is one, or the last line of what it says."""
+    """Returns one line about Beam's error: this package's message, or else the last line."""
     text = re.sub(r" \[while running .*?\]", "", str(error))
     own = re.findall(r"musicgenre\.errors\.UserError: (.+)", text)
     lines = [line.strip() for line in (own or text.splitlines()) if line.strip()]
@@ -383,10 +381,10 @@ def _reason(error: Exception) -> str:
 
 
 def _collect(plan: StorePlan, tasks: Callable[[], Iterator[ShardTask]]) -> None:
-    """Checks the shards that workers have written against their checksums, and adds them to the plan.
+    """Checks the workers' shards against their checksums and adds them to the plan.
 
     Raises:
-      UserError: some are not there, or are damaged.
+      UserError: shards are missing or damaged.
     """
     missing = []
     for total, task in enumerate(tasks(), 1):  # noqa: B007
@@ -397,20 +395,21 @@ def _collect(plan: StorePlan, tasks: Callable[[], Iterator[ShardTask]]) -> None:
             plan.add(record)
     if missing:
         raise UserError(
-            f"{plan.shards / f'{missing[0].number:05d}.npy'}: {len(missing)} of {total} new shards, this first, are missing "
-            "or damaged although the job has ended. Does every worker see the store's folder under this path? The same "
-            "command makes them again."
+            f"{plan.shards / f'{missing[0].number:05d}.npy'}: {len(missing)} of {total} new "
+            "shards, this first, are missing or damaged although the job has ended. Does every "
+            "worker see the store's folder under this path? The same command makes them again."
         )
-    # Workers that were stopped while they wrote have left these.
+    # Left by workers that were stopped while writing.
     for left in plan.shards.glob(".*.tmp"):
         left.unlink(missing_ok=True)
 
 
 def _check_worker(task: ShardTask, job: ShardJob) -> None:
-    """Refuses to work where the result would differ: a missing mount must not become a list of skipped clips.
+    """Checks that this worker would compute the same bytes, so that no clip is skipped by mistake.
 
     Raises:
-      UserError: the versions of the packages or the sizes of the files are not those where the job was started.
+      UserError: package versions or file sizes differ from those on the machine that started the
+        job.
     """
     host = socket.gethostname()
     versions = package_versions()
@@ -427,12 +426,14 @@ def _check_worker(task: ShardTask, job: ShardJob) -> None:
             size = 0
         if size and not os.access(clip.path, os.R_OK) and clip.clip_id not in job.unreadable:
             raise UserError(
-                f"{clip.path}: the worker {host} may not read it, and the machine that started the job may."
+                f"{clip.path}: the worker {host} may not read it, and the machine that started the "
+                "job may."
             )
         if size != source[1]:
             raise UserError(
-                f"{clip.path}: the worker {host} sees {size} bytes, and the machine that started the job {source[1]}. All "
-                "must see the same files under the same paths. If the file has changed, run the same command again."
+                f"{clip.path}: the worker {host} sees {size} bytes, and the machine that started "
+                f"the job {source[1]}. All must see the same files under the same paths. If the "
+                "file has changed, run the same command again."
             )
 
 
@@ -443,14 +444,14 @@ def _read_lines(path: str) -> Iterator[str]:
             yield from file
     except FileNotFoundError:
         raise UserError(
-            f"{path}: the worker {socket.gethostname()} does not see the list that was written there. The store must "
-            "be a folder that all workers see under the same path."
+            f"{path}: the worker {socket.gethostname()} does not see the list written there. The "
+            "store must be a folder that all workers see under the same path."
         ) from None
 
 
 @contextlib.contextmanager
 def _followed(shards: Path, tasks: Iterable[ShardTask], bar: Any) -> Iterator[None]:
-    """Moves the bar as the tasks' shards appear in the folder, whichever machine writes them."""
+    """Advances the bar as the tasks' shards appear in the folder."""
     pending = {f"{task.number:05d}.json": len(task.clips) for task in tasks}
     done = threading.Event()
 

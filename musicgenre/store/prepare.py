@@ -1,4 +1,4 @@
-"""Clips to a spectrogram store: parallel, resumable, and nothing skipped without saying so."""
+"""Clips to a spectrogram store: parallel, resumable, with every skipped clip reported."""
 
 import contextlib
 import dataclasses
@@ -9,21 +9,21 @@ import multiprocessing
 import os
 import threading
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from musicgenre.audio.decode import load_audio
-from musicgenre.audio.features import FeatureSpec, compute_features, mfcc_from_db
+from musicgenre.audio.features import FeatureSpec, mfcc_from_db
 from musicgenre.audio.layout import ClipLayout
 from musicgenre.datasets import arrays
-from musicgenre.datasets.base import Clip, Dataset
+from musicgenre.datasets.base import Clip, Dataset, Skipped
 from musicgenre.errors import UserError
 from musicgenre.files import read_json, replacing, sha256, write_json
 from musicgenre.store.store import (
@@ -34,20 +34,20 @@ from musicgenre.store.store import (
     write_manifest,
 )
 
-Item = TypeVar("Item")
-# Clips of one shard: at most this much work is lost when the machine stops.
+# Clips per shard: at most this much work is lost when the machine stops.
 CLIPS_PER_SHARD = 128
-# Clips that a worker process computes at a time.
+# Clips per call of a worker process.
 _CLIPS_PER_CALL = 4
-# What a plan knows of a clip: nothing, an entry of another source, features, or a reason for skipping it.
+# States of a clip in a plan: unknown, computed from a changed source, computed, skipped.
 _NEW, _STALE, _COMPUTED, _SKIPPED = range(4)
-# Of a worker process: see `_begin_worker`.
+_ANOTHER = "Choose another folder with --config.data.store=..."
+# Set in worker processes by `_begin_worker`.
 _worker: tuple["Recipe", np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipFeatures:
-    """What one clip became: features float16 `[frames, bands]`, its real frames, and its source's SHA-256."""
+    """A clip's features, float16 `[frames, bands]`, its real frames, and its source's SHA-256."""
 
     features: np.ndarray
     length: int
@@ -56,7 +56,7 @@ class ClipFeatures:
 
 @dataclasses.dataclass(frozen=True)
 class PrepareSummary:
-    """What a run of `prepare_store` did: the store, clips in it, computed now, reused, and skipped by reason."""
+    """The numbers of clips in the store, computed and reused by `prepare_store`; skipped clips."""
 
     store: Path
     clips: int
@@ -66,63 +66,21 @@ class PrepareSummary:
     splits: dict[str, int]
 
     def lines(self) -> list[str]:
-        """The summary for people, one line an item."""
+        """Returns the summary for people."""
         splits = ", ".join(f"{name} {count}" for name, count in self.splits.items())
         lines = [
-            f"{self.store}: {self.clips} clips ({splits}); {self.computed} computed, {self.reused} already there, "
-            f"{len(self.skipped)} skipped."
+            f"{self.store}: {self.clips} clips ({splits}); {self.computed} computed, "
+            f"{self.reused} already there, {len(self.skipped)} skipped."
         ]
         lines += [f"  skipped {entry['clip_id']}: {entry['reason']}" for entry in self.skipped[:20]]
-        if len(self.skipped) > 20:
-            lines.append(
-                f"  ... and {len(self.skipped) - 20} more: see {self.store}/skipped-*.jsonl"
-            )
+        if (more := len(self.skipped) - 20) > 0:
+            lines.append(f"  ... and {more} more: see {self.store}/skipped-*.jsonl")
         return lines
-
-
-def process_clip(
-    clip: Clip, spec: FeatureSpec, layout: ClipLayout, array_layout: str, min_seconds: float
-) -> ClipFeatures | str:
-    """Turns one clip into the features that the store keeps, or says why that cannot be.
-
-    The same function serves every way of running over a data set, so that all of them give the same bytes.
-
-    Returns:
-      The features, or the reason for skipping the clip.
-    """
-    try:
-        if clip.row is None:
-            digest = sha256(clip.path)
-            samples = load_audio(
-                clip.path, spec.sample_rate, min_seconds=min_seconds, resampler=spec.resampler
-            ).samples
-            features = compute_features(layout.cut(samples, spec), spec)
-        else:
-            if spec.kind not in ("logmel", "mfcc"):
-                raise UserError(
-                    f"{clip.path}: holds log-mel spectrograms, from which features.kind={spec.kind!r} cannot be made."
-                )
-            if spec.compression != "db":
-                raise UserError(
-                    f"{clip.path}: is in dB, from which features.compression={spec.compression!r} cannot be made."
-                )
-            features = arrays.open_array_file(clip.path, array_layout).spectrogram(clip.row)
-            digest = hashlib.sha256(features.tobytes()).hexdigest()
-            if spec.kind == "mfcc":
-                features = mfcc_from_db(features, spec.n_mfcc)
-            if features.shape[1] != spec.bands:
-                raise UserError(
-                    f"{clip.path}: {features.shape[1]} bands where features.n_mels says {spec.bands}."
-                )
-    except (UserError, OSError) as error:
-        return str(error)
-    fitted, length = layout.fit(features)
-    return ClipFeatures(fitted.astype(np.float16), length, digest)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How clips become rows of a store: `process_clip` with its settings, in a form that travels to other processes.
+    """How a clip becomes a row of a store. Every way of running over a data set calls it.
 
     Attributes:
       spec: the front end.
@@ -137,12 +95,47 @@ class Recipe:
     min_seconds: float = 1.0
 
     def __call__(self, clip: Clip) -> ClipFeatures | str:
-        """Returns what `process_clip` makes of the clip."""
-        return process_clip(clip, self.spec, self.layout, self.array_layout, self.min_seconds)
+        """Returns a clip's features, or the reason for skipping it."""
+        try:
+            made = self._of_sound(clip) if clip.row is None else self._of_array(clip, clip.row)
+        except (UserError, OSError) as error:
+            return str(error)
+        fitted, length = self.layout.fit(made[0])
+        return ClipFeatures(fitted.astype(np.float16), length, made[1])
+
+    def _of_sound(self, clip: Clip) -> tuple[np.ndarray, str]:
+        """Returns features `[any, bands]` and SHA-256 of a sound file."""
+        spec, digest = self.spec, sha256(clip.path)
+        audio = load_audio(
+            clip.path, spec.sample_rate, min_seconds=self.min_seconds, resampler=spec.resampler
+        )
+        return self.layout.features(audio.samples, spec), digest
+
+    def _of_array(self, clip: Clip, row: int) -> tuple[np.ndarray, str]:
+        """Returns features `[any, bands]` and SHA-256 of a row of an array file."""
+        spec = self.spec
+        unfit = {
+            "kind": spec.kind not in ("logmel", "mfcc"),
+            "compression": spec.compression != "db",
+        }
+        for field in (name for name, wrong in unfit.items() if wrong):
+            raise UserError(
+                f"{clip.path}: holds log-mel spectrograms in dB, from which "
+                f"features.{field}={getattr(spec, field)!r} cannot be made."
+            )
+        features = arrays.open_array_file(clip.path, self.array_layout).spectrogram(row)
+        digest = hashlib.sha256(features.tobytes()).hexdigest()
+        if spec.kind == "mfcc":
+            features = mfcc_from_db(features, spec.n_mfcc)
+        if features.shape[1] != spec.bands:
+            raise UserError(
+                f"{clip.path}: {features.shape[1]} bands, but features.n_mels is {spec.bands}."
+            )
+        return features, digest
 
     @property
     def made_with(self) -> dict[str, Any]:
-        """What every shard record says of how it was made; a store never mixes two of these."""
+        """How a shard was made, in its record; a store never mixes two of these."""
         return {
             "schema": SHARD_SCHEMA,
             "features": self.spec.to_dict(),
@@ -152,12 +145,12 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class ShardTask:
-    """Clips that become one shard.
+    """The clips of one shard.
 
     Attributes:
       number: the shard's number, which names its files.
       clips: in the order of the shard's rows.
-      sources: for each clip, what tells a changed source from an unchanged one (absolute path, bytes, time of change, row).
+      sources: for each clip, absolute path, size, modification time and row, to detect changes.
     """
 
     number: int
@@ -166,9 +159,9 @@ class ShardTask:
 
 
 class StorePlan:
-    """What a store lacks and how it is completed; the same for every way of running over the clips.
+    """What is missing from a store; the same for every way of running over the clips.
 
-    What is known of the clips is kept in arrays: a million of them take some 100 MB here.
+    Arrays hold the state of the clips: for a million of them about 100 MB.
 
     Attributes:
       dataset: the clips.
@@ -176,7 +169,7 @@ class StorePlan:
       path: the store's folder.
       shards: the folder of its shards.
       todo: clips to compute, in the data set's order.
-      reusable: how many clips are there already.
+      reusable: number of clips that are already computed.
     """
 
     def __init__(
@@ -188,33 +181,31 @@ class StorePlan:
         verify: bool = True,
         progress: bool = False,
     ) -> None:
-        """Reads what is there.
+        """Reads the existing shards.
 
         Args:
           dataset: the clips.
           recipe: how they become rows.
           path: the store's folder.
-          verify: compare the shards that are there with their checksums, not only their sizes.
-          progress: draw a progress bar where this takes more than a moment.
+          verify: compare existing shards with their checksums, not only their sizes.
+          progress: draw a progress bar if this takes more than a moment.
 
         Raises:
-          UserError: the folder holds a store made with another front end or layout, or of another data set, or
-            something that is no store.
+          UserError: the folder holds no store, or a store of another front end, layout or data set.
         """
         self.dataset, self.recipe, self.path = dataset, recipe, Path(path)
         self.shards = self.path / "shards"
         _check_folder(self.path, dataset)
         count = len(dataset.clips)
-        self._place = {clip.clip_id: i for i, clip in enumerate(dataset.clips)}
-        # Size and time of change, before anything is read: a file that changes later is computed again by the next run.
-        self._status = np.fromiter(
-            (number for clip in dataset.clips for number in _status(clip)), np.int64
-        ).reshape(count, 2)
+        self._position = {clip.clip_id: i for i, clip in enumerate(dataset.clips)}
+        # Taken before any file is read: the next run recomputes a file that changes meanwhile.
+        status = itertools.chain.from_iterable(map(_status, dataset.clips))
+        self._status = np.fromiter(status, np.int64).reshape(count, 2)
         self._state = np.full(count, _NEW, np.uint8)
         self._shard, self._row, self._length = (np.zeros(count, np.int32) for _ in range(3))
         self._sha256 = np.zeros((count, 32), np.uint8)
         self._reasons: dict[int, str] = {}
-        # Rows, bytes and SHA-256 of each shard by its number.
+        # Rows, bytes and SHA-256 of each shard by number.
         self._shards: dict[int, tuple[int, int, str]] = {}
         for record in _read_shards(self.shards, recipe.made_with, verify, progress):
             self.add(record)
@@ -223,13 +214,14 @@ class StorePlan:
         self.reusable = count - len(self.todo)
 
     def tasks(self, clips_per_shard: int, *, fill_gaps: bool = False) -> Iterator[ShardTask]:
-        """Yields the shards to write, in order; the same ones however often it is called before one is added.
+        """Yields the shards to write, in order; always the same ones until one is added.
 
         Args:
           clips_per_shard: clips of each but the last.
-          fill_gaps: take free numbers below the highest one first. Where shards are finished in any order, a run that
-            died leaves gaps; filling them ends at the same store as a run that did not die. Where a clip's source has
-            changed, the numbers go on from the highest all the same: the later of a clip's two entries is the valid one.
+          fill_gaps: use free numbers below the highest first. Runs that finish shards in any order
+            leave gaps when they die; filling them gives the same store as an undisturbed run. If
+            the source of a clip has changed, numbers continue from the highest instead, because the
+            later of a clip's entries is the valid one.
         """
         taken = set(self._shards)
         fill_gaps = fill_gaps and not (self._state == _STALE).any()
@@ -241,11 +233,11 @@ class StorePlan:
             yield ShardTask(next(numbers), clips, tuple(self._source(i) for i in chosen))
 
     def add(self, record: dict[str, Any]) -> None:
-        """Takes note of a shard that was written; of a clip's several entries the last one counts."""
+        """Adds the record of a written shard; the last of a clip's entries is valid."""
         number = int(Path(record["file"]).stem)
         self._shards[number] = (record["rows"], record["bytes"], record["sha256"])
         for entry in record["clips"]:
-            i = self._place.get(entry["clip_id"])
+            i = self._position.get(entry["clip_id"])
             if i is None:
                 continue
             if entry["source"] != self._source(i):
@@ -255,15 +247,12 @@ class StorePlan:
                 self._reasons[i] = entry["skipped"]
             else:
                 self._state[i] = _COMPUTED
-                self._shard[i], self._row[i], self._length[i] = (
-                    number,
-                    entry["row"],
-                    entry["length"],
-                )
+                self._shard[i], self._row[i] = number, entry["row"]
+                self._length[i] = entry["length"]
                 self._sha256[i] = np.frombuffer(bytes.fromhex(entry["sha256"]), np.uint8)
 
     def finish(self) -> PrepareSummary:
-        """Writes the manifest, once every task's record was added, and returns what was done.
+        """Writes the manifest after every task's record was added, and returns the summary.
 
         Raises:
           UserError: no clip of some split could be used.
@@ -271,13 +260,8 @@ class StorePlan:
         clips = self.dataset.clips
         skipped = [dataclasses.asdict(entry) for entry in self.dataset.skipped]
         for i in np.flatnonzero(self._state == _SKIPPED).tolist():
-            skipped.append(
-                {
-                    "clip_id": clips[i].clip_id,
-                    "path": str(clips[i].path),
-                    "reason": self._reasons[i],
-                }
-            )
+            entry = Skipped(clips[i].clip_id, str(clips[i].path), self._reasons[i])
+            skipped.append(dataclasses.asdict(entry))
         kept = np.flatnonzero(self._state == _COMPUTED)
         used = [clips[i] for i in kept]
         splits = dict(sorted(Counter(clip.split for clip in used).items()))
@@ -285,10 +269,12 @@ class StorePlan:
             lost = {clip.clip_id for clip in clips if clip.split == split}
             reason = next(entry["reason"] for entry in skipped if entry["clip_id"] in lost)
             raise UserError(
-                f"{self.dataset.root}: no clip of the split {split!r} could be used; the first was skipped because of: {reason}"
+                f"{self.dataset.root}: no clip of the split {split!r} could be used; the first was "
+                f"skipped because of: {reason}"
             )
-        # Shards of which every clip was skipped have a record and no file.
+        # Shards with only skipped clips have a record and no file.
         numbers = sorted(number for number, (rows, _, _) in self._shards.items() if rows)
+        regression = self.dataset.task == "regression"
         columns = clip_columns(
             self.dataset.label_names,
             tuple(splits),
@@ -301,9 +287,7 @@ class StorePlan:
             row=self._row[kept],
             length=self._length[kept],
             sha256=self._sha256[kept],
-            values=np.array([clip.values for clip in used])
-            if self.dataset.task == "regression"
-            else None,
+            values=np.array([clip.values for clip in used]) if regression else None,
         )
         header = self.recipe.made_with | {
             "dataset": _describe(self.dataset),
@@ -315,7 +299,7 @@ class StorePlan:
         return PrepareSummary(self.path, len(used), len(self.todo), self.reusable, skipped, splits)
 
     def _source(self, i: int) -> list[Any]:
-        """What tells a changed source of a clip from an unchanged one without reading it."""
+        """Returns a clip's entry of `ShardTask.sources`."""
         clip = self.dataset.clips[i]
         return [os.path.abspath(clip.path), *self._status[i].tolist(), clip.row]
 
@@ -332,47 +316,44 @@ def prepare_store(
     progress: bool = True,
     verify: bool = True,
 ) -> PrepareSummary:
-    """Writes the store of a data set, or brings an existing one up to date.
+    """Writes the store of a data set, or updates an existing one.
 
-    Clips whose source is unchanged (same size and time of change) are not computed again; damaged shards are. A
-    run that was stopped in the middle goes on from its last whole shard.
+    Clips whose source is unchanged (same size and modification time) are not computed again; those
+    of damaged shards are. An interrupted run resumes after its last complete shard.
 
     Args:
       dataset: the clips.
       spec: the front end.
       layout: frames per clip, padding and excerpt.
-      path: the store's folder; made if missing.
-      workers: processes; 0 means one for each core, 1 works in this process.
+      path: the store's folder; created if missing.
+      workers: processes; 0 means one per core, 1 works in this process.
       min_seconds: shorter sound files are skipped.
       array_layout: order of the axes of array files, "mel_time" or "time_mel".
       progress: draw a progress bar.
-      verify: compare the shards that are there with their checksums, not only their sizes. Of a store of 165 GB that
-        takes minutes.
+      verify: compare existing shards with their checksums, not only their sizes, which takes
+        minutes for a store of 165 GB.
 
     Raises:
-      UserError: the folder holds a store made with another front end or layout, or of another data set, or
-        something that is no store; or no clip of some split could be used.
+      UserError: the folder holds no store, or a store of another front end, layout or data set; or
+        no clip of some split could be used.
     """
-    plan = StorePlan(
-        dataset,
-        Recipe(spec, layout, array_layout, min_seconds),
-        path,
-        verify=verify,
-        progress=progress,
-    )
+    recipe = Recipe(spec, layout, array_layout, min_seconds)
+    plan = StorePlan(dataset, recipe, path, verify=verify, progress=progress)
     with (
         progress_bar(plan, progress) as bar,
         contextlib.closing(_ordered_map(plan.recipe, plan.todo, workers)) as mapped,
     ):
-        results = _counted(mapped, bar)
         for task in plan.tasks(CLIPS_PER_SHARD):
-            made = list(itertools.islice(results, len(task.clips)))
+            made = []
+            for result in itertools.islice(mapped, len(task.clips)):
+                made.append(result)
+                bar.update()
             plan.add(write_shard(plan.shards, task, made, plan.recipe.made_with))
     return plan.finish()
 
 
 def progress_bar(plan: StorePlan, progress: bool) -> Any:
-    """Returns a bar that counts a plan's clips; it draws nothing where there is nothing to do or no `progress` is wanted."""
+    """Returns a bar that counts a plan's clips; it is hidden if there is nothing to do."""
     return tqdm(
         total=len(plan.dataset.clips),
         initial=plan.reusable,
@@ -383,27 +364,25 @@ def progress_bar(plan: StorePlan, progress: bool) -> Any:
 
 
 def _check_folder(path: Path, dataset: Dataset) -> None:
-    """Refuses a folder that holds something else than a store of this data set."""
+    """Raises UserError for a folder with anything but a store of this data set."""
     if path.is_file():
         raise UserError(f"{path}: is a file; a store needs a folder.")
     if not path.is_dir() or not any(path.iterdir()):
         return
     if not (path / "shards").is_dir():
-        raise UserError(
-            f"{path}: the folder is not empty and holds no store. Choose another with --config.data.store=..."
-        )
+        raise UserError(f"{path}: the folder is not empty and holds no store. {_ANOTHER}")
     if (path / "manifest.json").is_file():
-        there = read_json(path / "manifest.json", "store manifest").get("dataset", {})
+        present = read_json(path / "manifest.json", "store manifest").get("dataset", {})
         for field, value in _describe(dataset).items():
-            if field in there and there[field] != value:
+            if field in present and present[field] != value:
                 raise UserError(
-                    f"{path}: this store is of {field} {there.get(field)!r}, not {value!r}. "
-                    "Choose another folder with --config.data.store=..."
+                    f"{path}: this store is of {field} {present[field]!r}, not {value!r}. "
+                    f"{_ANOTHER}"
                 )
 
 
 def _describe(dataset: Dataset) -> dict[str, Any]:
-    """What a manifest says of its data set."""
+    """Returns the manifest's description of a data set."""
     return {
         "name": dataset.name,
         "root": os.path.abspath(dataset.root),
@@ -417,12 +396,12 @@ def _describe(dataset: Dataset) -> dict[str, Any]:
 def _read_shards(
     folder: Path, made_with: dict[str, Any], verify: bool, progress: bool
 ) -> Iterator[dict[str, Any]]:
-    """Yields the records of the sound shards that earlier runs have written, in the order of their numbers.
+    """Yields the records of intact shards in the order of their numbers, and removes damaged ones.
 
-    Damaged ones are removed: their clips count as missing, so they are computed again into a new shard.
+    The clips of a damaged shard then count as missing and are computed into a new shard.
     """
-    sidecars = sorted(folder.glob("*.json"), key=lambda place: (len(place.name), place.name))
-    some = 64  # records in memory at a time
+    sidecars = sorted(folder.glob("*.json"), key=lambda path: (len(path.name), path.name))
+    batch = 64  # records in memory at a time
 
     def problem(record: dict[str, Any]) -> str:
         return file_problem(folder, record, full=verify) if record["rows"] else ""
@@ -431,21 +410,20 @@ def _read_shards(
         tqdm(total=len(sidecars), unit="shard", desc="check", delay=2, disable=not progress) as bar,
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
     ):
-        for start in range(0, len(sidecars), some):
-            records = [
-                read_json(sidecar, "shard record") for sidecar in sidecars[start : start + some]
-            ]
+        for start in range(0, len(sidecars), batch):
+            paths = sidecars[start : start + batch]
+            records = [read_json(path, "shard record") for path in paths]
             for record, (field, value) in itertools.product(records, made_with.items()):
                 if record.get(field) != value:
                     raise UserError(
-                        f"{folder.parent}: this store was made with other {field} ({record.get(field)}), not "
-                        f"{value}. A store never mixes them: choose another with --config.data.store=..."
+                        f"{folder.parent}: this store was made with other {field} "
+                        f"({record.get(field)}), not {value}. A store never mixes them. {_ANOTHER}"
                     )
-            for sidecar, record, damaged in zip(
-                sidecars[start : start + some], records, pool.map(problem, records), strict=True
+            for path, record, damage in zip(
+                paths, records, pool.map(problem, records), strict=True
             ):
-                if damaged:
-                    sidecar.unlink()
+                if damage:
+                    path.unlink()
                     (folder / record["file"]).unlink(missing_ok=True)
                 else:
                     yield record
@@ -453,7 +431,7 @@ def _read_shards(
 
 
 def _status(clip: Clip) -> tuple[int, int]:
-    """Returns the size of a clip's file and its time of change in nanoseconds, or zeros where it cannot be seen."""
+    """Returns size and modification time (ns) of a clip's file, or zeros if it is not visible."""
     try:
         status = os.stat(clip.path)
     except OSError:
@@ -464,12 +442,12 @@ def _status(clip: Clip) -> tuple[int, int]:
 def write_shard(
     folder: Path, task: ShardTask, results: Sequence[ClipFeatures | str], made_with: dict[str, Any]
 ) -> dict[str, Any]:
-    """Writes one shard and then its record; without the record the shard does not count.
+    """Writes one shard and then its record, without which the shard does not count.
 
     Args:
-      folder: where the shards lie; made if missing.
+      folder: the folder of the shards; created if missing.
       task: the clips.
-      results: what became of each of them.
+      results: their features or reasons for skipping them.
       made_with: the recipe's.
 
     Returns:
@@ -507,7 +485,7 @@ def write_shard(
 def finished_shard(
     folder: Path, task: ShardTask, made_with: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """Returns the record of a task's shard if it is there, is of these clips and made in this way, and the shard is sound."""
+    """Returns the record of a task's shard if the shard exists, is intact and of these clips."""
     file = folder / f"{task.number:05d}.json"
     if not file.is_file():
         return None
@@ -521,55 +499,39 @@ def finished_shard(
     return record
 
 
-def _counted(items: Iterable[Item], bar: Any) -> Iterator[Item]:
-    """Yields the items and moves the bar by one for each."""
-    for item in items:
-        bar.update()
-        yield item
-
-
 def _ordered_map(
     recipe: Recipe, clips: Sequence[Clip], workers: int
 ) -> Generator[ClipFeatures | str, None, None]:
-    """Yields `recipe(clip)` in order, from worker processes, with a bounded number of results waiting.
+    """Yields `recipe(clip)` in order from worker processes; few results are pending at a time.
 
-    Rows come over in shared memory and a few clips at a time: one by one through a pipe they cost an eighth of the time that it
-    takes to compute them.
+    Rows return in shared memory, a few clips at a time: singly through a pipe they would cost an
+    eighth of the time that it takes to compute them.
 
     Raises:
-      UserError: a worker died; the message names a clip that it may have died of.
+      UserError: a worker died; the message names a clip that may be the reason.
     """
     workers = min(workers or os.cpu_count() or 1, len(clips) // _CLIPS_PER_CALL)
     if workers <= 1:
         with one_thread():
             yield from map(recipe, clips)
         return
-    # New processes, no copies of this one: its threads may hold locks. They take a quarter of a second to start, as long as what
-    # this module imports stays small.
+    # Spawned, since a fork could copy locks held by threads. They start in a quarter of a second as
+    # long as this module imports little.
     context = multiprocessing.get_context("spawn")
     shape = (2 * workers, _CLIPS_PER_CALL, recipe.layout.frames, recipe.spec.bands)
     memory = context.RawArray("B", 2 * math.prod(shape))
     slots = np.frombuffer(memory, np.float16).reshape(shape)
-    calls = zip(
-        itertools.cycle(range(len(slots))), range(0, len(clips), _CLIPS_PER_CALL), strict=False
-    )
+    starts = range(0, len(clips), _CLIPS_PER_CALL)
+    calls = zip(itertools.cycle(range(len(slots))), starts, strict=False)
     waiting: deque[tuple[int, Clip, Future[list[ClipFeatures | str]]]] = deque()
-    with (
-        _one_thread_per_process(),
-        ProcessPoolExecutor(
-            workers, context, initializer=_begin_worker, initargs=(recipe, memory, shape)
-        ) as pool,
-    ):
+    with ProcessPoolExecutor(
+        workers, context, initializer=_begin_worker, initargs=(recipe, memory, shape)
+    ) as pool:
 
         def submit(count: int) -> None:
             for slot, first in itertools.islice(calls, count):
-                waiting.append(
-                    (
-                        slot,
-                        clips[first],
-                        pool.submit(_work, slot, clips[first : first + _CLIPS_PER_CALL]),
-                    )
-                )
+                some = clips[first : first + _CLIPS_PER_CALL]
+                waiting.append((slot, some[0], pool.submit(_work, slot, some)))
 
         clip = clips[0]
         try:
@@ -582,25 +544,26 @@ def _ordered_map(
                     else dataclasses.replace(result, features=row.copy())
                     for row, result in zip(slots[slot], future.result(), strict=False)
                 ]
-                submit(1)  # the slots go round: it takes the one that was copied just now
+                submit(1)  # into the slot just copied
                 yield from results
         except BrokenProcessPool as error:
             raise UserError(
-                f"a worker process died at or soon after {clip}; what was finished is kept. Run again with "
-                "--workers=1 to see where."
+                f"a worker process died at or soon after {clip}; finished shards are kept. Run "
+                "again with --workers=1 to see where."
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _begin_worker(recipe: Recipe, memory: Any, shape: tuple[int, ...]) -> None:
-    """Gives a worker process what `_work` needs: the recipe, and the memory that it shares with the process that started it."""
+    """Sets what `_work` needs: the recipe and the memory shared with the parent process."""
     global _worker
+    threadpool_limits(1)  # two workers with two threads each run 3-5 times slower
     _worker = recipe, np.frombuffer(memory, np.float16).reshape(shape)
 
 
 def _work(slot: int, clips: Sequence[Clip]) -> list[ClipFeatures | str]:
-    """Computes clips in a worker process, leaves their features in a slot of the shared memory and returns the rest."""
+    """Computes clips in a worker process: features go to a slot of shared memory."""
     recipe, slots = _worker
     results: list[ClipFeatures | str] = []
     for row, result in zip(slots[slot], map(recipe, clips), strict=False):
@@ -612,47 +575,24 @@ def _work(slot: int, clips: Sequence[Clip]) -> list[ClipFeatures | str]:
     return results
 
 
-class _OneThread:
-    """The limit that `one_thread` sets once for all that are inside at the same time, since it is the process's."""
-
-    def __init__(self) -> None:
-        self.lock, self.inside = threading.Lock(), 0
-        self.limits: Any = None
-
-
-_ONE_THREAD = _OneThread()
+_one_thread_lock = threading.Lock()
+_one_thread_limits: list[Any] = []  # one entry per user
 
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Keeps this process's matrix products to one thread each: their number decides the last bit of some products.
+    """Limits this process's matrix products to one thread; their number changes the last bits.
 
-    With it, every way of running over the clips gives the same bytes. Threads may be inside at the same time.
+    With it, every way of running over the clips gives the same bytes. Several threads may use it at
+    the same time: the first sets the limit and the last removes it.
     """
-    with _ONE_THREAD.lock:
-        if not _ONE_THREAD.inside:
-            _ONE_THREAD.limits = threadpool_limits(1)
-        _ONE_THREAD.inside += 1
+    with _one_thread_lock:
+        first = _one_thread_limits[0] if _one_thread_limits else threadpool_limits(1)
+        _one_thread_limits.append(first)
     try:
         yield
     finally:
-        with _ONE_THREAD.lock:
-            _ONE_THREAD.inside -= 1
-            if not _ONE_THREAD.inside:
-                _ONE_THREAD.limits.restore_original_limits()
-
-
-@contextlib.contextmanager
-def _one_thread_per_process() -> Iterator[None]:
-    """Keeps each worker's matrix products on its own core: two workers with two threads run 3-5 times slower."""
-    names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        with _one_thread_lock:
+            limits = _one_thread_limits.pop()
+            if not _one_thread_limits:
+                limits.restore_original_limits()

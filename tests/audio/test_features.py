@@ -76,7 +76,7 @@ def test_log_mel_equals_librosa_on_the_real_clips(real_data):
 
 @pytest.mark.parametrize("clip_id", ["jazz.00000", "reggae.00000", "rock.00000"])
 def test_the_arrays_are_what_this_front_end_gives_on_their_audio(real_data, clip_id):
-    """The published arrays keep every 3.34th frame at hop 512: each has its frame in ours, in order, to the quantisation."""
+    """The arrays keep every 3.34th frame at hop 512, in order, to their quantisation."""
     with np.load(real_data / "gtzan_mels" / "train.npz", allow_pickle=False) as file:
         row = file["clip_id"].tolist().index(clip_id)
         stored = file["db_min"][row] * (
@@ -92,7 +92,7 @@ def test_the_arrays_are_what_this_front_end_gives_on_their_audio(real_data, clip
 
 
 def test_quiet_cells_beside_loud_ones_equal_librosa():
-    """Noise 60 to 80 dB below a tone. The rounding of a transform in single precision moves such cells by more than 1e-3 dB."""
+    """Noise 60 to 80 dB below a tone, which single precision changes by more than 1e-3 dB."""
     spec = FeatureSpec()
     time = np.arange(3 * 22050) / 22050
     noise = np.random.default_rng(0).standard_normal(len(time))
@@ -109,7 +109,7 @@ def test_quiet_cells_beside_loud_ones_equal_librosa():
 @pytest.mark.parametrize("kind", ["logmel", "stft"])
 @pytest.mark.parametrize("frames", [1, 53, 54, 55, 215, 216, 217, 290])
 def test_blocks_of_frames_follow_each_other(kind, frames):
-    """Of signals that end within, at and beyond a block and a part of one, against one transform of all frames."""
+    """Signals that end within, at and beyond a block and a part, against one transform."""
     assert features._PART == 54 and features._BLOCK == 216
     spec = FeatureSpec(kind=kind, n_fft=64, hop_length=20, n_mels=12)
     samples = np.random.default_rng(0).standard_normal(20 * (frames - 1) + 7).astype(np.float32)
@@ -127,7 +127,7 @@ def test_blocks_of_frames_follow_each_other(kind, frames):
 
 @pytest.mark.parametrize("hop", [100, 256, 300])
 def test_frames_that_need_no_zeros_are_those_that_do(monkeypatch, hop):
-    """Whatever the hop: frames are taken from the samples themselves or from a padded copy, cut into many parts or few."""
+    """Frames taken in parts of several sizes equal one transform of a padded copy."""
     spec = FeatureSpec(kind="stft", n_fft=256, hop_length=hop)
     samples = np.random.default_rng(0).standard_normal(4000)
     whole = stft_power(samples, spec)
@@ -183,7 +183,7 @@ def test_bands_that_hear_nothing_are_told():
     [*SPECS, FeatureSpec(n_fft=256, n_mels=100), FeatureSpec(n_mels=17, fmin=2000.0, fmax=9000.0)],
 )
 def test_groups_of_bands_leave_nothing_out(spec):
-    """Put together they are the filter bank; some bands of a short transform hear no frequency at all."""
+    """Together they are the filter bank, although some bands of a short transform are empty."""
     whole = features.mel_filters(spec)
     together = np.zeros_like(whole)
     for bands, bins, filters in features._mel_groups(spec):
@@ -298,7 +298,7 @@ def test_values_of_log10000_by_hand():
 
 
 def test_the_rounding_of_the_original_musicnn_is_small():
-    """It keeps the power in float16 before the logarithm; the largest change is what the docstring says."""
+    """It rounds the power to float16; the largest change is the one in the docstring."""
     spec = FeatureSpec(compression="log10000")
     power = (2.0 ** np.linspace(-30, 10, 400_001)).astype(np.float32)[None]
     change = np.abs(
@@ -313,9 +313,9 @@ def test_the_rounding_of_the_original_musicnn_is_small():
         ({"compression": "log1000"}, "features.compression: 'log1000'.*Did you mean 'log10000'"),
         (
             {"compression": "log10000", "kind": "mfcc"},
-            "compression='log10000' is of log-mels and the STFT, not .*'mfcc'",
+            "compression='log10000' is for log-mels and the STFT, not .*'mfcc'",
         ),
-        ({"compression": "log10000", "kind": "waveform"}, "not of features.kind='waveform'"),
+        ({"compression": "log10000", "kind": "waveform"}, "not for features.kind='waveform'"),
     ],
 )
 def test_compressions_that_cannot_be(fields, message):
@@ -328,8 +328,8 @@ def test_the_compression_is_part_of_what_a_spec_is():
         sample_rate=16000, n_fft=512, hop_length=256, n_mels=96, compression="log10000"
     )
     assert (
-        spec.describe()
-        == "logmel 96 bands, 16000 Hz, n_fft 512, hop 256, 0-8000 Hz, log10(10000 x + 1) of the power"
+        spec.describe() == "logmel 96 bands, 16000 Hz, n_fft 512, hop 256, 0-8000 Hz, "
+        "log10(10000 x + 1) of the power"
     )
     assert spec.fingerprint != dataclasses.replace(spec, compression="db").fingerprint
     # A spec that was saved before there was this field is one in dB.
@@ -345,7 +345,8 @@ def test_the_resampler_is_part_of_what_a_spec_is():
     spec = FeatureSpec(resampler="kaiser_best")
     assert (
         spec.describe()
-        == "logmel 128 bands, 22050 Hz by kaiser_best, n_fft 2048, hop 1024, 0-11025 Hz, dB re max, top 80 dB"
+        == "logmel 128 bands, 22050 Hz by kaiser_best, n_fft 2048, hop 1024, 0-11025 Hz, "
+        "dB re max, top 80 dB"
     )
     assert FeatureSpec(kind="waveform", resampler="kaiser_best").describe() == (
         "waveform, 22050 Hz by kaiser_best, frames of 1024 samples"
@@ -362,7 +363,7 @@ def test_the_resampler_is_part_of_what_a_spec_is():
 
 
 def test_what_was_made_before_there_was_a_choice_of_resampler_stays_valid():
-    """The saved fields and the fingerprint of the default are those of then; the field may also be given."""
+    """Specs without the field keep fields and fingerprint; it may also be given."""
     assert "resampler" not in FeatureSpec().to_dict() and FeatureSpec().fingerprint == "6e4898e1"
     assert (
         FeatureSpec.from_dict(FeatureSpec().to_dict() | {"resampler": "soxr_hq"}) == FeatureSpec()

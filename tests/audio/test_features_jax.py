@@ -10,7 +10,7 @@ from musicgenre.audio.features import FeatureSpec, compute_features, frame_count
 from musicgenre.audio.features_jax import TRANSFORMS, features, frame_waveform, stft_power
 from musicgenre.errors import UserError
 
-# Hops that divide the window and do not, an odd and a prime length of it, every kind, compression and reference.
+# Hops that divide the window or not, odd and prime windows, every type, compression and reference.
 SPECS = {
     "report": FeatureSpec(),
     "hop1710": FeatureSpec(hop_length=1710),
@@ -28,7 +28,7 @@ SPECS = {
 
 
 def signals(samples, rate=22050):
-    """Noise, a steady tone, one that dies away into silence, quiet noise, sound then silence, hardly anything, and nothing."""
+    """Noise, a tone, a fading tone, quiet noise, sound then silence, near silence, silence."""
     time = np.arange(samples) / rate
     noise = np.random.default_rng(0).standard_normal(samples)
     tone = 0.5 * np.sin(2 * np.pi * 440 * time)
@@ -54,7 +54,7 @@ def test_features_are_those_of_numpy(spec):
 
 @pytest.mark.parametrize("name", ["report", "odd", "prime"])
 def test_the_matrix_products_are_the_transform(name):
-    """Factors 64 x 32, 17 x 15 and 257 x 1; relative to the loudest cell, which float32 knows to about 1e-7."""
+    """Factors 64 x 32, 17 x 15 and 257 x 1, relative to the loudest cell."""
     spec = SPECS[name]
     batch = signals(9000)[:3]
     exact, products, single = (
@@ -68,7 +68,7 @@ def test_the_matrix_products_are_the_transform(name):
 
 
 def test_a_tone_on_a_frequency_has_the_power_of_the_window():
-    """A Hann window of 512 makes of a cosine of amplitude 1 on a bin 512 / 4 there, half on either side, and nothing beyond."""
+    """A cosine of amplitude 1 on a bin gives 512 / 4 there, half beside it and nothing beyond."""
     spec = FeatureSpec(kind="stft", n_fft=512, hop_length=256)
     tone = np.cos(2 * np.pi * 20 * np.arange(4096) / 512).astype(np.float32)[None]
     for transform in TRANSFORMS:
@@ -113,7 +113,7 @@ def test_the_first_frames_are_a_clip_of_their_own():
         abs(float(found.max())) < 1e-5
         and jax.jit(partial(features, spec=spec))(clip)[:, :16].max() < -20
     )
-    with pytest.raises(UserError, match="34 frames were asked for, but the samples make 33"):
+    with pytest.raises(UserError, match="34 frames were requested, but the samples make 33"):
         features(clip, spec, frames=34)
 
 

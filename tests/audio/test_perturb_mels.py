@@ -50,9 +50,9 @@ def test_spectrograms_change_as_those_of_changed_sound():
         there = compute_features(of_sound[name].apply(sound, np.random.default_rng(0)), SPEC)
         here = transform.apply(before, np.random.default_rng(1))
         assert here.dtype == np.float32 and here.max() == 0 and here.min() >= -80
-        # The reference is the loudest cell; where its band hears one strong tone, its own change shifts the whole clip.
+        # If one strong tone sets the reference, its own change shifts the whole clip.
         shift = np.median(there - here)
-        # Noise is another one here and there; a steep filter in the narrowest bands takes away part of one.
+        # Noise is drawn separately; a steep filter cuts through the narrowest bands.
         allowed = (
             0.6 if name.startswith("noise") else 0.25 if name == "nothing below 100 Hz" else 0.08
         )
@@ -65,7 +65,7 @@ def test_spectrograms_change_as_those_of_changed_sound():
 
 
 def test_noise_is_as_strong_and_varies_as_in_sound():
-    """Noise of 0 dB on white noise: as much again, with the same spread in narrow and in wide bands."""
+    """Noise of 0 dB on white noise has its power and spread in narrow and wide bands."""
     generator = np.random.default_rng(0)
     spec = FeatureSpec(hop_length=2048)
     sound = generator.standard_normal(2048 * 400).astype(np.float32)

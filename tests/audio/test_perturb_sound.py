@@ -79,7 +79,7 @@ def test_random_equalisers_are_the_same_again_and_within_their_limit():
     ("kind", "beyond", "within"), [("lowpass", 4000, 1000), ("highpass", 1000, 4000)]
 )
 def test_the_limits_of_the_band(kind, beyond, within):
-    """Butterworth: 3.01 dB at the limit, 48.2 dB or more an octave beyond it (8 x 6.02), nothing within."""
+    """Butterworth: 3.01 dB at the cutoff, at least 48.2 dB an octave beyond, none within."""
     at = [
         level(limit_band(tone(f), RATE, kind, 2000)) - level(tone(f))
         for f in (2000, beyond, within)

@@ -29,7 +29,7 @@ def test_kaiser_best_gives_the_values_of_resampy(rate, wanted, count, expected):
 
 
 def test_an_impulse_draws_the_filter():
-    """At twice the rate, worked by hand: the cutoff, its sinc below the window at each half zero crossing, nothing beyond 50."""
+    """At twice the rate, by hand: the windowed sinc at half zero crossings, up to 50."""
     samples = np.zeros(201, np.float32)
     samples[100] = 1
     resampled = resample(samples, 8000, 16000, "kaiser_best")
@@ -94,7 +94,7 @@ def test_the_default_is_librosas(rate, wanted):
 
 
 def test_a_stream_holds_no_more_than_the_filter_reaches():
-    """What has come in and not gone out: a block, one group of 441 samples and the 138 samples to each side at most."""
+    """At most a block, a group of 441 samples and 138 samples to each side are pending."""
     taken = made = 0
 
     def blocks():

@@ -199,7 +199,7 @@ def test_the_ablation_makes_one_table_and_resumes(trained, place, flags_of_a_sma
         (
             "train.py",
             ["--config.data.stores_root=nowhere"],
-            "no finished spectrogram store.*prepare.py",
+            "no finished spectrogram store.*musicgenre prepare",
         ),
         ("train.py", ["--config.data.crop_frames=40"], "normalise=band"),
         (

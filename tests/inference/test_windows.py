@@ -19,7 +19,7 @@ from musicgenre.inference.windows import (
     stream_power,
     stream_windows,
 )
-from musicgenre.store.prepare import process_clip
+from musicgenre.store.prepare import Recipe
 
 
 def noise(count, seed=0):
@@ -258,9 +258,7 @@ def test_a_model_gets_its_own_resampler(tmp_path):
         np.testing.assert_array_equal(scores.windows.probabilities, Network(own)(inputs[name])[0])
         pictures[name] = overview(path, own.features)[0]
         np.testing.assert_allclose(pictures[name], mel_power(resampled, own.features), rtol=1e-4)
-        clips[name] = process_clip(
-            Clip("any", path, (), "train"), own.features, own.layout, "mel_time", 1.0
-        ).features
+        clips[name] = Recipe(own.features, own.layout)(Clip("any", path, (), "train")).features
         np.testing.assert_array_equal(clips[name], inputs[name][0])
     for made in (inputs, pictures, clips):
         assert not np.array_equal(made["soxr_hq"], made["kaiser_best"])

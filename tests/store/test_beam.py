@@ -43,6 +43,18 @@ def sound(path, seed, seconds=1.2):
 
 
 @pytest.fixture
+def without_pipeline(monkeypatch):
+    """Runs the tasks of a job here, in order; starting a pipeline takes seconds."""
+
+    def run(plan, tasks, options):
+        job = beam.ShardJob(plan.recipe, plan.shards, beam.package_versions())
+        for task in list(tasks):
+            beam.make_shard(beam.task_to_json(task), job)
+
+    monkeypatch.setattr(beam, "_run", run)
+
+
+@pytest.fixture
 def dataset(tmp_path):
     """Eleven clips in two classes, one of them no sound file and one too short."""
     for number in range(11):
@@ -118,6 +130,7 @@ def test_the_bytes_are_those_of_one_machine(dataset, expected, tmp_path, flags):
     assert Store.open(tmp_path / "store").gather(np.array([0])).shape == (1, 60, 20)
 
 
+@pytest.mark.usefixtures("without_pipeline")
 def test_a_second_run_changes_no_file_and_starts_no_job(dataset, tmp_path, monkeypatch):
     make(dataset, tmp_path / "store")
     before = times(tmp_path / "store")
@@ -136,21 +149,21 @@ def test_a_second_run_changes_no_file_and_starts_no_job(dataset, tmp_path, monke
 def test_a_run_that_failed_goes_on_and_ends_at_the_same_bytes(
     dataset, expected, tmp_path, monkeypatch
 ):
-    process = prepare.process_clip
+    process = prepare.Recipe.__call__
 
-    def fails(clip, *rest):
+    def fails(recipe, clip):
         if clip.clip_id == "train/a/06":
             raise MemoryError("no memory for this clip")
-        return process(clip, *rest)
+        return process(recipe, clip)
 
-    monkeypatch.setattr(prepare, "process_clip", fails)
+    monkeypatch.setattr(prepare.Recipe, "__call__", fails)
     with pytest.raises(
         UserError,
-        match=r"the Beam job failed: .*no memory for this clip.* What was finished is kept",
+        match=r"the Beam job failed: .*no memory for this clip.* Finished shards are kept",
     ):
         make(dataset, tmp_path / "store")
     assert not [name for name in os.listdir(tmp_path / "store") if name != "shards"]
-    monkeypatch.setattr(prepare, "process_clip", process)
+    monkeypatch.setattr(prepare.Recipe, "__call__", process)
     make(dataset, tmp_path / "store")
     assert content(tmp_path / "store") == expected
 
@@ -172,6 +185,7 @@ def test_only_the_shards_that_a_dead_run_left_out_are_made(dataset, expected, tm
     )
 
 
+@pytest.mark.usefixtures("without_pipeline")
 def test_a_changed_clip_takes_a_new_number_though_there_is_a_gap(dataset, tmp_path):
     make(dataset, tmp_path / "store")
     shards = tmp_path / "store" / "shards"
@@ -189,6 +203,7 @@ def test_a_changed_clip_takes_a_new_number_though_there_is_a_gap(dataset, tmp_pa
     np.testing.assert_array_equal(grown.gather(np.arange(9)), fresh.gather(np.arange(9)))
 
 
+@pytest.mark.usefixtures("without_pipeline")
 def test_a_shard_that_the_workers_lost_is_named(dataset, expected, tmp_path, monkeypatch):
     run = beam._run
 
@@ -269,13 +284,13 @@ def test_a_worker_that_would_make_other_bytes_refuses(dataset, tmp_path, monkeyp
 
 def test_workers_keep_to_one_thread(dataset, tmp_path, monkeypatch):
     seen = []
-    process = prepare.process_clip
+    process = prepare.Recipe.__call__
 
     def looks(*arguments):
         seen.extend(pool["num_threads"] for pool in threadpool_info())
         return process(*arguments)
 
-    monkeypatch.setattr(prepare, "process_clip", looks)
+    monkeypatch.setattr(prepare.Recipe, "__call__", looks)
     task, job = task_and_job(dataset, tmp_path / "store")
     with threadpool_limits(2):
         beam.make_shard(beam.task_to_json(task), job)
@@ -309,6 +324,7 @@ def test_beams_counters_say_what_was_done(dataset, tmp_path):
     assert counters() == {"shards_found": 4}
 
 
+@pytest.mark.usefixtures("without_pipeline")
 def test_the_bar_follows_the_shards(dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(beam, "_POLL_SECONDS", 0.01)
     prepare_store_beam(dataset, SPEC, LAYOUT, tmp_path / "store", HERE, clips_per_shard=3)
@@ -408,7 +424,7 @@ def test_a_worker_process_that_dies_ends_the_run(dataset, tmp_path):
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert killed and re.search(r"the Beam job failed: .* What was finished is kept", errors[0])
+    assert killed and re.search(r"the Beam job failed: .* Finished shards are kept", errors[0])
     assert not (tmp_path / "store" / "manifest.json").exists()
 
 

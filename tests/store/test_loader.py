@@ -1,4 +1,4 @@
-import grain.python as grain
+import grain
 import numpy as np
 import pytest
 
@@ -58,7 +58,7 @@ def test_the_seed_decides_and_the_state_resumes(store):
 )
 @pytest.mark.parametrize("stride", [1, 3])
 def test_steps_drawn_together_are_those_drawn_one_by_one(store, seed, step, stride):
-    """Each step has the stream of (seed, step, 0) and its places in the endless row of shuffled epochs."""
+    """Each step has the stream of (seed, step, 0) and its part of the shuffled epochs."""
     store.lengths[::2] = 30
     train = store.indices("train")
     make = _MakeBatch(store, train, 7, 20, 20, False, seed, True, 0, 1, stride)

@@ -188,19 +188,19 @@ def test_only_what_changed_or_is_new_is_computed(dataset, tmp_path):
 
 def test_an_interrupted_run_goes_on_after_its_last_shard(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "CLIPS_PER_SHARD", 2)
-    process = prepare.process_clip
+    process = prepare.Recipe.__call__
 
-    def stops(clip, *rest):
+    def stops(recipe, clip):
         if clip.clip_id == "c3":
             raise KeyboardInterrupt
-        return process(clip, *rest)
+        return process(recipe, clip)
 
-    monkeypatch.setattr(prepare, "process_clip", stops)
+    monkeypatch.setattr(prepare.Recipe, "__call__", stops)
     with pytest.raises(KeyboardInterrupt):
         make(dataset, tmp_path / "store")
-    with pytest.raises(UserError, match=r"no finished spectrogram store.*prepare\.py"):
+    with pytest.raises(UserError, match=r"no finished spectrogram store.*musicgenre prepare"):
         Store.open(tmp_path / "store")
-    monkeypatch.setattr(prepare, "process_clip", process)
+    monkeypatch.setattr(prepare.Recipe, "__call__", process)
     assert make(dataset, tmp_path / "store").computed == 4
 
 
@@ -290,7 +290,7 @@ def test_a_damaged_shard_is_named_and_rebuilt(dataset, tmp_path, monkeypatch, da
     else:
         shard.unlink()
     with pytest.raises(
-        UserError, match=r"00001\.npy: this shard.*(missing|damaged).*prepare\.py again"
+        UserError, match=r"00001\.npy: this shard.*(missing|damaged).*musicgenre prepare again"
     ):
         Store.open(tmp_path / "store")
     assert make(dataset, tmp_path / "store").computed == 2
@@ -420,7 +420,7 @@ def test_damaged_columns_are_named_and_written_anew(dataset, tmp_path, damage):
             file.write_bytes(content if damage == "flip" else content[:-1])
         with pytest.raises(
             UserError,
-            match=rf"{file.name}: this part.*(missing|damaged).*prepare\.py again: it writes it anew",
+            match=rf"{file.name}: this part.*(missing|damaged).*again: it rewrites the file",
         ):
             Store.open(tmp_path / "store")
     assert make(dataset, tmp_path / "store").computed == 0
@@ -506,7 +506,7 @@ def test_shards_read_or_mapped_give_the_same_and_one_cut_while_in_use_is_named(
     )
     for opened in (store, copy):
         np.testing.assert_array_equal(opened.gather(clips, starts, 30), expected)
-    # A page and more is gone, which a map still has room for: touching it would be the end of the process.
+    # Touching a mapped page that the file has lost would end the process.
     os.truncate(tmp_path / "store/shards/00001.npy", 128)
     with pytest.raises(UserError, match=r"00001\.npy: this shard is damaged \(it ends early\)"):
         store.gather(np.array([5]))
@@ -585,13 +585,13 @@ def test_a_rebuilt_shard_takes_a_new_number(dataset, tmp_path, monkeypatch):
 
 def test_the_number_of_threads_does_not_decide_the_bytes(dataset, tmp_path, monkeypatch):
     seen = []
-    process = prepare.process_clip
+    process = prepare.Recipe.__call__
 
     def looks(*arguments):
         seen.extend(pool["num_threads"] for pool in threadpool_info())
         return process(*arguments)
 
-    monkeypatch.setattr(prepare, "process_clip", looks)
+    monkeypatch.setattr(prepare.Recipe, "__call__", looks)
     with threadpool_limits(2):
         make(dataset, tmp_path / "store")
         assert {pool["num_threads"] for pool in threadpool_info()} == {2}
