@@ -142,8 +142,7 @@ def draw_taggram(
     """
     from musicgenre.audio.features import to_db
     from musicgenre.evaluation import plots
-    from musicgenre.inference.windows import overview, overview_spec
-    from musicgenre.studies.figures import mel_ticks
+    from musicgenre.inference.spectrogram import mel_ticks, overview, overview_spec
 
     spec = overview_spec(tagger.model.features)
     power, seconds = overview(sound, spec, min_seconds=tagger.min_seconds)

@@ -1,9 +1,9 @@
-"""The figures and the pages of an explanation: a network's filters, its activations, and what speaks for a label."""
+"""The figures of an explanation: a network's filters, its activations, and evidence for a label."""
 
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import scipy.ndimage
@@ -15,33 +15,35 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from musicgenre.evaluation.plots import BLUE, INK, MUTED, TimePanel, new_figure, save, short
-from musicgenre.evaluation.report import rendered
-from musicgenre.files import write_text
 
 _TICKS = "#374151"
-# From blue, which speaks against, over white to red, which speaks for.
+# Blue is evidence against a unit, red is evidence for it.
 _SIGNED = colormaps["RdBu_r"]
 _FOR = LinearSegmentedColormap.from_list("for", _SIGNED(np.linspace(0.5, 1.0, 128)))
-# Loud cells of a spectrogram behind colours are grey and no darker.
+# The spectrogram behind the colours is grey and no darker than this.
 _BEHIND = LinearSegmentedColormap.from_list("behind", ["#ffffff", "#8b9099"])
-# Of the activations, in inches: a row, the gap below it, the text on its left, its picture; rows of a column, columns.
+_IMAGE: dict[str, Any] = {"origin": "lower", "aspect": "auto", "interpolation": "nearest"}
+# Of the activations, in inches: a row, the gap below it, the text to its left, its picture.
 _ROW, _GAP, _TEXT, _PICTURE = 0.56, 0.14, 2.05, 6.3
+_COLUMN = _TEXT + _PICTURE + 0.25
+# Most rows per column, and columns.
 _ROWS, _COLUMNS = 24, 3
-# Pictures of one layer's units side by side.
-_UNITS = 8
-# Labels up to which each is written below its bar.
+# Pictures of one layer's units next to each other, and the gap between them.
+_UNITS, _UNIT_GAP = 8, 0.06
+# Most labels that are named below their bars.
 _NAMED = 12
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MapPanel:
-    """What lies over a spectrogram in `saliency`.
+    """A map that `saliency` draws below a spectrogram.
 
     Attributes:
-      values: `[frames, bands]`, drawn in colours over the spectrogram; `[n]`, drawn as a line over the same time.
-      name: what it is.
-      unit: name of the colour bar or the vertical axis.
-      signed: it has values below zero, which speak against.
+      values: `[frames, bands]`, drawn in colours over the spectrogram; `[n]`, drawn as a line over
+        the same time.
+      name: its title.
+      unit: name of the colour bar or of the vertical axis.
+      signed: whether it has negative values, evidence against the unit.
     """
 
     values: np.ndarray
@@ -60,74 +62,62 @@ def filters(
     yticks: Mapping[float, str] | None = None,
     most: int = 64,
 ) -> None:
-    """Draws kernels as small images of one colour scale, the strongest first.
+    """Draws kernels as small images with one colour scale, the strongest first.
 
     Args:
       path: PNG file.
       kernels: `[filters, bands, frames]`, the lowest band and the earliest frame first.
-      title: which layer of which network.
-      across: what lies along the horizontal axis of an image.
-      up: what lies along its vertical axis.
+      title: names the layer and the network.
+      across: name of an image's horizontal axis.
+      up: name of its vertical axis.
       yticks: labels by band, at the left edge.
-      most: filters that are drawn: those with the greatest energy.
+      most: draws at most this many, those with the greatest energy.
     """
     bands, width = kernels.shape[1:]
-    # Tall images for kernels that span many bands, square cells for small patches.
+    # Small patches have square cells; kernels that span many bands are tall images.
     square = max(bands, width) <= 16
-    high, wide = (
-        (0.78 * bands / max(bands, width), 0.78 * width / max(bands, width))
-        if square
-        else (1.35, 0.62)
-    )
     if square:
-        high, wide = max(high, 0.2), max(wide, 0.2)
+        high, wide = (max(0.78 * extent / max(bands, width), 0.2) for extent in (bands, width))
     elif width > 32:
-        wide = 1.35 if bands > 16 else 2.2
-        high = 1.35 if bands > 16 else 0.5
+        high, wide = (1.35, 1.35) if bands > 16 else (0.5, 2.2)
+    else:
+        high, wide = 1.35, 0.62
     columns = max(min(len(kernels), int(8.2 / (wide + 0.12))), 1)
-    # No more than a picture that is somewhat higher than wide holds.
+    # The figure is at most slightly higher than wide.
     most = min(most, columns * max(int(11.0 / (high + 0.27)), 1))
-    order = np.argsort(-np.square(kernels).sum(axis=(1, 2)), kind="stable")[:most]
+    order = np.argsort(-np.square(kernels).sum(axis=(1, 2)), kind="stable")[:most].tolist()
     count, limit = len(order), _limit(kernels[order], 0.998)
-    # Of the numbers of columns that are about as many, the one that leaves the fewest places empty.
+    # Of similar numbers of columns, take the one that leaves the fewest gaps in the last row.
     columns = min(
         range(columns, max(columns * 2 // 3, 1) - 1, -1), key=lambda number: -count % number
     )
     rows = -(-count // columns)
     figure = new_figure(max(columns * (wide + 0.12) + 1.7, 4.6), rows * (high + 0.27) + 1.0)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for place, axes in enumerate(grid.ravel()):
-        if place >= count:
-            axes.set_axis_off()
-            continue
-        number = int(order[place])
-        axes.imshow(
-            kernels[number],
-            origin="lower",
-            aspect="equal" if square else "auto",
-            cmap=_SIGNED,
-            vmin=-limit,
-            vmax=limit,
-            interpolation="nearest",
-        )
+    grid = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for axes in grid[count:]:
+        axes.set_axis_off()
+    options = _IMAGE | {"aspect": "equal" if square else "auto"}
+    for index, (axes, number) in enumerate(zip(grid, order, strict=False)):
+        axes.imshow(kernels[number], cmap=_SIGNED, vmin=-limit, vmax=limit, **options)
         axes.set_title(str(number), fontsize=6.5, color=MUTED, pad=2)
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set(color="#d1d5db", linewidth=0.6)
-        if yticks and place % columns == 0:
+        if yticks and index % columns == 0:
             axes.set_yticks(list(yticks), list(yticks.values()), fontsize=6)
             axes.tick_params(colors=_TICKS, length=2, pad=1)
-    figure.supxlabel(f"{across} · above each filter, its number", fontsize=9, color=INK)
+    figure.supxlabel(f"{across} · each filter is numbered", fontsize=9, color=INK)
     figure.supylabel(up, fontsize=9, color=INK)
-    bar = figure.colorbar(
+    _colour_bar(
+        figure,
         ScalarMappable(Normalize(-limit, limit), _SIGNED),
-        ax=list(grid.ravel()),
+        grid,
+        "weight",
+        extend="both",
         fraction=0.035,
         pad=0.02,
-        extend="both",
         aspect=24,
         shrink=min(1.0, 4.0 / (rows * (high + 0.27))),
     )
-    _quiet(bar, "weight")
     more = f" · the {count} strongest of {len(kernels)}" if count < len(kernels) else ""
     save(figure, path, f"{title}{more}")
 
@@ -135,35 +125,24 @@ def filters(
 def frequency_responses(
     path: str | os.PathLike[str], decibels: np.ndarray, hertz: np.ndarray, title: str
 ) -> None:
-    """Draws how strongly filters pass each frequency, a column a filter.
+    """Draws the magnitude responses of filters, one column per filter.
 
     Args:
       path: PNG file.
-      decibels: below each filter's peak, `[filters, bins]`, sorted by the frequency of their peak.
+      decibels: below each filter's peak, `[filters, bins]`, sorted by peak frequency.
       hertz: `[bins]`.
-      title: which layer of which network.
+      title: names the layer and the network.
     """
     figure = new_figure(8.4, 4.4)
     axes = figure.subplots()
-    step = float(hertz[1] - hertz[0]) if len(hertz) > 1 else 1.0
-    image = axes.imshow(
-        decibels.T,
-        origin="lower",
-        aspect="auto",
-        cmap="magma",
-        vmin=-30,
-        vmax=0,
-        interpolation="nearest",
-        extent=(0.5, len(decibels) + 0.5, float(hertz[0]) - step / 2, float(hertz[-1]) + step / 2),
-    )
-    axes.set(xlabel="filters, by the frequency that they pass best", ylabel="frequency (Hz)")
+    half = float(hertz[1] - hertz[0]) / 2 if len(hertz) > 1 else 0.5
+    extent = (0.5, len(decibels) + 0.5, float(hertz[0]) - half, float(hertz[-1]) + half)
+    image = axes.imshow(decibels.T, cmap="magma", vmin=-30, vmax=0, extent=extent, **_IMAGE)
+    axes.set(xlabel="filters, by peak frequency", ylabel="frequency (Hz)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.tick_params(colors=_TICKS, length=3)
     axes.spines[:].set_visible(False)
-    _quiet(
-        figure.colorbar(image, ax=axes, pad=0.012, fraction=0.045, extend="min"),
-        "dB re each filter's peak",
-    )
+    _colour_bar(figure, image, axes, "dB re each filter's peak", extend="min")
     save(figure, path, title, palette=True)
 
 
@@ -175,164 +154,144 @@ def activations(
     span: tuple[float, float],
     labels: Sequence[str] = (),
 ) -> None:
-    """Draws what every layer returns for one input, a row a layer, from the input on.
+    """Draws the outputs of every layer for one input, one row per layer, from the input on.
 
-    Of a layer with positions in time and bands, the eight units that vary most are drawn side by side; of one with time alone,
-    all units below each other; of one without, a step for each unit. A row has its own colours, from its smallest value (dark)
-    to its largest (bright), which are written beside it.
+    A layer with positions in time and bands shows the eight units that vary most, next to each
+    other; one with time alone, all units; one without, a step per unit. Each row has its own
+    colours, from its smallest value (dark) to its largest (bright), printed to its left.
 
     Args:
       path: PNG file.
-      layers: values by name, in the order of the network: `[units]`, `[steps, units]` or `[steps, heights, units]`.
-      title: of which network and file.
+      layers: values by name, in the network's order: `[units]`, `[steps, units]` or
+        `[steps, heights, units]`.
+      title: names the network and the file.
       span: first and last second of the input.
-      labels: names of the last layer's units, written below them where there are few.
+      labels: names of the last layer's units, shown below them if there are few.
     """
     names = list(layers)
     if len(names) > _ROWS * _COLUMNS:
-        names = [
-            names[i]
-            for i in np.linspace(0, len(names) - 1, _ROWS * _COLUMNS).round().astype(int).tolist()
-        ]
+        picked = np.linspace(0, len(names) - 1, _ROWS * _COLUMNS).round().astype(int)
+        names = [names[i] for i in picked.tolist()]
         title = f"{title} · {len(names)} of {len(layers)} layers"
     columns = -(-len(names) // _ROWS)
     rows = -(-len(names) // columns)
-    wide, head, foot = columns * (_TEXT + _PICTURE + 0.25), 0.5, 0.45
+    wide, head, foot = columns * _COLUMN, 0.5, 0.45
     high = head + rows * (_ROW + _GAP) + foot
     figure = new_figure(wide, high, layout=None)
-    for place, name in enumerate(names):
-        column, row = divmod(place, rows)
-        left = column * (_TEXT + _PICTURE + 0.25) + 0.1
-        bottom = high - head - row * (_ROW + _GAP) - _ROW
-        values = layers[name]
-        shape = " x ".join(map(str, values.shape))
-        figure.text(
-            left / wide,
-            (bottom + _ROW * 0.80) / high,
-            short(name, 30),
-            fontsize=8,
-            color=INK,
-            va="center",
-            weight="bold",
-        )
-        figure.text(
-            left / wide,
-            (bottom + _ROW * 0.47) / high,
-            shape,
-            fontsize=7.5,
-            color=MUTED,
-            va="center",
-        )
-        low, top = float(values.min()), float(values.max())
-        figure.text(
-            left / wide,
-            (bottom + _ROW * 0.17) / high,
-            f"{low:.3g} … {top:.3g}",
-            fontsize=7.5,
-            color=MUTED,
-            va="center",
-        )
-        box = (left + _TEXT - 0.1, bottom, _PICTURE, _ROW)
-        if values.ndim == 1:
-            axes = _axes(figure, box, wide, high)
-            axes.fill_between(
-                np.arange(len(values) + 1),
-                np.append(values, values[-1]),
-                step="post",
-                color=BLUE,
-                linewidth=0,
-            )
-            axes.set_xlim(0, len(values))
-            axes.axhline(0, color="#9ca3af", linewidth=0.6)
-            if name == names[-1] and len(values) == len(labels) <= _NAMED:
-                axes.set_xticks(
-                    np.arange(len(labels)) + 0.5, [short(label, 12) for label in labels], fontsize=7
-                )
-                axes.tick_params(colors=_TICKS, length=0, pad=2)
-        elif values.ndim == 2:
-            _image(_axes(figure, box, wide, high), values.T, low, top)
-        else:
-            grid = values.reshape(*values.shape[:2], -1)
-            spread = grid.reshape(-1, grid.shape[2]).std(axis=0)
-            shown = np.sort(np.argsort(-spread, kind="stable")[:_UNITS])
-            each = (_PICTURE - 0.06 * (len(shown) - 1)) / len(shown)
-            for i, unit in enumerate(shown.tolist()):
-                axes = _axes(figure, (box[0] + i * (each + 0.06), bottom, each, _ROW), wide, high)
-                _image(axes, grid[:, :, unit].T, low, top)
-                axes.text(
-                    0.02, 0.95, unit, transform=axes.transAxes, fontsize=5.5, color="white", va="top", ha="left",
-                    bbox={"facecolor": "#00000088", "edgecolor": "none", "pad": 0.8},
-                )  # fmt: skip
+    for index, name in enumerate(names):
+        column, row = divmod(index, rows)
+        box = (column * _COLUMN + 0.1, high - head - row * (_ROW + _GAP) - _ROW)
+        _activation_row(figure, box, name, layers[name], labels if name == names[-1] else ())
+    text = (
+        f"left to right: {span[0]:.1f} to {span[1]:.1f} s, or units of a layer without time · "
+        "bottom to top: bands, or units · dark to bright: the range on the left"
+    )
     for column in range(columns):
-        left = (column * (_TEXT + _PICTURE + 0.25) + _TEXT) / wide
-        text = (
-            f"left to right: {span[0]:.1f} to {span[1]:.1f} s, or units where a layer has no time · "
-            "bottom to top: bands, or units · dark to bright: the range on the left"
-        )
+        left = (column * _COLUMN + _TEXT) / wide
         figure.text(left, 0.16 / high, text, fontsize=6.8, color=MUTED, va="center")
     save(figure, path, title, palette=True)
+
+
+def _activation_row(
+    figure: Figure,
+    corner: tuple[float, float],
+    name: str,
+    values: np.ndarray,
+    labels: Sequence[str],
+) -> None:
+    """Draws one layer; `corner` is the left bottom of its row in inches."""
+    left, bottom = corner
+    low, top = float(values.min()), float(values.max())
+    lines = (
+        (0.80, short(name, 30), {"fontsize": 8, "color": INK, "weight": "bold"}),
+        (0.47, " x ".join(map(str, values.shape)), {"fontsize": 7.5, "color": MUTED}),
+        (0.17, f"{low:.3g} … {top:.3g}", {"fontsize": 7.5, "color": MUTED}),
+    )
+    wide, high = figure.get_size_inches()
+    for height, text, style in lines:
+        figure.text(left / wide, (bottom + _ROW * height) / high, text, va="center", **style)
+    left += _TEXT - 0.1
+
+    def add_axes(left: float, width: float) -> Axes:
+        axes = figure.add_axes((left / wide, bottom / high, width / wide, _ROW / high))
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set(color="#d1d5db", linewidth=0.6)
+        return axes
+
+    if values.ndim == 1:
+        axes = add_axes(left, _PICTURE)
+        steps = np.append(values, values[-1])
+        axes.fill_between(np.arange(len(steps)), steps, step="post", color=BLUE, linewidth=0)
+        axes.set_xlim(0, len(values))
+        axes.axhline(0, color="#9ca3af", linewidth=0.6)
+        if len(values) == len(labels) <= _NAMED:
+            named = [short(label, 12) for label in labels]
+            axes.set_xticks(np.arange(len(labels)) + 0.5, named, fontsize=7)
+            axes.tick_params(colors=_TICKS, length=0, pad=2)
+        return
+    options = _IMAGE | {"cmap": "magma", "vmin": low, "vmax": top}
+    if values.ndim == 2:
+        add_axes(left, _PICTURE).imshow(values.T, **options)
+        return
+    grid = values.reshape(*values.shape[:2], -1)
+    spread = grid.reshape(-1, grid.shape[2]).std(axis=0)
+    shown = np.sort(np.argsort(-spread, kind="stable")[:_UNITS])
+    each = (_PICTURE + _UNIT_GAP) / len(shown)
+    for i, unit in enumerate(shown.tolist()):
+        axes = add_axes(left + i * each, each - _UNIT_GAP)
+        axes.imshow(grid[:, :, unit].T, **options)
+        style = {"facecolor": "#00000088", "edgecolor": "none", "pad": 0.8}
+        axes.text(
+            0.02,
+            0.95,
+            unit,
+            transform=axes.transAxes,
+            fontsize=5.5,
+            color="white",
+            va="top",
+            bbox=style,
+        )
 
 
 def saliency(
     path: str | os.PathLike[str], sound: TimePanel, maps: Sequence[MapPanel], title: str
 ) -> None:
-    """Draws a spectrogram, and below it on the same axes what speaks for a label and what against it.
+    """Draws a spectrogram, and below it on the same axes the evidence for and against a unit.
 
-    Colours reach their ends at the 99.5th percentile. The values of cells are smoothed over their neighbours, for the eye.
+    Colours end at the 99.5th percentile. Signed maps are smoothed over neighbouring cells.
 
     Args:
       path: PNG file.
       sound: the spectrogram, `[frames, bands]`.
       maps: on the same frames and bands.
-      title: which label of which file.
+      title: names the label and the file.
     """
     heights = [2.0] + [2.0 if panel.values.ndim == 2 else 1.2 for panel in maps]
     figure = new_figure(9.6, 0.9 + 1.08 * sum(heights))
-    column = figure.subplots(len(maps) + 1, 1, sharex=True, squeeze=False, height_ratios=heights)[
-        :, 0
-    ]
+    column = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
     low, top = sound.limits or (float(sound.values.min()), float(sound.values.max()))
     end = sound.start + len(sound.values) * sound.seconds
-    extent = (sound.start, end, -0.5, sound.values.shape[1] - 0.5)
-    options: dict[str, Any] = {
-        "origin": "lower",
-        "aspect": "auto",
-        "interpolation": "nearest",
-        "extent": extent,
-    }
-    image = column[0].imshow(sound.values.T, cmap="magma", vmin=low, vmax=top, **options)
-    column[0].set_title(sound.name, fontsize=10, color=INK, loc="left")
-    _quiet(figure.colorbar(image, ax=column[0], pad=0.012, fraction=0.045), sound.unit)
-    for axes, panel in zip(column[1:], maps, strict=True):
-        axes.set_title(panel.name, fontsize=10, color=INK, loc="left")
+    options = _IMAGE | {"extent": (sound.start, end, -0.5, sound.values.shape[1] - 0.5)}
+    image = column[0, 0].imshow(sound.values.T, cmap="magma", vmin=low, vmax=top, **options)
+    _colour_bar(figure, image, column[0, 0], sound.unit)
+    for axes, panel in zip(column[1:, 0], maps, strict=True):
         if panel.values.ndim == 1:
             _curve(axes, panel, sound.start, end)
             continue
-        values = (
-            scipy.ndimage.gaussian_filter(panel.values.astype(np.float64), 1.0)
-            if panel.signed
-            else panel.values
-        )
-        limit = _limit(values, 0.995)
         axes.imshow(sound.values.T, cmap=_BEHIND, vmin=low, vmax=top, **options)
-        norm, colours = (
-            (Normalize(-limit, limit), _SIGNED) if panel.signed else (Normalize(0, limit), _FOR)
-        )
-        over = colours(norm(values))
-        # What lies over whole stretches lets the spectrogram through.
-        over[..., 3] = np.clip(np.abs(values) / limit, 0, 1) ** 0.6 * (1.0 if panel.signed else 0.8)
-        axes.imshow(over.transpose(1, 0, 2), **options)
-        bar = figure.colorbar(
-            ScalarMappable(norm, colours),
-            ax=axes,
-            pad=0.012,
-            fraction=0.045,
+        norm, colours, colour_map = _over(panel)
+        axes.imshow(colours.transpose(1, 0, 2), **options)
+        bar = _colour_bar(
+            figure,
+            ScalarMappable(norm, colour_map),
+            axes,
+            panel.unit,
             extend="both" if panel.signed else "max",
         )
-        _quiet(bar, panel.unit)
         bar.ax.yaxis.set_major_locator(MaxNLocator(4))
         bar.ax.ticklabel_format(axis="y", scilimits=(-2, 3))
-    for axes in column:
+    for axes, name in zip(column[:, 0], [sound.name, *(panel.name for panel in maps)], strict=True):
+        axes.set_title(name, fontsize=10, color=INK, loc="left")
         if axes.images:
             if sound.yticks:
                 axes.set_yticks(list(sound.yticks), list(sound.yticks.values()))
@@ -340,116 +299,37 @@ def saliency(
             axes.spines[:].set_visible(False)
         axes.tick_params(colors=_TICKS, length=3)
         axes.set_xlim(max(sound.start, 0), end)
-    minutes = end > 300
-    if minutes:
-        column[-1].xaxis.set_major_formatter(
+    bottom = column[-1, 0]
+    bottom.set_xlabel("time (s)")
+    if end > 300:
+        bottom.set_xlabel("time (min:s)")
+        bottom.xaxis.set_major_formatter(
             lambda value, _: f"{int(value) // 60}:{int(value) % 60:02d}"
         )
-    column[-1].set_xlabel("time (min:s)" if minutes else "time (s)")
     save(figure, path, title)
 
 
-class Link(NamedTuple):
-    """A cell of a table that leads to another page."""
-
-    text: str
-    href: str
-
-
-class Sound(NamedTuple):
-    """A sound file beside the page, to be played in it."""
-
-    name: str
-    src: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """A part of a page.
-
-    Attributes:
-      heading: its title.
-      text: what to know of what is shown, a paragraph each.
-      figures: address of each picture, and what it shows in words.
-      sounds: sounds to be played.
-      columns: of its table.
-      rows: of its table.
-      numbers: how many of the last columns are numbers.
-      listing: text of a fixed width, shown on demand.
-    """
-
-    heading: str
-    text: Sequence[str] = ()
-    figures: Sequence[tuple[str, str]] = ()
-    sounds: Sequence[Sound] = ()
-    columns: Sequence[str] = ()
-    rows: Sequence[Sequence[str | Link | Sound]] = ()
-    numbers: int = 0
-    listing: str = ""
+def _over(panel: MapPanel) -> tuple[Normalize, np.ndarray, Any]:
+    """Returns a map's scale, its colours `[frames, bands, 4]` and its colour map."""
+    values, colour_map, opacity = panel.values, _FOR, 0.8
+    if panel.signed:
+        values, colour_map, opacity = scipy.ndimage.gaussian_filter(values, 1), _SIGNED, 1.0
+    limit = _limit(values, 0.995)
+    norm = Normalize(-limit if panel.signed else 0, limit)
+    colours = colour_map(norm(values))
+    # Weak evidence, and a map without signs, leave the spectrogram visible.
+    colours[..., 3] = opacity * np.clip(np.abs(values) / limit, 0, 1) ** 0.6
+    return norm, colours, colour_map
 
 
-def page(
-    path: str | os.PathLike[str],
-    title: str,
-    facts: Mapping[str, str],
-    sections: Sequence[Section],
-    *,
-    synthetic: bool = False,
-    up: str = "",
-) -> None:
-    """Writes a page of an explanation; pictures and sounds lie beside it.
-
-    Args:
-      path: HTML file.
-      title: its heading.
-      facts: short ones, by name, below the heading.
-      sections: its parts.
-      synthetic: the model was trained on made-up audio; the page says so at the top.
-      up: address of the page that leads to this one, or "".
-    """
-    write_text(
-        path,
-        rendered(
-            "explain.html.j2",
-            title=title,
-            facts=facts,
-            sections=sections,
-            synthetic=synthetic,
-            up=up,
-        ),
-    )
-
-
-def _limit(values: np.ndarray, share: float) -> float:
-    """Returns the end of a colour scale that so large a share of the values lies within."""
-    return float(np.quantile(np.abs(values), share)) or float(np.abs(values).max()) or 1.0
-
-
-def _axes(figure: Figure, box: tuple[float, float, float, float], wide: float, high: float) -> Axes:
-    """Returns axes without ticks at a place in inches."""
-    left, bottom, width, height = box
-    axes = figure.add_axes((left / wide, bottom / high, width / wide, height / high))
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set(color="#d1d5db", linewidth=0.6)
-    return axes
-
-
-def _image(axes: Axes, values: np.ndarray, low: float, top: float) -> None:
-    axes.imshow(
-        values,
-        origin="lower",
-        aspect="auto",
-        cmap="magma",
-        vmin=low,
-        vmax=top,
-        interpolation="nearest",
-    )
+def _limit(values: np.ndarray, fraction: float) -> float:
+    """Returns the end of a colour scale that covers this fraction of the values."""
+    return float(np.quantile(np.abs(values), fraction)) or float(np.abs(values).max()) or 1.0
 
 
 def _curve(axes: Axes, panel: MapPanel, start: float, end: float) -> None:
-    """Draws what speaks for and what against over time, as two sums that do not cancel out."""
-    most = 1200
-    bounds = np.linspace(0, len(panel.values), min(most, len(panel.values)) + 1).astype(int)[:-1]
+    """Draws the evidence for and against a unit over time, as two sums that do not cancel."""
+    bounds = np.linspace(0, len(panel.values), min(1200, len(panel.values)) + 1).astype(int)[:-1]
     times = start + (end - start) * bounds / max(len(panel.values), 1)
     for sign, colour in ((1, _SIGNED(0.88)), (-1, _SIGNED(0.1))):
         sums = np.add.reduceat(np.maximum(sign * panel.values.astype(np.float64), 0), bounds)
@@ -461,7 +341,10 @@ def _curve(axes: Axes, panel: MapPanel, start: float, end: float) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(4))
 
 
-def _quiet(bar: Any, name: str) -> None:
+def _colour_bar(figure: Figure, image: ScalarMappable, axes: Any, name: str, **options: Any) -> Any:
+    """Adds a colour bar without a frame."""
+    bar = figure.colorbar(image, ax=axes, **{"pad": 0.012, "fraction": 0.045} | options)
     bar.outline.set_visible(False)
     bar.set_label(name, color=MUTED)
     bar.ax.tick_params(colors=_TICKS, length=3)
+    return bar

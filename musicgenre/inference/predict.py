@@ -1,52 +1,28 @@
-"""Sound files to labels with probabilities."""
+"""Predictions as text: a table, JSON or CSV."""
 
 import csv
-import dataclasses
 import io
 import json
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from musicgenre.inference.windows import Network, score_files
-from musicgenre.runs.model import TrainedModel
+from musicgenre.inference.windows import FileScores, score_files
+
+# Predictions are the scores of files.
+Prediction, predict_files = FileScores, score_files
 
 
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """What the model says of a file: probabilities `[classes]`, or the reason why it says nothing."""
-
-    path: str
-    probabilities: np.ndarray | None
-    error: str = ""
-
-
-def predict_files(
-    model: TrainedModel,
-    paths: Iterable[str | Path],
-    *,
-    min_seconds: float = 1.0,
-    network: Network | None = None,
-) -> Iterator[Prediction]:
-    """Yields a prediction for each file, in order. A file that cannot be used yields its reason; the rest goes on.
-
-    A file longer than the model's clips is cut into consecutive windows of that length, the last of which ends where the file
-    does; their probabilities are averaged. See `musicgenre.inference.windows`.
-
-    Args:
-      model: a trained model.
-      paths: sound files.
-      min_seconds: shorter files are refused.
-      network: the model's, where it is used more than once.
-    """
-    for scores in score_files(model, paths, min_seconds=min_seconds, network=network):
-        yield Prediction(scores.path, scores.probabilities, scores.error)
+def ranked(values: np.ndarray, task: str) -> list[int]:
+    """Returns the labels' numbers, the most probable first; a regression's outputs in order."""
+    if task == "regression":
+        return list(range(len(values)))
+    return np.argsort(-values, kind="stable").tolist()
 
 
 def render(
-    predictions: Iterable[Prediction],
-    label_names: tuple[str, ...],
+    predictions: Iterable[FileScores],
+    label_names: Sequence[str],
     form: str,
     top: int,
     task: str = "single_label",
@@ -54,68 +30,63 @@ def render(
     """Yields the lines of a table, a JSON array, JSON lines or a CSV file.
 
     Args:
-      predictions: from `predict_files`; those without probabilities are left out of the table and have an `error` in the
-        other forms.
+      predictions: the scores of files. Files with an error are left out of the table and have the
+        field `error` in the other formats.
       label_names: `[classes]`.
-      form: "table", "json", "jsonl" (one object a line) or "csv".
-      top: labels shown per file in a table and in JSON; CSV has a column for each label.
-      task: of a "regression" all numbers are shown, in the order of the model's outputs.
+      form: "table", "json", "jsonl" (one object per line) or "csv".
+      top: labels per file in a table and in JSON; CSV has one column per label.
+      task: for a "regression" all numbers are shown, in the order of the model's outputs.
     """
     regression = task == "regression"
     if form == "csv":
-        yield _csv_line(["path", *([] if regression else ["label"]), *label_names, "error"])
+        yield csv_line(["path", *([] if regression else ["label"]), *label_names, "error"])
     if form == "json":
         yield "["
     separator = ""
     for prediction in predictions:
         scores = prediction.probabilities
-        if regression or scores is None:
-            order = list(range(len(label_names)))
-        else:
-            order = np.argsort(-scores, kind="stable")[:top].tolist()
-        if form == "table" and scores is not None:
-            shown = (
-                f"{label_names[i]} {scores[i]:.4g}"
-                if regression
-                else f"{label_names[i]} {100 * scores[i]:.1f} %"
-                for i in order
-            )
-            yield f"{prediction.path}  " + "  ".join(shown)
+        order = [] if scores is None else ranked(scores, task)
+        if form == "csv":
+            first = [] if regression else [label_names[order[0]] if order else ""]
+            values = [""] * len(label_names) if scores is None else [f"{p:.6f}" for p in scores]
+            yield csv_line([prediction.path, *first, *values, prediction.error])
+            continue
+        shown = order if regression else order[:top]
+        pairs = [] if scores is None else [(label_names[i], float(scores[i])) for i in shown]
+        if form == "table" and pairs:
+            cells = [
+                f"{name} {value:.4g}" if regression else f"{name} {100 * value:.1f} %"
+                for name, value in pairs
+            ]
+            yield "  ".join([prediction.path, *cells])
         elif form in ("json", "jsonl"):
             entry: dict[str, object] = {"path": prediction.path}
             if scores is None:
                 entry["error"] = prediction.error
             elif regression:
-                entry["values"] = {label_names[i]: round(float(scores[i]), 6) for i in order}
+                entry["values"] = {name: round(value, 6) for name, value in pairs}
             else:
                 entry["labels"] = [
-                    {"label": label_names[i], "probability": round(float(scores[i]), 6)}
-                    for i in order
+                    {"label": name, "probability": round(value, 6)} for name, value in pairs
                 ]
-            yield separator + _json(entry)
+            yield separator + json_line(entry)
             separator = "," if form == "json" else ""
-        elif form == "csv":
-            first = [] if regression else ["" if scores is None else label_names[order[0]]]
-            values = (
-                [""] * len(label_names) if scores is None else [f"{score:.6f}" for score in scores]
-            )
-            yield _csv_line([prediction.path, *first, *values, prediction.error])
     if form == "json":
         yield "]"
 
 
-def _json(entry: dict[str, object]) -> str:
+def json_line(entry: dict[str, object]) -> str:
+    """Returns an object as JSON; file names that are not UTF-8 are escaped, so that it is valid."""
     text = json.dumps(entry, ensure_ascii=False)
     try:
         text.encode()
-    except (
-        UnicodeEncodeError
-    ):  # a file's name that is no text; escaped, it is valid JSON and Python reads it back
+    except UnicodeEncodeError:
         return json.dumps(entry)
     return text
 
 
-def _csv_line(values: list[str]) -> str:
+def csv_line(values: Iterable[str]) -> str:
+    """Returns a line of a CSV file without its line break."""
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="").writerow(values)
     return buffer.getvalue()

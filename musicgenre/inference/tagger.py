@@ -1,13 +1,14 @@
 """A trained model in a few lines of Python.
 
-A made-up song first, so that the examples run anywhere:
+A synthetic song first, so that the examples run anywhere:
 
 >>> import soundfile
 >>> from musicgenre.datasets.synthetic import STYLES, render_clip
->>> soundfile.write("song.flac", render_clip(next(iter(STYLES)), seed=0, seconds=60), 22050)
+>>> clip = render_clip(next(iter(STYLES)), seed=0, seconds=60)
+>>> soundfile.write("song.flac", clip, 22050)
 
 >>> from musicgenre import Tagger
->>> tagger = Tagger.load("gtzan")  # or a run's folder, or the file of a bundle
+>>> tagger = Tagger.load("gtzan")  # or a run's folder, or a bundle's file
 >>> len(tagger.labels), tagger.labels[:3]
 (10, ('blues', 'classical', 'country'))
 
@@ -19,16 +20,19 @@ True
 >>> round(sum(tag.probability for tag in tagger.tag("song.flac")), 5)
 1.0
 
-Many files; one that cannot be used says why, and the rest goes on:
+Many files. One that cannot be used yields the reason, and the others are still tagged:
 
->>> [(file.path, len(file.tags), file.error) for file in tagger.tag_files(["song.flac", "gone.mp3"], top=3)]
+>>> files = tagger.tag_files(["song.flac", "gone.mp3"], top=3)
+>>> [(file.path, len(file.tags), file.error) for file in files]
 [('song.flac', 3, ''), ('gone.mp3', 0, 'gone.mp3: no such file.')]
 
-Labels over time, a window every fifteen seconds, and what the network knows of a file before it names a label:
+Labels over time with a window every fifteen seconds, and the file's embedding:
 
 >>> taggram = tagger.taggram("song.flac", step_seconds=15)
->>> taggram.probabilities.shape == (len(taggram.starts), 10) and taggram.starts[:2].round().tolist() == [0, 15]
+>>> taggram.probabilities.shape == (len(taggram.starts), 10)
 True
+>>> taggram.starts[:2].round().tolist()
+[0.0, 15.0]
 >>> tagger.embed("song.flac").ndim
 1
 """
@@ -40,6 +44,7 @@ from typing import NamedTuple
 import numpy as np
 
 from musicgenre.errors import UserError
+from musicgenre.inference.predict import ranked
 from musicgenre.inference.windows import FileScores, Network, WindowScores, score_files
 from musicgenre.runs.model import TrainedModel, load_model
 
@@ -62,7 +67,7 @@ class TaggedFile(NamedTuple):
 
 
 class Tagger:
-    """A trained model, ready for sound files of any length. The network is compiled with the first file.
+    """A trained model for sound files of any length. The first file compiles the network.
 
     Args:
       model: from `musicgenre.runs.model.load_model`.
@@ -76,11 +81,11 @@ class Tagger:
 
     @classmethod
     def load(cls, source: PathLike, which: str = "last", *, min_seconds: float = 1.0) -> "Tagger":
-        """Loads a model by its name in this package, the folder of a run, or the file of a bundle.
+        """Loads a packaged model by name, a run's folder or a bundle's file.
 
         Args:
           source: such as "gtzan", "runs/mine" or "mine.safetensors".
-          which: of a run: "last", "best" or a step.
+          which: checkpoint of a run: "last", "best" or a step.
           min_seconds: shorter files are refused.
 
         Raises:
@@ -94,37 +99,48 @@ class Tagger:
         return self.model.label_names
 
     def tag(self, path: PathLike, top: int | None = None) -> list[Tag]:
-        """Returns a file's labels with their probabilities, the most probable first; a regression's in their own order.
+        """Returns a file's labels with their probabilities, the most probable first.
+
+        The probabilities are means over the file; see `musicgenre.inference.windows`. The outputs
+        of a regression keep their own order.
 
         Args:
           path: a sound file.
-          top: how many; None is all.
+          top: number of labels; None for all.
 
         Raises:
           UserError: the file cannot be used.
         """
-        return list(self._tags(self._one(path), top))
+        return list(self.tags(self._one(path), top))
 
     def tag_files(self, paths: Iterable[PathLike], top: int | None = None) -> Iterator[TaggedFile]:
-        """Yields each file with its labels, in order. A bad file yields its error, and the rest goes on.
+        """Yields each file with its labels, in order; a file that cannot be used with its error.
 
-        The next files are decoded while the network works.
+        The next files are decoded while the network computes.
 
         Args:
           paths: sound files.
-          top: labels of a file; None is all.
+          top: labels per file; None for all.
         """
         for scores in self.scores(paths):
-            yield TaggedFile(
-                scores.path, () if scores.error else self._tags(scores, top), scores.error
-            )
+            yield TaggedFile(scores.path, self.tags(scores, top), scores.error)
+
+    def tags(self, scores: FileScores, top: int | None = None) -> tuple[Tag, ...]:
+        """Returns the labels of a file's scores as `tag` does; none after an error."""
+        values = scores.probabilities
+        if values is None:
+            return ()
+        return tuple(
+            Tag(self.labels[i], float(values[i])) for i in ranked(values, self.model.task)[:top]
+        )
 
     def taggram(self, path: PathLike, step_seconds: float = 0.0) -> WindowScores:
         """Returns the probabilities over time.
 
         Args:
           path: a sound file.
-          step_seconds: from one window to the next, rounded to whole frames; 0 sets window after window.
+          step_seconds: from one window to the next, rounded to whole frames; 0 for consecutive
+            windows.
 
         Raises:
           UserError: the file cannot be used, or the step is longer than a window.
@@ -134,39 +150,47 @@ class Tagger:
         return scores.windows
 
     def embed(self, path: PathLike) -> np.ndarray:
-        """Returns a file's embedding, the mean over its windows of what goes into the last layer, float32 `[d]`.
+        """Returns a file's embedding, float32 `[d]`: the mean input of the network's last layer.
+
+        The mean over consecutive windows is weighted; see `musicgenre.inference.windows`.
 
         Raises:
-          UserError: the file cannot be used, or the network gives no embedding.
+          UserError: the file cannot be used, or the network has no embedding.
         """
-        scores = self._one(path, step=self.model.frames)
-        assert scores.embedding is not None
-        if not scores.embedding.size:
+        embedding = self._one(path, step=self.model.frames).embedding
+        assert embedding is not None
+        self.check_embedding(embedding)
+        return embedding
+
+    def check_embedding(self, embedding: np.ndarray) -> None:
+        """Raises UserError for the empty embedding of a network that sows none."""
+        if not embedding.size:
             raise UserError(
-                f"the model {self.model.config.model.name!r} sows no embedding; see README, 'Your own network'."
+                f"the model {self.model.config.model.name!r} sows no embedding; see README, "
+                "'Your own network'."
             )
-        return scores.embedding
 
     def step_frames(self, seconds: float) -> int:
-        """Returns a step in frames, at least 1; of 0 seconds, the frames of a window."""
+        """Returns a step in frames, at least 1; for 0 seconds, the frames of a window.
+
+        Raises:
+          UserError: the step is negative.
+        """
         if seconds < 0:
             raise UserError(f"the step must not be negative, but is {seconds:g} s.")
         spec = self.model.features
-        return (
-            max(round(seconds * spec.sample_rate / spec.hop_length), 1)
-            if seconds
-            else self.model.frames
-        )
+        frames = max(round(seconds * spec.sample_rate / spec.hop_length), 1)
+        return frames if seconds else self.model.frames
 
     def scores(
         self, paths: Iterable[PathLike], *, step: int = 0, keep_windows: bool = False
     ) -> Iterator[FileScores]:
-        """Yields probabilities and embeddings of each file, in order; see `musicgenre.inference.windows.score_files`.
+        """Yields the scores of each file, in order; see `musicgenre.inference.windows.score_files`.
 
         Args:
           paths: sound files.
-          step: frames from one window to the next; 0 is as in an evaluation.
-          keep_windows: give every window's, too.
+          step: frames from one window to the next; 0 for the windows of an evaluation.
+          keep_windows: include the scores of every window.
         """
         return score_files(
             self.model,
@@ -182,12 +206,3 @@ class Tagger:
         if scores.error:
             raise UserError(scores.error)
         return scores
-
-    def _tags(self, scores: FileScores, top: int | None) -> tuple[Tag, ...]:
-        values = scores.probabilities
-        assert values is not None
-        if self.model.task == "regression":
-            order = np.arange(len(values))
-        else:
-            order = np.argsort(-values, kind="stable")
-        return tuple(Tag(self.labels[i], float(values[i])) for i in order[:top].tolist())

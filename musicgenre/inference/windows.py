@@ -1,8 +1,22 @@
-"""A model over sound files of any length in bounded memory: streamed, cut into windows, probabilities and embeddings of each.
+"""Scores sound files of any length in bounded memory: streamed, split into windows and averaged.
 
-A stretch of the model's clip length (`layout.frames`) is treated as a clip of its own: it has its own dB reference, and passes
-through float16 as the clips of the store do. Clips follow each other from the file's start and the last one ends where the file
-does, so that a stream need not know its length beforehand and a time has the same window however long the file goes on.
+A stretch of the model's clip length (`layout.frames`) is treated as a clip: it has its own dB
+reference and is rounded to float16 as the clips of a store are. Clips follow each other from the
+file's start. The last one ends with the file and overlaps the one before it. A stream therefore
+need not know its length, and the windows before the last do not depend on it.
+
+A file's score is the weighted mean of its windows' scores. A window's weight is what it adds, the
+new frames that no earlier window covers, as a fraction of what a regular window adds:
+
+    weight = min(end - covered, stride) / stride
+    score(file) = sum(weight * score(window)) / sum(weight)
+
+where `covered` is the end of the window before, and `stride` is the step from one window to the
+next. All windows but the last have the weight 1. For 29 s in consecutive windows of 3 s, nine have
+the weight 1 and the last, from 26 to 29 s, has 2/3. If windows overlap (a step shorter than a
+window), all again have the weight 1 but the last, which counts as the fraction of a step that it
+advances. If a model was trained on crops and an evaluation takes several per clip, `end`,
+`covered` and `stride` are those of the clips, so that the crops of a clip count equally.
 """
 
 import collections
@@ -13,14 +27,13 @@ import queue
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from musicgenre.audio.decode import BLOCK, stream_audio
+from musicgenre.audio.decode import stream_audio
 from musicgenre.audio.features import (
     FeatureSpec,
     compress,
@@ -34,13 +47,13 @@ from musicgenre.errors import UserError
 from musicgenre.models import apply_model
 from musicgenre.runs.model import TrainedModel
 
-# Windows of one call of the network.
+# Windows per call of the network.
 BATCH = 8
-# Files that are decoded while the network works, and the windows of each that wait for it.
+# Files that are decoded while the network computes, and the most windows of each that wait for it.
 _FILES_AHEAD = 4
 _WINDOWS_AHEAD = 2 * BATCH
-# How often a thread that waits looks whether anybody still wants its windows, seconds.
-_LOOK_UP = 0.1
+# How often a waiting thread checks whether its windows are still wanted, seconds.
+_POLL_SECONDS = 0.1
 
 
 class Window(NamedTuple):
@@ -48,24 +61,26 @@ class Window(NamedTuple):
 
     Attributes:
       start: its first frame in the file.
-      length: how many of its frames are real; the rest fills it up.
+      length: how many of its frames are real; the rest is padding.
       inputs: float16 `[frames, bands]`.
+      weight: in the mean over the file, above 0 and at most 1.
     """
 
     start: int
     length: int
     inputs: np.ndarray
+    weight: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class WindowScores:
-    """What a model says of each window of a file.
+    """A model's outputs for each window of a file.
 
     Attributes:
-      starts: seconds, float64 `[windows]`, growing.
+      starts: seconds, float64 `[windows]`, increasing.
       ends: seconds, float64 `[windows]`.
       probabilities: float32 `[windows, classes]`; a regression's outputs.
-      embeddings: float32 `[windows, d]`; d is 0 where the network gives none.
+      embeddings: float32 `[windows, d]`; d is 0 if the network has no embedding.
     """
 
     starts: np.ndarray
@@ -76,13 +91,13 @@ class WindowScores:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FileScores:
-    """What a model says of a file, or the reason why it says nothing.
+    """A model's outputs for a file, or the reason why there are none.
 
     Attributes:
-      path: the file, as it was given.
-      probabilities: mean over its windows, float32 `[classes]`; None where there is an error.
-      embedding: mean over its windows, float32 `[d]`; None where there is an error.
-      windows: each window, where they were asked for.
+      path: the file as given.
+      probabilities: weighted mean over its windows, float32 `[classes]`; None after an error.
+      embedding: weighted mean over its windows, float32 `[d]`; None after an error.
+      windows: each window, if requested.
       error: why the file cannot be used; "" if it can.
     """
 
@@ -94,14 +109,14 @@ class FileScores:
 
 
 class Network:
-    """A trained model's network, compiled once.
+    """A trained model's network, compiled once per batch size.
 
-    A batch of fewer windows than `BATCH` is filled up to the next power of two. What comes out for a file therefore depends on
-    its own windows alone, not on the files beside it, and a file of one window costs one.
+    A batch of fewer windows than `BATCH` is padded to the next power of two. The outputs for a file
+    therefore depend on its own windows alone, and a file of one window costs one.
     """
 
     def __init__(self, model: TrainedModel) -> None:
-        # Loaded here and not above: it brings Optax, which tagging needs for nothing else.
+        # Imported here because it brings Optax, which tagging needs for nothing else.
         from musicgenre.models.apply import normalise
 
         module = model.module
@@ -110,7 +125,7 @@ class Network:
             normalised = normalise(x, saved["norm"])
             try:
                 logits, embedding = apply_model(module, saved["variables"], normalised)
-            except KeyError:  # a network of the user's own that sows no embedding
+            except KeyError:  # a user's network that sows no embedding
                 logits = module.apply(saved["variables"], normalised, train=False)
                 embedding = jnp.zeros((len(x), 0))
             return model.probabilities(logits), embedding
@@ -119,14 +134,128 @@ class Network:
         self._saved = jax.device_put(model.model)
 
     def __call__(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns probabilities and embeddings, float32 `[n, classes]` and `[n, d]`, of `[n, frames, bands]`, n up to `BATCH`."""
-        count = len(inputs)
-        room = (1 << (count - 1).bit_length()) - count
-        filled = np.concatenate([inputs, np.zeros((room, *inputs.shape[1:]), inputs.dtype)])
-        probabilities, embeddings = jax.device_get(self._scores(self._saved, filled))
-        return np.asarray(probabilities[:count], np.float32), np.asarray(
-            embeddings[:count], np.float32
+        """Returns probabilities and embeddings, float32 `[n, classes]` and `[n, d]`.
+
+        Args:
+          inputs: `[n, frames, bands]`, n up to `BATCH`.
+        """
+        scores = jax.device_get(self._scores(self._saved, padded_batch(inputs)))
+        probabilities, embeddings = (
+            np.asarray(values[: len(inputs)], np.float32) for values in scores
         )
+        return probabilities, embeddings
+
+
+def padded_batch(inputs: np.ndarray) -> np.ndarray:
+    """Returns inputs `[n, ...]` padded to the next power of two, so that few sizes are compiled."""
+    room = (1 << (len(inputs) - 1).bit_length()) - len(inputs)
+    return np.concatenate([inputs, np.zeros((room, *inputs.shape[1:]), inputs.dtype)])
+
+
+class FileWindows:
+    """The windows of a file, computed while iterating. Iterate only once.
+
+    Args:
+      path: a sound file.
+      model: a trained model.
+      step: see `stream_windows`.
+      min_seconds: a shorter file is refused.
+      blocks: the file's mono samples at the front end's rate in blocks; None decodes the file.
+
+    Attributes:
+      path: the file.
+      model: the model.
+      samples: the number of samples so far; all of the file's after the last window.
+
+    Raises:
+      UserError: while iterating, if the file cannot be used.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        model: TrainedModel,
+        *,
+        step: int = 0,
+        min_seconds: float = 1.0,
+        blocks: Iterable[np.ndarray] | None = None,
+    ) -> None:
+        self.path, self.model, self.samples = os.fspath(path), model, 0
+        self._step, self._min_seconds, self._blocks = step, min_seconds, blocks
+
+    def __iter__(self) -> Iterator[Window]:
+        return stream_windows(self._counted(), self.model.features, self.model, step=self._step)
+
+    def _counted(self) -> Iterator[np.ndarray]:
+        spec = self.model.features
+        blocks = self._blocks or stream_audio(
+            self.path, spec.sample_rate, min_seconds=self._min_seconds, resampler=spec.resampler
+        )
+        for block in blocks:
+            self.samples += len(block)
+            yield block
+
+
+def score_windows(
+    windows: Iterable[Window], network: Network
+) -> Iterator[tuple[Window, np.ndarray, np.ndarray]]:
+    """Yields each window with its probabilities `[classes]` and its embedding `[d]`, float32."""
+    remaining = iter(windows)
+    while batch := list(itertools.islice(remaining, BATCH)):
+        scores = network(np.stack([window.inputs for window in batch]))
+        yield from zip(batch, *scores, strict=True)
+
+
+class WeightedMean:
+    """Weighted means of arrays that arrive one after the other, in float64."""
+
+    def __init__(self) -> None:
+        self._weight = 0.0
+        self._sums: list[Any] = []
+
+    def add(self, weight: float, *values: np.ndarray) -> None:
+        """Adds one value of each mean."""
+        self._weight += weight
+        terms = [weight * value.astype(np.float64) for value in values]
+        self._sums = [
+            sum(pair) for pair in zip(self._sums or [0.0] * len(terms), terms, strict=True)
+        ]
+
+    def result(self) -> list[np.ndarray]:
+        """Returns the means, float32."""
+        return [(total / self._weight).astype(np.float32) for total in self._sums]
+
+
+def score_file(windows: FileWindows, network: Network, *, keep_windows: bool = False) -> FileScores:
+    """Returns the scores of one file.
+
+    Args:
+      windows: of the file.
+      network: the model's network.
+      keep_windows: include the scores of every window.
+
+    Raises:
+      UserError: the file cannot be used.
+    """
+    mean, kept = WeightedMean(), []
+    for window, *scores in score_windows(windows, network):
+        mean.add(window.weight, *scores)
+        if keep_windows:
+            kept.append((window.start, window.start + window.length, *scores))
+    probabilities, embedding = mean.result()
+    if not keep_windows:
+        return FileScores(windows.path, probabilities, embedding)
+    starts, ends, each, embeddings = (np.array(column) for column in zip(*kept, strict=True))
+    spec = windows.model.features
+    ends = np.minimum(ends * spec.hop_length, windows.samples)
+    return FileScores(
+        windows.path,
+        probabilities,
+        embedding,
+        WindowScores(
+            starts * spec.hop_length / spec.sample_rate, ends / spec.sample_rate, each, embeddings
+        ),
+    )
 
 
 def score_files(
@@ -138,38 +267,79 @@ def score_files(
     keep_windows: bool = False,
     min_seconds: float = 1.0,
 ) -> Iterator[FileScores]:
-    """Yields what the model says of each file, in order. A file that cannot be used yields its reason; the rest goes on.
+    """Yields the scores of each file, in order. A file that cannot be used yields the reason.
 
-    The next files are decoded and their features computed while the network works. No file is ever held as a whole.
+    The next files are decoded and their features computed while the network computes. No file is
+    ever held in memory as a whole.
 
     Args:
       model: a trained model.
       paths: sound files.
-      network: the model's, where it is used more than once.
+      network: the model's network, to compile it once for several calls.
       step: see `stream_windows`.
-      keep_windows: give every window's scores, too.
+      keep_windows: include the scores of every window.
       min_seconds: shorter files are refused.
     """
     network = network or Network(model)
-    queued: collections.deque[_Reader] = collections.deque()
+    queued: collections.deque[_ReadAhead] = collections.deque()
     names = iter(paths)
     with ThreadPoolExecutor(_FILES_AHEAD, thread_name_prefix="decode") as pool:
 
         def start(count: int) -> None:
             for path in itertools.islice(names, count):
-                queued.append(_Reader(path, model, step, min_seconds))
+                queued.append(_ReadAhead(path, model, step=step, min_seconds=min_seconds))
                 pool.submit(queued[-1].run)
 
         try:
             start(_FILES_AHEAD)
             while queued:
-                reader = queued[0]
-                yield _scores_of(reader, model.features, network, keep_windows)
+                try:
+                    yield score_file(queued[0], network, keep_windows=keep_windows)
+                except UserError as error:
+                    yield FileScores(queued[0].path, error=str(error))
                 queued.popleft()
                 start(1)
         finally:
-            for reader in queued:
-                reader.stop()
+            for windows in queued:
+                windows.stop()
+
+
+class _ReadAhead(FileWindows):
+    """The windows of a file, computed by `run` in a thread; a few of them wait to be taken."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._made: queue.Queue[Window | Exception | None] = queue.Queue(_WINDOWS_AHEAD)
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        """Makes all windows, then puts None, or the error that prevents them."""
+        try:
+            for window in super().__iter__():
+                self._put(window)
+                if self._stopped.is_set():
+                    return
+            self._put(None)
+        except Exception as error:  # raised again by the consumer
+            self._put(error)
+
+    def stop(self) -> None:
+        """Stops the thread, whose remaining windows are not wanted."""
+        self._stopped.set()
+
+    def __iter__(self) -> Iterator[Window]:
+        while (item := self._made.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+    def _put(self, item: Window | Exception | None) -> None:
+        while not self._stopped.is_set():
+            try:
+                self._made.put(item, timeout=_POLL_SECONDS)
+                return
+            except queue.Full:
+                continue
 
 
 def stream_windows(
@@ -180,9 +350,14 @@ def stream_windows(
     Args:
       blocks: mono samples, float32 `[any]`, at the front end's rate.
       spec: the model's front end.
-      model: gives the clip's length and padding, and of one that was trained on crops the length of these.
-      step: frames from one window to the next, at most a window. 0 takes what an evaluation takes: consecutive clips, and
-        of a model that was trained on crops `data.eval_chunks` crops in each clip.
+      model: gives the clip's length and padding, and the length of the crops if it was trained on
+        these.
+      step: frames from one window to the next, at most a window. 0 uses the windows of an
+        evaluation: consecutive clips, and `data.eval_chunks` crops per clip if the model was
+        trained on crops.
+
+    Raises:
+      UserError: a step that is negative or longer than a window.
     """
     frames, clip_frames = model.frames, model.layout.frames
     if not 0 <= step <= frames:
@@ -190,39 +365,43 @@ def stream_windows(
             f"the step of {step} frames must be at least 1 and at most a window's {frames}."
         )
     crops = frames < clip_frames
-    last = -1
+    stride = step or clip_frames
+    last, covered = -1, 0
     for start, power in _clips(
-        stream_power(blocks, spec), clip_frames, clip_frames if crops else step or clip_frames, spec
+        stream_power(blocks, spec), clip_frames, clip_frames if crops else stride, spec
     ):
         features, length = model.layout.fit(_finished(power, spec))
+        end = covered
         for first in _crop_starts(length, frames, step, model) if crops else [0]:
-            # The last clip overlaps the one before it; in a row of windows none comes twice.
+            # The last clip overlaps the one before it. With a step, no window is repeated.
             if step and start + first <= last:
                 continue
-            last = start + first
-            yield Window(
-                last,
-                min(length - first, frames),
-                features[first : first + frames].astype(np.float16),
-            )
+            last, real = start + first, min(length - first, frames)
+            end = last + real if step else start + length
+            inputs = features[first : first + frames].astype(np.float16)
+            yield Window(last, real, inputs, min(end - covered, stride) / stride)
+            if step:
+                covered = end
+        covered = end
 
 
 def file_inputs(samples: np.ndarray, model: TrainedModel, *, step: int = 0) -> np.ndarray:
-    """Returns `stream_windows` of a whole file's samples `[samples]` as one array, float16 `[inputs, frames, bands]`."""
+    """Returns the windows of a file's samples `[samples]`, float16 `[windows, frames, bands]`."""
     return np.stack(
         [window.inputs for window in stream_windows([samples], model.features, model, step=step)]
     )
 
 
 def stream_power(blocks: Iterable[np.ndarray], spec: FeatureSpec) -> Iterator[np.ndarray]:
-    """Yields the spectrogram of a whole file in parts, float32 `[any, bands]`: what comes before the logarithm.
+    """Yields a file's power spectrogram in parts, float32 `[any, bands]`, before the logarithm.
 
-    The frames are those of the whole file, centred on multiples of the hop: each block is computed with as much of its neighbours
-    as its first and last frames reach into.
+    The frames are those of the file as a whole, centred on multiples of the hop: each block is
+    computed with as much of its neighbours as its first and last frames need.
 
     Args:
       blocks: mono samples, float32 `[any]`.
-      spec: the front end. Of the kind "waveform" the parts are framed samples, of "mfcc" mel power.
+      spec: the front end. For the type "waveform" the parts are framed samples, for "mfcc" mel
+        power.
     """
     hop = spec.hop_length
     if spec.kind == "waveform":
@@ -231,7 +410,7 @@ def stream_power(blocks: Iterable[np.ndarray], spec: FeatureSpec) -> Iterator[np
     power = stft_power if spec.kind == "stft" else mel_power
     after = spec.n_fft - spec.n_fft // 2
     context = -(-(spec.n_fft // 2) // hop)
-    # `waiting` begins at the frame number `done` before the first that is still to be computed.
+    # The first `done` frames of `waiting` were yielded before.
     waiting, done = np.zeros(0, np.float32), 0
     for block in blocks:
         waiting = np.concatenate([waiting, block])
@@ -260,19 +439,19 @@ def _stream_frames(blocks: Iterable[np.ndarray], hop: int) -> Iterator[np.ndarra
 def _clips(
     parts: Iterable[np.ndarray], frames: int, step: int, spec: FeatureSpec
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (first frame, `[up to frames, bands]`) of clips at multiples of `step`, and of one more that ends with the file.
+    """Yields (first frame, `[up to frames, bands]`) of clips at multiples of `step`.
 
-    The frame that is centred on the file's very end makes no clip longer and asks for none of its own. A file that is shorter
-    than a clip is one clip.
+    One more ends with the file. The frame that is centred on the file's end neither lengthens a
+    clip nor requires another. A file that is shorter than a clip is one clip.
     """
-    held = np.zeros((0, spec.bands if spec.kind != "mfcc" else spec.n_mels), np.float32)
+    held = np.zeros((0, spec.n_mels if spec.kind == "mfcc" else spec.bands), np.float32)
     origin = start = 0
     for part in parts:
         held = np.concatenate([held, part])
         while start + frames <= origin + len(held):
             yield start, held[start - origin : start - origin + frames]
             start += step
-        # The one that ends with the file begins after the last one that was given.
+        # The clip that ends with the file begins after the last one yielded.
         passed = max(start - step - origin, 0)
         held, origin = held[passed:], origin + passed
     total = origin + len(held) - (spec.kind != "waveform")
@@ -287,11 +466,9 @@ def _finished(power: np.ndarray, spec: FeatureSpec) -> np.ndarray:
     """Returns the features of one clip from its power (or framed samples) `[frames, any]`."""
     if spec.kind == "waveform":
         return power
-    return (
-        mfcc_from_db(to_db(power, spec), spec.n_mfcc)
-        if spec.kind == "mfcc"
-        else compress(power, spec)
-    )
+    if spec.kind == "mfcc":
+        return mfcc_from_db(to_db(power, spec), spec.n_mfcc)
+    return compress(power, spec)
 
 
 def _crop_starts(length: int, frames: int, step: int, model: TrainedModel) -> list[int]:
@@ -299,169 +476,6 @@ def _crop_starts(length: int, frames: int, step: int, model: TrainedModel) -> li
     if not step:
         from musicgenre.store.loader import chunk_starts  # brings Grain
 
-        starts: list[int] = chunk_starts(
-            length, frames, int(model.config.data.eval_chunks)
-        ).tolist()
-        return starts
+        return chunk_starts(length, frames, int(model.config.data.eval_chunks)).tolist()
     last = max(length - frames, 0)
     return [*range(0, last, step), last]
-
-
-class _Reader:
-    """The windows of one file, made in a thread; a few of them wait to be taken."""
-
-    def __init__(
-        self, path: str | os.PathLike[str], model: TrainedModel, step: int, min_seconds: float
-    ) -> None:
-        self.path = path
-        self._model, self._step, self._min_seconds = model, step, min_seconds
-        self._made: queue.Queue[Window | int | Exception] = queue.Queue(_WINDOWS_AHEAD)
-        self._unwanted = threading.Event()
-        self._samples = 0
-
-    def run(self) -> None:
-        """Makes all windows, or finds out why there are none."""
-        spec = self._model.features
-        try:
-            for window in stream_windows(self._counted(spec), spec, self._model, step=self._step):
-                self._put(window)
-                if self._unwanted.is_set():
-                    return
-            self._put(self._samples)
-        except Exception as error:  # whoever takes the windows raises it again
-            self._put(error)
-
-    def stop(self) -> None:
-        """Nobody wants the rest."""
-        self._unwanted.set()
-
-    def batches(self) -> Iterator[list[Window]]:
-        """Yields windows, `BATCH` at a time, as they are made.
-
-        Raises:
-          UserError: the file cannot be used.
-        """
-        batch: list[Window] = []
-        while True:
-            item = self._made.get()
-            if isinstance(item, Exception):
-                raise item
-            if isinstance(item, Window):
-                batch.append(item)
-            if batch and (len(batch) == BATCH or not isinstance(item, Window)):
-                yield batch
-                batch = []
-            if not isinstance(item, Window):
-                return
-
-    @property
-    def samples(self) -> int:
-        """How many samples the file has, once all its windows are made."""
-        return self._samples
-
-    def _counted(self, spec: FeatureSpec) -> Iterator[np.ndarray]:
-        for block in stream_audio(
-            self.path,
-            spec.sample_rate,
-            min_seconds=self._min_seconds,
-            block=BLOCK,
-            resampler=spec.resampler,
-        ):
-            self._samples += len(block)
-            yield block
-
-    def _put(self, item: Window | int | Exception) -> None:
-        while not self._unwanted.is_set():
-            try:
-                self._made.put(item, timeout=_LOOK_UP)
-                return
-            except queue.Full:
-                continue
-
-
-def _scores_of(
-    reader: _Reader, spec: FeatureSpec, network: Network, keep_windows: bool
-) -> FileScores:
-    path = os.fspath(reader.path)
-    count = 0
-    sums: tuple[Any, Any] = (0.0, 0.0)
-    kept: list[tuple[np.ndarray, ...]] = []
-    try:
-        for batch in reader.batches():
-            scores = network(np.stack([window.inputs for window in batch]))
-            count += len(batch)
-            sums = (
-                sums[0] + scores[0].sum(axis=0, dtype=np.float64),
-                sums[1] + scores[1].sum(axis=0, dtype=np.float64),
-            )
-            if keep_windows:
-                first = np.array([window.start for window in batch])
-                kept.append((first, first + np.array([window.length for window in batch]), *scores))
-    except UserError as error:
-        return FileScores(path, error=str(error))
-    mean, embedding = ((total / count).astype(np.float32) for total in sums)
-    if not keep_windows:
-        return FileScores(path, mean, embedding)
-    starts, ends, probabilities, embeddings = (
-        np.concatenate(column) for column in zip(*kept, strict=True)
-    )
-    rate = spec.sample_rate
-    windows = WindowScores(
-        starts * spec.hop_length / rate,
-        np.minimum(ends * spec.hop_length, reader.samples) / rate,
-        probabilities,
-        embeddings,
-    )
-    return FileScores(path, mean, embedding, windows)
-
-
-def overview_spec(spec: FeatureSpec) -> FeatureSpec:
-    """Returns the front end of a picture of what a model hears: a mel spectrogram in dB, whatever the network takes."""
-    if spec.kind in ("waveform", "stft"):
-        spec = FeatureSpec(sample_rate=spec.sample_rate)
-    return dataclasses.replace(spec, kind="logmel", compression="db", db_ref="max", top_db=80.0)
-
-
-def overview(
-    path: str | os.PathLike[str], spec: FeatureSpec, most: int = 2000, *, min_seconds: float = 1.0
-) -> tuple[np.ndarray, float]:
-    """Returns a spectrogram's power for a picture of a file of any length, in bounded memory.
-
-    Neighbouring frames are averaged two by two as often as is needed.
-
-    Args:
-      path: a sound file.
-      spec: the front end; of the kind "logmel" or "stft".
-      most: most columns; at least half as many where the file has them.
-      min_seconds: shorter files are refused.
-
-    Returns:
-      Power, float32 `[columns, bands]`, and the seconds from one to the next.
-
-    Raises:
-      UserError: the file cannot be used.
-    """
-    columns: np.ndarray = np.zeros((0, spec.bands), np.float32)
-    rest = columns
-    together = 1
-    blocks = stream_audio(
-        Path(path), spec.sample_rate, min_seconds=min_seconds, resampler=spec.resampler
-    )
-    for part in stream_power(blocks, spec):
-        rest = np.concatenate([rest, part])
-        whole = len(rest) // together
-        columns = np.concatenate(
-            [
-                columns,
-                rest[: whole * together].reshape(whole, together, columns.shape[1]).mean(axis=1),
-            ]
-        )
-        rest = rest[whole * together :]
-        while len(columns) > most:
-            if len(columns) % 2:
-                # The odd one goes back, as frames that are all its mean.
-                rest = np.concatenate([np.repeat(columns[-1:], together, axis=0), rest])
-                columns = columns[:-1]
-            columns = columns.reshape(len(columns) // 2, 2, -1).mean(axis=1)
-            together *= 2
-    return columns, together * spec.hop_length / spec.sample_rate

@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tiny_model import tiny_model
 
-from musicgenre.cli import explain
 from musicgenre.cli import main as cli
 from musicgenre.evaluation import plots
+from musicgenre.explain import page as pages
 from musicgenre.explain import plots as explain_plots
 from musicgenre.inference.tagger import Tagger
 from musicgenre.runs.bundle import save_bundle
@@ -72,7 +72,7 @@ def test_a_folder_is_explained_and_its_bad_file_reported(bundle, music, tmp_path
         ".png",
         ".wav",
     }
-    assert f"What speaks for {label}" in (out / "c" / "index.html").read_text().replace(
+    assert f"Evidence for {label}" in (out / "c" / "index.html").read_text().replace(
         "&#x2F;", "/"
     )
 
@@ -150,12 +150,12 @@ def test_one_unit_of_a_layer(bundle, music, tmp_path, capsys):
     )
     text = pages[1].read_text()
     assert (
-        "What speaks for low" in text
-        and "What speaks for conv1 unit 3" in text
+        "Evidence for low" in text
+        and "Evidence for conv1 unit 3" in text
         and "audio" not in text
     )
     with np.load(out / "a b_1_" / "saliency-conv1_unit_3.npz") as found:
-        # A unit of the first layer hears as many frames as its kernel is long.
+        # A unit of the first layer depends on as many frames as its kernel is long.
         assert (
             "grad_cam" not in found
             and 1 <= np.count_nonzero(np.abs(found["gradient_times_input"]).sum(axis=1)) <= 4
@@ -199,7 +199,7 @@ def test_other_front_ends(kind, music, tmp_path):
     )
     inverted = list((out / "c").glob("inverted-*.wav"))
     assert len(inverted) == (2 if kind == "mfcc" else 0)
-    assert len(list((out / "c").glob("listens-*.wav"))) == (2 if "sound" in parts else 0)
+    assert len(list((out / "c").glob("masked-*.wav"))) == (2 if "sound" in parts else 0)
     assert (out / "filters-conv1.png").is_file() == ("filters" in parts)
     with np.load(out / "c" / "saliency.npz") as found:
         assert found["integrated_gradients"].shape == (
@@ -212,11 +212,11 @@ def test_the_layers_are_listed_without_a_file(bundle, capsys):
     assert run("--list-layers", f"--model={bundle}") == 0
     lines = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()]
     assert (
-        lines[0] == ["layer", "kind", "values", "units"]
+        lines[0] == ["layer", "type", "values", "units"]
         and ["conv2", "Conv", "8 x 16", "16"] in lines
     )
     assert ["output", "Output", "3", "3"] in lines and lines[-1][0].startswith(
-        "Grad-CAM is drawn over 'conv2'"
+        "Grad-CAM uses 'conv2'"
     )
 
 
@@ -224,16 +224,16 @@ def test_the_layers_are_listed_without_a_file(bundle, capsys):
     ("options", "message"),
     [
         (["--label=midle"], "--label=midle: no label of this model. Did you mean 'middle'?"),
-        (["--layer=conv3"], "layer 'conv3': the model has none of that name. Did you mean 'conv"),
+        (["--layer=conv3"], "layer 'conv3': the model has no layer of that name. Did you mean 'conv"),
         (["--layer=conv2", "--unit=16"], "unit 16: the layer 'conv2' has 16 units, 0 to 15."),
         (
             ["--layer=dense1"],
-            "--layer=dense1: it has no positions that Grad-CAM could be drawn of. Add --unit",
+            "--layer: layer 'dense1': it has no positions for Grad-CAM to map. Layers with positions: ",
         ),
-        (["--unit=1"], "--unit goes with --layer"),
+        (["--unit=1"], "--unit requires --layer"),
         (["--at=-1"], "--at must not be negative, but is -1."),
         (["--at=nan"], "--at must not be negative"),
-        (["--at=99"], "has no second 99; it is 4.0 s long"),
+        (["--at=99"], "99 s is beyond its end; it is 4.0 s long"),
         (["--parts=filters,sounds"], "--parts: 'sounds' is not known. Did you mean 'sound'?"),
         (["--top=0"], "--top must be at least 1"),
         (["--seconds=0"], "--seconds must be positive"),
@@ -278,7 +278,7 @@ def test_files_that_cannot_be_used(name, bundle, music, tmp_path, capsys):
     ("seconds", "words"), [(0, "0:00.0"), (9.96, "0:10.0"), (59.97, "1:00.0"), (3725.04, "62:05.0")]
 )
 def test_times_are_in_minutes_and_seconds(seconds, words):
-    assert explain._clock(seconds) == words
+    assert pages.clock(seconds) == words
 
 
 def test_nothing_to_explain(bundle, capsys):

@@ -12,8 +12,8 @@ from musicgenre import models
 from musicgenre.audio.features import FeatureSpec, compute_features, mfcc_from_db
 from musicgenre.audio.layout import ClipLayout
 from musicgenre.errors import UserError
-from musicgenre.explain import attribution as explain
-from musicgenre.explain.attribution import Explainer
+from musicgenre.explain import attribution, moments, sonify, taps
+from musicgenre.explain.taps import Explainer
 from musicgenre.inference.tagger import Tagger
 from musicgenre.models.registry import input_limits
 
@@ -147,7 +147,7 @@ def test_every_model_can_be_explained(name, base):
     x = -30 + 15 * np.random.default_rng(1).standard_normal((1, frames, bands), np.float32)
 
     explainer = Explainer(model)
-    found = explain.first_filters(model, explainer.layers)
+    found = taps.first_filters(model, explainer.layers)
     assert found and all(
         np.isfinite(part.kernels).all() and part.kernels.ndim == 3 for part in found
     )
@@ -200,9 +200,9 @@ def test_every_model_can_be_explained(name, base):
     step = 0.02 * gradients.inputs / length
     change = [float(explainer.activations(x + sign * step)["output"][0, 1]) for sign in (1, -1)]
     assert change[0] - change[1] == pytest.approx(0.04 * length, rel=0.1)
-    image = explain.grad_cam(gradients.values[0], gradients.by_values[0])
+    image = attribution.grad_cam(gradients.values[0], gradients.by_values[0])
     assert image.shape == explainer.taps[over].shape[:-1] and (image >= 0).all()
-    assert explain.stretched(image, frames, bands).shape == (frames, bands)
+    assert attribution.stretched(image, frames, bands).shape == (frames, bands)
 
 
 class Linear(nn.Module):
@@ -239,28 +239,28 @@ def test_of_a_linear_network_the_attributions_are_weight_times_value(base):
     model = model_of(base, Linear(), variables, 5, SPEC, mean, std)
     x = generator.uniform(-79, 0, (5, 4)).astype(np.float32)
     explainer = Explainer(model)
-    found = explain.gradient_times_input(explainer, x, "output", 2)
+    found = attribution.gradient_times_input(explainer, x, "output", 2)
     np.testing.assert_allclose(
         found.values, weights[:, :, 2] * (x - mean) / std, rtol=1e-4, atol=1e-5
     )
     assert found.values.sum() + 3 == pytest.approx(found.score, abs=1e-4) and np.array_equal(
-        found.heard, found.values
+        found.spectral, found.values
     )
-    path = explain.integrated_gradients(explainer, x, "output", 2, steps=3)
+    path = attribution.integrated_gradients(explainer, x, "output", 2, steps=3)
     np.testing.assert_allclose(path.values, weights[:, :, 2] * (x + 80) / std, rtol=1e-4, atol=1e-5)
     assert path.reference == pytest.approx(
         (weights[:, :, 2] * (-80 - mean) / std).sum() + 3, abs=1e-3
     )
     # Its filters are frames x bands, and it has no convolution that Grad-CAM could be drawn of.
-    (filters,) = explain.first_filters(model)
+    (filters,) = taps.first_filters(model)
     assert filters.form == "bands"
     np.testing.assert_array_equal(filters.kernels, weights.transpose(2, 1, 0))
     assert explainer.last_convolution == "input" and "embedding" not in explainer.taps
-    assert explain.strongest_units(explainer, x, 0) == []
+    assert attribution.strongest_units(explainer, x, 0) == []
     # Over the input, whose bands are the units: each band's mean weight times its value.
     expected = np.maximum((x - mean) / std @ weights[:, :, 2].mean(axis=0), 0)
     np.testing.assert_allclose(
-        explain.class_map(explainer, x, "output", 2), expected, rtol=1e-4, atol=1e-5
+        attribution.class_map(explainer, x, "output", 2), expected, rtol=1e-4, atol=1e-5
     )
 
 
@@ -274,29 +274,29 @@ def test_grad_cam_of_a_network_made_by_hand(base):
     assert explainer.last_convolution == "conv"
     # Every derivative is the weight / 4 frames, so is their mean.
     np.testing.assert_allclose(
-        explain.class_map(explainer, x, "output", 0), [0, 1.25, 2, 0], atol=1e-6
+        attribution.class_map(explainer, x, "output", 0), [0, 1.25, 2, 0], atol=1e-6
     )
     np.testing.assert_allclose(
-        explain.class_map(explainer, x, "output", 1), [1, 0.25, 0.5, 2], atol=1e-6
+        attribution.class_map(explainer, x, "output", 1), [1, 0.25, 0.5, 2], atol=1e-6
     )
     # Unit 0 has a mean of 2.75 and unit 1 of 3.75; they count 5.5 and -3.75 for the label 0, 0 and 3.75 for 1.
-    assert explain.strongest_units(explainer, x, 0) == [0, 1] and explain.strongest_units(
+    assert attribution.strongest_units(explainer, x, 0) == [0, 1] and attribution.strongest_units(
         explainer, x, 1, 1
     ) == [1]
     # The maximum over its positions alone speaks for a unit.
     found = explainer.gradients(x[None], "conv", 1)
     assert found.scores.tolist() == [8] and np.argwhere(found.inputs[0]).tolist() == [[3, 3]]
     with pytest.raises(
-        UserError, match=r"layer 'cov': the model has none of that name. Did you mean 'conv'\?"
+        UserError, match=r"layer 'cov': the model has no layer of that name. Did you mean 'conv'\?"
     ):
         explainer.gradients(x[None], "cov", 0)
     with pytest.raises(UserError, match="unit 2: the layer 'conv' has 2 units, 0 to 1"):
         explainer.gradients(x[None], "conv", 2)
     with pytest.raises(
         UserError,
-        match="layer 'head' has no positions that a map could be drawn of; input, conv have",
+        match="layer 'head': it has no positions for Grad-CAM to map. Layers with positions: input, conv",
     ):
-        explain.class_map(explainer, x, "output", 0, "head")
+        attribution.class_map(explainer, x, "output", 0, "head")
 
 
 def test_grad_cam_weighs_units_by_their_mean_derivative():
@@ -304,14 +304,14 @@ def test_grad_cam_weighs_units_by_their_mean_derivative():
     slopes = np.zeros_like(values)
     slopes[0, 0] = 6, -6
     slopes[2, 1] = 12, 0  # means over 6 positions: 3 and -1
-    np.testing.assert_allclose(explain.grad_cam(values, slopes), [[1, 5], [9, 13], [0, 27]])
+    np.testing.assert_allclose(attribution.grad_cam(values, slopes), [[1, 5], [9, 13], [0, 27]])
 
 
 def test_maps_are_linear_between_the_centres_of_their_positions():
     np.testing.assert_allclose(
-        explain.stretched(np.float32([0, 1]), 4, 1)[:, 0], [0, 0.25, 0.75, 1]
+        attribution.stretched(np.float32([0, 1]), 4, 1)[:, 0], [0, 0.25, 0.75, 1]
     )
-    both = explain.stretched(np.float32([[0, 4], [8, 12]]), 2, 4)
+    both = attribution.stretched(np.float32([[0, 4], [8, 12]]), 2, 4)
     np.testing.assert_allclose(both, [[0, 1, 3, 4], [8, 9, 11, 12]])
 
 
@@ -324,18 +324,18 @@ def test_integrated_gradients_add_up_to_the_difference(kind, base):
     db = np.random.default_rng(2).uniform(-80, 0, (9, 12)).astype(np.float32)
     x = db if kind == "logmel" else mfcc_from_db(db, 6)
     explainer = Explainer(model)
-    found = explain.integrated_gradients(explainer, x, "output", 0, steps=200)
-    ends = explainer.activations(np.stack([x, explain.silence(x, spec)]), ["output"])["output"][
+    found = attribution.integrated_gradients(explainer, x, "output", 0, steps=200)
+    ends = explainer.activations(np.stack([x, attribution.silence(x, spec)]), ["output"])["output"][
         :, 0
     ]
     np.testing.assert_allclose([found.score, found.reference], ends, rtol=1e-5, atol=1e-5)
     assert abs(ends[0] - ends[1]) > 0.1
     assert found.values.sum() == pytest.approx(ends[0] - ends[1], rel=0.01)
     # On mel bands it is the same sum, though other numbers.
-    assert found.heard.shape == (9, 12) and found.heard.sum() == pytest.approx(
+    assert found.spectral.shape == (9, 12) and found.spectral.sum() == pytest.approx(
         found.values.sum(), rel=1e-3
     )
-    few = explain.integrated_gradients(explainer, x, "output", 0, steps=1)
+    few = attribution.integrated_gradients(explainer, x, "output", 0, steps=1)
     assert abs(few.values.sum() - (ends[0] - ends[1])) > abs(
         found.values.sum() - (ends[0] - ends[1])
     )
@@ -344,18 +344,18 @@ def test_integrated_gradients_add_up_to_the_difference(kind, base):
 def test_silence_has_the_features_of_silence():
     quiet = np.full((3, 12), -80, np.float32)
     x = np.random.default_rng(0).uniform(-80, 0, (3, 12)).astype(np.float32)
-    np.testing.assert_array_equal(explain.silence(x, FeatureSpec(n_mels=12)), quiet)
+    np.testing.assert_array_equal(attribution.silence(x, FeatureSpec(n_mels=12)), quiet)
     mfcc = FeatureSpec(kind="mfcc", n_mels=12, n_mfcc=5)
     np.testing.assert_allclose(
-        explain.silence(mfcc_from_db(x, 5), mfcc), mfcc_from_db(quiet, 5), rtol=1e-5, atol=1e-4
+        attribution.silence(mfcc_from_db(x, 5), mfcc), mfcc_from_db(quiet, 5), rtol=1e-5, atol=1e-4
     )
     np.testing.assert_array_equal(
-        explain.silence(x, FeatureSpec(n_mels=12, db_ref="1.0", top_db=50)), x.max() - 50 + 0 * x
+        attribution.silence(x, FeatureSpec(n_mels=12, db_ref="1.0", top_db=50)), x.max() - 50 + 0 * x
     )
-    assert not explain.silence(x, FeatureSpec(n_mels=12, compression="log10000")).any()
+    assert not attribution.silence(x, FeatureSpec(n_mels=12, compression="log10000")).any()
     # MFCCs go back to the bands that they were made of, where none is left out.
     np.testing.assert_allclose(
-        explain.heard_bands(mfcc_from_db(x, 12), FeatureSpec(kind="mfcc", n_mels=12, n_mfcc=12)),
+        attribution.spectral_bands(mfcc_from_db(x, 12), FeatureSpec(kind="mfcc", n_mels=12, n_mfcc=12)),
         x,
         atol=1e-4,
     )
@@ -363,7 +363,7 @@ def test_silence_has_the_features_of_silence():
 
 def test_frequency_responses_are_sorted_by_their_peak():
     taps = np.float32([[1, -1, 0], [1, 0, -1], [2, 2, 0]])
-    decibels, hertz, order = explain.frequency_responses(taps, 8000, bins=5)
+    decibels, hertz, order = taps.frequency_responses(taps, 8000, bins=5)
     assert order.tolist() == [2, 1, 0] and hertz.tolist() == [0, 1000, 2000, 3000, 4000]
     assert decibels.argmax(axis=1).tolist() == [0, 2, 4]
     # |1 + exp(-iw)| / 2 is cos(w / 2), at a quarter of the rate cos 45 degrees.
@@ -405,14 +405,14 @@ def test_moments_are_where_the_click_and_the_tone_are(base, tmp_path):
     units = [("conv", 0), ("conv", 1), ("output", 1)]
     broken = tmp_path / "broken.wav"
     broken.write_bytes(b"RIFF")
-    moments = explain.strongest_moments(
+    found = moments.strongest_moments(
         explainer, [broken, *paths], units, count=2, failed=failures.append
     )
     assert len(failures) == 1 and "broken.wav: not a sound file" in failures[0]
-    assert [(moment.layer, moment.unit) for moment in moments] == [
+    assert [(moment.layer, moment.unit) for moment in found] == [
         unit for unit in units for _ in range(2)
     ]
-    click, tones, label = moments[0], moments[2], moments[4]
+    click, tones, label = found[0], found[2], found[4]
     hop = 512 / 22050
     assert click.path == str(paths[0]) and click.time == pytest.approx(45010 / 22050, abs=2.5 * hop)
     assert tones.path == str(paths[1]) and 6.0 - hop < tones.time < 6.363 + hop
@@ -422,14 +422,14 @@ def test_moments_are_where_the_click_and_the_tone_are(base, tmp_path):
         and label.start < 6.1 < label.end
         and abs(label.time - 6.18) < 0.5
     )
-    assert moments[0].activation > moments[1].activation
+    assert found[0].activation > found[1].activation
     # The activation is the probability, as the tagger has it.
     windows = Tagger(explainer.model).taggram(paths[1])
     assert label.activation == pytest.approx(float(windows.probabilities[:, 1].max()), rel=1e-5)
     with pytest.raises(UserError, match=r"broken.wav"):
-        explain.strongest_moments(explainer, [broken], units)
+        moments.strongest_moments(explainer, [broken], units)
     # What is cut out is the file as it is.
-    excerpt, rate = explain.read_excerpt(paths[0], 2.0, 2.1)
+    excerpt, rate = sonify.read_excerpt(paths[0], 2.0, 2.1)
     assert (
         excerpt.shape == (2205, 1)
         and rate == 22050
@@ -449,7 +449,7 @@ def test_the_window_is_the_most_probable_or_the_one_that_was_asked_for(base, tmp
     windows = tagger.taggram(path)
     mean = windows.probabilities.mean(axis=0)
     for label in (None, 0, 1, 2):
-        chosen = explain.choose_window(base, tagger.network, path, label=label)
+        chosen = moments.choose_window(base, tagger.network, path, label=label)
         assert chosen.label == (int(mean.argmax()) if label is None else label)
         best = int(windows.probabilities[:, chosen.label].argmax())
         assert (chosen.start, chosen.end) == pytest.approx(
@@ -458,10 +458,10 @@ def test_the_window_is_the_most_probable_or_the_one_that_was_asked_for(base, tmp
         np.testing.assert_allclose(chosen.probabilities, windows.probabilities[best], rtol=1e-5)
         np.testing.assert_allclose(chosen.file_probabilities, mean, rtol=1e-5)
         assert chosen.seconds == pytest.approx(9, abs=1e-3)
-    at = explain.choose_window(base, tagger.network, path, at=5.0)
+    at = moments.choose_window(base, tagger.network, path, at=5.0)
     assert at.start <= 5 <= at.end and at.label == int(at.probabilities.argmax())
-    with pytest.raises(UserError, match=r"song.flac: has no second 9.5; it is 9.0 s long"):
-        explain.choose_window(base, tagger.network, path, at=9.5)
+    with pytest.raises(UserError, match=r"song.flac: 9.5 s is beyond its end; it is 9.0 s long"):
+        moments.choose_window(base, tagger.network, path, at=9.5)
 
 
 @pytest.mark.parametrize(
@@ -479,28 +479,28 @@ def test_a_mask_leaves_the_band_that_it_is_over(spec):
     low, high = 500, 4000
     samples = 0.4 * tone(1.0, low) + 0.4 * tone(1.0, high)
     features = compute_features(samples, spec)
-    both = explain.invert(features, spec, iterations=4)
+    both = sonify.invert(features, spec, iterations=4)
     assert np.isfinite(both).all() and share(both, low) > 0.15 and share(both, high) > 0.15
     assert abs(len(both) - len(samples)) <= spec.hop_length and np.abs(both).max() == pytest.approx(
         0.9
     )
-    mask = np.zeros_like(explain.heard_bands(features, spec))
+    mask = np.zeros_like(attribution.spectral_bands(features, spec))
     loudest = (
-        explain.heard_bands(compute_features(tone(1.0, high), spec), spec).mean(axis=0).argmax()
+        attribution.spectral_bands(compute_features(tone(1.0, high), spec), spec).mean(axis=0).argmax()
     )
     mask[:, max(loudest - 3, 0) : loudest + 4] = 1
     for masked in (
-        explain.invert(features, spec, mask, iterations=4),
-        explain.through_mask(samples, spec, mask),
+        sonify.invert(features, spec, mask, iterations=4),
+        sonify.apply_mask(samples, spec, mask),
     ):
         assert share(masked, high) > 0.8 and share(masked, low) < 0.01
     # The sound itself keeps its amplitude and its phase.
-    kept = explain.through_mask(samples, spec, mask)
+    kept = sonify.apply_mask(samples, spec, mask)
     inner = slice(4000, -4000)
     assert len(kept) == len(samples)
     assert np.corrcoef(kept[inner], tone(1.0, high)[inner])[0, 1] > 0.99
     assert (
-        np.abs(explain.through_mask(samples, spec, np.ones_like(mask)) - samples)[inner].max()
+        np.abs(sonify.apply_mask(samples, spec, np.ones_like(mask)) - samples)[inner].max()
         < 0.05
     )
 
@@ -508,40 +508,40 @@ def test_a_mask_leaves_the_band_that_it_is_over(spec):
 def test_a_waveform_is_masked_as_it_is():
     spec = FeatureSpec(kind="waveform", hop_length=100, sample_rate=8000)
     features = tone(1, 440, 8000).reshape(80, 100)
-    np.testing.assert_array_equal(explain.invert(features, spec), features.ravel())
+    np.testing.assert_array_equal(sonify.invert(features, spec), features.ravel())
     heard = np.zeros((80, 100), np.float32)
     heard[20:40] = 1
     heard[60:] = -5
-    mask = explain.listening_mask(heard, spec)
+    mask = sonify.attribution_mask(heard, spec)
     assert mask.min() == 0 and mask.max() == 1 and (mask[22:38] == 1).all() and not mask[42:].any()
-    part = explain.through_mask(features.ravel(), spec, mask)
-    np.testing.assert_array_equal(part, explain.invert(features, spec, mask))
+    part = sonify.apply_mask(features.ravel(), spec, mask)
+    np.testing.assert_array_equal(part, sonify.invert(features, spec, mask))
     assert np.square(part[2000:4000]).sum() > 0.9 * np.square(part).sum() and not part[4200:].any()
 
 
 def test_masks_keep_what_speaks_for_a_unit():
     heard = np.zeros((60, 40), np.float32)
     heard[30, 20], heard[10, 10] = 3, -3
-    mask = explain.listening_mask(heard, FeatureSpec(n_mels=40))
+    mask = sonify.attribution_mask(heard, FeatureSpec(n_mels=40))
     assert mask[30, 20] == 1 == mask.max() and mask[10, 10] == 0 and 0 < mask.sum() < 70
-    assert not explain.listening_mask(-heard, FeatureSpec(n_mels=40))[28:33, 18:23].any()
-    assert not explain.listening_mask(np.zeros((4, 4), np.float32), FeatureSpec(n_mels=4)).any()
+    assert not sonify.attribution_mask(-heard, FeatureSpec(n_mels=40))[28:33, 18:23].any()
+    assert not sonify.attribution_mask(np.zeros((4, 4), np.float32), FeatureSpec(n_mels=4)).any()
 
 
 def test_sounds_are_written_as_16_bit_files(tmp_path):
-    path = explain.write_sound(tmp_path / "a" / "b.wav", np.float32([0, 0.5, 2, -2]), 8000)
+    path = sonify.write_sound(tmp_path / "a" / "b.wav", np.float32([0, 0.5, 2, -2]), 8000)
     samples, rate = soundfile.read(path)
     assert rate == 8000 and soundfile.info(path).subtype == "PCM_16"
     np.testing.assert_allclose(samples, [0, 0.5, 1, -1], atol=1e-4)
     with pytest.raises(UserError, match=r"gone.wav: cannot be read from 1.0 s on"):
-        explain.read_excerpt(tmp_path / "gone.wav", 1, 2)
+        sonify.read_excerpt(tmp_path / "gone.wav", 1, 2)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        explain.write_sound(tmp_path / "file" / "b.wav", np.zeros(3), 8000)
+        sonify.write_sound(tmp_path / "file" / "b.wav", np.zeros(3), 8000)
 
 
 def test_the_strongest_are_kept_in_order():
     heap = []
     for turn, value in enumerate([3.0, 1.0, 5.0, 5.0, 2.0]):
-        explain._keep(heap, (value, -turn, "x"), 3)
+        moments.keep_largest(heap, (value, -turn, "x"), 3)
     assert sorted(heap, reverse=True) == [(5.0, -2, "x"), (5.0, -3, "x"), (3.0, 0, "x")]

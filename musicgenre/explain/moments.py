@@ -1,0 +1,293 @@
+"""The window of a file to explain, and the moments of many files that excite a unit most."""
+
+import heapq
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import scipy.ndimage
+
+from musicgenre.errors import UserError
+from musicgenre.explain.attribution import silence
+from musicgenre.explain.taps import OUTPUT, Explainer
+from musicgenre.inference.windows import (
+    BATCH,
+    FileWindows,
+    Network,
+    WeightedMean,
+    Window,
+    padded_batch,
+    score_windows,
+)
+from musicgenre.runs.model import TrainedModel
+
+# A unit without positions in time is located by the second with most evidence for it.
+_MOMENT_SECONDS = 1.0
+
+
+class Chosen(NamedTuple):
+    """The window of a file that is explained.
+
+    Attributes:
+      window: the window.
+      start: seconds.
+      end: seconds; at most the end of the file.
+      probabilities: of the window, float32 `[classes]`.
+      label: number of the explained label.
+      file_probabilities: mean over the file, float32 `[classes]`.
+      seconds: length of the file.
+    """
+
+    window: Window
+    start: float
+    end: float
+    probabilities: np.ndarray
+    label: int
+    file_probabilities: np.ndarray
+    seconds: float
+
+
+class Moment(NamedTuple):
+    """A moment that excites a unit.
+
+    Attributes:
+      layer: of the unit.
+      unit: its number.
+      path: the sound file.
+      time: seconds; for a unit without positions in time, the middle of the second with most
+        evidence for it.
+      start: of the window, seconds.
+      end: of the window, seconds.
+      activation: its value; for the "output", the probability.
+    """
+
+    layer: str
+    unit: int
+    path: str
+    time: float
+    start: float
+    end: float
+    activation: float
+
+
+def choose_window(
+    model: TrainedModel,
+    network: Network,
+    path: str | os.PathLike[str],
+    *,
+    label: int | None = None,
+    at: float | None = None,
+    min_seconds: float = 1.0,
+) -> Chosen:
+    """Finds the window of a file to explain, in bounded memory.
+
+    Args:
+      model: a trained model.
+      network: its network.
+      path: the sound file.
+      label: the label's number; None for the most probable label of the file, or with `at` of the
+        window. For a regression it is the largest output.
+      at: seconds; the window whose middle is nearest. None for the window in which the label is
+        most probable.
+      min_seconds: shorter files are refused.
+
+    Raises:
+      UserError: the file cannot be used, or `at` is beyond its end.
+    """
+    windows = FileWindows(path, model, step=model.frames, min_seconds=min_seconds)
+    hop = model.features.hop_length / model.features.sample_rate
+    # The best window per label, or the one nearest to `at`.
+    best: dict[int, tuple[float, Window, np.ndarray]] = {}
+    mean = WeightedMean()
+    for window, row, _ in score_windows(windows, network):
+        mean.add(window.weight, row)
+        middle = (window.start + window.length / 2) * hop
+        for number, value in enumerate(row.tolist() if at is None else [-abs(middle - at)]):
+            if number not in best or value > best[number][0]:
+                best[number] = (value, window, row)
+    seconds = windows.samples / model.features.sample_rate
+    if at is not None and not 0 <= at <= seconds:
+        raise UserError(f"{path}: {at:g} s is beyond its end; it is {seconds:.1f} s long.")
+    (whole,) = mean.result()
+    if label is None:
+        label = int((whole if at is None else best[0][2]).argmax())
+    _, window, row = best[label if at is None else 0]
+    end = min((window.start + window.length) * hop, seconds)
+    return Chosen(window, window.start * hop, end, row, label, whole, seconds)
+
+
+class _Entry(NamedTuple):
+    """A candidate for a moment; entries compare by their first two items, which differ."""
+
+    activation: float
+    order: int  # falls, so that of equal activations the earlier one is kept
+    path: str
+    window: Window
+    step: int  # position in time; -1 for a unit without
+    seconds: float = 0.0  # length of the file
+
+
+def strongest_moments(
+    explainer: Explainer,
+    paths: Sequence[str | os.PathLike[str]],
+    units: Sequence[tuple[str, int]],
+    *,
+    count: int = 5,
+    min_seconds: float = 1.0,
+    failed: Callable[[str], None] | None = None,
+) -> list[Moment]:
+    """Finds the moments that excite units most, over any number of files, in bounded memory.
+
+    A window gives a unit at most one moment.
+
+    Args:
+      explainer: of the model.
+      paths: sound files.
+      units: layer and number of each.
+      count: moments per unit.
+      min_seconds: shorter files are refused.
+      failed: receives the reason why a file cannot be used, and the search continues. None raises
+        it.
+
+    Returns:
+      Moments in the order of the units, the strongest first.
+
+    Raises:
+      UserError: an unknown unit.
+    """
+    for layer, unit in units:
+        explainer.check_unit(layer, unit)
+    names = tuple(dict.fromkeys(layer for layer, _ in units))
+    order = itertools.count(0, -1)
+    best: list[list[_Entry]] = [[] for _ in units]
+    for path in paths:
+        windows = FileWindows(
+            path, explainer.model, step=explainer.model.frames, min_seconds=min_seconds
+        )
+        here: list[list[_Entry]] = [[] for _ in units]
+        try:
+            for window, values in _activations(explainer, windows, names):
+                real = window.length / explainer.model.frames
+                for entries, (layer, unit) in zip(here, units, strict=True):
+                    peak = _peak(values[layer][..., unit], real)
+                    keep_largest(
+                        entries,
+                        _Entry(peak[0], next(order), os.fspath(path), window, peak[1]),
+                        count,
+                    )
+        except UserError as error:
+            if failed is None:
+                raise
+            failed(str(error))
+            continue
+        seconds = windows.samples / explainer.model.features.sample_rate
+        for kept, entries in zip(best, here, strict=True):
+            for entry in entries:
+                keep_largest(kept, entry._replace(seconds=seconds), count)
+    found = [
+        (layer, unit, entry)
+        for (layer, unit), entries in zip(units, best, strict=True)
+        for entry in sorted(entries, key=lambda entry: entry[:2], reverse=True)
+    ]
+    frames: dict[int, float] = {}
+    for name in names:
+        timeless = [
+            i for i, (layer, _, entry) in enumerate(found) if layer == name and entry.step < 0
+        ]
+        for first in range(0, len(timeless), BATCH):
+            some = timeless[first : first + BATCH]
+            middles = busiest_frames(
+                explainer, [found[i][2].window for i in some], name, [found[i][1] for i in some]
+            )
+            frames |= dict(zip(some, middles, strict=True))
+    return [
+        _moment(explainer, layer, unit, entry, frames.get(i))
+        for i, (layer, unit, entry) in enumerate(found)
+    ]
+
+
+def _activations(
+    explainer: Explainer, windows: FileWindows, names: tuple[str, ...]
+) -> Iterator[tuple[Window, dict[str, np.ndarray]]]:
+    """Yields each window with the values of layers; those of the output are probabilities."""
+    remaining = iter(windows)
+    while batch := list(itertools.islice(remaining, BATCH)):
+        inputs = padded_batch(np.stack([window.inputs for window in batch]))
+        found = explainer.activations(inputs, names)
+        if OUTPUT in found:
+            found[OUTPUT] = np.asarray(explainer.model.probabilities(jnp.asarray(found[OUTPUT])))
+        for row, window in enumerate(batch):
+            yield window, {name: values[row] for name, values in found.items()}
+
+
+def _peak(values: np.ndarray, real: float) -> tuple[float, int]:
+    """Returns the maximum over the real fraction of positions `[steps, ...]`, and its step."""
+    if not values.ndim:
+        return float(values), -1
+    steps = values.reshape(len(values), -1).max(axis=1)[: max(round(real * len(values)), 1)]
+    step = int(steps.argmax())
+    return float(steps[step]), step
+
+
+def keep_largest(heap: list[Any], entry: Any, count: int) -> None:
+    """Keeps the `count` largest entries of a heap. No two have equal first two items."""
+    if len(heap) < count:
+        heapq.heappush(heap, entry)
+    else:
+        heapq.heappushpop(heap, entry)
+
+
+def _moment(
+    explainer: Explainer, layer: str, unit: int, entry: _Entry, busiest: float | None
+) -> Moment:
+    """Returns the moment of an entry: at its position, or at the frame with most evidence."""
+    model, window = explainer.model, entry.window
+    hop = model.features.hop_length / model.features.sample_rate
+    if busiest is None:
+        busiest = (entry.step + 0.5) * model.frames / explainer.taps[layer].steps - 0.5
+    # Frames of a waveform begin at multiples of the hop; others are centred there.
+    time = (window.start + busiest + (0.5 if model.features.kind == "waveform" else 0.0)) * hop
+    end = min((window.start + window.length) * hop, entry.seconds)
+    return Moment(
+        layer,
+        unit,
+        entry.path,
+        min(max(time, 0.0), entry.seconds),
+        window.start * hop,
+        end,
+        entry.activation,
+    )
+
+
+def busiest_frames(
+    explainer: Explainer, windows: Sequence[Window], layer: str, units: Sequence[int]
+) -> list[float]:
+    """Returns the middle of the second of each window with most evidence for a unit, as a frame.
+
+    The evidence is the derivative times the difference of the sound from silence.
+
+    Args:
+      explainer: of the model.
+      windows: up to `BATCH`.
+      layer: of the units.
+      units: one per window.
+    """
+    spec = explainer.model.features
+    features = np.stack([window.inputs for window in windows]).astype(np.float32)
+    rows = np.arange(BATCH) % len(windows)
+    gradients = explainer.gradients(
+        features[rows], layer, [units[row] for row in rows.tolist()]
+    ).inputs
+    width = max(round(_MOMENT_SECONDS * spec.sample_rate / spec.hop_length), 1)
+    found = []
+    for window, values, gradient in zip(windows, features, gradients, strict=False):
+        evidence = (gradient * (values - silence(values, spec))).sum(axis=1, dtype=np.float64)
+        evidence = evidence[: window.length]
+        smooth = scipy.ndimage.uniform_filter1d(
+            evidence, min(width, len(evidence)), mode="constant"
+        )
+        found.append(float(smooth.argmax()))
+    return found
