@@ -27,7 +27,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import gtzan_best
+from musicgenre.configs import gtzan_best
 
 
 def get_config() -> ConfigDict:

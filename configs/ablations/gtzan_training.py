@@ -26,7 +26,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.ablations import gtzan_networks
+from musicgenre.configs.ablations import gtzan_networks
 
 
 def get_config() -> ConfigDict:

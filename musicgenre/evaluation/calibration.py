@@ -116,7 +116,8 @@ def risk_coverage(
       `aurc`, the area under the curve of risk (fraction of errors among the clips kept) against
       coverage (fraction kept): the mean over 1, 2, ... all clips kept (Geifman et al. 2019,
       arXiv:1805.08206); `aurc_best`, its value if all errors were less confident than the right
-      clips; `curve`, `coverage` and `accuracy` of up to 200 points; and `at`, for each of `COVERAGES`
+      clips; `curve`, `coverage` and `accuracy` of up to 200 points; and `at`, for each of
+      `COVERAGES`
       the clips of at least the confidence that so many of them reach: `target`, `coverage`, `n`,
       `accuracy`, `wilson` (its interval) and `threshold` (the confidence).
 

@@ -53,6 +53,7 @@ def summarise_seeds(
     """
     measures, left_out = _summarise(runs)
     main, mean = next(iter(measures)), f"mean of {len(runs)} seeds"
+    interval: Sequence[float] | None
     summary: dict[str, Any] = {
         "title": title,
         "synthetic": synthetic,
@@ -235,7 +236,7 @@ def _together(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns the fields of all configs; where they differ, the list of their values."""
     found: dict[str, Any] = {}
     for key in dict.fromkeys(key for config in configs for key in config):
-        values = [config.get(key) for config in configs]
+        values: list[Any] = [config.get(key) for config in configs]
         if all(isinstance(value, Mapping) for value in values):
             found[key] = _together(values)
         else:

@@ -34,8 +34,8 @@ def single_label_metrics(
       None in `per_class`.
 
     Raises:
-      UserError: shapes that do not fit, no clips, NaN, scores outside [0, 1] or rows that do not sum
-        to 1, labels out of range.
+      UserError: shapes that do not fit, no clips, NaN, scores outside [0, 1] or rows that do not
+        sum to 1, labels out of range.
     """
     scores, labels = _check_scores(scores, label_names), np.asarray(labels)
     _check_labels(scores, labels)
@@ -192,7 +192,7 @@ def regression_metrics(
             clip, output = np.argwhere(~np.isfinite(values))[0]
             value = values[clip, output]
             raise UserError(f"{what}: clip {clip} has {value} for {names[output]!r}.")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, truth, guess in zip(names, targets.T, predicted.T, strict=True):
         varies, both = np.ptp(truth) > 0, np.ptp(truth) > 0 and np.ptp(guess) > 0
         rows.append(

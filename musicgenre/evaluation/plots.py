@@ -274,7 +274,7 @@ def comparison_plot(
     factor, digits = (100, 1) if percent else (1, 3)
     leaks = list(rows[0].get("leaks", ()))
     figure = new_figure(10.5 if leaks else 8.6, 1.9 + (0.62 if leaks else 0.42) * max(len(rows), 2))
-    axes, *more = np.ravel(figure.subplots(1, 2 if leaks else 1, sharey=True))
+    axes, *more = figure.subplots(1, 2 if leaks else 1, sharey=True, squeeze=False)[0]
     positions = np.arange(len(rows))
     limits = factor * np.array([row["interval"] or (np.nan, np.nan) for row in rows], float)
     values = [factor * np.asarray(row["values"], float) for row in rows]
@@ -344,11 +344,12 @@ def label_distribution(
         handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in (BLUE, _LINE)]
         words = [f"the {marked} most frequent", f"the other {n - marked}"]
     if len(handles) > 1:
-        above = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "ncols": len(words)}
-        axes.legend(handles, words, frameon=False, fontsize=9, **above)
+        above = {"bbox_to_anchor": (0, 1.0), "ncols": len(words)}
+        axes.legend(handles, words, frameon=False, fontsize=9, loc="lower left", **above)
     if n <= _MOST_BARS_WITH_NUMBERS:
-        look = {"fontsize": 8.5 if few else 7, "rotation": 0 if few else 90, "color": MUTED}
-        axes.bar_label(bars, [f"{total:,}" for total in table.sum(axis=0)], padding=3, **look)
+        look: dict[str, Any] = {"fontsize": 8.5 if few else 7, "rotation": 0 if few else 90}
+        look |= {"color": MUTED, "padding": 3}
+        axes.bar_label(bars, [f"{total:,}" for total in table.sum(axis=0)], **look)
         axes.margins(y=0.12)
     slanted: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(range(n), names, fontsize=size, **(slanted if few else {"rotation": 90}))
@@ -464,7 +465,8 @@ def taggram(
     height = 0.23 * len(shown) + 0.5
     figure = new_figure(8.4, 3.4 + height)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2.4, height])
-    colour_bar(figure, above, sound.draw(above), sound.unit)
+    if (image := sound.draw(above)) is not None:
+        colour_bar(figure, above, image, sound.unit)
     limits = (0.0, 1.0) if unit == "probability" else (float(scores.min()), float(scores.max()))
     rows = np.arange(len(shown) + 1) - 0.5
     look: dict[str, Any] = {"cmap": "magma", "vmin": limits[0], "vmax": limits[1]}
@@ -507,11 +509,11 @@ def style_axes(axes: Axes, grid: Literal["both", "x", "y"] = "both") -> None:
 
 
 def colour_bar(
-    figure: Figure, axes: Axes, image: ScalarMappable | None, name: str, **options: Any
+    figure: Figure, axes: Axes, image: ScalarMappable, name: str, **options: Any
 ) -> Colorbar:
-    """Draws the colour bar of an image beside its axes; `options` are those of `Figure.colorbar`."""
+    """Draws the colour bar of an image; `options` are those of `Figure.colorbar`."""
     bar = figure.colorbar(image, ax=axes, **{"pad": 0.012, "fraction": 0.045} | options)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.set_label(name, color=MUTED)
     bar.ax.tick_params(colors=TICKS, length=3)
     return bar
@@ -537,7 +539,7 @@ def save(figure: Figure, path: PathLike, title: str, *, palette: bool = False) -
     if figure.get_layout_engine() is None:
         heading.set_y(1 - 0.12 / figure.get_figheight())
     for text in figure.findobj(Text):
-        text.set_parse_math(False)  # type: ignore[attr-defined]
+        text.set_parse_math(False)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=_DPI, metadata={"Software": None})
         if palette:

@@ -131,11 +131,12 @@ def measure(
 
     Returns:
       The result of `single_label_metrics`, `multi_label_metrics` or `regression_metrics`, with
-      `task` and `intervals`: `level`, `bootstrap_unit` (what was resampled, such as "artist"; "clip"
-      where no group is known), `bootstrap_units` (their number) and for each headline measure a dict with
-      `bootstrap` and, for accuracy, `wilson`, each [low, high] or None. Each class or tag has
-      `recall_wilson`, the interval of its recall. Single labels have `ece_by_chance` (see there),
-      `abstention`, see `musicgenre.evaluation.calibration.risk_coverage`, and, with `calibration`,
+      `task` and `intervals`: `level`, `bootstrap_unit` (what was resampled, such as "artist";
+      "clip" where no group is known), `bootstrap_units` (their number) and for each headline
+      measure a dict with `bootstrap` and, for accuracy, `wilson`, each [low, high] or None. Each
+      class or tag has `recall_wilson`, the interval of its recall. Single labels have
+      `ece_by_chance` (see there), `abstention`, see
+      `musicgenre.evaluation.calibration.risk_coverage`, and, with `calibration`,
       `calibration`: `temperature`, `fitted_on` (in words), `shared` (clips of the fit among those
       evaluated here), `before` and `after` (`calibration_metrics` without and with it), and
       `cross_fitted`, the same measures where each fold of the groups has the temperature fitted on
@@ -156,15 +157,10 @@ def measure(
     }
     draws: dict[str, Any] = {"resamples": resamples, "seed": seed, "level": LEVEL}
     scores, targets = np.asarray(evaluation.scores), np.asarray(evaluation.targets)
-    names = evaluation.label_names
+    metrics = label_metrics(evaluation)
     if evaluation.task == "regression":
-        metrics, statistic = (
-            regression_metrics(scores, targets, names),
-            weighted_r2(scores, targets),
-        )
+        statistic = weighted_r2(scores, targets)
     else:
-        single = evaluation.task == "single_label"
-        metrics = (single_label_metrics if single else multi_label_metrics)(scores, targets, names)
         statistic = weighted_macro_aucs(scores, _one_hot(evaluation))
         for row in metrics["per_class"]:
             hits, support = round((row["recall"] or 0) * row["support"]), row["support"]
@@ -184,6 +180,22 @@ def measure(
     for name, interval in zip(_TASKS[evaluation.task].bootstrapped, both, strict=True):
         intervals[name] = {"bootstrap": interval and list(interval)}
     return {"task": evaluation.task, **metrics, "intervals": intervals}
+
+
+def label_metrics(evaluation: Evaluation) -> dict[str, Any]:
+    """Returns the metrics of an evaluation's task, without intervals; see `measure`."""
+    measures = {
+        "single_label": single_label_metrics,
+        "multi_label": multi_label_metrics,
+        "regression": regression_metrics,
+    }
+    scores, targets = np.asarray(evaluation.scores), np.asarray(evaluation.targets)
+    return measures[evaluation.task](scores, targets, evaluation.label_names)
+
+
+def main_measures(task: str) -> tuple[str, ...]:
+    """Returns the headline measures of a task, such as ("accuracy",)."""
+    return _TASKS[task].main
 
 
 def headline(metrics: Mapping[str, Any]) -> str:
@@ -353,7 +365,8 @@ def _predictions(evaluation: Evaluation) -> str:
     scores, targets = np.asarray(evaluation.scores, float), np.asarray(evaluation.targets)
     columns = [f"{what}_{name}" for what in ("truth", "predicted") for name in names]
     if evaluation.task == "regression":
-        rows = [[f"{x:.6g}" for x in both] for both in np.hstack([targets, scores]).astype(float)]
+        both = np.hstack([targets, scores]).astype(float)
+        rows: list[list[Any]] = [[f"{value:.6g}" for value in row] for row in both]
     else:
         columns = ["truth", "predicted", "correct", *(f"p_{name}" for name in names)]
         truth, chosen = _one_hot(evaluation) == 1, scores >= 0.5

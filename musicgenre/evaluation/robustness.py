@@ -1,10 +1,10 @@
-"""The effect of changes to clips on a model's decisions, with intervals: JSON, Markdown, figure, HTML.
+"""The effect of changes to clips on a model's decisions, with intervals.
 
 After B. L. Sturm, "A simple method to determine if a music information retrieval system is a
 'horse'", IEEE Transactions on Multimedia 16(6), 2014: if a change that is irrelevant to the genre
 changes the decision, the model relies on something other than the genre, however high its accuracy.
-Sturm also searches such a change for each clip: one that makes a right decision wrong (deflation) or
-a wrong one right (inflation). The lowest and the highest accuracy report how far that goes.
+Sturm also searches such a change for each clip: one that makes a right decision wrong (deflation)
+or a wrong one right (inflation). The lowest and the highest accuracy report how far that goes.
 """
 
 import dataclasses
@@ -62,8 +62,8 @@ class Robustness:
       clip_ids: `[clips]`.
       groups: the artist or folder of each clip, `[clips]`; None where it is not known.
       group_name: what a group is.
-      targets: class numbers `[clips]`, or None if unknown: then the decision before the change stands
-        for them where probabilities are compared, and there is no accuracy.
+      targets: class numbers `[clips]`, or None if unknown: then the decision before the change
+        stands for them where probabilities are compared, and there is no accuracy.
       before: probabilities of the unchanged clips, `[clips, classes]`.
       outcomes: for each change.
       equalised: probabilities under many random equalisers, `[tries, clips, classes]`.
@@ -99,10 +99,11 @@ def measure(tested: Robustness, *, resamples: int = 2000, seed: int = 0) -> dict
     """Returns the effect of the changes, as plain JSON values.
 
     A decision is the most probable label. Each change has `changed` and `share_changed` (with
-    Wilson's interval), the clips whose decision changes; `accuracy`, `worse` (clips right before and
-    wrong after), `better`, the exact two-sided `p` of these two (McNemar 1947), and `accuracy_change`
-    with the bootstrap interval over groups of the paired difference, all None without targets; and
-    `probability_change`, the mean change of the true label's probability, with such an interval.
+    Wilson's interval), the clips whose decision changes; `accuracy`, `worse` (clips right before
+    and wrong after), `better`, the exact two-sided `p` of these two (McNemar 1947), and
+    `accuracy_change` with the bootstrap interval over groups of the paired difference, all None
+    without targets; and `probability_change`, the mean change of the true label's probability, with
+    such an interval.
 
     Args:
       tested: the predictions.
@@ -114,9 +115,9 @@ def measure(tested: Robustness, *, resamples: int = 2000, seed: int = 0) -> dict
       `transforms`, these rows, irrelevant changes first; `kinds`, for "irrelevant" and "audible":
       `transforms`, `mean_share_changed`, `worst`, `unchanged` (the clips that keep their decision
       under all of them), `right_under_all`; and `equalisers`: `tries`, `changed` (clips whose
-      decision one of them changes), and with targets `lowest` (the accuracy where a clip counts if it
-      is right before and under all of them) and `highest` (before or under one of them), each with
-      Wilson's interval.
+      decision one of them changes), and with targets `lowest` (the accuracy where a clip counts if
+      it is right before and under all of them) and `highest` (before or under one of them), each
+      with Wilson's interval.
 
     Raises:
       UserError: no clips, or fields that do not fit together.
@@ -290,8 +291,8 @@ def write_report(
         "markdown": markdown_table(columns, rows),
         "how": " ".join(f"{name.capitalize()}: {what}." for name, what in KINDS.values())
         + " Worse: clips right before and wrong after; better: the reverse. "
-        f"Each interval of {100 * LEVEL:.0f} % is for one row alone: of {len(rows)} rows, about one "
-        "in twenty has p < 0.05 by chance.",
+        f"Each {100 * LEVEL:.0f} % interval is for one row: of {len(rows)} rows, about one in "
+        "twenty has p < 0.05 by chance.",
         "figure": data_uri(out / "robustness.png"),
     }
     write_text(out / "report.html", rendered("robustness.html.j2", **pages))

@@ -13,9 +13,9 @@ from matplotlib.patches import Rectangle
 from musicgenre.evaluation import plots
 from musicgenre.models.describe import Layer, describe, settings_text, shape_text, total_parameters
 
-# In inches: a column, a box in it, the margin on its left, the arrow's position in a box, a line of text.
+# In inches: a column, a box, the margin on its left, the arrow's position in it, a line of text.
 _COLUMN, _BOX, _MARGIN, _ARROW, _LINE = 3.9, 3.3, 0.3, 0.45, 0.155
-# The colours of a box and of the bar on its left, by words in the layer's type; the first that fits.
+# Colours of a box and of the bar on its left by words in the layer's type; the first match.
 _COLOURS = {
     ("norm", "dropout"): ("#eef0f3", "#eef0f3"),
     ("conv",): ("#cfe5f3", plots.BLUE),
@@ -37,9 +37,9 @@ def architecture_figure(
 ) -> tuple[Path, list[Layer]]:
     """Draws the layers of a network: number, name, type, settings and parameters of each in a box.
 
-    An arrow has the shape that it carries, the operations on the way, and the shape that arrives where
-    it differs. Where a layer's input is not the output of the box above, the arrow begins at a bar and
-    names the layers it comes from.
+    An arrow has the shape that it carries, the operations on the way, and the shape that arrives
+    where it differs. Where a layer's input is not the output of the box above, the arrow begins at
+    a bar and names the layers it comes from.
 
     Args:
       module: the network.
@@ -92,7 +92,7 @@ def draw_layers(path: str | os.PathLike[str], layers: Sequence[Layer], title: st
 
 
 def _joined(layers: Sequence[Layer], i: int) -> bool:
-    """Returns whether a layer follows the one above without an arrow, as normalisation and dropout do."""
+    """Returns whether a layer, such as dropout, follows the one above without an arrow."""
     above = [(source.layer, source.operations) for source in layers[i].sources] == [(i - 1, ())]
     plain = any(word in layers[i].kind.lower() for word in ("norm", "dropout"))
     return above and plain and layers[i].output == layers[i - 1].output
@@ -160,13 +160,15 @@ def _draw_arrow(
 def _draw_box(axes: Axes, i: int, layer: Layer, left: float, y: float) -> None:
     words, kind = _words(layer), layer.kind.lower()
     fill, edge = next(c for names, c in _COLOURS.items() if any(name in kind for name in names))
-    for width, colour, line in ((_BOX, fill, 0.8), (0.06, edge, 0)):
-        look: dict[str, Any] = {"facecolor": colour, "edgecolor": "#9ca3af", "linewidth": line}
-        axes.add_patch(Rectangle((left, y), width, _box_height(layer), **look))
+    height, grey = _box_height(layer), "#9ca3af"
+    axes.add_patch(
+        Rectangle((left, y), _BOX, height, facecolor=fill, edgecolor=grey, linewidth=0.8)
+    )
+    axes.add_patch(Rectangle((left, y), 0.06, height, facecolor=edge, linewidth=0))
     most = 30 - len(str(i))
     name = layer.name if len(layer.name) <= most else "…" + layer.name[1 - most :]
     shape = f"   {shape_text(layer.output)}" if layer.kind == "Input" else ""
-    look = {"va": "center", "fontsize": 8.5, "color": plots.INK}
+    look: dict[str, Any] = {"va": "center", "fontsize": 8.5, "color": plots.INK}
     look |= {"fontweight": "bold"} if words else {}
     axes.text(left + 0.13, y + 0.14, f"{i}  {name}{shape}", **look)
     look = {"va": "center", "fontsize": 7.5, "color": plots.TICKS}
