@@ -160,7 +160,7 @@ def coverage_curve(abstention: Mapping[str, Any]) -> Figure:
     figure = new_figure(5.8, 4.8)
     axes = figure.subplots()
     coverage, accuracy = abstention["curve"]["coverage"], abstention["curve"]["accuracy"]
-    name = f"most confident clips first (AURC {abstention['aurc']:.3f})"
+    name = f"by confidence (AURC {abstention['aurc']:.3f})"
     axes.plot(coverage, accuracy, color=BLUE, linewidth=1.8, label=name)
     name = f"all clips: {100 * accuracy[-1]:.1f} %"
     axes.plot([0, 1], [accuracy[-1]] * 2, color=MUTED, label=name, **_DASHED)

@@ -170,7 +170,7 @@ def test_a_bundle_is_evaluated_and_never_said_to_have_no_leak(small_config, tmp_
     trained = evaluate_model(model, Store.open(place), "train")
     assert trained.audit.unknown and trained.notes == []
     with pytest.raises(
-        UserError, match=r"tiny.safetensors: a bundle does not say which store .* --store="
+        UserError, match=r"tiny.safetensors: a bundle does not name its training store .* --store="
     ):
         training_store(tmp_path / "tiny.safetensors")
 
@@ -211,7 +211,7 @@ def test_where_a_temperature_comes_from(small_config, tmp_path):
     assert file.clip_ids == other.clip_ids and file.split == "valid"
     np.testing.assert_allclose(file.scores, other.scores, atol=1e-6)
     # A file's store has no other split, and a bundle does not say what it was trained on.
-    with pytest.raises(UserError, match="a bundle does not say which store"):
+    with pytest.raises(UserError, match="a bundle does not name its training store"):
         source("test", alone=True)
     assert source("valid", dataclasses.replace(evaluation, task="multi_label")) is None
     for wrong in ("lukewarm", "0", "-1", "inf"):
