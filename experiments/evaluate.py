@@ -100,7 +100,7 @@ def main() -> int:
                     model, _ARRAYS.value, _SPLIT.value, Path(scratch) / str(number)
                 )
             else:
-                store = Store.open(_STORE.value or training_store(workdir))
+                store = Store.open(_STORE.value or training_store(model.workdir))
             evaluation = evaluate_model(model, store, _SPLIT.value, command=command)
             out = Path(_OUT.value) if _OUT.value else workdir / f"evaluation-{_SPLIT.value}"
             calibration = None

@@ -79,7 +79,7 @@ def main() -> int:
     if _WORKDIR.value:
         model = load_model(_WORKDIR.value, _CHECKPOINT.value)
         features = model.features
-        store = Store.open(_STORE.value or training_store(_WORKDIR.value))
+        store = Store.open(_STORE.value or training_store(model.workdir))
         _print(run_figures(model, store, out, _SPLIT.value, clip_id=_CLIP_ID.value, top=_TOP.value))
     if _CLIP.value:
         _print(sound_figures(_CLIP.value, features, out))

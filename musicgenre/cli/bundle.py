@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Writes the file and prints its card."""
     from musicgenre.errors import UserError
-    from musicgenre.runs.bundle_writer import model_card, save_bundle
+    from musicgenre.runs.bundle import model_card, save_bundle
     from musicgenre.runs.model import load_model
 
     remarks = ""

@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from musicgenre.audio.decode import stream_audio
+from musicgenre.audio.decode import BLOCK, stream_audio
 from musicgenre.audio.features import (
     FeatureSpec,
     compress,
@@ -146,6 +146,13 @@ class Network:
         return probabilities, embeddings
 
 
+def no_embedding(model: TrainedModel) -> str:
+    """Returns the message for a network that has no embedding."""
+    return (
+        f"the model {model.config.model.name!r} sows no embedding; see README, 'Your own network'."
+    )
+
+
 def padded_batch(inputs: np.ndarray) -> np.ndarray:
     """Returns inputs `[n, ...]` padded to the next power of two, so that few sizes are compiled."""
     room = (1 << (len(inputs) - 1).bit_length()) - len(inputs)
@@ -189,7 +196,11 @@ class FileWindows:
     def _counted(self) -> Iterator[np.ndarray]:
         spec = self.model.features
         blocks = self._blocks or stream_audio(
-            self.path, spec.sample_rate, min_seconds=self._min_seconds, resampler=spec.resampler
+            self.path,
+            spec.sample_rate,
+            min_seconds=self._min_seconds,
+            block=BLOCK,
+            resampler=spec.resampler,
         )
         for block in blocks:
             self.samples += len(block)

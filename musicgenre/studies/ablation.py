@@ -19,12 +19,12 @@ from musicgenre.evaluation.audit import AuditResult, AuditSide, audit
 from musicgenre.evaluation.intervals import bootstrap_mean, seeds_summary
 from musicgenre.evaluation.plots import folds_plot, measure_name
 from musicgenre.evaluation.report import summarise_variants
-from musicgenre.files import read_json, write_text
+from musicgenre.files import write_text
 from musicgenre.runs.model import load_model
-from musicgenre.runs.notes import trained_clips
+from musicgenre.runs.provenance import TrainedOn, fingerprints, read_workdir
 from musicgenre.store.prepare import prepare_store
 from musicgenre.store.store import Store
-from musicgenre.studies.evaluate import evaluate_model, fingerprints
+from musicgenre.studies.evaluate import evaluate_model
 from musicgenre.training.fit import TrainResult, train
 from musicgenre.training.telemetry import read_rows
 
@@ -249,9 +249,7 @@ def run_folds(
             print(results[-1].line(), flush=True)
             held_out.append(_held_out(results[-1].workdir, store))
             if store.path not in audits:
-                learnt, _ = trained_clips(
-                    read_json(results[-1].workdir / "train_clips.json", "list of training clips")
-                )
+                learnt = read_workdir(results[-1].workdir)
                 audits[store.path] = _audited(
                     store, learnt, segments=changed.data.protocol == "segment_leaked"
                 )
@@ -265,17 +263,19 @@ def run_folds(
     return rows
 
 
-def _audited(store: Store, learnt: Mapping[str, Any], segments: bool) -> AuditResult:
+def _audited(store: Store, learnt: TrainedOn, segments: bool) -> AuditResult:
     """Compares the validation split with all that a run has learnt from; segments of one clip count as the same clip.
 
     Args:
       store: the run's.
-      learnt: `clip_id`, `sha256` and `group` of the clips, from `trained_clips`; those not in the store have no spectrogram.
+      learnt: what the run was trained on; clips that are not in the store have no spectrogram.
       segments: the clips are segments.
     """
     place = {clip_id: i for i, clip_id in enumerate(store.clip_ids.tolist())}
 
-    def side(ids: list[str], hashes: list[str], groups: list[str | None]) -> AuditSide:
+    def side(
+        ids: Sequence[str], hashes: Sequence[str | None], groups: Sequence[str | None]
+    ) -> AuditSide:
         here = [row for row, clip_id in enumerate(ids) if clip_id in place]
         found = fingerprints(store, np.array([place[ids[row]] for row in here]))
         prints = np.zeros((len(ids), found.shape[1]), np.float32)  # zeros are like nothing
@@ -290,7 +290,7 @@ def _audited(store: Store, learnt: Mapping[str, Any], segments: bool) -> AuditRe
         store.hashes[valid].tolist(),
         [store.groups[i] for i in valid],
     )
-    trained = side(learnt["clip_id"], learnt["sha256"], learnt["group"])
+    trained = side(learnt.clip_ids, learnt.hashes, learnt.groups)
     return audit(held_out, trained, group_name=store.group_name)
 
 

@@ -14,21 +14,17 @@ import numpy as np
 from musicgenre.config import differences, to_plain
 from musicgenre.datasets.arrays import load_arrays
 from musicgenre.errors import UserError
-from musicgenre.evaluation.audit import AuditResult, AuditSide, audit, fingerprint_spectrogram
+from musicgenre.evaluation.audit import AuditResult, audit
 from musicgenre.evaluation.report import Evaluation
 from musicgenre.files import read_json
 from musicgenre.models.apply import normalise
-from musicgenre.runs.bundle import resolve_source
 from musicgenre.runs.model import TrainedModel
-from musicgenre.runs.notes import trained_clips
+from musicgenre.runs.provenance import clips_of, fingerprints
 from musicgenre.store.loader import eval_batches
 from musicgenre.store.prepare import prepare_store
 from musicgenre.store.store import Store
 from musicgenre.training.parallel import Parallel
 from musicgenre.training.telemetry import read_rows
-
-# What is known of the training clips of a bundle.
-_NO_CLIPS: dict[str, Any] = {"store": "", "clip_id": [], "sha256": [], "group": []}
 
 
 def evaluate_model(
@@ -188,7 +184,7 @@ def training_store(workdir: str | os.PathLike[str]) -> Path:
     Raises:
       UserError: the run does not say, or a bundle is asked, which never does.
     """
-    if (path := resolve_source(workdir)).is_file():
+    if (path := Path(workdir)).is_file():
         raise UserError(
             f"{path}: a bundle does not say which store it was trained on. Name the one to use: --store=..."
         )
@@ -265,31 +261,15 @@ def _audit(
     model: TrainedModel, store: Store, indices: np.ndarray, compare_spectrograms: bool
 ) -> AuditResult:
     """Compares the clips with those that this very model was trained on, wherever they are now, as far as they are known."""
-    record, unknown = _NO_CLIPS, f"{model.workdir} does not list them"
-    if not model.workdir.is_file():
-        record, unknown = trained_clips(
-            read_json(model.workdir / "train_clips.json", "list of training clips")
-        )
-    trained = AuditSide(record["clip_id"], record["sha256"], record["group"])
-    evaluated = AuditSide(
-        store.clip_ids[indices].tolist(),
-        store.hashes[indices].tolist(),
-        [store.groups[i] for i in indices],
+    trained, evaluated = model.trained_on, clips_of(store, indices)
+    if compare_spectrograms:
+        trained = trained.with_fingerprints()
+        if trained.fingerprints is not None:
+            prints = fingerprints(store, indices)
+            evaluated = dataclasses.replace(evaluated, fingerprints=prints)
+    return audit(
+        evaluated.audit_side(),
+        trained.audit_side(),
+        group_name=store.group_name,
+        unknown=trained.unknown,
     )
-    if compare_spectrograms and record["clip_id"]:
-        try:
-            training_store = Store.open(record["store"], verify=False)
-            place = {clip_id: i for i, clip_id in enumerate(training_store.clip_ids)}
-            there = np.array([place[clip_id] for clip_id in record["clip_id"]])
-        except (UserError, KeyError):
-            pass  # the training store is gone; the report says that spectrograms were not compared
-        else:
-            trained = dataclasses.replace(trained, fingerprints=fingerprints(training_store, there))
-            evaluated = dataclasses.replace(evaluated, fingerprints=fingerprints(store, indices))
-    return audit(evaluated, trained, group_name=store.group_name, unknown=unknown)
-
-
-def fingerprints(store: Store, indices: np.ndarray) -> np.ndarray:
-    """Returns the fingerprints of clips, `[n, d]`, over their real frames."""
-    clips = (store.gather(np.array([i]))[0, : store.lengths[i]] for i in indices)
-    return np.stack([fingerprint_spectrogram(clip.astype(np.float32)) for clip in clips])

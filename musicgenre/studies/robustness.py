@@ -28,7 +28,6 @@ from musicgenre.datasets.base import SPLIT_ALIASES, find_audio
 from musicgenre.datasets.gtzan import GENRES, artist_groups, fault_filtered_lists
 from musicgenre.errors import UserError, did_you_mean
 from musicgenre.evaluation.robustness import Outcome, Robustness
-from musicgenre.files import read_json
 from musicgenre.inference.windows import BATCH, Network, file_inputs
 from musicgenre.runs.model import TrainedModel
 from musicgenre.store.loader import chunk_starts
@@ -412,13 +411,12 @@ def _training_notes(model: TrainedModel, clip_ids: Sequence[str]) -> list[str]:
     """Returns what is known of clips that the model was trained on, whose decisions are surer than those of others."""
     notes = []
     names = [_gtzan_id(clip_id) or clip_id for clip_id in clip_ids]
-    record = model.workdir / "train_clips.json"
-    if not record.is_file():  # a bundle, which never lists them
+    if model.trained_on.unknown:
         notes.append(
             "What the model was trained on is not known clip by clip: some of these clips may be among it."
         )
     else:
-        trained = set(read_json(record, "list of training clips")["clip_id"])
+        trained = set(model.trained_on.clip_ids)
         own = sum(name in trained for name in names)
         notes.append(
             f"{own} of these {len(names)} clips are, by their names, among those that the model was trained on."

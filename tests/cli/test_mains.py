@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from musicgenre.runs.bundle_writer import save_bundle
+from musicgenre.runs.bundle import save_bundle
 from musicgenre.runs.model import load_model
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,7 +17,8 @@ from tiny_model import tiny_model
 from musicgenre.errors import UserError
 from musicgenre.inference.index import EmbeddingIndex, Update, model_digest
 from musicgenre.inference.tagger import Tagger
-from musicgenre.runs.bundle_writer import load_bundle, save_bundle
+from musicgenre.runs.bundle import save_bundle
+from musicgenre.runs.model import load_model
 
 NO_TEXT = os.fsdecode(b"/music/caf\xe9.mp3")
 
@@ -115,7 +116,7 @@ def test_a_saved_index_is_the_same_to_the_bit(tmp_path):
         np.array([[1.0, 2], [0, 0]]),
         np.array([[2**40, 1], [2, 1_700_000_000_123_456_789]]),
     )
-    index.model = {"digest": "abc", "source": NO_TEXT}
+    index.model = {"digest": "abc", "source": "café"}
     index.save(tmp_path / "music.index")
     again = EmbeddingIndex.load(tmp_path / "music.index")
     assert again.paths == index.paths and again.model == index.model
@@ -136,11 +137,11 @@ def test_files_that_are_no_index(tmp_path):
             EmbeddingIndex.load(name)
         assert str(name) in str(caught.value)
 
-    refused("no such index. Make it with: musicgenre similar")
+    refused("no such index. Create it with: musicgenre similar")
     refused("not an index, which is a single file", tmp_path)
     for content in (b"", b"not an index", b"\xff" * 100, b"RIFF" * 1000):
         path.write_bytes(content)
-        refused("not an index of this package, or cut short")
+        refused("not a readable index, or cut short")
     random_index().save(path)
     good = path.read_bytes()
     path.write_bytes(good[:-10])
@@ -149,16 +150,16 @@ def test_files_that_are_no_index(tmp_path):
         path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place:][1:])
         refused("damaged: its arrays are not those that were saved")
     save_file({"x": np.zeros(1)}, tmp_path / "model.safetensors", metadata={"musicgenre": "{}"})
-    refused("another safetensors file", tmp_path / "model.safetensors")
+    refused("holds other arrays and no index", tmp_path / "model.safetensors")
     path.write_bytes(good)
     with safe_open(path, "numpy") as file:
         notes = json.loads(file.metadata()["musicgenre_index"])
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for text, message in (
-        (json.dumps(notes | {"schema": 2}), "schema 2 is not the one"),
+        (json.dumps(notes | {"schema": 3}), "does not read schema 3"),
         ("{", "notes cannot be read"),
         ("[]", "notes cannot be read"),
-        (json.dumps(notes | {"model": None}), "notes are incomplete"),
+        (json.dumps(notes | {"model": None}), "notes or arrays are incomplete"),
     ):
         save_file(arrays, path, metadata={"musicgenre_index": text})
         refused(message)
@@ -170,7 +171,7 @@ def test_the_digest_knows_a_model_again_and_no_other(model, tmp_path):
     save_bundle(model, tmp_path / "a.safetensors")
     save_bundle(model, tmp_path / "half.safetensors", half=True)
     digest = model_digest(model)
-    assert len(digest) == 64 and digest == model_digest(load_bundle(tmp_path / "a.safetensors"))
+    assert len(digest) == 64 and digest == model_digest(load_model(tmp_path / "a.safetensors"))
     changed = jax.tree.map(np.copy, model.model)
     changed["norm"]["mean"][0, 3] += 1e-3
     other_network, cropped = (
@@ -179,7 +180,7 @@ def test_the_digest_knows_a_model_again_and_no_other(model, tmp_path):
     )
     other_network.model.padding, cropped.data.crop_frames = "VALID", 32
     others = [
-        load_bundle(tmp_path / "half.safetensors"),
+        load_model(tmp_path / "half.safetensors"),
         dataclasses.replace(model, model=changed),
         dataclasses.replace(model, label_names=("low", "high/est", "middle")),
         dataclasses.replace(model, features=dataclasses.replace(model.features, fmin=20.0)),
@@ -190,7 +191,7 @@ def test_the_digest_knows_a_model_again_and_no_other(model, tmp_path):
     digests = [model_digest(other) for other in others]
     assert len({digest, *digests}) == 8
     index = EmbeddingIndex.of(model)
-    index.check_model(load_bundle(tmp_path / "a.safetensors"))
+    index.check_model(load_model(tmp_path / "a.safetensors"))
     with pytest.raises(
         UserError,
         match=r"the index: made with another model, run \(conv1d; low, middle, high/est\).*low, high/est, m",

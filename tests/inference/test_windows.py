@@ -14,11 +14,11 @@ from musicgenre.inference import windows
 from musicgenre.inference.windows import (
     Network,
     file_inputs,
-    overview,
     score_files,
     stream_power,
     stream_windows,
 )
+from musicgenre.inference.spectrogram import overview
 from musicgenre.store.prepare import process_clip
 
 
