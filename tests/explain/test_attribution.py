@@ -547,8 +547,7 @@ def test_sounds_are_written_as_16_bit_files(tmp_path):
         sonify.write_sound(tmp_path / "file" / "b.wav", np.zeros(3), 8000)
 
 
-def test_the_strongest_are_kept_in_order():
-    heap = []
-    for turn, value in enumerate([3.0, 1.0, 5.0, 5.0, 2.0]):
-        moments.keep_largest(heap, (value, -turn, "x"), 3)
-    assert sorted(heap, reverse=True) == [(5.0, -2, "x"), (5.0, -3, "x"), (3.0, 0, "x")]
+def test_of_equal_activations_the_earlier_is_kept():
+    values = {"a": 3.0, "b": 5.0, "c": 5.0, "d": 2.0}
+    entries = [moments._Entry(value, path, None, -1) for path, value in values.items()]
+    assert [entry.path for entry in moments._largest(entries, 3)] == ["b", "c", "a"]
