@@ -16,10 +16,10 @@ from musicgenre.inference.windows import (
     BATCH,
     FileWindows,
     Network,
-    WeightedMean,
     Window,
     padded_batch,
     score_windows,
+    weighted_mean,
 )
 from musicgenre.runs.model import TrainedModel
 
@@ -100,9 +100,10 @@ def choose_window(
     hop = model.features.hop_length / model.features.sample_rate
     # The best window per label, or the one nearest to `at`.
     best: dict[int, tuple[float, Window, np.ndarray]] = {}
-    mean = WeightedMean()
+    weights, rows = [], []
     for window, row, _ in score_windows(windows, network):
-        mean.add(window.weight, row)
+        weights.append(window.weight)
+        rows.append(row)
         middle = (window.start + window.length / 2) * hop
         for number, value in enumerate(row.tolist() if at is None else [-abs(middle - at)]):
             if number not in best or value > best[number][0]:
@@ -110,7 +111,7 @@ def choose_window(
     seconds = windows.samples / model.features.sample_rate
     if at is not None and not 0 <= at <= seconds:
         raise UserError(f"{path}: {at:g} s is beyond its end; it is {seconds:.1f} s long.")
-    (whole,) = mean.result()
+    whole = weighted_mean(weights, rows)
     if label is None:
         label = int((whole if at is None else best[0][2]).argmax())
     _, window, row = best[label if at is None else 0]

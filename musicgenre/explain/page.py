@@ -42,11 +42,7 @@ PARTS = ("filters", "activations", "saliency", "sound", "moments")
 _UNITS_OF_A_FILE, _MOST_UNITS = 3, 9
 # Names of one band of each type of features.
 _BANDS = {"logmel": "mel band", "mfcc": "coefficient", "stft": "frequency bin"}
-_CSV_COLUMNS = ("layer", "unit", "label", "rank", "file", "time") + (
-    "window_start",
-    "window_end",
-    "activation",
-)
+_CSV_COLUMNS = "layer unit label rank file time window_start window_end activation"
 _MOMENTS = (
     "The windows in which a unit reaches its highest values, and when it does. For a unit without "
     "a time axis, such as a label, it is the middle of the second with most evidence for it. The "
@@ -139,25 +135,15 @@ class Section:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Excerpt:
-    """The explained window of a file.
-
-    Attributes:
-      path: the sound file.
-      folder: of its page.
-      chosen: the window.
-      features: the network's input, float32 `[frames, bands]`.
-      original: its sound at the file's own rate, float32 `[samples, channels]`.
-      rate: of `original`, Hz.
-      samples: the same, mono at the model's rate, float32 `[samples]`.
-    """
+    """The explained window of a file: the network's input and its sound at two rates."""
 
     path: str
     folder: Path
     chosen: Chosen
-    features: np.ndarray
-    original: np.ndarray
+    features: np.ndarray  # float32 `[frames, bands]`
+    original: np.ndarray  # `[samples, channels]` at the file's own rate
     rate: int
-    samples: np.ndarray
+    samples: np.ndarray  # mono at the model's rate
 
     @property
     def span(self) -> str:
@@ -526,7 +512,7 @@ class Explanation:
             open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
         ):
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(_CSV_COLUMNS)
+            writer.writerow(_CSV_COLUMNS.split())
             writer.writerows(rows)
         text = _MOMENTS.format(
             "the output" if self.model.task == "regression" else "the probability"

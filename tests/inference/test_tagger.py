@@ -55,7 +55,9 @@ def test_a_taggram_covers_the_file_and_its_weighted_mean_is_the_tags(tagger, tmp
     mean = dict(zip(tagger.labels, mean, strict=True))
     for label, probability in tagger.tag(path):
         assert mean[label] == pytest.approx(probability, abs=1e-6)
-    np.testing.assert_allclose(tagger.embed(path), np.average(found.embeddings, axis=0, weights=weights), atol=1e-6)
+    np.testing.assert_allclose(
+        tagger.embed(path), np.average(found.embeddings, axis=0, weights=weights), atol=1e-6
+    )
     assert (
         len(tagger.taggram(path, step_seconds=0.2).starts) == 13
     )  # 172 hops, windows of 64 at 0, 9, ... 108
