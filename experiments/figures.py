@@ -82,7 +82,7 @@ def main() -> None:
     if workdir:
         model = load_model(workdir, _CHECKPOINT.value)
         features = model.features
-        store = Store.open(_STORE.value or training_store(workdir))
+        store = Store.open(_STORE.value or training_store(model.workdir))
         _print(run_figures(model, store, out, _SPLIT.value, clip_id=_CLIP_ID.value, top=_TOP.value))
     if _CLIP.value:
         _print(sound_figures(_CLIP.value, features, out))
@@ -121,7 +121,7 @@ def _draw_network(
     """Draws a network's layers and prints them as a table."""
     from musicgenre import models
     from musicgenre.models.describe import table
-    from musicgenre.studies.figures import architecture_figure
+    from musicgenre.studies.architecture import architecture_figure
 
     name = str(models.resolve(fields)["name"])
     module = models.build(fields, num_classes=classes, frames=frames, bands=bands, kind=kind)

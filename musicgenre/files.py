@@ -1,15 +1,18 @@
-"""Writing files so that a reader sees the old or the new one, never half of either; hashing; JSON."""
+"""Atomic writes, JSON, hashes, and one format for named arrays with notes and a checksum."""
 
 import contextlib
 import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from musicgenre.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @contextlib.contextmanager
@@ -30,7 +33,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written ({error.strerror or error}). "
-            "Free some space or choose another place; what was there is unchanged."
+            "Free some space or choose another folder; the old file is unchanged."
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -72,3 +75,94 @@ def fingerprint(value: Any, digits: int = 8) -> str:
     """Returns the first hexadecimal digits of the SHA-256 of `value` as canonical JSON."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:digits]
+
+
+def arrays_digest(arrays: "Mapping[str, np.ndarray]") -> str:
+    """Returns the SHA-256 of named arrays in hexadecimal; their order does not matter."""
+    import numpy as np
+
+    total = hashlib.sha256()
+    for name in sorted(arrays):
+        total.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
+        total.update(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)
+    return total.hexdigest()
+
+
+def write_arrays(
+    path: str | os.PathLike[str],
+    arrays: "Mapping[str, np.ndarray]",
+    notes: Mapping[str, Any],
+    *,
+    key: str,
+) -> None:
+    """Writes named arrays with notes and a checksum to one safetensors file, atomically.
+
+    Args:
+      path: the file.
+      arrays: contiguous arrays by name.
+      notes: JSON values, `schema` among them. `sha256`, the arrays' digest, is added.
+      key: what the notes are called in the file's metadata; it tells one type of file from another.
+
+    Raises:
+      UserError: the file cannot be written; an old one is unchanged.
+    """
+    from safetensors.numpy import save
+
+    text = json.dumps(
+        {**notes, "sha256": arrays_digest(arrays)},
+        ensure_ascii=False,
+        allow_nan=False,
+        sort_keys=True,
+    )
+    with replacing(path) as temporary:
+        # save_file would ignore the umask and raise no OSError on a full disk.
+        temporary.write_bytes(save(dict(arrays), metadata={key: text}))
+
+
+def read_arrays(
+    path: str | os.PathLike[str], *, key: str, schemas: Collection[int], what: str, remedy: str
+) -> "tuple[dict[str, np.ndarray], dict[str, Any]]":
+    """Reads a file of `write_arrays`.
+
+    Args:
+      path: the file.
+      key: as it was written.
+      schemas: the values of `schema` that the caller can read.
+      what: the type of file for messages, such as "model".
+      remedy: a sentence that ends the message about a file that is damaged or of another type.
+
+    Returns:
+      The arrays by name, and the notes.
+
+    Raises:
+      UserError: the file is missing, damaged, of another type or of a newer version.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such {what} file.")
+    try:
+        with safe_open(os.fspath(path), framework="numpy") as file:
+            text = (file.metadata() or {}).get(key)
+            if text is None:
+                raise UserError(f"{path}: holds other arrays and no {what}. {remedy}")
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: not a readable {what}, or cut short ({error}). {remedy}"
+        ) from error
+    try:
+        notes = json.loads(text)
+        schema, checksum = notes["schema"], notes["sha256"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: damaged: its notes cannot be read ({error}). {remedy}") from error
+    if schema not in schemas:
+        raise UserError(
+            f"{path}: this version does not read schema {schema!r} "
+            f"(it reads {', '.join(map(str, schemas))}). Update musicgenre."
+        )
+    if arrays_digest(arrays) != checksum:
+        raise UserError(
+            f"{path}: damaged: its arrays are not those that were saved (SHA-256). {remedy}"
+        )
+    return arrays, notes

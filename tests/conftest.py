@@ -53,7 +53,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file of an untrained model of three labels."""
     from tiny_model import tiny_model
 
-    from musicgenre.runs.bundle_writer import save_bundle
+    from musicgenre.runs.bundle import save_bundle
 
     path = tmp_path_factory.mktemp("bundle") / "tiny.safetensors"
     save_bundle(tiny_model(), path)

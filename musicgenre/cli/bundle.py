@@ -36,7 +36,7 @@ def main(words: list[str]) -> None:
     """Writes the file and prints its card."""
     source, out = named(words, "model", "out")
 
-    from musicgenre.runs.bundle_writer import model_card, save_bundle
+    from musicgenre.runs.bundle import model_card, save_bundle
     from musicgenre.runs.model import load_model
 
     remarks = ""

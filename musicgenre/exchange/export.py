@@ -38,7 +38,7 @@ from musicgenre.audio.layout import ClipLayout
 from musicgenre.errors import UserError, did_you_mean
 from musicgenre.files import replacing
 from musicgenre.inference.windows import BATCH, Network, file_inputs
-from musicgenre.runs.bundle_writer import model_card
+from musicgenre.runs.bundle import model_card
 from musicgenre.runs.model import TrainedModel
 
 FORMATS = ("onnx", "stablehlo")

@@ -241,7 +241,7 @@ def import_models(
     Raises:
       UserError: see `read_model`; or a file cannot be written.
     """
-    from musicgenre.runs.bundle_writer import SUFFIX, save_bundle
+    from musicgenre.runs.bundle import SUFFIX, save_bundle
 
     for name in names:
         path = Path(out) / f"{name}{SUFFIX}"

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from musicgenre.errors import UserError
-from musicgenre.files import fingerprint, replacing
+from musicgenre.files import arrays_digest, fingerprint, replacing
 
 if TYPE_CHECKING:
     from musicgenre.inference.tagger import Tagger
@@ -359,7 +359,6 @@ def model_digest(model: "TrainedModel") -> str:
     from flax.traverse_util import flatten_dict
 
     from musicgenre.config import to_plain
-    from musicgenre.runs.bundle import digest
 
     arrays = {
         name: np.asarray(value)
@@ -367,7 +366,7 @@ def model_digest(model: "TrainedModel") -> str:
     }
     config = to_plain(model.config)
     parts = {
-        "arrays": digest(arrays),
+        "arrays": arrays_digest(arrays),
         "network": config["model"],
         "dtype": config["dtype"],
         "labels": list(model.label_names),

@@ -1,7 +1,6 @@
-"""Reading a model's one file: safetensors with the network, and JSON with all that is needed to use it."""
+"""A trained model in one file without pickle: safetensors with its arrays, and JSON notes."""
 
-import hashlib
-import json
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,15 +9,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
 
+from musicgenre.config import to_plain
 from musicgenre.errors import UserError
-from musicgenre.runs.notes import saved_shapes
+from musicgenre.files import write_arrays
+from musicgenre.runs.notes import TrainedModel, saved_shapes
+from musicgenre.runs.provenance import KEY, PREFIX, SCHEMA, TrainedOn, read_bundle_arrays
 
 # Models that come with the package: <name>.safetensors.
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
-# The key of the notes in the file's metadata, and their version.
-KEY, SCHEMA = "musicgenre", 1
+SUFFIX = ".safetensors"
 _NOTES = (
     "config",
     "label_names",
@@ -35,72 +35,128 @@ _NOTES = (
 
 
 class Bundle(NamedTuple):
-    """What a bundle holds: its notes (see `musicgenre.runs.notes.run_notes`), and `variables` and `norm`."""
+    """The content of a bundle: notes, the model's `variables` and `norm`, and its training clips."""
 
     notes: dict[str, Any]
     value: dict[str, Any]
+    trained_on: TrainedOn
 
 
 def packaged_models() -> dict[str, Path]:
-    """Returns the models that come with this package: file by name."""
-    return {path.stem: path for path in sorted(WEIGHTS.glob("*.safetensors"))}
+    """Returns the files of the models that come with this package, by name."""
+    return {path.stem: path for path in sorted(WEIGHTS.glob(f"*{SUFFIX}"))}
 
 
-def resolve_source(source: str | os.PathLike[str]) -> Path:
-    """Returns the path that a model's source means: the source itself, or the file of a model that comes with this package.
+def save_bundle(
+    model: TrainedModel, path: str | os.PathLike[str], card: str = "", *, half: bool = False
+) -> None:
+    """Writes a model to one file, atomically.
 
-    Of a name that is also a folder without checkpoints, the package's model is meant.
-    """
-    path = Path(source)
-    if path.is_file() or (path / "checkpoints").is_dir():
-        return path
-    return packaged_models().get(str(source), path)
+    Paths on this machine (the data set's folder, the stores, the run that training started from) are
+    left out. The ids, hashes, groups and fingerprints of its training clips are included; see
+    `musicgenre.runs.provenance`.
 
-
-def read_bundle(path: str | os.PathLike[str]) -> Bundle:
-    """Reads what `musicgenre.runs.bundle_writer.save_bundle` wrote.
+    Args:
+      model: a trained model.
+      path: the file, named `.safetensors`.
+      card: what users should know about it, Markdown; see `model_card`. "" keeps the model's own.
+      half: store parameters and normalisation as float16, which halves the file and changes a value
+        by up to 1 part in 2,048. Batch normalisation statistics and arrays that exceed float16's
+        range stay float32.
 
     Raises:
-      UserError: the file is missing, is none of ours or of a newer version, is damaged, or its arrays do not fit its network.
+      UserError: the name has another suffix, or the file cannot be written.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file.")
-    try:
-        with safe_open(os.fspath(path), framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if KEY not in metadata:
-                raise UserError(
-                    f"{path}: not a model of this package (make one with: musicgenre bundle <workdir> <file>)."
-                )
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is no mapping)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable model, or cut short ({error}).") from error
-    try:
-        notes = json.loads(metadata[KEY])
-        schema = notes["schema"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: damaged: its notes cannot be read ({error}).") from error
-    if schema != SCHEMA:
-        raise UserError(
-            f"{path}: schema {schema!r} is not the one that this version reads ({SCHEMA}). Update musicgenre."
-        )
-    if missing := [name for name in (*_NOTES, "sha256") if name not in notes]:
+    if path.suffix != SUFFIX:
+        raise UserError(f"{path}: the file of a model must be named {path.stem}{SUFFIX}.")
+    flat: dict[str, Any] = flatten_dict(dict(jax.device_get(model.model)), sep="/")
+    arrays = {name: np.ascontiguousarray(value) for name, value in flat.items()}
+    if half:
+        arrays = {
+            name: _halved(value) if name.startswith(("variables/params/", "norm/")) else value
+            for name, value in arrays.items()
+        }
+    config = to_plain(model.config)
+    config["init_from"] = ""
+    if "distill" in config:  # runs of earlier versions have none
+        config["distill"]["teachers"] = []
+    config["data"].update(root="", store="", stores_root="stores")
+    metric, measure = model.measure
+    notes = {
+        "schema": SCHEMA,
+        "config": config,
+        "label_names": list(model.label_names),
+        "task": model.task,
+        "features": model.features.to_dict(),
+        "layout": dataclasses.asdict(model.layout),
+        "dataset": {**model.dataset, "root": ""},
+        "step": model.step,
+        "which": model.which,
+        "metric": metric,
+        "measure": measure,
+        "card": card or model.card,
+    }
+    if model.temperature != 1:
+        notes["temperature"] = model.temperature
+    write_arrays(path, arrays | model.trained_on.to_arrays(), notes, key=KEY)
+
+
+def read_bundle(path: Path) -> Bundle:
+    """Reads a file of `save_bundle`; `musicgenre.runs.model.load_model` builds the model from it.
+
+    Raises:
+      UserError: the file is missing, is not a model or of a newer version, is damaged, or its arrays
+        do not fit its network.
+    """
+    arrays, notes = read_bundle_arrays(path)
+    if missing := [name for name in _NOTES if name not in notes]:
         raise UserError(f"{path}: damaged: its notes lack {missing[0]!r}.")
-    if digest(arrays) != notes["sha256"]:
-        raise UserError(
-            f"{path}: damaged: its arrays are not those that were saved (SHA-256). Copy the file anew."
+    value = {name: array for name, array in arrays.items() if not name.startswith(PREFIX)}
+    fitted = _fitted(path, value, saved_shapes(notes))
+    return Bundle(notes, fitted, TrainedOn.from_arrays(arrays, path))
+
+
+def model_card(model: TrainedModel, remarks: str = "") -> str:
+    """Returns a Markdown card of a model: data, protocol, measure, labels, front end and limits.
+
+    Args:
+      model: a trained model.
+      remarks: text to add, such as the result on the test split.
+    """
+    data, config = model.dataset, model.config
+    metric, measure = model.measure
+    seconds = model.frames * model.features.hop_length / model.features.sample_rate
+    clip = model.layout.frames * model.features.hop_length / model.features.sample_rate
+    measured = "not measured"
+    if measure is not None:
+        measured = (
+            f"{metric} {measure:.4f} on the validation split "
+            f"({model.which} checkpoint, step {model.step})"
         )
-    return Bundle(notes, _fitted(path, arrays, saved_shapes(notes)))
-
-
-def digest(arrays: Mapping[str, np.ndarray]) -> str:
-    """Returns the SHA-256 of named arrays, whatever their order."""
-    total = hashlib.sha256()
-    for name in sorted(arrays):
-        total.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
-        total.update(np.ascontiguousarray(arrays[name]).tobytes())
-    return total.hexdigest()
+        if model.which == "best":
+            measured += ", which also selected this checkpoint, so it is slightly optimistic"
+    lines = [f"# {config.model.name} on {data['name']}", ""]
+    if data.get("synthetic"):
+        lines += ["**Trained on synthetic audio: its labels mean nothing for real music.**", ""]
+    lines += [
+        f"- Task: {model.task}, {len(model.label_names)} outputs",
+        f"- Data: {data['name']}; split: {data['protocol']}",
+        f"- Measured: {measured}",
+        f"- Input: {seconds:.2f} s windows ({model.frames} frames x {model.features.bands} bands) "
+        f"of {clip:.2f} s clips",
+        f"- Front end: {model.features.describe()}",
+        f"- Training: seed {config.seed}, {config.epochs} epochs, batch {config.batch_size}, "
+        f"{config.optimizer.name} {config.optimizer.learning_rate:g}",
+    ]
+    if model.temperature != 1:
+        lines.append(f"- Temperature: {model.temperature:.4g}, which divides the logits")
+    lines += [
+        f"- Labels in the order of the outputs: {', '.join(model.label_names)}",
+        "- Limits: it knows only these labels and assigns one of them to any sound, speech and noise "
+        "included. The measure holds for music like that of its data set.",
+    ]
+    return "\n".join(lines) + "\n" + (f"\n{remarks.strip()}\n" if remarks.strip() else "")
 
 
 def _fitted(path: Path, arrays: Mapping[str, np.ndarray], expected: Any) -> dict[str, Any]:
@@ -108,16 +164,30 @@ def _fitted(path: Path, arrays: Mapping[str, np.ndarray], expected: Any) -> dict
     wanted: dict[str, jax.ShapeDtypeStruct] = flatten_dict(expected, sep="/")
     if names := wanted.keys() ^ arrays.keys():
         name = min(names)
-        where = "is missing" if name in wanted else "is not one of the network's"
+        problem = "is missing" if name in wanted else "does not belong to the network"
         raise UserError(
-            f"{path}: the array {name!r} {where}. The network of this version differs from the one that was saved."
+            f"{path}: the array {name!r} {problem}. This version's network differs from the saved one."
         )
     for name, shape in wanted.items():
         if arrays[name].shape != shape.shape:
             raise UserError(
-                f"{path}: the array {name!r} has the shape {arrays[name].shape} where {shape.shape} is needed."
+                f"{path}: the array {name!r} has the shape {arrays[name].shape} where "
+                f"{shape.shape} is needed."
             )
     tree: dict[str, Any] = unflatten_dict(
         {name: jax.numpy.asarray(arrays[name], wanted[name].dtype) for name in wanted}, sep="/"
     )
     return tree
+
+
+def _halved(value: np.ndarray) -> np.ndarray:
+    """Returns an array as float16, or as it is if that would change the model noticeably."""
+    if value.dtype != np.float32:
+        return value
+    with np.errstate(over="ignore"):
+        half = value.astype(np.float16)
+    # Overflow, or values so far below the array's largest that float16 drops their digits.
+    exact = np.abs(half.astype(np.float32) - value) <= 2.0**-11 * np.maximum(
+        np.abs(value), 1e-3 * np.abs(value).max()
+    )
+    return half if exact.all() else value

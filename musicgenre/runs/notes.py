@@ -1,7 +1,9 @@
-"""The notes that a run leaves: in its checkpoints, with the network that they describe, and of the clips that it learnt from."""
+"""The notes in checkpoints and bundles, and the trained model that they describe."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -11,15 +13,126 @@ from ml_collections import ConfigDict
 
 from musicgenre import models
 from musicgenre.audio.features import FeatureSpec
+from musicgenre.audio.layout import ClipLayout
 from musicgenre.config import from_plain, to_plain
+from musicgenre.errors import UserError
+from musicgenre.runs.provenance import UNKNOWN, TrainedOn
 from musicgenre.store.store import Store
 
-# What `train_clips.json` lists of each clip.
-CLIP_LISTS = ("clip_id", "sha256", "group")
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """A saved model.
+
+    Attributes:
+      workdir: the run that it comes from, or the file of a bundle.
+      step: the checkpoint's step.
+      which: the checkpoint as it was requested: "last", "best" or the step.
+      measure: name and value (at this step) of the validation measure that selects the best
+        checkpoint.
+      config: the run's config.
+      module: the Linen module.
+      model: its `variables`, and the `norm` of its training split.
+      label_names: labels in the order of its outputs.
+      task: "single_label", "multi_label" or "regression".
+      features: the front end.
+      layout: frames per clip, padding, excerpt.
+      dataset: its data set: name, protocol, and whether the audio was synthetic.
+      card: what users should know about it, Markdown; "" for a workdir.
+      temperature: divides the logits (Guo et al. 2017, arXiv:1706.04599); 1 if not calibrated.
+      trained_on: the clips that it was trained on.
+    """
+
+    workdir: Path
+    step: int
+    which: str
+    measure: tuple[str, float | None]
+    config: ConfigDict
+    module: nn.Module
+    model: Any
+    label_names: tuple[str, ...]
+    task: str
+    features: FeatureSpec
+    layout: ClipLayout
+    dataset: dict[str, Any]
+    card: str = ""
+    temperature: float = 1.0
+    trained_on: TrainedOn = UNKNOWN
+
+    def __post_init__(self) -> None:
+        """Refuses a temperature without meaning."""
+        if not 0 < self.temperature < math.inf:
+            raise UserError(
+                f"{self.workdir}: a temperature must be a number above 0, not {self.temperature}."
+            )
+        if self.temperature != 1 and self.task == "regression":
+            raise UserError(
+                f"{self.workdir}: a temperature is for probabilities, and a regression has none."
+            )
+
+    @property
+    def frames(self) -> int:
+        """Frames of one input of the network."""
+        return int(self.config.data.crop_frames) or self.layout.frames
+
+    def probabilities(self, logits: jax.Array) -> jax.Array:
+        """Returns probabilities, or a regression's outputs, of logits `[batch, classes]`.
+
+        Everything that shows probabilities of a saved model uses this, so the temperature always
+        applies.
+        """
+        # A late import: it brings Optax, which tagging does not need otherwise.
+        from musicgenre.models.apply import probabilities
+
+        return probabilities(
+            logits if self.temperature == 1 else logits / self.temperature, self.task
+        )
+
+
+def model_of_notes(
+    notes: Mapping[str, Any],
+    variables: Any,
+    *,
+    workdir: Path,
+    step: int,
+    which: str,
+    measure: tuple[str, float | None],
+    trained_on: TrainedOn = UNKNOWN,
+    card: str = "",
+) -> TrainedModel:
+    """Returns a model from saved notes and the content of `TrainState.model()`.
+
+    Args:
+      notes: see `run_notes`; `temperature` may be among them.
+      variables: `variables` and `norm`.
+      workdir: see `TrainedModel`, like the rest.
+      step: of the checkpoint.
+      which: the checkpoint as it was requested.
+      measure: name and value.
+      trained_on: its training clips.
+      card: Markdown.
+    """
+    return TrainedModel(
+        workdir=workdir,
+        step=step,
+        which=which,
+        measure=measure,
+        config=from_plain(notes["config"]),
+        module=saved_module(notes),
+        model=variables,
+        label_names=tuple(notes["label_names"]),
+        task=notes["task"],
+        features=FeatureSpec.from_dict(notes["features"]),
+        layout=ClipLayout(**notes["layout"]),
+        dataset=notes["dataset"],
+        card=card,
+        temperature=float(notes.get("temperature", 1.0)),
+        trained_on=trained_on,
+    )
 
 
 def run_notes(config: ConfigDict, store: Store) -> dict[str, Any]:
-    """Returns what a checkpoint says of its run, so that the model can be used without the store."""
+    """Returns a checkpoint's notes on its run, with which the model can be used without the store."""
     return {
         "config": to_plain(config),
         "label_names": list(store.label_names),
@@ -30,7 +143,7 @@ def run_notes(config: ConfigDict, store: Store) -> dict[str, Any]:
     }
 
 
-def saved_module(meta: dict[str, Any]) -> nn.Module:
+def saved_module(meta: Mapping[str, Any]) -> nn.Module:
     """Builds the module that a checkpoint's notes describe."""
     frames, bands = saved_input(meta)
     return models.build(
@@ -43,13 +156,13 @@ def saved_module(meta: dict[str, Any]) -> nn.Module:
     )
 
 
-def saved_input(meta: dict[str, Any]) -> tuple[int, int]:
+def saved_input(meta: Mapping[str, Any]) -> tuple[int, int]:
     """Returns the frames and bands of one input of the network."""
     frames = meta["config"]["data"]["crop_frames"] or meta["layout"]["frames"]
     return frames, FeatureSpec.from_dict(meta["features"]).bands
 
 
-def saved_shapes(meta: dict[str, Any]) -> dict[str, Any]:
+def saved_shapes(meta: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the shapes of what `TrainState.model()` of that run holds, for this machine's first device."""
     frames, bands = saved_input(meta)
     module = saved_module(meta)
@@ -65,37 +178,3 @@ def saved_shapes(meta: dict[str, Any]) -> dict[str, Any]:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         {"variables": variables, "norm": norm},
     )
-
-
-def trained_clips(record: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Returns all clips that a run has learnt from: its own, those of the run it started from and of its teachers, each once.
-
-    Args:
-      record: its `train_clips.json`.
-
-    Returns:
-      The record with longer lists, and whose clips are not known; "" where all are.
-    """
-    unknown = []
-    known = set(record["clip_id"])
-    whole = dict(record) | {name: list(record[name]) for name in CLIP_LISTS}
-    if "init_from" in record:
-        if record["init_from"] is None:
-            unknown.append("the model that this run started from does not list them")
-        else:
-            before, missing = trained_clips(record["init_from"])
-            add_clips(whole, before, known)
-            unknown.append(missing)
-    if "teachers" in record:
-        add_clips(whole, record["teachers"], known)
-        unknown.append(record["teachers"]["unknown"])
-    return whole, "; ".join(filter(None, unknown))
-
-
-def add_clips(record: dict[str, Any], other: Mapping[str, Any], known: set[str]) -> None:
-    """Adds another record's clips to the lists of one, and to those `known`, where they are not yet."""
-    for clip_id, content, group in zip(*(other[name] for name in CLIP_LISTS), strict=True):
-        if clip_id not in known:
-            known.add(clip_id)
-            for name, value in zip(CLIP_LISTS, (clip_id, content, group), strict=True):
-                record[name].append(value)

@@ -2,13 +2,11 @@
 
 import contextlib
 import json
-import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -18,6 +16,8 @@ from musicgenre import models
 from musicgenre.config import completed, differences, feature_spec, to_plain
 from musicgenre.errors import UserError
 from musicgenre.files import read_json, write_json, write_text
+from musicgenre.runs.model import training_clips
+from musicgenre.runs.provenance import CLIPS_FILE, TrainedOn, clips_of, joined
 from musicgenre.store.store import Store
 
 
@@ -47,10 +47,7 @@ def check_store(config: ConfigDict, store: Store) -> None:
 
 
 def claim_workdir(
-    workdir: Path,
-    config: ConfigDict,
-    store: Store,
-    taught: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None,
+    workdir: Path, config: ConfigDict, store: Store, teachers: Iterable[TrainedOn] = ()
 ) -> None:
     """Records what the run is, or raises UserError if the folder holds another run.
 
@@ -58,25 +55,11 @@ def claim_workdir(
       workdir: the run's folder.
       config: its config.
       store: its store.
-      taught: the run's own training clips -> those of its teachers, where it has any.
+      teachers: what the teachers of a new run were trained on.
     """
     plain = to_plain(config)
     path = workdir / "config.json"
-    clips = store.indices("train")
-    record = {
-        "store": os.path.abspath(store.path),
-        "clip_id": store.clip_ids[clips].tolist(),
-        "sha256": store.hashes[clips].tolist(),
-        "group": [store.groups[i] for i in clips],
-    }
-    if config.init_from:
-        # What the other run has learnt from counts as trained on, too, when a leak is looked for.
-        source = Path(config.init_from) / "train_clips.json"
-        record["init_from"] = (
-            read_json(source, "list of training clips") if source.is_file() else None
-        )
-    if taught is not None:
-        record["teachers"] = taught(record)
+    own = clips_of(store, store.indices("train"))
     if path.is_file():
         there = completed(read_json(path, "run configuration"))
         if there["model"].get("name") == plain["model"]["name"]:
@@ -88,15 +71,20 @@ def claim_workdir(
                 f"{workdir}: holds a run with another config (there -> now): {'; '.join(changed)}. Choose another --workdir, "
                 "or give the same config to go on."
             )
-        trained = read_json(workdir / "train_clips.json", "list of training clips")
-        if (trained["clip_id"], trained["sha256"]) != (record["clip_id"], record["sha256"]):
+        trained = read_json(workdir / CLIPS_FILE, "list of training clips")
+        if (trained["clip_id"], trained["sha256"]) != (own.clip_ids, own.hashes):
             raise UserError(
                 f"{workdir}: the store's training clips have changed since this run began. Choose another --workdir."
             )
         return
+    record = own.to_json() | {"store": own.sources[0]}
+    if config.init_from:  # the audit counts what the other model has learnt from, too
+        record["init_from"] = training_clips(config.init_from, field="config.init_from").to_json()
+    if others := list(teachers):
+        record["teachers"] = joined(others).to_json()
     if jax.process_index() == 0:
-        # On one line: of a million clips indenting takes longer than all the rest.
-        write_text(workdir / "train_clips.json", json.dumps(record, ensure_ascii=False) + "\n")
+        # On one line: indenting a million clips takes longer than all the rest.
+        write_text(workdir / CLIPS_FILE, json.dumps(record, ensure_ascii=False) + "\n")
         write_json(path, plain)
 
 

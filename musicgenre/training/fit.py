@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import functools
 import math
 import os
 from collections.abc import Iterator
@@ -32,13 +31,7 @@ from musicgenre.store.loader import normalisation, train_batches
 from musicgenre.store.store import Store
 from musicgenre.training.augment import Augmentation, window_frames
 from musicgenre.training.losses import balanced_weights
-from musicgenre.training.objectives.distillation import (
-    NOTES,
-    distils,
-    read_teachers,
-    soft_targets,
-    taught_clips,
-)
+from musicgenre.training.objectives.distillation import NOTES, distils, read_teachers, soft_targets
 from musicgenre.training.optimisers import learning_rate_schedule, make_optimizer
 from musicgenre.training.parallel import Feed, Parallel
 from musicgenre.training.scoring import score_clips
@@ -117,9 +110,7 @@ def train(
         if distils(config) and not (workdir / NOTES).is_file()
         else None
     )
-    claim_workdir(
-        workdir, config, store, functools.partial(taught_clips, teachers) if teachers else None
-    )
+    claim_workdir(workdir, config, store, [teacher.trained_on for teacher in teachers or ()])
 
     spread = Parallel.create(parallel, devices)
     spread.check_batch_size(config.batch_size, config.optimizer.accumulate)

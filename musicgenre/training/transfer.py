@@ -13,10 +13,8 @@ from absl import logging
 
 from musicgenre.audio.features import FeatureSpec
 from musicgenre.config import differences
-from musicgenre.errors import UserError, did_you_mean
-from musicgenre.runs.bundle import packaged_models, read_bundle, resolve_source
-from musicgenre.runs.checkpoints import read_model
-from musicgenre.runs.notes import saved_shapes
+from musicgenre.errors import UserError
+from musicgenre.runs.model import load_model
 from musicgenre.training.state import TrainState
 
 
@@ -73,18 +71,23 @@ def start_from(
     Raises:
       UserError: no model is there, it is of another network, or a layer has another shape.
     """
-    notes, value = _read(source)
-    there = notes["config"]["model"]
-    if there["name"] != model["name"]:
+    there = load_model(source, field="config.init_from")
+    if there.config.model.name != model["name"]:
         raise UserError(
-            f"config.init_from={str(source)!r} holds the model {there['name']!r}, not {model['name']!r}."
+            f"config.init_from={str(source)!r} holds the model {there.config.model.name!r}, "
+            f"not {model['name']!r}."
         )
-    before = dataclasses.asdict(FeatureSpec.from_dict(notes["features"]))
+    if there.trained_on.unknown:
+        logging.warning(
+            "config.init_from: training clips unknown: %s, so no audit can rule out leakage",
+            there.trained_on.unknown,
+        )
+    before = dataclasses.asdict(there.features)
     if changed := differences(before, dataclasses.asdict(features)):
         logging.warning(
             "config.init_from was trained on other features (there -> here): %s", "; ".join(changed)
         )
-    variables = dict(value["variables"])
+    variables = dict(there.model["variables"])
     body = layers[:-1]
     params = _taken(state.params, variables.pop("params"), body, source)
     collections = {
@@ -115,25 +118,6 @@ def layer_rates(
         name: layer_decay ** (last - i) * (transferred_rate if transferred and i < last else 1.0)
         for i, name in enumerate(layers)
     }
-
-
-def _read(source: str | Path) -> tuple[dict[str, Any], Any]:
-    """Returns a model's notes, and its `variables` and `norm`."""
-    path = resolve_source(source)
-    if path.is_file():
-        logging.warning(
-            "config.init_from=%r: a bundle does not list the clips that it was trained on, so no audit can tell whether "
-            "those that this run is evaluated on are among them",
-            str(source),
-        )
-        return read_bundle(path)
-    if not path.is_dir():
-        names = did_you_mean(str(source), packaged_models())
-        raise UserError(
-            f"config.init_from={str(source)!r}: no such workdir, bundle or packaged model.{names}"
-        )
-    restored = read_model(path / "checkpoints", "last", saved_shapes)
-    return restored.meta, restored.value
 
 
 def _taken(tree: Any, variables: Any, layers: Sequence[str], source: str | Path) -> Any:

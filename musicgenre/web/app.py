@@ -25,7 +25,7 @@ from musicgenre import __version__
 from musicgenre.errors import UserError
 from musicgenre.inference.index import EmbeddingIndex
 from musicgenre.inference.tagger import Tagger
-from musicgenre.runs.bundle_writer import model_card
+from musicgenre.runs.bundle import model_card
 from musicgenre.web.analysis import Abandoned, analyse
 
 # The header that names an upload, percent-encoded. A page of another site cannot send it without being asked for permission

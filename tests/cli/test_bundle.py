@@ -5,14 +5,14 @@ import pytest
 from safetensors import safe_open
 
 from musicgenre.cli.main import main
-from musicgenre.runs.bundle_writer import load_bundle
+from musicgenre.runs.model import load_model
 
 
 def metrics(path, **changes):
     """What an evaluation of the tiny model with --temperature leaves, as far as it is read."""
     found = {"ece": 0.2, "nll": 1.0, "brier": 0.5}
     values = {
-        "config": {"seed": load_bundle(path).config.seed},
+        "config": {"seed": load_model(path).config.seed},
         "checkpoint": {"step": 7},
         "calibration": {
             "temperature": 1.25,
@@ -31,7 +31,7 @@ def test_a_temperature_from_an_evaluation_or_a_number(bundle, tmp_path, capsys):
     out = tmp_path / "calibrated.safetensors"
     assert main(["bundle", str(bundle), str(out), f"--temperature={metrics(bundle)}"]) == 0
     assert "Temperature: 1.25" in capsys.readouterr().out
-    model = load_bundle(out)
+    model = load_model(out)
     assert model.temperature == 1.25
     assert (
         "fitted on valid (197 clips of gtzan): calibration error before 20.0 %, after 10.0 %"
@@ -39,16 +39,16 @@ def test_a_temperature_from_an_evaluation_or_a_number(bundle, tmp_path, capsys):
     )
     # A bundle of it keeps the temperature, unless another is given.
     again = tmp_path / "again.safetensors"
-    assert main(["bundle", str(out), str(again)]) == 0 and load_bundle(again).temperature == 1.25
+    assert main(["bundle", str(out), str(again)]) == 0 and load_model(again).temperature == 1.25
     assert (
         main(["bundle", str(out), str(again), "--temperature=0.8"]) == 0
-        and load_bundle(again).temperature == 0.8
+        and load_model(again).temperature == 0.8
     )
     assert (
         main(["bundle", str(out), str(again), "--temperature=1"]) == 0
-        and load_bundle(again).temperature == 1
+        and load_model(again).temperature == 1
     )
-    assert np.array_equal(load_bundle(again).model["norm"]["mean"], model.model["norm"]["mean"])
+    assert np.array_equal(load_model(again).model["norm"]["mean"], model.model["norm"]["mean"])
     with safe_open(again, "np") as file:
         assert "temperature" not in json.loads(file.metadata()["musicgenre"])
 

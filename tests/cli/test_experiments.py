@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from musicgenre.cli.main import main
-from musicgenre.runs.bundle_writer import save_bundle
+from musicgenre.runs.bundle import save_bundle
 from musicgenre.runs.model import load_model
 
 

@@ -15,7 +15,7 @@ from musicgenre.evaluation import plots
 from musicgenre.explain import page as pages
 from musicgenre.explain import plots as explain_plots
 from musicgenre.inference.tagger import Tagger
-from musicgenre.runs.bundle_writer import save_bundle
+from musicgenre.runs.bundle import save_bundle
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -7,7 +7,7 @@ from tiny_model import tiny_model
 
 from musicgenre.cli.main import main
 from musicgenre.exchange import export
-from musicgenre.runs.bundle_writer import save_bundle
+from musicgenre.runs.bundle import save_bundle
 
 needs_stablehlo = pytest.mark.skipif(
     importlib.util.find_spec("flatbuffers") is None,

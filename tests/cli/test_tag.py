@@ -17,7 +17,7 @@ from tiny_model import tiny_model
 from musicgenre.audio import file_tags
 from musicgenre.cli import main as cli
 from musicgenre.inference.predict import predict_files
-from musicgenre.runs.bundle_writer import load_bundle, save_bundle
+from musicgenre.runs.bundle import save_bundle
 from musicgenre.runs.model import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -290,7 +290,7 @@ def test_bundle_with_a_card(bundle, tmp_path, capsys):
     assert run("bundle", bundle, out, "--half", f"--remarks={tmp_path / 'remarks.md'}") == 0
     assert "# conv1d on made_up" in capsys.readouterr().out
     assert (
-        load_bundle(out).card.endswith("Licence: yours.\n")
+        load_model(out).card.endswith("Licence: yours.\n")
         and out.stat().st_size < 0.9 * bundle.stat().st_size
     )
     assert run("bundle", bundle, tmp_path / "x.bin") == 2

@@ -17,7 +17,8 @@ from tiny_model import tiny_model
 from musicgenre.errors import UserError
 from musicgenre.inference.index import EmbeddingIndex, Update, model_digest
 from musicgenre.inference.tagger import Tagger
-from musicgenre.runs.bundle_writer import load_bundle, save_bundle
+from musicgenre.runs.bundle import save_bundle
+from musicgenre.runs.model import load_model
 
 NO_TEXT = os.fsdecode(b"/music/caf\xe9.mp3")
 
@@ -170,7 +171,7 @@ def test_the_digest_knows_a_model_again_and_no_other(model, tmp_path):
     save_bundle(model, tmp_path / "a.safetensors")
     save_bundle(model, tmp_path / "half.safetensors", half=True)
     digest = model_digest(model)
-    assert len(digest) == 64 and digest == model_digest(load_bundle(tmp_path / "a.safetensors"))
+    assert len(digest) == 64 and digest == model_digest(load_model(tmp_path / "a.safetensors"))
     changed = jax.tree.map(np.copy, model.model)
     changed["norm"]["mean"][0, 3] += 1e-3
     other_network, cropped = (
@@ -179,7 +180,7 @@ def test_the_digest_knows_a_model_again_and_no_other(model, tmp_path):
     )
     other_network.model.padding, cropped.data.crop_frames = "VALID", 32
     others = [
-        load_bundle(tmp_path / "half.safetensors"),
+        load_model(tmp_path / "half.safetensors"),
         dataclasses.replace(model, model=changed),
         dataclasses.replace(model, label_names=("low", "high/est", "middle")),
         dataclasses.replace(model, features=dataclasses.replace(model.features, fmin=20.0)),
@@ -190,7 +191,7 @@ def test_the_digest_knows_a_model_again_and_no_other(model, tmp_path):
     digests = [model_digest(other) for other in others]
     assert len({digest, *digests}) == 8
     index = EmbeddingIndex.of(model)
-    index.check_model(load_bundle(tmp_path / "a.safetensors"))
+    index.check_model(load_model(tmp_path / "a.safetensors"))
     with pytest.raises(
         UserError,
         match=r"the index: made with another model, run \(conv1d; low, middle, high/est\).*low, high/est, m",

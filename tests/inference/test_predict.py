@@ -17,7 +17,7 @@ from musicgenre.evaluation.calibration import tempered
 from musicgenre.evaluation.report import write_report
 from musicgenre.inference.predict import Prediction, predict_files, render
 from musicgenre.inference.windows import file_inputs
-from musicgenre.runs.bundle_writer import save_bundle
+from musicgenre.runs.bundle import save_bundle
 from musicgenre.runs.model import load_model
 from musicgenre.store.store import Store
 from musicgenre.studies.evaluate import (

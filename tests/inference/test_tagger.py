@@ -13,7 +13,7 @@ import musicgenre
 from musicgenre import Tagger
 from musicgenre.errors import UserError
 from musicgenre.inference.predict import predict_files
-from musicgenre.runs.bundle_writer import save_bundle
+from musicgenre.runs.bundle import save_bundle
 
 
 @pytest.fixture(scope="module")

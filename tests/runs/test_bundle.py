@@ -13,8 +13,7 @@ from tiny_model import tiny_model
 from musicgenre.errors import UserError
 from musicgenre.inference.windows import Network
 from musicgenre.runs import bundle as bundle_module
-from musicgenre.runs.bundle import packaged_models
-from musicgenre.runs.bundle_writer import load_bundle, model_card, save_bundle
+from musicgenre.runs.bundle import model_card, packaged_models, save_bundle
 from musicgenre.runs.model import load_model
 
 
@@ -70,14 +69,14 @@ def test_a_temperature_divides_the_logits(task, tmp_path):
 def test_a_model_without_a_temperature_is_written_as_ever(model, bundle):
     with safe_open(bundle, "np") as file:
         assert "temperature" not in json.loads(file.metadata()["musicgenre"])
-    assert load_bundle(bundle).temperature == 1
+    assert load_model(bundle).temperature == 1
     with pytest.raises(UserError, match="a regression has none"):
         dataclasses.replace(tiny_model("regression"), temperature=2.0)
 
 
 def test_no_place_of_this_machine_is_in_it(bundle):
     assert b"private" not in bundle.read_bytes()
-    loaded = load_bundle(bundle)
+    loaded = load_model(bundle)
     assert (
         loaded.config.data.root == ""
         and loaded.dataset["root"] == ""
@@ -93,7 +92,7 @@ def test_half_has_half_the_size_and_nearly_the_same_probabilities(model, bundle,
     assert {kinds[name] for name in kinds if "batch_stats" in name} == {np.dtype("float32")}
     assert kinds["variables/params/head/kernel"] == kinds["norm/mean"] == np.float16
     assert sum(a.nbytes for a in arrays.values()) < 0.6 * sum(a.nbytes for a in full.values())
-    loaded = load_bundle(tmp_path / "half.safetensors")
+    loaded = load_model(tmp_path / "half.safetensors")
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded.model)} == {np.dtype("float32")}
     difference = np.abs(Network(loaded)(inputs())[0] - Network(model)(inputs())[0]).max()
     assert 0 < difference < 5e-3
@@ -113,7 +112,7 @@ def test_what_float16_cannot_hold_stays_whole(tmp_path):
         == np.float32
     )
     assert (
-        load_bundle(tmp_path / "half.safetensors").model["variables"]["params"]["head"]["bias"][0]
+        load_model(tmp_path / "half.safetensors").model["variables"]["params"]["head"]["bias"][0]
         == 1e5
     )
 
@@ -139,9 +138,9 @@ def flipped(path):
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), "cut short"),
         (lambda path: path.write_bytes(b""), "not a readable model"),
         (lambda path: path.write_text("no model at all, but some text"), "not a readable model"),
-        (lambda path: save_file({"a": np.zeros(3)}, path), "not a model of this package"),
+        (lambda path: save_file({"a": np.zeros(3)}, path), "holds other arrays and no model"),
         (flipped, "its arrays are not those that were saved"),
-        (lambda path: changed_notes(path, schema=2), "schema 2 is not the one"),
+        (lambda path: changed_notes(path, schema=3), "does not read schema 3"),
         (
             lambda path: changed_notes(path, temperature=-1),
             "a temperature must be a number above 0, not -1",

@@ -7,7 +7,8 @@ import pytest
 from musicgenre import Tagger
 from musicgenre.datasets.arrays import open_array_file
 from musicgenre.datasets.gtzan import GENRES
-from musicgenre.runs.model import load_model, packaged_models
+from musicgenre.runs.bundle import packaged_models
+from musicgenre.runs.model import load_model
 from musicgenre.training.step import make_score_step
 
 

@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +12,9 @@ from musicgenre.audio.perturb_sound import sound_transforms
 from musicgenre.errors import UserError
 from musicgenre.evaluation.robustness import measure
 from musicgenre.inference.predict import predict_files
-from musicgenre.runs.bundle_writer import save_bundle
+from musicgenre.runs.bundle import save_bundle
 from musicgenre.runs.model import load_model
+from musicgenre.runs.provenance import TrainedOn
 from musicgenre.studies.evaluate import evaluate_model, store_of_arrays
 from musicgenre.studies.robustness import array_inputs, find_sounds, probe_arrays, probe_sounds
 
@@ -187,10 +187,10 @@ def test_a_model_of_tags_needs_no_labels(model, music):
     )
 
 
-def test_a_run_says_which_clips_it_was_trained_on(model, music, tmp_path):
-    run = dataclasses.replace(model, workdir=tmp_path)
+def test_a_run_says_which_clips_it_was_trained_on(model, music):
     clips = find_sounds([music])[:2]
-    (tmp_path / "train_clips.json").write_text(json.dumps({"clip_id": ["low/a.wav", "other"]}))
+    trained_on = TrainedOn(["low/a.wav", "other"], ["", ""], [None, None])
+    run = dataclasses.replace(model, trained_on=trained_on)
     assert probe_sounds(run, clips, tries=0).notes[0].startswith("1 of these 2 clips are")
     assert "not known clip by clip" in probe_sounds(model, clips, tries=0).notes[0]
 

@@ -11,7 +11,7 @@ from tiny_model import tiny_model
 from musicgenre import models
 from musicgenre.config import base_config
 from musicgenre.errors import UserError
-from musicgenre.runs.bundle_writer import save_bundle
+from musicgenre.runs.bundle import save_bundle
 from musicgenre.runs.model import load_model
 from musicgenre.store.store import Store
 from musicgenre.studies.evaluate import evaluate_model
@@ -123,7 +123,7 @@ def test_the_run_goes_on_without_its_source_and_the_audit_remembers_it(source, t
     model = load_model(tmp_path / "run")
     assert evaluate_model(model, store, "valid").audit.clean
     (tmp_path / "run" / "train_clips.json").write_text(json.dumps(record))
-    audit = evaluate_model(model, store, "valid").audit
+    audit = evaluate_model(load_model(tmp_path / "run"), store, "valid").audit
     assert not audit.clean and audit.findings[0].clips == 1
 
 
@@ -143,7 +143,7 @@ def test_a_bundle_is_a_source_whose_clips_are_not_known(small_config, tmp_path, 
     )
     with caplog.at_level("WARNING", "absl"):
         train(config, tmp_path / "run", progress=False)
-    assert "a bundle does not list the clips that it was trained on" in caplog.text
+    assert "training clips unknown: tags.safetensors does not list them" in caplog.text
     assert (
         "other features (there -> here): compression: log10000 -> db; top_db: 60.0 -> 80.0"
         in caplog.text
@@ -158,7 +158,7 @@ def test_a_bundle_is_a_source_whose_clips_are_not_known(small_config, tmp_path, 
     audit = evaluate_model(model, store, "valid").audit
     assert not audit.clean and not audit.findings
     assert audit.summary()[:2] == [
-        "training clips unknown: the model that this run started from does not list them; whether evaluated clips are among them "
+        "training clips unknown: tags.safetensors does not list them; whether evaluated clips are among them "
         "cannot be said",
         "nothing found among the training clips that are known: 9 evaluated clips against 24 trained on",
     ]
@@ -174,7 +174,7 @@ def test_a_source_of_another_size_is_named(source, tmp_path):
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("nowhere", "config.init_from='nowhere': no such workdir, bundle or packaged model"),
+        ("nowhere", "config.init_from: 'nowhere': no such workdir, bundle or packaged model"),
         ("gtzam", "Did you mean 'gtzan'"),
         ("stores", "stores: no checkpoint found there"),
         ("train.npz", "train.npz: not a readable model"),

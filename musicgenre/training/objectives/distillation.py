@@ -15,13 +15,10 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from musicgenre.audio.features import FeatureSpec
 from musicgenre.config import differences
-from musicgenre.errors import UserError, did_you_mean
+from musicgenre.errors import UserError
 from musicgenre.files import fingerprint, read_json, replacing, sha256, write_json
-from musicgenre.runs.bundle import packaged_models, read_bundle, resolve_source
-from musicgenre.runs.checkpoints import read_model
-from musicgenre.runs.notes import CLIP_LISTS, add_clips, saved_module, saved_shapes, trained_clips
+from musicgenre.runs.model import TrainedModel, load_model
 from musicgenre.store.store import Store
 from musicgenre.training.parallel import Parallel
 from musicgenre.training.scoring import score_clips
@@ -30,42 +27,12 @@ from musicgenre.training.step import make_score_step
 TARGETS, NOTES = "teachers.npy", "teachers.json"
 
 
-@dataclasses.dataclass(frozen=True)
-class Teacher:
-    """A model that teaches.
-
-    Attributes:
-      source: as the config names it.
-      step: of its checkpoint.
-      notes: see `musicgenre.runs.notes.run_notes`.
-      value: its `variables` and `norm`.
-      trained: the clips that it was trained on, `clip_id`, `sha256` and `group`, as far as they are known.
-      unknown: whose clips are not known; "" where all are.
-    """
-
-    source: str
-    step: int
-    notes: dict[str, Any]
-    value: Any
-    trained: dict[str, list[Any]]
-    unknown: str
-
-    def has_seen(self, clip_ids: Sequence[str], hashes: Sequence[str]) -> np.ndarray:
-        """Returns which clips it may have been trained on, bool `[clips]`: all where its own are not known."""
-        ids, contents = set(self.trained["clip_id"]), set(self.trained["sha256"]) - {"", None}
-        seen = [
-            clip_id in ids or content in contents
-            for clip_id, content in zip(clip_ids, hashes, strict=True)
-        ]
-        return np.array(seen, bool) | bool(self.unknown)
-
-
 def distils(config: ConfigDict) -> bool:
     """Returns whether a run of this config has teachers that count."""
     return bool(config.distill.teachers) and config.distill.weight > 0
 
 
-def read_teachers(config: ConfigDict, store: Store) -> list[Teacher]:
+def read_teachers(config: ConfigDict, store: Store) -> list[TrainedModel]:
     """Reads the teachers of a run, of a workdir the last checkpoint.
 
     Raises:
@@ -79,26 +46,11 @@ def read_teachers(config: ConfigDict, store: Store) -> list[Teacher]:
         raise UserError(
             "config.distill.teachers goes with the cross entropy: leave config.loss.name empty."
         )
-    teachers = [_read(str(source)) for source in config.distill.teachers]
-    for teacher in teachers:
-        _check_fits(teacher, store)
+    teachers = []
+    for source in config.distill.teachers:
+        teachers.append(load_model(source, field="config.distill.teachers"))
+        _check_fits(str(source), teachers[-1], store)
     return teachers
-
-
-def taught_clips(teachers: Sequence[Teacher], own: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """Returns what a run's `train_clips.json` says of its teachers: the clips that they trained on and the run does not.
-
-    Args:
-      teachers: from `read_teachers`.
-      own: the run's own `clip_id`, `sha256` and `group`.
-    """
-    record: dict[str, Any] = {name: [] for name in CLIP_LISTS}
-    known = set(own["clip_id"])
-    for teacher in teachers:
-        add_clips(record, teacher.trained, known)
-    return record | {
-        "unknown": next((teacher.unknown for teacher in teachers if teacher.unknown), "")
-    }
 
 
 def soft_targets(
@@ -106,7 +58,7 @@ def soft_targets(
     store: Store,
     workdir: Path,
     spread: Parallel,
-    teachers: Sequence[Teacher] | None,
+    teachers: Sequence[TrainedModel] | None,
 ) -> np.ndarray:
     """Returns what the teachers say of the training clips, and writes it into the workdir, or reads it from there.
 
@@ -135,7 +87,7 @@ def soft_targets(
     if teachers is None:
         return _saved_targets(workdir, made_for)
     names = store.clip_ids[clips].tolist(), store.hashes[clips].tolist()
-    seen = np.stack([teacher.has_seen(*names) for teacher in teachers])
+    seen = np.stack([teacher.trained_on.has_seen(*names) for teacher in teachers])
     said = np.stack([_scores(teacher, store, clips, spread) for teacher in teachers])
     softer = softened(said, config.distill.temperature, store.task)
     targets = cross_fitted(softer, seen).astype(np.float32)
@@ -205,76 +157,38 @@ def cross_fitted(scores: np.ndarray, seen: np.ndarray) -> np.ndarray:
     return mean
 
 
-def _read(source: str) -> Teacher:
-    path = resolve_source(source)
-    nothing: dict[str, list[Any]] = {name: [] for name in CLIP_LISTS}
-    if path.is_file():
-        notes, value = read_bundle(path)
-        return Teacher(
-            source,
-            int(notes["step"]),
-            notes,
-            value,
-            nothing,
-            f"the teacher {source!r}, a bundle, does not list them",
-        )
-    if not path.is_dir():
-        names = did_you_mean(source, packaged_models())
-        raise UserError(
-            f"config.distill.teachers: {source!r}: no such workdir, bundle or packaged model.{names}"
-        )
-    restored = read_model(path / "checkpoints", "last", saved_shapes)
-    trained, unknown = nothing, f"the teacher {source!r} does not list them"
-    if (path / "train_clips.json").is_file():
-        trained, unknown = trained_clips(
-            read_json(path / "train_clips.json", "list of training clips")
-        )
-        unknown = f"{unknown} (of the teacher {source!r})" if unknown else ""
-    return Teacher(
-        source,
-        restored.step,
-        restored.meta,
-        restored.value,
-        {name: trained[name] for name in CLIP_LISTS},
-        unknown,
-    )
-
-
-def _check_fits(teacher: Teacher, store: Store) -> None:
-    """Raises UserError where a teacher was not made for clips and labels such as the store's."""
-    notes, name = teacher.notes, f"config.distill.teachers: {teacher.source!r}"
-    there, here = (
-        dataclasses.asdict(FeatureSpec.from_dict(notes["features"])),
-        dataclasses.asdict(store.features),
-    )
+def _check_fits(source: str, teacher: TrainedModel, store: Store) -> None:
+    """Raises UserError if a teacher was trained on other features, clip lengths or labels."""
+    name = f"config.distill.teachers: {source!r}"
+    there, here = dataclasses.asdict(teacher.features), dataclasses.asdict(store.features)
     if changed := differences(there, here):
         raise UserError(
-            f"{name} was trained on other features (there -> here): {'; '.join(changed)}. Take another teacher."
+            f"{name} was trained on other features (there -> here): {'; '.join(changed)}. "
+            "Choose another teacher."
         )
     for field, its, ours in (
-        ("frames per clip", notes["layout"]["frames"], store.layout.frames),
-        ("task", notes["task"], store.task),
-        ("labels, in their order", ", ".join(notes["label_names"]), ", ".join(store.label_names)),
+        ("frames per clip", teacher.layout.frames, store.layout.frames),
+        ("task", teacher.task, store.task),
+        ("labels, in their order", ", ".join(teacher.label_names), ", ".join(store.label_names)),
     ):
         if its != ours:
             raise UserError(
-                f"{name} has other {field} (there -> here): {its} -> {ours}. Take another teacher."
+                f"{name} has other {field} (there -> here): {its} -> {ours}. Choose another teacher."
             )
 
 
-def _scores(teacher: Teacher, store: Store, clips: np.ndarray, spread: Parallel) -> np.ndarray:
+def _scores(teacher: TrainedModel, store: Store, clips: np.ndarray, spread: Parallel) -> np.ndarray:
     """Returns what a teacher says of clips, as its evaluation does, float64 `[clips, classes]`."""
-    config = teacher.notes["config"]
-    temperature = float(teacher.notes.get("temperature", 1.0))  # of a bundle
-    step = make_score_step(saved_module(teacher.notes), teacher.notes["task"], temperature)
+    data = teacher.config.data
+    step = make_score_step(teacher.module, teacher.task, teacher.temperature)
     return score_clips(
         spread.score_step(step),
-        spread.place_state(teacher.value),
+        spread.place_state(teacher.model),
         store,
         clips,
-        batch_size=spread.round_up(int(config["batch_size"])),
-        crop_frames=int(config["data"]["crop_frames"]),
-        chunks=int(config["data"]["eval_chunks"]),
+        batch_size=spread.round_up(int(teacher.config.batch_size)),
+        crop_frames=int(data.crop_frames),
+        chunks=int(data.eval_chunks),
     )
 
 
@@ -296,15 +210,21 @@ def _saved_targets(workdir: Path, made_for: Mapping[str, Any]) -> np.ndarray:
     return targets
 
 
-def _warn_of_leak(teachers: Sequence[Teacher], store: Store) -> None:
+def _warn_of_leak(teachers: Sequence[TrainedModel], store: Store) -> None:
     """Says how many clips that this run is measured on a teacher has learnt from."""
     for split in [name for name in ("valid", "test") if name in store.splits]:
         clips = store.indices(split)
         seen = [
-            teacher.has_seen(store.clip_ids[clips].tolist(), store.hashes[clips].tolist())
+            teacher.trained_on.has_seen(
+                store.clip_ids[clips].tolist(), store.hashes[clips].tolist()
+            )
             for teacher in teachers
         ]
-        known = [row for row, teacher in zip(seen, teachers, strict=True) if not teacher.unknown]
+        known = [
+            row
+            for row, teacher in zip(seen, teachers, strict=True)
+            if not teacher.trained_on.unknown
+        ]
         if count := int(np.any(known, axis=0).sum()) if known else 0:
             logging.warning(
                 "config.distill: teachers were trained on %d of the %d clips of the %s split, on which this run will look better "
@@ -313,7 +233,9 @@ def _warn_of_leak(teachers: Sequence[Teacher], store: Store) -> None:
                 len(clips),
                 split,
             )
-    if unknown := [teacher.unknown for teacher in teachers if teacher.unknown]:
+    if unknown := [
+        teacher.trained_on.unknown for teacher in teachers if teacher.trained_on.unknown
+    ]:
         logging.warning(
             "config.distill: training clips unknown: %s; no audit can say that nothing leaks",
             unknown[0],

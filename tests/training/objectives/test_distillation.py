@@ -28,9 +28,9 @@ from musicgenre.config import (
 from musicgenre.datasets import load_dataset
 from musicgenre.errors import UserError
 from musicgenre.runs import workdir
-from musicgenre.runs.bundle_writer import save_bundle
+from musicgenre.runs.bundle import save_bundle
 from musicgenre.runs.model import load_model
-from musicgenre.runs.notes import trained_clips
+from musicgenre.runs.provenance import TrainedOn
 from musicgenre.runs.workdir import Interrupted
 from musicgenre.store.loader import train_batches
 from musicgenre.store.prepare import prepare_store
@@ -41,7 +41,6 @@ from musicgenre.training.augment import Augmentation
 from musicgenre.training.fit import train
 from musicgenre.training.losses import clip_losses, soft_losses
 from musicgenre.training.objectives.distillation import (
-    Teacher,
     cross_fitted,
     distils,
     read_teachers,
@@ -196,7 +195,7 @@ def test_a_clip_is_taught_by_those_that_did_not_train_on_it():
     seen = np.array([[False, True, True], [True, False, True], [True, False, True]])
     np.testing.assert_allclose(cross_fitted(scores, seen), [[0.9, 0.1], [0.35, 0.65], [0.5, 0.5]])
     # A clip is known by its name or by what is in it; where a teacher's clips are not known, it may be any.
-    teacher = Teacher("x", 1, {}, None, {"clip_id": ["a"], "sha256": ["#1"], "group": [None]}, "")
+    teacher = TrainedOn(["a"], ["#1"], [None])
     clips = (["a", "b", "c", "d"], ["#2", "#1", "#3", ""])
     assert teacher.has_seen(*clips).tolist() == [True, True, False, False]
     assert dataclasses.replace(teacher, unknown="x does not list them").has_seen(*clips).all()
@@ -464,7 +463,7 @@ def test_the_audit_counts_what_the_teachers_saw(place, tmp_path, caplog):
     again = read_teachers(
         changed(config, distill__teachers=(str(tmp_path / "leaky"), halves(place)[0])), store
     )
-    assert [len(teacher.trained["clip_id"]) for teacher in again] == [12, 6]
+    assert [len(teacher.trained_on) for teacher in again] == [12, 6]
     # A table over folds says it, too: each fold's clips were in the other's teacher's training.
     base = student(
         place,
@@ -485,15 +484,16 @@ def test_clips_are_gathered_from_all_that_a_run_learnt_from():
             **others,
         }
 
-    assert trained_clips(record("a", "b")) == (record("a", "b"), "")
+    alone = TrainedOn.from_json(record("a", "b"))
+    assert (alone.clip_ids, alone.hashes, alone.unknown) == (["a", "b"], ["#a", "#b"], "")
     teachers = record("c", unknown="the teacher 'x' does not list them")
-    whole, unknown = trained_clips(
+    joined = TrainedOn.from_json(
         record("a", init_from=record("b", "a", init_from=None), teachers=teachers)
     )
-    assert (whole["clip_id"], whole["sha256"]) == (["a", "b", "c"], ["#a", "#b", "#c"])
-    assert (
-        unknown
-        == "the model that this run started from does not list them; the teacher 'x' does not list them"
+    assert (joined.clip_ids, joined.hashes) == (["a", "b", "c"], ["#a", "#b", "#c"])
+    assert joined.unknown == (
+        "the model that this run started from does not list them; "
+        "the teacher 'x' does not list them"
     )
 
 
@@ -518,17 +518,14 @@ def test_a_bundle_teaches_tags_and_its_clips_are_not_known(tmp_path, prepared, c
     prepared(config)
     with caplog.at_level("WARNING", "absl"):
         train(config, tmp_path / "run", progress=False)
-    assert (
-        "tags.safetensors', a bundle, does not list them; no audit can say that nothing leaks"
-        in caplog.text
-    )
+    assert "tags.safetensors does not list them; no audit can say that nothing leaks" in caplog.text
     assert "every teacher trained, or may have trained, on 6 of the 6 training clips" in caplog.text
     store = Store.open(store_path(config))
     assert store.task == "multi_label" and store.label_names == ("a", "b", "c")
     scores = evaluate_model(load_model(tmp_path / "tags.safetensors"), store, "train").scores
     np.testing.assert_allclose(np.load(tmp_path / "run" / "teachers.npy"), scores, atol=1e-6)
     audit = evaluate_model(load_model(tmp_path / "run"), store, "valid").audit
-    assert not audit.clean and "a bundle, does not list them" in audit.summary()[0]
+    assert not audit.clean and "tags.safetensors does not list them" in audit.summary()[0]
 
 
 @pytest.mark.parametrize(
