@@ -15,9 +15,9 @@ musicgenre train --config=gtzan_mels_rbm --config.init_from=runs/rbm_pretrained 
 """
 
 from absl import flags
-from musicgenre.experiments.train import define_flags, run
 
 from musicgenre.cli import app
+from musicgenre.experiments.train import define_flags, run
 
 FLAGS = flags.FlagValues()
 define_flags(FLAGS)
