@@ -122,7 +122,7 @@ def execute(command: Any, program: Sequence[str], words: Sequence[str]) -> int:
     def run() -> int | None:
         options = list(itertools.takewhile(lambda word: word != "--", words))
         if any(word in ("--help", "-h", "--helpfull", "--helpshort") for word in options):
-            print(_help(command))
+            print(help_text(command))
             return 0
         rest = _parse(command, words)
         logging.use_absl_handler()
@@ -235,7 +235,7 @@ def _normalised(words: Sequence[str], repeated: Sequence[str]) -> list[str]:
     return result
 
 
-def _help(command: Any) -> str:
+def help_text(command: Any) -> str:
     """Returns a command's docstring and its flags."""
     lines = [inspect.cleandoc(command.__doc__), ""]
     if hasattr(command, "ARGUMENTS"):

@@ -78,10 +78,12 @@ def claim_workdir(
             )
         return
     record = own.to_json() | {"store": own.sources[0]}
+    known = set(own.clip_ids)
     if config.init_from:  # the audit counts what the other model has learnt from, too
-        record["init_from"] = training_clips(config.init_from, field="config.init_from").to_json()
+        before = training_clips(config.init_from, field="config.init_from")
+        record["init_from"] = joined([before], known).to_json()
     if others := list(teachers):
-        record["teachers"] = joined(others).to_json()
+        record["teachers"] = joined(others, known).to_json()
     if jax.process_index() == 0:
         # On one line: indenting a million clips takes longer than all the rest.
         write_text(workdir / CLIPS_FILE, json.dumps(record, ensure_ascii=False) + "\n")

@@ -350,12 +350,15 @@ def test_silence_has_the_features_of_silence():
         attribution.silence(mfcc_from_db(x, 5), mfcc), mfcc_from_db(quiet, 5), rtol=1e-5, atol=1e-4
     )
     np.testing.assert_array_equal(
-        attribution.silence(x, FeatureSpec(n_mels=12, db_ref="1.0", top_db=50)), x.max() - 50 + 0 * x
+        attribution.silence(x, FeatureSpec(n_mels=12, db_ref="1.0", top_db=50)),
+        x.max() - 50 + 0 * x,
     )
     assert not attribution.silence(x, FeatureSpec(n_mels=12, compression="log10000")).any()
     # MFCCs go back to the bands that they were made of, where none is left out.
     np.testing.assert_allclose(
-        attribution.spectral_bands(mfcc_from_db(x, 12), FeatureSpec(kind="mfcc", n_mels=12, n_mfcc=12)),
+        attribution.spectral_bands(
+            mfcc_from_db(x, 12), FeatureSpec(kind="mfcc", n_mels=12, n_mfcc=12)
+        ),
         x,
         atol=1e-4,
     )
@@ -486,7 +489,9 @@ def test_a_mask_leaves_the_band_that_it_is_over(spec):
     )
     mask = np.zeros_like(attribution.spectral_bands(features, spec))
     loudest = (
-        attribution.spectral_bands(compute_features(tone(1.0, high), spec), spec).mean(axis=0).argmax()
+        attribution.spectral_bands(compute_features(tone(1.0, high), spec), spec)
+        .mean(axis=0)
+        .argmax()
     )
     mask[:, max(loudest - 3, 0) : loudest + 4] = 1
     for masked in (
@@ -500,8 +505,7 @@ def test_a_mask_leaves_the_band_that_it_is_over(spec):
     assert len(kept) == len(samples)
     assert np.corrcoef(kept[inner], tone(1.0, high)[inner])[0, 1] > 0.99
     assert (
-        np.abs(sonify.apply_mask(samples, spec, np.ones_like(mask)) - samples)[inner].max()
-        < 0.05
+        np.abs(sonify.apply_mask(samples, spec, np.ones_like(mask)) - samples)[inner].max() < 0.05
     )
 
 
