@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from musicgenre.errors import UserError
-from musicgenre.files import arrays_digest, fingerprint, replacing
+from musicgenre.files import fingerprint, replacing
 
 if TYPE_CHECKING:
     from musicgenre.inference.tagger import Tagger
@@ -359,6 +359,7 @@ def model_digest(model: "TrainedModel") -> str:
     from flax.traverse_util import flatten_dict
 
     from musicgenre.config import to_plain
+    from musicgenre.files import arrays_digest
 
     arrays = {
         name: np.asarray(value)
