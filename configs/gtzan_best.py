@@ -23,8 +23,7 @@ scripts than these. The test list (290 clips) was not evaluated.
 """
 
 from ml_collections import ConfigDict
-
-from configs import gtzan_mels_conv1d
+from musicgenre.configs import gtzan_mels_conv1d
 
 
 def get_config() -> ConfigDict:

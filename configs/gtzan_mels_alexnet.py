@@ -12,8 +12,7 @@ No result yet: beyond one epoch that shows that it runs, nothing has been traine
 """
 
 from ml_collections import ConfigDict
-
-from configs import gtzan_mels_conv1d
+from musicgenre.configs import gtzan_mels_conv1d
 
 
 def get_config() -> ConfigDict:

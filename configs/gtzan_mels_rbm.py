@@ -19,8 +19,7 @@ pretrained against not, same seeds: --config.pretrain.epochs=100 38.2 / 40.1 %; 
 """
 
 from ml_collections import ConfigDict
-
-from configs import gtzan_mels_conv1d
+from musicgenre.configs import gtzan_mels_conv1d
 
 
 def get_config() -> ConfigDict:

@@ -9,8 +9,7 @@ validation clips' views. What it is worth with labels: configs/ablations/gtzan_p
 """
 
 from ml_collections import ConfigDict
-
-from configs import gtzan_mels_conv1d
+from musicgenre.configs import gtzan_mels_conv1d
 
 
 def get_config() -> ConfigDict:

@@ -14,8 +14,7 @@ No result yet: MTAT's audio was not at hand when this was written.
 """
 
 from ml_collections import ConfigDict
-
-from configs import mtat_musicnn
+from musicgenre.configs import mtat_musicnn
 
 
 def get_config() -> ConfigDict:

@@ -1,87 +1,89 @@
-r"""Trains the variants that a config's sweep() names, with several seeds, and writes one table. Run again to go on.
+r"""Train the variants in a config's sweep() with several seeds and tabulate them; resumes.
 
-python experiments/ablate.py --config=configs/ablations/report_knobs.py --workdir=runs/report_knobs --seeds=3
+musicgenre ablate --config=ablations/report_knobs --workdir=runs/report_knobs --seeds=3
 
-By cross-validation inside the train list of a data set of arrays, artists kept together, so that the validation clips have no
-say:
+By cross-validation within the training list of a data set of arrays, artists kept together:
 
-python experiments/ablate.py --config=configs/ablations/gtzan_best.py --workdir=runs/gtzan_best_folds --folds=5 --seeds=1 \
-    --config.data.protocol=artist_kfold --config.data.files.valid=
+musicgenre ablate --config=ablations/gtzan_best --workdir=runs/gtzan_best_folds --folds=5 \
+    --seeds=1 --config.data.protocol=artist_kfold --config.data.files.valid=
 """
 
-import importlib.util
+import runpy
 
 from absl import flags
 from ml_collections import config_flags
 
 from musicgenre.cli import app
-from musicgenre.errors import UserError
-from musicgenre.runs.workdir import Interrupted
-from musicgenre.studies.ablation import run_ablation, run_folds
+from musicgenre.errors import UserError, did_you_mean
 
+FLAGS = flags.FlagValues()
+app.define_config(FLAGS)
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of all runs and of the table.", required=True
+    "workdir", None, "Folder of all runs and of the table.", FLAGS, required=True
 )
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of each variant: 0, 1, ...", lower_bound=1)
+_SEEDS = flags.DEFINE_integer(
+    "seeds", 3, "Seeds of each variant: 0, 1, ...", lower_bound=1, flag_values=FLAGS
+)
 _FOLDS = flags.DEFINE_integer(
-    "folds",
-    0,
-    "Folds that each variant is trained on with each seed; 0: the split as it is.",
-    lower_bound=0,
+    "folds", 0, "Folds per variant and seed; 0 uses the data set's split.", 0, flag_values=FLAGS
 )
 _STEPS = flags.DEFINE_integer(
     "steps",
     0,
-    "With --folds: steps of each training, to within half an epoch; 0 goes by the epochs.",
+    "With --folds: steps of each training, to within half an epoch; 0 uses config.epochs.",
     lower_bound=0,
+    flag_values=FLAGS,
 )
-_ONLY = flags.DEFINE_list("only", [], "Names of variants to run; all if empty.")
-_PROGRESS = flags.DEFINE_bool("progress", True, "Draw progress bars.")
+_ONLY = flags.DEFINE_list("only", [], "Names of variants to run; all if empty.", FLAGS)
+_PROGRESS = flags.DEFINE_bool("progress", True, "Draw progress bars.", FLAGS)
 
 
 def main() -> int:
     """Runs the ablation and prints the table."""
-    config = app.get_config()
-    path = config_flags.get_config_filename(flags.FLAGS["config"])
-    spec = importlib.util.spec_from_file_location("ablation_config", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{path}: not a Python file.")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "sweep"):
-        raise UserError(
-            f"{path}: has no sweep(). It should yield (name, {{field: value}}) pairs; see configs/ablations/."
-        )
-    variants = list(module.sweep())
-    if unknown := set(_ONLY.value) - {name for name, _ in variants}:
-        raise UserError(
-            f"--only: {path} has no variant {sorted(unknown)[0]!r}, but {', '.join(name for name, _ in variants)}."
-        )
-    variants = [variant for variant in variants if not _ONLY.value or variant[0] in _ONLY.value]
+    config = app.get_config(FLAGS)
+    variants = _variants(config_flags.get_config_filename(FLAGS["config"]).partition(":")[0])
     if _STEPS.value and not _FOLDS.value:
         raise UserError("--steps goes with --folds; without folds set --config.epochs.")
-    workdir, seeds, progress = _WORKDIR.value, range(_SEEDS.value), _PROGRESS.value
+
+    from musicgenre.runs.workdir import Interrupted
+    from musicgenre.studies.ablation import run_ablation, run_folds
+
+    workdir, seeds, folds = _WORKDIR.value, range(_SEEDS.value), _FOLDS.value
+    progress = _PROGRESS.value
     try:
-        if _FOLDS.value:
+        if folds:
             run_folds(
-                config,
-                variants,
-                workdir,
-                seeds,
-                _FOLDS.value,
-                steps=_STEPS.value,
-                progress=progress,
+                config, variants, workdir, seeds, folds, steps=_STEPS.value, progress=progress
             )
         else:
             run_ablation(config, variants, workdir, seeds, progress=progress)
     except Interrupted as stop:
         print(stop)
         return 128 + stop.signal_number
-    with open(f"{_WORKDIR.value}/ablation.md", encoding="utf-8") as table:
+    with open(f"{workdir}/ablation.md", encoding="utf-8") as table:
         print(table.read())
     return 0
 
 
+def _variants(path: str) -> list[tuple[str, dict[str, object]]]:
+    """Returns the variants of a config file that --only names, or all.
+
+    Raises:
+      UserError: the file has no sweep(), or no variant of a name in --only.
+    """
+    module = runpy.run_path(path)
+    if "sweep" not in module:
+        raise UserError(
+            f"{path}: has no sweep(). It must yield pairs of a name and {{field: value}}, as the "
+            "configs in ablations/ do."
+        )
+    variants = list(module["sweep"]())
+    names = [name for name, _ in variants]
+    for name in _ONLY.value:
+        if name not in names:
+            raise UserError(f"--only={name}: no variant of {path}.{did_you_mean(name, names)}")
+    return [variant for variant in variants if variant[0] in (_ONLY.value or names)]
+
+
 if __name__ == "__main__":
-    app.define_config_flag()
-    app.run(main)
+    app.run(__name__)

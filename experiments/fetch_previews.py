@@ -1,10 +1,10 @@
-r"""Fetches 30 s previews of the Million Song Dataset's songs from 7digital. Run it again to go on.
+r"""Download 30 s previews of the Million Song Dataset's songs from 7digital; resumes.
 
 export MUSICGENRE_7DIGITAL_KEY=... MUSICGENRE_7DIGITAL_SECRET=...
-python experiments/fetch_previews.py --root=MillionSongSubset
+musicgenre fetch_previews --root=MillionSongSubset
 
-The keys are read from the environment only. At most 4,000 requests are made within 24 hours; the run then ends with exit code 3
-and says when to go on.
+The keys are read from the environment only. At most 4,000 requests are made within 24 hours; then
+the command ends with exit code 3 and says when to run it again.
 """
 
 import sys
@@ -12,40 +12,43 @@ import sys
 from absl import flags
 
 from musicgenre.cli import app
-from musicgenre.datasets.fetch import previews
+from musicgenre.errors import PARTIAL
 
+FLAGS = flags.FlagValues()
 _ROOT = flags.DEFINE_string(
-    "root", None, "Folder with the .h5 files, or one file of many songs.", required=True
+    "root", None, "Folder with the .h5 files, or one file of many songs.", FLAGS, required=True
 )
 _LIMIT = flags.DEFINE_integer(
-    "limit", 0, "Songs to ask for in this run at most; 0 is all.", lower_bound=0
+    "limit", 0, "Most songs to request in this run; 0 is all.", lower_bound=0, flag_values=FLAGS
 )
 _PER_DAY = flags.DEFINE_integer(
-    "per_day", previews.REQUESTS_PER_DAY, "Requests within 24 hours, retries too.", lower_bound=1
+    "per_day", 4000, "Requests within 24 hours, retries included.", lower_bound=1, flag_values=FLAGS
 )
 _DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "Only say what would be asked for; needs no keys and writes nothing."
+    "dry_run", False, "Only list what would be requested; needs no keys, writes nothing.", FLAGS
 )
 _RETRY_MISSING = flags.DEFINE_bool(
-    "retry_missing", False, "Ask again for songs that were not found."
+    "retry_missing", False, "Request songs again that were not found.", FLAGS
 )
 _LEDGER = flags.DEFINE_string(
-    "ledger", "", "List of all requests of a key; <root>/previews/requests.jsonl if empty."
+    "ledger", "", "Record of a key's requests; <root>/previews/requests.jsonl if empty.", FLAGS
 )
 _COUNTRY = flags.DEFINE_string(
-    "country", "", "ISO code of 7digital's shop, such as GB; the account's own if empty."
+    "country", "", "ISO code of 7digital's shop, such as GB; the account's own if empty.", FLAGS
 )
 _BASE_URL = flags.DEFINE_string(
-    "base_url", previews.BASE_URL, "Address that the track id is added to."
+    "base_url", "", "Another address that the track id is added to.", FLAGS
 )
 _TIMEOUT = flags.DEFINE_float(
-    "timeout", 30.0, "Seconds without a byte after which a request is given up.", lower_bound=0.1
+    "timeout", 30.0, "Seconds without a byte before a request is given up.", 0.1, flag_values=FLAGS
 )
-_PROGRESS = flags.DEFINE_bool("progress", True, "Draw a progress bar.")
+_PROGRESS = flags.DEFINE_bool("progress", True, "Draw a progress bar.", FLAGS)
 
 
 def main() -> int:
-    """Fetches, prints what was found, and returns 3 where running again can get more."""
+    """Downloads, prints what was found, and returns 3 if running it again can get more."""
+    from musicgenre.datasets.fetch import previews
+
     keys = None if _DRY_RUN.value else previews.keys_from_environment()
     wanted = previews.wanted_songs(_ROOT.value)
     for entry in wanted.skipped:
@@ -63,15 +66,15 @@ def main() -> int:
         _ROOT.value,
         wanted.numbers,
         keys,
-        base_url=_BASE_URL.value,
+        base_url=_BASE_URL.value or previews.BASE_URL,
         country=_COUNTRY.value,
         timeout=_TIMEOUT.value,
         progress=_PROGRESS.value,
         **options,
     )
     print("\n".join(summary.lines()))
-    return app.PARTIAL if summary.incomplete else 0
+    return PARTIAL if summary.incomplete else 0
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(__name__)

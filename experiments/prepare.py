@@ -1,46 +1,59 @@
-r"""Turns the clips of a data set into a spectrogram store. Run it again to go on, or to add new files.
+r"""Turn the clips of a data set into a spectrogram store; resumes, and adds new files.
 
-python experiments/prepare.py --config=configs/gtzan_conv1d.py --config.data.root=/data/gtzan
+musicgenre prepare --config=gtzan_conv1d --config.data.root=/data/gtzan
 """
+
+from collections.abc import Callable
+from typing import Any
 
 from absl import flags
 
-from musicgenre import config
 from musicgenre.cli import app
-from musicgenre.datasets import load_dataset
-from musicgenre.store.prepare import prepare_store
 
-_WORKERS = flags.DEFINE_integer("workers", 0, "Processes; 0 is one for each core.", lower_bound=0)
-_PROGRESS = flags.DEFINE_bool("progress", True, "Draw a progress bar.")
+FLAGS = flags.FlagValues()
+app.define_config(FLAGS)
+_WORKERS = flags.DEFINE_integer(
+    "workers", 0, "Processes; 0 is one per core.", lower_bound=0, flag_values=FLAGS
+)
+_PROGRESS = flags.DEFINE_bool("progress", True, "Draw a progress bar.", FLAGS)
 _VERIFY = flags.DEFINE_bool(
-    "verify", True, "Compare the shards that are there with their checksums, not only their sizes."
+    "verify", True, "Compare existing shards with their checksums, not only their sizes.", FLAGS
 )
 
 
 def main() -> None:
-    """Prepares the store and prints what is in it and what was skipped."""
-    settings = app.get_config()
+    """Prepares the store and prints its contents and what was skipped."""
+    from musicgenre.store.prepare import prepare_store
+
+    options = {"progress": _PROGRESS.value, "verify": _VERIFY.value}
+    prepare(FLAGS, prepare_store, workers=_WORKERS.value, **options)
+
+
+def prepare(
+    flag_values: flags.FlagValues, write: Callable[..., Any], *extra: Any, **options: Any
+) -> None:
+    """Writes the store of the config in `flag_values` with `write`, and prints a summary."""
+    from musicgenre import config
+    from musicgenre.datasets import load_dataset
+
+    settings = app.get_config(flag_values)
     dataset = load_dataset(config.dataset_options(settings))
     for note in dataset.notes:
         print(note, flush=True)
-    summary = prepare_store(
+    summary = write(
         dataset,
         config.feature_spec(settings),
         config.clip_layout(settings),
         config.store_path(settings),
-        workers=_WORKERS.value,
+        *extra,
         min_seconds=settings.data.min_seconds,
         array_layout=settings.data.array_layout,
-        progress=_PROGRESS.value,
-        verify=_VERIFY.value,
+        **options,
     )
     if dataset.synthetic:
-        print(
-            "SYNTHETIC: this data set is made-up audio; numbers on it say nothing about real music."
-        )
+        print("SYNTHETIC: numbers on synthetic audio say nothing about real music.")
     print("\n".join(summary.lines()))
 
 
 if __name__ == "__main__":
-    app.define_config_flag()
-    app.run(main)
+    app.run(__name__)

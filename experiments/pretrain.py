@@ -1,53 +1,32 @@
-r"""Pretrains a network without labels. The same command goes on where it was stopped, to the bit.
+r"""Pretrain a network without labels; the same command resumes a stopped run, bit-exactly.
 
-By contrast of two views of each clip (SimCLR), any network:
+By contrasting two views of each clip (SimCLR), any network:
 
-python experiments/pretrain.py --config=configs/gtzan_mels_simclr.py --workdir=runs/simclr
-python experiments/train.py --config=configs/ablations/gtzan_pretrained.py --config.init_from=runs/simclr --workdir=runs/tuned
+musicgenre pretrain --config=gtzan_mels_simclr --workdir=runs/simclr
+musicgenre train --config=ablations/gtzan_pretrained --config.init_from=runs/simclr \
+    --workdir=runs/tuned
 
 By contrastive divergence, the stacked restricted Boltzmann machines of the model "rbm":
 
-python experiments/pretrain.py --config=configs/gtzan_mels_rbm.py --workdir=runs/rbm_pretrained
-python experiments/train.py --config=configs/gtzan_mels_rbm.py --config.init_from=runs/rbm_pretrained --workdir=runs/rbm
+musicgenre pretrain --config=gtzan_mels_rbm --workdir=runs/rbm_pretrained
+musicgenre train --config=gtzan_mels_rbm --config.init_from=runs/rbm_pretrained --workdir=runs/rbm
 
-`--config.pretrain.method` says which, where it does not go by the model.
+`--config.pretrain.method` names the method; by default it follows from the model.
 """
 
 from absl import flags
-from tqdm import tqdm
 
 from musicgenre.cli import app
-from musicgenre.runs.workdir import Interrupted
-from musicgenre.training.objectives import rbm as contrastive
-from musicgenre.training.objectives import simclr as self_supervised
+from musicgenre.experiments.train import define_flags, run
 
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run: config, metrics and checkpoints.", required=True
-)
-_PROGRESS = flags.DEFINE_bool("progress", True, "Draw a progress bar.")
+FLAGS = flags.FlagValues()
+define_flags(FLAGS)
 
 
 def main() -> int:
-    """Pretrains, prints how it ended, and returns the exit code."""
-    config = app.get_config()
-    divergence = config.pretrain.method == "contrastive_divergence" or (
-        config.pretrain.method == "" and config.model.name == "rbm"
-    )
-    result: contrastive.PretrainResult | self_supervised.PretrainResult
-    try:
-        if divergence:
-            result = contrastive.pretrain(config, _WORKDIR.value, progress=_PROGRESS.value)
-        else:
-            result = self_supervised.pretrain(
-                config, _WORKDIR.value, progress=_PROGRESS.value, say=tqdm.write
-            )
-    except Interrupted as stop:
-        print(stop)
-        return 128 + stop.signal_number
-    print(result.line())
-    return 0
+    """Pretrains, prints the result, and returns the exit code."""
+    return run("pretrain", FLAGS)
 
 
 if __name__ == "__main__":
-    app.define_config_flag()
-    app.run(main)
+    app.run(__name__)

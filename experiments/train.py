@@ -1,67 +1,74 @@
-r"""Trains a model. The same command goes on where it was stopped, to the bit.
+r"""Train a model; the same command resumes a stopped run, bit-exactly.
 
-python experiments/train.py --config=configs/gtzan_mels_conv1d.py --workdir=runs/conv1d --config.seed=1
+musicgenre train --config=gtzan_mels_conv1d --workdir=runs/conv1d --config.seed=1
+
+On several hosts, each process runs the same command:
+
+musicgenre train ... --coordinator=host0:1234 --num_processes=4 --process_id=0
 """
 
-import jax
 from absl import flags
 
 from musicgenre.cli import app
 from musicgenre.errors import UserError
-from musicgenre.runs.workdir import Interrupted
-from musicgenre.training import hosts
-from musicgenre.training.fit import train
-from musicgenre.training.parallel import KINDS
 
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run: config, metrics and checkpoints.", required=True
-)
-_PARALLEL = flags.DEFINE_enum(
-    "parallel",
-    "jit",
-    KINDS,
-    "How a step is spread over the devices; fsdp cuts large parameters and their optimiser's state up to save memory.",
-)
-_PROGRESS = flags.DEFINE_bool("progress", True, "Draw a progress bar.")
-_PROFILE = flags.DEFINE_list(
-    "profile_steps", None, "First step and number of steps to trace into <workdir>/profile: 20,5."
-)
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator",
-    None,
-    "Several hosts: address:port of process 0, or 'auto' on a TPU pod or SLURM.",
-)
-_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several hosts: how many processes.")
-_PROCESS = flags.DEFINE_integer("process_id", None, "Several hosts: this one's number, from 0.")
-_HEARTBEAT = flags.DEFINE_integer(
-    "heartbeat_seconds",
-    30,
-    "Several hosts: without a sign of life for so long, a process counts as dead, and all stop.",
-    1,
-)
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flags of `train` and `pretrain`."""
+    app.define_config(values)
+    flags.DEFINE_string(
+        "workdir", None, "The run's folder: config, metrics, checkpoints.", values, required=True
+    )
+    flags.DEFINE_enum(
+        "parallel",
+        "jit",
+        ["jit", "pmap", "fsdp"],
+        "How a step uses several devices; fsdp shards large parameters and their optimiser state.",
+        values,
+    )
+    flags.DEFINE_bool("progress", True, "Draw a progress bar.", values)
+    flags.DEFINE_list("profile_steps", None, "First step and number of steps to trace.", values)
+    flags.DEFINE_string(
+        "coordinator", None, "address:port of process 0, or auto on a TPU pod or SLURM.", values
+    )
+    flags.DEFINE_integer("num_processes", None, "Of several hosts.", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "This process's number, from 0.", flag_values=values)
+    flags.DEFINE_integer(
+        "heartbeat_seconds",
+        30,
+        "A process that is silent for so long counts as lost, and all processes stop.",
+        lower_bound=1,
+        flag_values=values,
+    )
+
+
+FLAGS = flags.FlagValues()
+define_flags(FLAGS)
 
 
 def main() -> int:
-    """Trains, prints how it ended, and returns the exit code."""
-    config = app.get_config()
-    if _COORDINATOR.value:
-        hosts.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _HEARTBEAT.value)
-    steps = None
-    if _PROFILE.value:
-        if len(_PROFILE.value) != 2 or not all(value.isdigit() for value in _PROFILE.value):
-            raise UserError(
-                f"--profile_steps takes a first step and a count, such as 20,5, not {','.join(_PROFILE.value)!r}."
-            )
-        steps = (int(_PROFILE.value[0]), int(_PROFILE.value[1]))
+    """Trains, prints the result, and returns the exit code."""
+    return run("train", FLAGS)
+
+
+def run(name: str, values: flags.FlagValues) -> int:
+    """Runs `train` or `pretrain` of `musicgenre.training.fit`, and returns the exit code."""
+    config = app.get_config(values)
+    steps = profile_steps(values.profile_steps)
+
+    import jax
+
+    from musicgenre.runs.workdir import Interrupted
+    from musicgenre.training import fit, hosts
+
+    if values.coordinator:
+        hosts.join(
+            values.coordinator, values.num_processes, values.process_id, values.heartbeat_seconds
+        )
+    options = {"parallel": values.parallel, "progress": values.progress, "profile_steps": steps}
     with hosts.one_fate():
         try:
-            result = train(
-                config,
-                _WORKDIR.value,
-                parallel=_PARALLEL.value,
-                progress=_PROGRESS.value,
-                profile_steps=steps,
-            )
+            result = getattr(fit, name)(config, values.workdir, **options)
         except Interrupted as stop:
             print(stop)
             return 128 + stop.signal_number
@@ -70,6 +77,20 @@ def main() -> int:
     return 0
 
 
+def profile_steps(words: list[str] | None) -> tuple[int, int] | None:
+    """Returns the first step and the number of steps to trace.
+
+    Raises:
+      UserError: the flag does not have two numbers.
+    """
+    if not words:
+        return None
+    if len(words) != 2 or not all(word.isdigit() for word in words):
+        raise UserError(
+            f"--profile_steps={','.join(words)}: needs a first step and a count, such as 20,5."
+        )
+    return int(words[0]), int(words[1])
+
+
 if __name__ == "__main__":
-    app.define_config_flag()
-    app.run(main)
+    app.run(__name__)

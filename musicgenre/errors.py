@@ -1,13 +1,19 @@
-"""The one exception that a user's mistake raises, and the near-miss suggestion that goes with it."""
+"""The exception that a user's mistake raises, near-miss suggestions, and exit codes."""
 
 import difflib
 from collections.abc import Iterable
+
+# Exit codes. 0 is success, 1 an internal error with its traceback, 128 + n the end by signal n.
+USER_ERROR = 2  # flags or input that cannot be used
+PARTIAL = 3  # some of several files failed, or running the command again gets more
+LEAKAGE = 4  # `evaluate --fatal_leakage` found leaks, or does not know the training clips
+LOST_PROCESS = 5  # another process of a run on several hosts is lost
 
 
 class UserError(Exception):
     """Input that cannot be used. The message names the file, field or value and says what to do.
 
-    The mains in `experiments/` print the message without a traceback and exit with status 2.
+    Commands print the message without a traceback and exit with `USER_ERROR`.
     """
 
 

@@ -20,8 +20,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
-
-from configs import gtzan_best
+from musicgenre.configs import gtzan_best
 
 # What the recipe was until band limits joined its augmentation.
 NO_LIMITS = {"augment.low_pass": 0.0, "augment.high_pass": 0.0}

@@ -23,8 +23,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
-
-from configs import gtzan_best
+from musicgenre.configs import gtzan_best
 
 ALL = tuple(f"runs/gtzan_best/no_limits/seed{seed}" for seed in range(5))
 FOLDS = tuple(f"runs/gtzan_distill_teachers/no_limits/fold{fold}/seed0" for fold in range(5))

@@ -19,8 +19,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
-
-from configs import gtzan_mels_simclr
+from musicgenre.configs import gtzan_mels_simclr
 
 
 def get_config() -> ConfigDict:

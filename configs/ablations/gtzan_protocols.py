@@ -26,8 +26,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
-
-from configs import gtzan_best
+from musicgenre.configs import gtzan_best
 
 
 def get_config() -> ConfigDict:

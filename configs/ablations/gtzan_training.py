@@ -25,8 +25,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
-
-from configs.ablations import gtzan_networks
+from musicgenre.configs.ablations import gtzan_networks
 
 
 def get_config() -> ConfigDict:

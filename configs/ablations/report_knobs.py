@@ -18,8 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
-
-from configs import gtzan_mels_conv1d
+from musicgenre.configs import gtzan_mels_conv1d
 
 
 def get_config() -> ConfigDict:

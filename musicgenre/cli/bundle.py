@@ -1,87 +1,80 @@
-"""Write a trained model to one file, with a model card: no pickle, all that is needed to use it.
+"""Write a trained model to one file, with a model card and without pickle.
 
 musicgenre bundle runs/mine mine.safetensors --half
 musicgenre bundle runs/mine mine.safetensors --temperature=runs/mine/evaluation-valid/metrics.json
 """
 
-import argparse
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from absl import flags
+
+from musicgenre.cli.files import define_checkpoint, named
+from musicgenre.errors import UserError
+
 if TYPE_CHECKING:
     from musicgenre.runs.model import TrainedModel
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
-    parser.add_argument("model", help="a run's folder, or another bundle")
-    parser.add_argument("out", help="the file, named .safetensors")
-    parser.add_argument(
-        "--checkpoint", default="last", help="last, best or a step (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--half", action="store_true", help="store numbers in float16: half the size"
-    )
-    parser.add_argument(
-        "--temperature",
-        default="",
-        help="calibrates the probabilities: a number that divides the logits, or the metrics.json of an evaluation of this model "
-        "with --temperature",
-    )
-    parser.add_argument(
-        "--remarks",
-        default="",
-        help="a text file that is added to the card: results, limits, licence",
-    )
+FLAGS = flags.FlagValues()
+ARGUMENTS = "model, out: a run's folder or another bundle, and the file to write, .safetensors"
+define_checkpoint(FLAGS)
+_HALF = flags.DEFINE_bool("half", False, "Store numbers in float16: half the size.", FLAGS)
+_TEMPERATURE = flags.DEFINE_string(
+    "temperature",
+    "",
+    "Calibrates the probabilities: a number that divides the logits, or the metrics.json of an "
+    "evaluation of this model with --temperature.",
+    FLAGS,
+)
+_REMARKS = flags.DEFINE_string(
+    "remarks", "", "A text file that is added to the card: results, limits, licence.", FLAGS
+)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def main(words: list[str]) -> None:
     """Writes the file and prints its card."""
-    from musicgenre.errors import UserError
+    source, out = named(words, "model", "out")
+
     from musicgenre.runs.bundle import model_card, save_bundle
     from musicgenre.runs.model import load_model
 
     remarks = ""
-    if arguments.remarks:
+    if _REMARKS.value:
         try:
-            remarks = Path(arguments.remarks).read_text(encoding="utf-8")
+            remarks = Path(_REMARKS.value).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{arguments.remarks}: not a readable text file ({error}).") from error
-    model = load_model(arguments.model, arguments.checkpoint)
-    if arguments.temperature:
-        temperature, told = _temperature(arguments.temperature, model)
+            raise UserError(f"{_REMARKS.value}: not a readable text file ({error}).") from error
+    model = load_model(source, FLAGS.checkpoint)
+    if _TEMPERATURE.value:
+        temperature, origin = _temperature(_TEMPERATURE.value, model)
         model = dataclasses.replace(model, temperature=temperature)
-        remarks = "\n\n".join(filter(None, (remarks.strip(), told)))
+        remarks = "\n\n".join(filter(None, (remarks.strip(), origin)))
     card = model_card(model, remarks)
-    save_bundle(model, arguments.out, card, half=arguments.half)
+    save_bundle(model, out, card, half=_HALF.value)
     print(card)
-    print(f"{arguments.out}: {Path(arguments.out).stat().st_size / 2**20:.2f} MiB")
-    return 0
+    print(f"{out}: {Path(out).stat().st_size / 2**20:.2f} MiB")
 
 
-def _temperature(asked: str, model: "TrainedModel") -> tuple[float, str]:
-    """Returns the temperature that is asked for, and a sentence on where it comes from, "" for a number."""
-    from musicgenre.errors import UserError
+def _temperature(value: str, model: "TrainedModel") -> tuple[float, str]:
+    """Returns the temperature, and a sentence on its origin ("" for a number)."""
     from musicgenre.evaluation.report import calibration_line
     from musicgenre.files import read_json
 
     try:
-        return float(asked), ""
+        return float(value), ""
     except ValueError:
-        metrics = read_json(asked, "number or metrics.json with a temperature")
+        metrics = read_json(value, "number or metrics.json with a temperature")
     if not isinstance(metrics, dict) or not metrics.get("calibration"):
         raise UserError(
-            f"{asked}: holds no temperature. Evaluate with it: experiments/evaluate.py --temperature=valid ..."
+            f"{value}: holds no temperature. Fit one: musicgenre evaluate --temperature=valid ..."
         )
     config = metrics.get("config", {})
-    if "models" in config or (config.get("seed"), metrics["checkpoint"]["step"]) != (
-        model.config.seed,
-        model.step,
-    ):
+    evaluated = (config.get("seed"), metrics["checkpoint"]["step"])
+    if "models" in config or evaluated != (model.config.seed, model.step):
         raise UserError(
-            f"{asked}: is the evaluation of another model, or of another checkpoint than step {model.step}."
+            f"{value}: is the evaluation of another model, or of another checkpoint than step "
+            f"{model.step}."
         )
-    return float(
-        metrics["calibration"]["temperature"]
-    ), f"Calibration: {calibration_line(metrics)}."
+    temperature = float(metrics["calibration"]["temperature"])
+    return temperature, f"Calibration: {calibration_line(metrics)}."

@@ -1,68 +1,66 @@
-"""Write the embeddings of sound files: what the network knows of a file before its last layer.
+"""Write the embeddings of sound files, the network's values before its last layer.
 
 musicgenre embed album/ --out=album.npz
 
-The file holds `path` [files], `embedding` float32 [files, d], and with --windows also `window_file` (row of the file),
-`window_start`, `window_end` (seconds) and `window_embedding` [windows, d].
+The file holds `path` [files] and `embedding` float32 [files, d]. With --windows it also holds, for
+every window, `window_file` (the file's row), `window_start`, `window_end` (seconds) and
+`window_embedding` [windows, d].
 """
 
-import argparse
 from typing import TYPE_CHECKING, Any
 
-from musicgenre.cli.files import Tally, add_files, add_model, expand, load_tagger
+from absl import flags
+
+from musicgenre.cli.files import FILES, Tally, define_model, expand, load_tagger
+from musicgenre.errors import UserError
 
 if TYPE_CHECKING:
     from musicgenre.inference.windows import WindowScores
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
-    add_files(parser)
-    add_model(parser)
-    parser.add_argument("--out", required=True, help="the .npz file")
-    parser.add_argument("--windows", action="store_true", help="the embedding of every window, too")
+FLAGS = flags.FlagValues()
+ARGUMENTS = FILES
+define_model(FLAGS)
+_OUT = flags.DEFINE_string("out", None, "The .npz file to write.", FLAGS, required=True)
+_WINDOWS = flags.DEFINE_bool("windows", False, "Also write the embedding of every window.", FLAGS)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Embeds every file; returns 3 where some failed, 2 where all did."""
+def main(words: list[str]) -> int:
+    """Embeds every file; returns 3 if some failed, 2 if all did."""
+    if not _OUT.value.endswith(".npz"):
+        raise UserError(f"--out={_OUT.value}: the name must end in .npz.")
+    tally = Tally()
+    files = expand(words, tally)
+    if not files:
+        return tally.exit_code()
+
     import numpy as np
 
-    from musicgenre.errors import UserError
     from musicgenre.files import replacing
 
-    if not arguments.out.endswith(".npz"):
-        raise UserError(f"--out={arguments.out}: the name must end in .npz.")
-    tally = Tally()
-    files = expand(arguments.files, tally)
+    tagger = load_tagger(FLAGS)
     paths: list[str] = []
     embeddings: list[np.ndarray] = []
     windows: list[WindowScores] = []
-    if files:
-        tagger = load_tagger(arguments)
-        for scores in tagger.scores(
-            files, step=tagger.model.frames, keep_windows=arguments.windows
-        ):
-            if scores.error:
-                tally.fail(scores.error)
-                continue
-            if scores.embedding is None or not scores.embedding.size:
-                raise UserError(
-                    f"{arguments.model}: this network sows no embedding; see README, 'Your own network'."
-                )
-            tally.done += 1
-            paths.append(scores.path)
-            embeddings.append(scores.embedding)
-            if scores.windows is not None:
-                windows.append(scores.windows)
+    for scores in tagger.scores(files, step=tagger.model.frames, keep_windows=_WINDOWS.value):
+        if scores.error:
+            tally.fail(scores.error)
+            continue
+        if scores.embedding is None or not scores.embedding.size:
+            raise UserError(
+                f"{FLAGS.model}: this network sows no embedding; see README, 'Your own network'."
+            )
+        tally.done += 1
+        paths.append(scores.path)
+        embeddings.append(scores.embedding)
+        windows += [scores.windows] if scores.windows else []
     if paths:
         arrays: dict[str, Any] = {"path": np.array(paths), "embedding": np.stack(embeddings)}
         if windows:
-            arrays["window_file"] = np.repeat(
-                np.arange(len(windows)), [len(part.starts) for part in windows]
-            )
+            counts = [len(part.starts) for part in windows]
+            arrays["window_file"] = np.repeat(np.arange(len(windows)), counts)
             arrays["window_start"] = np.concatenate([part.starts for part in windows])
             arrays["window_end"] = np.concatenate([part.ends for part in windows])
             arrays["window_embedding"] = np.concatenate([part.embeddings for part in windows])
-        with replacing(arguments.out) as temporary, open(temporary, "wb") as file:
+        with replacing(_OUT.value) as temporary, open(temporary, "wb") as file:
             np.savez(file, **arrays)
     return tally.exit_code()

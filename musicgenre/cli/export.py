@@ -1,55 +1,46 @@
-"""Write a model as one program from sound to probabilities, for use without this package: ONNX or StableHLO.
+"""Write a model as one ONNX or StableHLO program from sound to probabilities.
 
 musicgenre export gtzan --out=gtzan.onnx
 musicgenre export runs/mine --checkpoint=best --out=mine.stablehlo
 
-The program takes mono samples at the model's rate, float32 [batch, samples], and returns probabilities [batch, classes]; the
-front end is inside. Beside it lies <out>.json with the labels, the rate, the number of samples and the model's card. What was
-written is run and compared with the model before it takes its name. Needs: pip install 'musicgenre[export]'.
+The program includes the front end: it takes mono samples at the model's rate, float32
+[batch, samples], and returns probabilities [batch, classes]. <out>.json holds the labels, the rate,
+the number of samples and the model's card. The program is run and compared with the model before
+it is renamed to <out>. Needs: pip install 'musicgenre[export]'.
 """
 
-import argparse
-import sys
+from absl import flags
+
+from musicgenre.cli.files import define_checkpoint, named, warn_if_synthetic
+
+FLAGS = flags.FlagValues()
+ARGUMENTS = "model: a packaged model's name, a run's folder or a bundle"
+define_checkpoint(FLAGS)
+_OUT = flags.DEFINE_string("out", None, "The file to write.", FLAGS, required=True)
+_FORMAT = flags.DEFINE_enum(
+    "format", None, ["onnx", "stablehlo"], "By default from the file's ending.", FLAGS
+)
+_SECONDS = flags.DEFINE_float(
+    "seconds", 0.0, "Length of an input, at most the model's clip; 0 is that.", flag_values=FLAGS
+)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
-    parser.add_argument(
-        "model", help="a model of this package, a run's folder, or a .safetensors file"
-    )
-    parser.add_argument("--out", required=True, help="the file, .onnx or .stablehlo")
-    parser.add_argument(
-        "--format", choices=["onnx", "stablehlo"], default="", help="default: by the file's ending"
-    )
-    parser.add_argument(
-        "--checkpoint", default="last", help="of a run: last, best or a step (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=0.0,
-        help="length of an input, at most the model's clip (default: the clip)",
-    )
+def main(words: list[str]) -> None:
+    """Exports the model and prints what was written."""
+    (source,) = named(words, "model")
 
-
-def run(arguments: argparse.Namespace) -> int:
-    """Exports the model and says what was written."""
     from musicgenre.exchange.export import check_format, export_model
     from musicgenre.runs.model import load_model
 
-    form = check_format(arguments.out, arguments.format)
-    model = load_model(arguments.model, arguments.checkpoint)
-    exported = export_model(model, arguments.out, form, seconds=arguments.seconds)
+    form = check_format(_OUT.value, _FORMAT.value or "")
+    model = load_model(source, FLAGS.checkpoint)
+    exported = export_model(model, _OUT.value, form, seconds=_SECONDS.value)
     rate = model.features.sample_rate
     print(
-        f"{exported.path}: {exported.path.stat().st_size / 1e6:.1f} MB; samples [batch, {exported.samples}] "
-        f"({exported.samples / rate:.2f} s, mono, {rate} Hz) -> probabilities [batch, {len(model.label_names)}]"
+        f"{exported.path}: {exported.path.stat().st_size / 1e6:.1f} MB; "
+        f"samples [batch, {exported.samples}] ({exported.samples / rate:.2f} s, mono, {rate} Hz) "
+        f"-> probabilities [batch, {len(model.label_names)}]"
     )
     print(f"checked: at most {exported.difference:.1e} from the model's own probabilities")
     print(f"{exported.notes}: labels and notes")
-    if model.dataset.get("synthetic"):
-        print(
-            "SYNTHETIC: this model was trained on made-up audio; its labels mean nothing for real music.",
-            file=sys.stderr,
-        )
-    return 0
+    warn_if_synthetic(model)

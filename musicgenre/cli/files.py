@@ -1,97 +1,112 @@
-"""What several commands share: the files that they are given, the model, and what is said of files that cannot be used."""
+"""What several commands share: file arguments, the model, tallies of failed files, output."""
 
-import argparse
 import glob
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from musicgenre.errors import UserError
+from absl import flags
+
+from musicgenre.errors import PARTIAL, USER_ERROR, UserError
 
 if TYPE_CHECKING:
     from musicgenre.inference.tagger import Tagger
+    from musicgenre.runs.model import TrainedModel
+
+FILES = (
+    "files: sound files, folders (all sound files below them), patterns such as 'music/*.mp3', or "
+    "- for a list on standard input"
+)
 
 
-def add_files(parser: argparse.ArgumentParser) -> None:
-    """Adds the files and `--min_seconds`."""
-    parser.add_argument(
-        "files",
-        nargs="+",
-        help="sound files, folders (all sound files below), patterns such as 'music/*.mp3', or - for a list on stdin",
+def define_model(flag_values: flags.FlagValues) -> None:
+    """Defines `--model`, `--checkpoint` and `--min_seconds`."""
+    flags.DEFINE_string(
+        "model", "gtzan", "A packaged model's name, a run's folder or a bundle.", flag_values
     )
-    parser.add_argument(
-        "--min_seconds",
-        type=float,
-        default=1.0,
-        help="shorter files are refused (default: %(default)s)",
-    )
-
-
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Adds `--model` and `--checkpoint`."""
-    parser.add_argument(
-        "--model",
-        default="gtzan",
-        help="a model of this package, a run's folder, or a .safetensors file (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--checkpoint", default="last", help="of a run: last, best or a step (default: %(default)s)"
+    define_checkpoint(flag_values)
+    flags.DEFINE_float(
+        "min_seconds", 1.0, "Shorter files are refused.", 0.0, flag_values=flag_values
     )
 
 
-def load_tagger(arguments: argparse.Namespace) -> "Tagger":
-    """Loads the model that the arguments name, and says so where it was trained on made-up audio."""
+def define_checkpoint(flag_values: flags.FlagValues) -> None:
+    """Defines `--checkpoint`."""
+    flags.DEFINE_string("checkpoint", "last", "Of a run: last, best or a step.", flag_values)
+
+
+def load_tagger(flag_values: flags.FlagValues) -> "Tagger":
+    """Loads the model that the flags name, with a warning if it was trained on synthetic audio."""
     from musicgenre.inference.tagger import Tagger
 
-    tagger = Tagger.load(arguments.model, arguments.checkpoint, min_seconds=arguments.min_seconds)
-    if tagger.model.dataset.get("synthetic"):
-        print(
-            "SYNTHETIC: this model was trained on made-up audio; its labels mean nothing for real music.",
-            file=sys.stderr,
-        )
+    values = flag_values
+    tagger = Tagger.load(values.model, values.checkpoint, min_seconds=values.min_seconds)
+    warn_if_synthetic(tagger.model)
     return tagger
 
 
+def warn_if_synthetic(model: "TrainedModel") -> None:
+    """Prints a warning if a model was trained on synthetic audio."""
+    if model.dataset.get("synthetic"):
+        print(
+            "SYNTHETIC: this model was trained on synthetic audio; its labels mean nothing for "
+            "real music.",
+            file=sys.stderr,
+        )
+
+
+def named(words: Sequence[str], *names: str) -> Sequence[str]:
+    """Returns the arguments, one for each name.
+
+    Raises:
+      UserError: there are more or fewer.
+    """
+    if len(words) < len(names):
+        raise UserError(f"missing argument: {names[len(words)]} (see --help).")
+    if len(words) > len(names):
+        raise UserError(f"unexpected argument {words[len(names)]!r} (see --help).")
+    return words
+
+
 class Tally:
-    """Counts files, and says on standard error which cannot be used and why."""
+    """Counts files, and reports on standard error those that fail."""
 
     def __init__(self) -> None:
         self.done = 0
         self.failed = 0
 
     def fail(self, message: str) -> None:
-        """Reports one file, or one argument that gives none."""
+        """Reports one file, or one argument without files."""
         self.failed += 1
         print(f"error: {message}", file=sys.stderr, flush=True)
 
     def exit_code(self) -> int:
-        """Returns 0, or 3 where some failed, or 2 where all did, after a line that says how many."""
+        """Returns 0, or after a line with the counts PARTIAL if some failed, USER_ERROR if all."""
         if not self.failed:
             return 0
-        print(f"{self.done} files done, {self.failed} failed", file=sys.stderr)
-        return 3 if self.done else 2
+        files = "file" if self.done == 1 else "files"
+        print(f"{self.done} {files} done, {self.failed} failed", file=sys.stderr)
+        return PARTIAL if self.done else USER_ERROR
 
 
-def expand(arguments: Iterable[str], tally: Tally) -> list[str]:
-    """Returns the files that arguments mean, each once, in their order.
+def expand(arguments: Sequence[str], tally: Tally) -> list[str]:
+    """Returns the files that arguments stand for, each once, in their order.
 
-    A folder means all sound files below it, a pattern what it matches, and "-" the lines of standard input (or what lies between
-    zero bytes, as of `find -print0`), each read as an argument. What gives no file is reported. A file that does not exist is
-    returned: whoever reads it says so.
-
-    Args:
-      arguments: as they were typed.
-      tally: is told what gives no file.
+    A folder stands for all sound files below it, a pattern for its matches, and "-" for the lines
+    of standard input (or its parts between zero bytes, as of `find -print0`), each read as an
+    argument. Arguments without files are reported to `tally`. Missing files are returned;
+    their reader reports them.
 
     Raises:
-      UserError: nothing at all is left, and nothing was reported.
+      UserError: there are no arguments, or the list on standard input is empty.
     """
+    if not arguments:
+        raise UserError("no files: name sound files or folders.")
     files: dict[str, None] = {}
     for argument in _with_lists(arguments):
-        found = _expanded(argument, tally)
-        files.update(dict.fromkeys(found))
+        files.update(dict.fromkeys(_expanded(argument, tally)))
     if not files and not tally.failed:
         raise UserError("the list on standard input is empty.")
     return list(files)
@@ -125,3 +140,18 @@ def _expanded(argument: str, tally: Tally) -> list[str]:
         for match in matches
         for file in (_expanded(match, tally) if os.path.isdir(match) else [match])
     ]
+
+
+def write_lines(lines: Iterable[str], out: str) -> None:
+    """Prints lines one by one, or writes them to the file `out` if it is not empty."""
+    from musicgenre.files import replacing
+
+    if not out:
+        for line in lines:
+            print(line, flush=True)
+        return
+    with (
+        replacing(out) as temporary,
+        open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
+        file.writelines(line + "\n" for line in lines)

@@ -1,41 +1,34 @@
-"""Make musicnn's published weights usable here: 50 tags of MagnaTagATune, 50 of the Million Song Dataset.
+"""Convert musicnn's published weights: 50 tags of MagnaTagATune, 50 of the Million Song Dataset.
 
 pip download --no-deps musicnn==0.1.0
-musicgenre import-musicnn musicnn-0.1.0-py3-none-any.whl --out models
-musicgenre tag song.mp3 --model models/MTT_musicnn.safetensors
+musicgenre import-musicnn musicnn-0.1.0-py3-none-any.whl --out=models
+musicgenre tag song.mp3 --model=models/MTT_musicnn.safetensors
 """
 
-import argparse
+from absl import flags
+
+from musicgenre.cli.files import named
+
+FLAGS = flags.FlagValues()
+ARGUMENTS = "source: the wheel of musicnn, its unpacked package, or a folder that holds either"
+REPEATED = ("models",)
+_OUT = flags.DEFINE_string("out", ".", "Folder of the files <name>.safetensors.", FLAGS)
+_MODELS = flags.DEFINE_multi_string(
+    "models", [], "MTT_musicnn, MSD_musicnn, MTT_vgg, MSD_vgg; all that are found if empty.", FLAGS
+)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
-    parser.add_argument(
-        "source", help="the wheel of musicnn, its unpacked package, or a folder that holds either"
-    )
-    parser.add_argument(
-        "--out",
-        default=".",
-        help="folder of the files <name>.safetensors (default: the current one)",
-    )
-    parser.add_argument(
-        "--models",
-        nargs="+",
-        metavar="NAME",
-        help="MTT_musicnn, MSD_musicnn, MTT_vgg, MSD_vgg (default: all that are there)",
-    )
+def main(words: list[str]) -> None:
+    """Writes a file for each model and prints its size."""
+    (name,) = named(words, "source")
 
-
-def run(arguments: argparse.Namespace) -> int:
-    """Writes a file for each model and says what it holds."""
     from musicgenre.exchange.musicnn import MODELS, Source, available, import_models
 
-    source = Source(arguments.source)
+    source = Source(name)
     found = available(source)
-    for path in import_models(source, arguments.models or found, arguments.out):
+    for path in import_models(source, _MODELS.value or found, _OUT.value):
         print(f"{path}: {path.stat().st_size / 2**20:.2f} MiB", flush=True)
-    if not arguments.models:
-        # The big one was never in the wheel.
-        for name in [name for name in MODELS[:4] if name not in found]:
-            print(f"{source.path}: holds no {name}.")
-    return 0
+    if not _MODELS.value:
+        # The wheel never held the largest model.
+        for missing in [model for model in MODELS[:4] if model not in found]:
+            print(f"{source.path}: holds no {missing}.")

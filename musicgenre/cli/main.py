@@ -1,97 +1,73 @@
-"""The command `musicgenre`: one sub-command for each module of `musicgenre.cli`."""
+"""The program `musicgenre`: finds the command that the first word names and runs it."""
 
-import argparse
+import ast
 import importlib
-import os
-import pkgutil
-import signal
+import importlib.util
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from pathlib import Path
 
-import musicgenre.cli
 from musicgenre import __version__
-from musicgenre.errors import UserError
+from musicgenre.cli import app
+from musicgenre.errors import USER_ERROR, did_you_mean
 
-# Exit codes, those of `experiments/` (`musicgenre.cli.app`): input that cannot be used; some of several files failed; stopped by
-# Ctrl-C (128 + SIGINT).
-USER_ERROR, PARTIAL, INTERRUPTED = 2, 3, 130
+# Each group's commands, which are modules of the package named.
+COMMANDS = {
+    "Data": ("experiments", "download fetch_previews prepare prepare_beam"),
+    "Training": ("experiments", "train pretrain ablate"),
+    "Evaluation": ("experiments", "evaluate robustness figures"),
+    "Your music": ("cli", "tag taggram similar explain embed serve"),
+    "Models": ("cli", "bundle export import_musicnn config"),
+    "Other names": ("experiments", "predict"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code.
+    """Runs a command and returns its exit code, see `musicgenre.errors`.
 
     Args:
-      arguments: what follows the command's name; those of this process if None.
+      arguments: the command's name, its flags and arguments; those of this process if None.
     """
-    # Names of files that are no text go out as the bytes that came in.
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="surrogateescape")
-    # A user's own module (config.model.module) is found from the current folder, as with `python -m`.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    parsed = build_parser().parse_args(
-        [_underscored(word) for word in (sys.argv[1:] if arguments is None else arguments)]
-    )
-    before = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        code: int = parsed.run(parsed)
-        sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        print("error: stopped.", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output has gone (`| head`); there is nobody left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    name, *words = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("--help", "-h", "help"):
+        return app.guarded(lambda: print(_overview()))
+    if name == "--version":
+        print(f"musicgenre {__version__}")
         return 0
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"error: {os.fsdecode(error.filename)}: {error.strerror}.", file=sys.stderr)
+    modules = command_modules()
+    if name.replace("-", "_") not in modules:
+        print(f"error: no command {name!r}.{did_you_mean(name, modules)}", file=sys.stderr)
         return USER_ERROR
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return code
+    module = importlib.import_module(modules[name.replace("-", "_")])
+    return app.execute(module, ["musicgenre", name], words)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser of all commands: one for each module of `musicgenre.cli` that has `add_arguments` and `run`."""
-    parser = argparse.ArgumentParser(
-        "musicgenre", description="Genres and tags of music, by a trained model."
-    )
-    parser.add_argument("--version", action="version", version=f"musicgenre {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="command")
-    for found in pkgutil.iter_modules(musicgenre.cli.__path__):
-        if found.name in ("app", "files", "main"):
-            continue
-        module: Any = importlib.import_module(f"musicgenre.cli.{found.name}")
-        text = (module.__doc__ or "").strip()
-        command = commands.add_parser(
-            found.name.replace("_", "-"),
-            help=text.splitlines()[0],
-            description=text,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    return parser
+def command_modules() -> dict[str, str]:
+    """Returns the module of every command."""
+    return {
+        name: f"musicgenre.{package}.{name}"
+        for package, names in COMMANDS.values()
+        for name in names.split()
+    }
 
 
-def _underscored(word: str) -> str:
-    """Returns an option with `_` for `-` in its name, so that `--dry-run` and `--dry_run` are the same."""
-    if not word.startswith("--") or word == "--":
-        return word
-    name, equals, value = word[2:].partition("=")
-    return f"--{name.replace('-', '_')}{equals}{value}"
-
-
-def _terminate(number: int, frame: Any) -> NoReturn:
-    """Ends as after Ctrl-C, so that no temporary file is left behind."""
-    raise SystemExit(128 + number)
+def _overview() -> str:
+    """Returns the commands with the first lines of their docstrings, which are read, not run."""
+    modules = command_modules()
+    lines = [
+        "Music genre classification and tagging with convolutional networks.",
+        "",
+        "musicgenre <command> [--help] [flags and arguments]",
+    ]
+    for group, (_, names) in COMMANDS.items():
+        lines += ["", f"{group}:"]
+        for name in names.split():
+            spec = importlib.util.find_spec(modules[name])
+            if spec is None or spec.origin is None:
+                continue
+            text = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+            lines.append(f"  {name:16}{text.splitlines()[0]}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,153 +1,140 @@
-"""Say what sound files are: labels with probabilities.
+"""Label sound files, with probabilities.
 
 musicgenre tag song.mp3 album/ 'mixes/*.flac' --top=3
 find music -name '*.mp3' -print0 | musicgenre tag - --format=jsonl > labels.jsonl
-musicgenre tag music/ --format=m3u --out=playlists          # a playlist for each label
-musicgenre tag album/ --write_tags --dry_run                # what the files' own genre tags would become
+musicgenre tag music/ --format=m3u --out=playlists    # one playlist per label
+musicgenre tag album/ --write_tags --dry_run          # what the files' genre tags would become
 musicgenre tag album/ --write_tags
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from musicgenre.cli.files import Tally, add_files, add_model, expand, load_tagger
+from absl import flags
+
+from musicgenre.cli.files import FILES, Tally, define_model, expand, load_tagger, write_lines
+from musicgenre.errors import UserError
 
 if TYPE_CHECKING:
-    from musicgenre.inference.predict import Prediction
+    from musicgenre.inference.tagger import Tagger
+    from musicgenre.inference.windows import FileScores
+
+FLAGS = flags.FlagValues()
+ARGUMENTS = FILES
+define_model(FLAGS)
+flags.DEFINE_alias("workdir", "model", FLAGS)
+_TOP = flags.DEFINE_integer(
+    "top",
+    None,
+    "Labels per file (default: 3; with m3u and --write_tags 1 if labels exclude each other).",
+    lower_bound=1,
+    flag_values=FLAGS,
+)
+_MIN_PROBABILITY = flags.DEFINE_float(
+    "min_probability", 0.0, "With m3u and --write_tags: drop labels below.", flag_values=FLAGS
+)
+_FORMAT = flags.DEFINE_enum(
+    "format", "table", ["table", "jsonl", "json", "csv", "m3u"], "csv has every label.", FLAGS
+)
+_OUT = flags.DEFINE_string(
+    "out", "", "File to write, standard output if empty; for m3u a folder.", FLAGS
+)
+_WRITE_TAGS = flags.DEFINE_bool(
+    "write_tags", False, "Write the labels into the files' own genre tags.", FLAGS
+)
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "With --write_tags: print what would be written, write nothing.", FLAGS
+)
+_KEEP_GENRE = flags.DEFINE_bool(
+    "keep_genre", False, "With --write_tags: skip files that have a genre.", FLAGS
+)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
-    add_files(parser)
-    add_model(parser)
-    parser.add_argument(
-        "--top",
-        type=int,
-        help="labels of a file (default: 3; 1 for m3u and --write_tags where a file has one class)",
-    )
-    parser.add_argument(
-        "--min_probability",
-        type=float,
-        default=0.0,
-        help="m3u and --write_tags: leave out labels below",
-    )
-    parser.add_argument(
-        "--format",
-        choices=["table", "jsonl", "json", "csv", "m3u"],
-        default="table",
-        help="default: %(default)s; csv has every label",
-    )
-    parser.add_argument(
-        "--out", default="", help="file to write to, standard output if empty; for m3u a folder"
-    )
-    parser.add_argument(
-        "--write_tags", action="store_true", help="write the labels into the files' own genre tags"
-    )
-    parser.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="with --write_tags: say what would be written, and write nothing",
-    )
-    parser.add_argument(
-        "--keep_genre",
-        action="store_true",
-        help="with --write_tags: leave files alone that have a genre",
-    )
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Tags every file; returns 3 where some failed, 2 where all did."""
-    from musicgenre.errors import UserError
-    from musicgenre.files import replacing
-
-    if arguments.top is not None and arguments.top < 1:
-        raise UserError(f"--top must be at least 1, not {arguments.top}.")
-    if (arguments.dry_run or arguments.keep_genre) and not arguments.write_tags:
+def main(words: list[str]) -> int:
+    """Tags every file; returns 3 if some failed, 2 if all did."""
+    if (_DRY_RUN.value or _KEEP_GENRE.value) and not _WRITE_TAGS.value:
         raise UserError("--dry_run and --keep_genre go with --write_tags.")
-    if arguments.format == "m3u" and not arguments.out:
+    playlists = _FORMAT.value == "m3u"
+    if playlists and not _OUT.value:
         raise UserError("--format=m3u needs --out, the folder of the playlists.")
     tally = Tally()
-    files = expand(arguments.files, tally)
+    files = expand(words, tally)
     if not files:
         return tally.exit_code()
-    tagger = load_tagger(arguments)
-
-    from musicgenre.inference.predict import predict_files, render
-
+    tagger = load_tagger(FLAGS)
     model = tagger.model
-    chosen = arguments.format == "m3u" or arguments.write_tags
+    chosen = playlists or _WRITE_TAGS.value
     if chosen and model.task == "regression":
         raise UserError(
-            f"{arguments.model}: its outputs are numbers and no labels; m3u and --write_tags need labels."
+            f"{FLAGS.model}: its outputs are numbers, but m3u and --write_tags need labels."
         )
-    top = arguments.top or (1 if chosen and model.task == "single_label" else 3)
-
-    def labels(prediction: "Prediction") -> list[tuple[str, float]]:
-        assert prediction.probabilities is not None
-        values = prediction.probabilities
-        order = (-values).argsort(kind="stable")[:top].tolist()
-        return [
-            (model.label_names[i], float(values[i]))
-            for i in order
-            if values[i] >= arguments.min_probability
-        ]
-
-    def reported() -> Iterator["Prediction"]:
-        for prediction in predict_files(
-            model, files, min_seconds=arguments.min_seconds, network=tagger.network
-        ):
-            error = prediction.error
-            if not error and arguments.write_tags:
-                names = [name for name, _ in labels(prediction)]
-                error = _write(
-                    prediction.path, names, dry_run=arguments.dry_run, keep=arguments.keep_genre
-                )
-            if error:
-                tally.fail(error)
-            else:
-                tally.done += 1
-            yield prediction
-
-    if arguments.format == "m3u":
+    top = _TOP.value or (1 if chosen and model.task == "single_label" else 3)
+    predictions = _predictions(tagger, files, top, tally)
+    if playlists:
         lists: dict[str, list[tuple[float, str]]] = {}
-        for prediction in reported():
-            for name, probability in [] if prediction.error else labels(prediction):
+        for prediction in predictions:
+            for name, probability in _labels(prediction, tagger.labels, top):
                 lists.setdefault(name, []).append((probability, prediction.path))
-        _write_playlists(Path(arguments.out), lists)
-        return tally.exit_code()
-    lines = render(reported(), model.label_names, arguments.format, top, model.task)
-    if arguments.out:
-        with (
-            replacing(arguments.out) as temporary,
-            open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
-        ):
-            file.writelines(line + "\n" for line in lines)
+        _write_playlists(Path(_OUT.value), lists)
     else:
-        for line in lines:
-            print(line, flush=True)
+        from musicgenre.inference.predict import render
+
+        lines = render(predictions, model.label_names, _FORMAT.value, top, model.task)
+        write_lines(lines, _OUT.value)
     return tally.exit_code()
 
 
-def _write(path: str, names: list[str], *, dry_run: bool, keep: bool) -> str:
-    """Writes the genre tag of one file, or says what it would be; returns why that failed, or ""."""
+def _predictions(
+    tagger: "Tagger", files: list[str], top: int, tally: Tally
+) -> Iterator["FileScores"]:
+    """Yields the prediction of each file, counted in `tally`, after writing its tags."""
+    from musicgenre.inference.windows import score_files
+
+    for prediction in score_files(
+        tagger.model, files, min_seconds=FLAGS.min_seconds, network=tagger.network
+    ):
+        error = prediction.error
+        if not error and _WRITE_TAGS.value:
+            names = [name for name, _ in _labels(prediction, tagger.labels, top)]
+            error = _write_genre(prediction.path, names)
+        if error:
+            tally.fail(error)
+        else:
+            tally.done += 1
+        yield prediction
+
+
+def _labels(
+    prediction: "FileScores", names: "tuple[str, ...] | list[str]", top: int
+) -> list[tuple[str, float]]:
+    """Returns the most probable labels of a file, none if it failed."""
+    from musicgenre.inference.predict import ranked
+
+    values = prediction.probabilities
+    if values is None:
+        return []
+    order = ranked(values, "single_label")[:top]
+    return [(names[i], float(values[i])) for i in order if values[i] >= _MIN_PROBABILITY.value]
+
+
+def _write_genre(path: str, names: list[str]) -> str:
+    """Writes the genre tag of one file, or prints the change; returns an error message or ""."""
     from musicgenre.audio.file_tags import read_genre, write_genre
-    from musicgenre.errors import UserError
 
     try:
         before = read_genre(path)
-        if not names or (keep and before) or before == names:
+        if not names or (_KEEP_GENRE.value and before) or before == names:
             return ""
-        if not dry_run:
+        if not _DRY_RUN.value:
             write_genre(path, names)
     except UserError as error:
         return str(error)
-    change = f"{', '.join(before) or '(none)'} -> {', '.join(names)}"
     print(
-        f"{path}: genre {'would be ' if dry_run else ''}changed: {change}",
+        f"{path}: genre {'would be ' if _DRY_RUN.value else ''}changed: "
+        f"{', '.join(before) or '(none)'} -> {', '.join(names)}",
         file=sys.stderr,
         flush=True,
     )
@@ -156,28 +143,16 @@ def _write(path: str, names: list[str], *, dry_run: bool, keep: bool) -> str:
 
 def _write_playlists(folder: Path, lists: dict[str, list[tuple[float, str]]]) -> None:
     """Writes `<label>.m3u8` for each label, the most probable file first."""
-    from musicgenre.files import replacing
-
     taken: set[str] = set()
     for name in sorted(lists):
-        stem = (
-            "".join(
-                "_" if letter in '/\\:*?"<>|' or ord(letter) < 32 else letter for letter in name
-            ).strip(". ")
-            or "_"
-        )
+        plain = "".join("_" if c in '/\\:*?"<>|' or ord(c) < 32 else c for c in name)
+        stem = plain.strip(". ") or "_"
         while stem.lower() in taken:
             stem += "_"
         taken.add(stem.lower())
         lines = ["#EXTM3U", f"#PLAYLIST:{name}"]
         for probability, path in sorted(lists[name], key=lambda entry: (-entry[0], entry[1])):
-            lines += [
-                f"#EXTINF:-1,{Path(path).stem} ({100 * probability:.0f} %)",
-                os.path.abspath(path),
-            ]
-        with (
-            replacing(folder / f"{stem}.m3u8") as temporary,
-            open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file,
-        ):
-            file.write("\n".join(lines) + "\n")
+            lines.append(f"#EXTINF:-1,{Path(path).stem} ({100 * probability:.0f} %)")
+            lines.append(os.path.abspath(path))
+        write_lines(lines, str(folder / f"{stem}.m3u8"))
         print(f"{folder / stem}.m3u8: {len(lists[name])} files")

@@ -1,101 +1,77 @@
-"""Labels over time: as arrays, as a table, and as a picture below the spectrogram.
+"""Show labels over time: as arrays, as a table, and as a picture below the spectrogram.
 
 musicgenre taggram mix.mp3 --out=pictures
 musicgenre taggram mix.mp3 --step=5 --formats=png
 
-For each file, `<out>/<name>.taggram.npz` (`label` [labels], `start`, `end` in seconds [windows], `probability` [windows,
-labels]), `.csv` and `.png`.
+For each file, `<out>/<name>.taggram.npz` (`label` [labels], `start`, `end` in seconds [windows],
+`probability` [windows, labels]), `.csv` and `.png`.
 """
 
-import argparse
+import csv
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from musicgenre.cli.files import Tally, add_files, add_model, expand, load_tagger
+from absl import flags
+
+from musicgenre.cli.files import FILES, Tally, define_model, expand, load_tagger
+from musicgenre.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from musicgenre.inference.tagger import Tagger
     from musicgenre.inference.windows import FileScores, WindowScores
 
 _FORMATS = ("npz", "csv", "png")
+FLAGS = flags.FlagValues()
+ARGUMENTS = FILES
+define_model(FLAGS)
+_OUT = flags.DEFINE_string("out", ".", "Folder to write to.", FLAGS)
+_SELECTED = flags.DEFINE_list("formats", list(_FORMATS), "Any of these.", FLAGS)
+_STEP = flags.DEFINE_float(
+    "step", 0.0, "Seconds between windows; 0 is no overlap.", flag_values=FLAGS
+)
+_TOP = flags.DEFINE_integer(
+    "top", 15, "Labels in the picture, those with the highest peaks.", 1, flag_values=FLAGS
+)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
-    add_files(parser)
-    add_model(parser)
-    parser.add_argument(
-        "--out", default=".", help="folder that is written to (default: the current one)"
-    )
-    parser.add_argument("--formats", default=",".join(_FORMATS), help="any of %(default)s")
-    parser.add_argument(
-        "--step",
-        type=float,
-        default=0.0,
-        help="seconds from one window to the next; 0 sets window after window",
-    )
-    parser.add_argument(
-        "--top",
-        type=int,
-        default=15,
-        help="labels in the picture, those with the highest peaks (default: %(default)s)",
-    )
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Writes the taggram of every file; returns 3 where some failed, 2 where all did."""
-    from musicgenre.errors import UserError, did_you_mean
-
-    formats = arguments.formats.split(",")
-    for name in formats:
+def main(words: list[str]) -> int:
+    """Writes the taggram of every file; returns 3 if some failed, 2 if all did."""
+    for name in _SELECTED.value:
         if name not in _FORMATS:
             raise UserError(f"--formats: {name!r} is not known." + did_you_mean(name, _FORMATS))
-    if arguments.top < 1:
-        raise UserError(f"--top must be at least 1, not {arguments.top}.")
     tally = Tally()
-    files = expand(arguments.files, tally)
+    files = expand(words, tally)
     if not files:
         return tally.exit_code()
-    tagger = load_tagger(arguments)
-    step = tagger.step_frames(arguments.step)
-    folder = Path(arguments.out)
+    tagger = load_tagger(FLAGS)
+    step = tagger.step_frames(_STEP.value)
     taken: set[str] = set()
     for scores in tagger.scores(files, step=step, keep_windows=True):
         if scores.windows is None:
             tally.fail(scores.error)
             continue
-        # Files of the same name in different folders keep apart.
-        stem = Path(scores.path).stem
+        # Files of the same name in different folders get different numbers.
+        stem = unique = Path(scores.path).stem
         number = 1
-        while (unique := stem if number == 1 else f"{stem}-{number}") in taken:
+        while unique in taken:
             number += 1
+            unique = f"{stem}-{number}"
         taken.add(unique)
-        written = [
-            str(
-                _write(
-                    folder / f"{unique}.taggram.{name}", tagger, scores, scores.windows, arguments
-                )
-            )
-            for name in formats
-        ]
+        written = [Path(_OUT.value) / f"{unique}.taggram.{name}" for name in _SELECTED.value]
+        for path in written:
+            _write(path, tagger, scores, scores.windows)
+        count = len(scores.windows.starts)
         print(
-            f"{scores.path}: {len(scores.windows.starts)} windows -> {', '.join(written)}",
+            f"{scores.path}: {count} window{'s' if count > 1 else ''} -> "
+            f"{', '.join(map(str, written))}",
             flush=True,
         )
         tally.done += 1
     return tally.exit_code()
 
 
-def _write(
-    path: Path,
-    tagger: "Tagger",
-    scores: "FileScores",
-    windows: "WindowScores",
-    arguments: argparse.Namespace,
-) -> Path:
-    """Writes one file in the format that its ending names."""
-    import csv
-
+def _write(path: Path, tagger: "Tagger", scores: "FileScores", windows: "WindowScores") -> None:
+    """Writes one file in the format of its ending."""
     import numpy as np
 
     from musicgenre.files import replacing
@@ -110,19 +86,17 @@ def _write(
                 probability=windows.probabilities,
             )
     elif path.suffix == ".csv":
+        rows = zip(windows.starts, windows.ends, windows.probabilities, strict=True)
         with (
             replacing(path) as temporary,
             open(temporary, "w", encoding="utf-8", newline="") as file,
         ):
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["start", "end", *tagger.labels])
-            for start, end, row in zip(
-                windows.starts, windows.ends, windows.probabilities, strict=True
-            ):
+            for start, end, row in rows:
                 writer.writerow([f"{start:.3f}", f"{end:.3f}", *(f"{value:.6f}" for value in row)])
     else:
-        draw_taggram(path, tagger, scores.path, windows, top=arguments.top)
-    return path
+        draw_taggram(path, tagger, scores.path, windows, top=_TOP.value)
 
 
 def draw_taggram(
@@ -161,14 +135,13 @@ def draw_taggram(
     title = (
         f"{synthetic}{name} · {tagger.model.config.model.name} on {tagger.model.dataset['name']}"
     )
-    plots.taggram(
-        path,
+    figure = plots.taggram(
         panel,
         windows.starts,
         windows.ends,
         windows.probabilities,
         tagger.labels,
-        title,
         most=top,
         unit="value" if tagger.model.task == "regression" else "probability",
     )
+    plots.save(figure, path, title, palette=True)

@@ -1,0 +1,1 @@
+"""One config per experiment; its docstring has the command and the result."""

@@ -1,0 +1,1 @@
+"""Configs with a `sweep()`: the variants of an ablation."""

@@ -1,0 +1,1 @@
+"""The research commands, one short main per file; `musicgenre <command>` runs the same code."""
