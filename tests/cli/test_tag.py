@@ -16,7 +16,7 @@ from tiny_model import tiny_model
 
 from musicgenre.audio import file_tags
 from musicgenre.cli import main as cli
-from musicgenre.inference.predict import predict_files
+from musicgenre.inference.windows import score_files
 from musicgenre.runs.bundle import save_bundle
 from musicgenre.runs.model import load_model
 
@@ -41,7 +41,7 @@ def run(*arguments):
 
 def expected(bundle, path):
     model = load_model(bundle)
-    probabilities = next(predict_files(model, [path])).probabilities
+    probabilities = next(score_files(model, [path])).probabilities
     return model.label_names[int(probabilities.argmax())], probabilities
 
 

@@ -12,6 +12,7 @@ from musicgenre.audio.resample import resample
 from musicgenre.datasets.base import Clip
 from musicgenre.errors import UserError
 from musicgenre.inference import windows
+from musicgenre.inference.spectrogram import overview
 from musicgenre.inference.windows import (
     FileWindows,
     Network,
@@ -21,7 +22,6 @@ from musicgenre.inference.windows import (
     stream_power,
     stream_windows,
 )
-from musicgenre.inference.spectrogram import overview
 from musicgenre.store.prepare import process_clip
 
 

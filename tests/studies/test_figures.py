@@ -14,6 +14,7 @@ from musicgenre.datasets.base import Clip, Dataset
 from musicgenre.errors import UserError
 from musicgenre.evaluation import plots
 from musicgenre.evaluation.report import Evaluation
+from musicgenre.inference import spectrogram
 from musicgenre.runs.model import load_model
 from musicgenre.store.store import Store
 from musicgenre.studies import figures
@@ -164,7 +165,7 @@ def test_ticks_of_mel_bands_by_hand():
         (15 + 27 * np.log(2) / np.log(6.4)) / step - 1: "2000",
         7.5 / step - 1: "500",
     }
-    ticks = figures.mel_ticks(spec)
+    ticks = spectrogram.mel_ticks(spec)
     for position, text in expected.items():
         near = min(ticks, key=lambda found: abs(found - position))
         assert ticks[near] == text and abs(near - position) < 0.02
@@ -174,14 +175,14 @@ def test_ticks_of_mel_bands_by_hand():
 def test_cepstra_and_waveforms_have_axes_of_their_own(tmp_path, drawn):
     samples = 0.3 * np.random.default_rng(0).standard_normal(22050).astype(np.float32)
     cepstrum = FeatureSpec(kind="mfcc", n_mfcc=13)
-    panel = figures.feature_panel(compute_features(samples, cepstrum), cepstrum)
+    panel = spectrogram.feature_panel(compute_features(samples, cepstrum), cepstrum)
     assert (
         panel.ylabel == "coefficient" and not panel.yticks and panel.limits[0] == -panel.limits[1]
     )
     # The zeroth coefficient, the loudness, does not take all the colours.
     assert np.abs(panel.values[:, 0]).min() > 2 * panel.limits[1]
     wave = FeatureSpec(kind="waveform", hop_length=256)
-    panel = figures.feature_panel(compute_features(samples, wave), wave)
+    panel = spectrogram.feature_panel(compute_features(samples, wave), wave)
     np.testing.assert_array_equal(panel.values, samples[: 22050 // 256 * 256])
     assert panel.seconds == 1 / 22050 and panel.start == 0
     soundfile.write(tmp_path / "a.wav", samples, 22050)

@@ -9,7 +9,8 @@ from musicgenre.config import base_config, dataset_options, store_path
 from musicgenre.datasets import load_dataset
 from musicgenre.errors import UserError
 from musicgenre.evaluation.report import headline, measure, write_report
-from musicgenre.inference.predict import predict_files, render
+from musicgenre.inference.predict import render
+from musicgenre.inference.windows import score_files
 from musicgenre.runs.model import load_model
 from musicgenre.store.store import Store
 from musicgenre.studies.evaluate import evaluate_model
@@ -71,7 +72,7 @@ def test_numbers_from_sound_files_to_a_report(factors, prepared, tmp_path):
     clip = evaluation.clip_ids.index(row["clip_id"])
     assert float(row["truth_target2"]) == pytest.approx(evaluation.targets[clip, 1], rel=1e-4)
     assert float(row["predicted_target1"]) == pytest.approx(evaluation.scores[clip, 0], rel=1e-4)
-    [predicted] = predict_files(model, [tmp_path / "02.wav"])
+    [predicted] = score_files(model, [tmp_path / "02.wav"])
     shown = json.loads("".join(render([predicted], model.label_names, "json", 1, model.task)))
     assert shown[0]["values"] == pytest.approx(
         dict(zip(model.label_names, evaluation.scores[0], strict=True)), abs=0.05

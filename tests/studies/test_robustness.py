@@ -11,7 +11,7 @@ from tiny_model import tiny_model
 from musicgenre.audio.perturb_sound import sound_transforms
 from musicgenre.errors import UserError
 from musicgenre.evaluation.robustness import measure
-from musicgenre.inference.predict import predict_files
+from musicgenre.inference.windows import score_files
 from musicgenre.runs.bundle import save_bundle
 from musicgenre.runs.model import load_model
 from musicgenre.runs.provenance import TrainedOn
@@ -60,7 +60,7 @@ def test_sounds_as_they_are_get_what_predict_gives(model, music):
     ] and "decoded" in tested.skipped[0]["reason"]
     expected = [
         p.probabilities
-        for p in predict_files(model, [clip.path for clip in clips])
+        for p in score_files(model, [clip.path for clip in clips])
         if p.probabilities is not None
     ]
     np.testing.assert_allclose(tested.before, expected, atol=1e-6)

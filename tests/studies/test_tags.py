@@ -6,7 +6,7 @@ import soundfile
 
 from musicgenre.config import base_config, store_path
 from musicgenre.evaluation.report import write_report
-from musicgenre.inference.predict import predict_files
+from musicgenre.inference.windows import score_files
 from musicgenre.runs.model import load_model
 from musicgenre.store.store import Store
 from musicgenre.studies.evaluate import evaluate_model
@@ -59,5 +59,5 @@ def test_tags_from_sound_files_to_a_report(tagged, prepared, tmp_path):
         result.best, abs=1e-6
     )
     assert metrics["checkpoint"]["selected_on"].startswith("validation macro_roc_auc")
-    both = next(predict_files(model, [tagged / "03.wav"])).probabilities
+    both = next(score_files(model, [tagged / "03.wav"])).probabilities
     assert both[0] > 0.5 and both[1] > 0.5 and both[2] < 0.5
