@@ -12,7 +12,6 @@ No result yet: beyond one epoch that shows that it runs, nothing has been traine
 """
 
 from ml_collections import ConfigDict
-
 from musicgenre.configs import gtzan_mels_conv1d
 
 

@@ -16,7 +16,6 @@ The test list (290 clips) was not evaluated.
 """
 
 from ml_collections import ConfigDict
-
 from musicgenre.configs import gtzan_mels_conv1d
 
 

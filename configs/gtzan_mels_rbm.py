@@ -19,7 +19,6 @@ pretrained against not, same seeds: --config.pretrain.epochs=100 38.2 / 40.1 %; 
 """
 
 from ml_collections import ConfigDict
-
 from musicgenre.configs import gtzan_mels_conv1d
 
 

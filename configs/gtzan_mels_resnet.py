@@ -20,8 +20,8 @@ training clips, and 98 % of those. The other sizes have not been trained, and th
 """
 
 from ml_collections import ConfigDict
-
 from musicgenre.configs import gtzan_mels_conv1d
+
 from musicgenre.errors import UserError, did_you_mean
 from musicgenre.models.resnet import RESNET_SIZES
 

@@ -9,7 +9,6 @@ validation clips' views. What it is worth with labels: configs/ablations/gtzan_p
 """
 
 from ml_collections import ConfigDict
-
 from musicgenre.configs import gtzan_mels_conv1d
 
 

@@ -14,7 +14,6 @@ No result yet: MTAT's audio was not at hand when this was written.
 """
 
 from ml_collections import ConfigDict
-
 from musicgenre.configs import mtat_musicnn
 
 

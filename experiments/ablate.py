@@ -40,13 +40,14 @@ _PROGRESS = flags.DEFINE_bool("progress", True, "Draw progress bars.", FLAGS)
 
 def main() -> int:
     """Runs the ablation and prints the table."""
-    from musicgenre.runs.workdir import Interrupted
-    from musicgenre.studies.ablation import run_ablation, run_folds
-
     config = app.get_config(FLAGS)
     variants = _variants(config_flags.get_config_filename(FLAGS["config"]).partition(":")[0])
     if _STEPS.value and not _FOLDS.value:
         raise UserError("--steps goes with --folds; without folds set --config.epochs.")
+
+    from musicgenre.runs.workdir import Interrupted
+    from musicgenre.studies.ablation import run_ablation, run_folds
+
     workdir, seeds, folds = _WORKDIR.value, range(_SEEDS.value), _FOLDS.value
     progress = _PROGRESS.value
     try:

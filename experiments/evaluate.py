@@ -5,7 +5,8 @@ scores, next to the summary over them and the report of each. A bundle or a pack
 --store or --arrays, and --out.
 
 musicgenre evaluate --workdir=runs/conv1d --split=valid
-musicgenre evaluate --workdir=runs/a/seed0 --workdir=runs/a/seed1 --arrays=test.npz --out=runs/a/test
+musicgenre evaluate --workdir=runs/a/seed0 --workdir=runs/a/seed1 \
+    --arrays=test.npz --out=runs/a/test
 musicgenre evaluate --workdir=runs/conv1d --split=test --temperature=valid
 """
 
@@ -18,11 +19,7 @@ from musicgenre.errors import LEAKAGE
 
 FLAGS = flags.FlagValues()
 _WORKDIRS = flags.DEFINE_multi_string(
-    "workdir",
-    None,
-    "A run's folder, a bundle, or a packaged model's name; repeatable.",
-    FLAGS,
-    required=True,
+    "workdir", None, "A run's folder, a bundle, or a packaged model's name.", FLAGS, required=True
 )
 _SPLIT = flags.DEFINE_enum("split", "test", ["train", "valid", "test"], "Split to evaluate.", FLAGS)
 _STORE = flags.DEFINE_string(
@@ -54,7 +51,7 @@ _NEIGHBOURS = flags.DEFINE_multi_integer(
     "neighbours",
     [],
     "Also measures the fraction of each clip's K nearest others, by embedding, that are of its "
-    "class; repeatable.",
+    "class.",
     flag_values=FLAGS,
 )
 

@@ -14,43 +14,18 @@ musicgenre train --config=gtzan_mels_rbm --config.init_from=runs/rbm_pretrained 
 `--config.pretrain.method` names the method; by default it follows from the model.
 """
 
-from typing import Any
-
 from absl import flags
-from tqdm import tqdm
 
 from musicgenre.cli import app
+from musicgenre.experiments.train import define_flags, run
 
 FLAGS = flags.FlagValues()
-app.define_config(FLAGS)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run: config, metrics, checkpoints.", FLAGS, required=True
-)
-_PROGRESS = flags.DEFINE_bool("progress", True, "Draw a progress bar.", FLAGS)
+define_flags(FLAGS)
 
 
 def main() -> int:
     """Pretrains, prints the result, and returns the exit code."""
-    from musicgenre.runs.workdir import Interrupted
-    from musicgenre.training.objectives import rbm, simclr
-
-    config = app.get_config(FLAGS)
-    divergence = config.pretrain.method == "contrastive_divergence" or (
-        config.pretrain.method == "" and config.model.name == "rbm"
-    )
-    result: Any
-    try:
-        if divergence:
-            result = rbm.pretrain(config, _WORKDIR.value, progress=_PROGRESS.value)
-        else:
-            result = simclr.pretrain(
-                config, _WORKDIR.value, progress=_PROGRESS.value, say=tqdm.write
-            )
-    except Interrupted as stop:
-        print(stop)
-        return 128 + stop.signal_number
-    print(result.line())
-    return 0
+    return run("pretrain", FLAGS)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ _CHECKPOINT = flags.DEFINE_string(
 _AUDIO = flags.DEFINE_multi_string(
     "audio",
     [],
-    "Folder with one sub-folder per label, or a file, whose folder is its label; repeatable.",
+    "Folder with one sub-folder per label, or a file, whose folder is its label.",
     FLAGS,
 )
 _ARRAYS = flags.DEFINE_string("arrays", "", "File of spectrograms (.npz or .npy) instead.", FLAGS)
@@ -57,12 +57,13 @@ _PROGRESS = flags.DEFINE_bool("progress", True, "Draw progress bars.", FLAGS)
 
 def main() -> int:
     """Tests the model and prints the main results; returns 3 if clips were skipped."""
+    if bool(_AUDIO.value) == bool(_ARRAYS.value):
+        raise UserError("name either sound (--audio=...) or a file of spectrograms (--arrays=...).")
+
     from musicgenre.evaluation.robustness import headline, measure, write_report
     from musicgenre.runs.model import load_model
     from musicgenre.studies.robustness import find_sounds, probe_arrays, probe_sounds
 
-    if bool(_AUDIO.value) == bool(_ARRAYS.value):
-        raise UserError("name either sound (--audio=...) or a file of spectrograms (--arrays=...).")
     common = {
         "tries": _TRIES.value,
         "seed": _SEED.value,

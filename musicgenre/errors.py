@@ -1,4 +1,4 @@
-"""The exception that a user's mistake raises, near-miss suggestions, and the exit codes of every command."""
+"""The exception that a user's mistake raises, near-miss suggestions, and exit codes."""
 
 import difflib
 from collections.abc import Iterable

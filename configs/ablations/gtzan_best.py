@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
-
 from musicgenre.configs import gtzan_best
 
 # What the recipe was until band limits joined its augmentation.

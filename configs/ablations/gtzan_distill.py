@@ -23,7 +23,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
-
 from musicgenre.configs import gtzan_best
 
 ALL = tuple(f"runs/gtzan_best/no_limits/seed{seed}" for seed in range(5))

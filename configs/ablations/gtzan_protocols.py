@@ -26,7 +26,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
-
 from musicgenre.configs import gtzan_best
 
 

@@ -11,7 +11,7 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -77,7 +77,7 @@ def config_file(name: str) -> str:
     if path and shipped.is_file():
         return f"{shipped}{colon}{argument}"
     known = config_names()
-    near = difflib.get_close_matches(Path(path).with_suffix("").name, known, n=3)
+    near = difflib.get_close_matches(Path(path).stem, known, n=3)
     raise UserError(
         f"--config={name}: no such file or shipped config. "
         + (f"The nearest: {', '.join(near)}." if near else f"Shipped: {', '.join(known)}.")
@@ -118,23 +118,34 @@ def execute(command: Any, program: Sequence[str], words: Sequence[str]) -> int:
       program: the words of the command line before `words`.
       words: flags and arguments.
     """
-    # File names that are not valid text go out as the bytes that came in.
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="surrogateescape")
+
+    def run() -> int | None:
+        options = list(itertools.takewhile(lambda word: word != "--", words))
+        if any(word in ("--help", "-h", "--helpfull", "--helpshort") for word in options):
+            print(help_text(command))
+            return 0
+        rest = _parse(command, words)
+        logging.use_absl_handler()
+        return command.main(rest) if hasattr(command, "ARGUMENTS") else command.main()
+
+    if "verbosity" not in command.FLAGS:
+        command.FLAGS["verbosity"] = flags.FLAGS["verbosity"]
     # A user's own module (config.module) is found in the current folder.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
+    with _process(program, words):
+        return guarded(run)
+
+
+def guarded(function: Callable[[], int | None]) -> int:
+    """Calls a function and returns its exit code; expected errors end with one line."""
+    # File names that are not valid text go out as the bytes that came in.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="surrogateescape")
     try:
-        with _process(program, words):
-            options = list(itertools.takewhile(lambda word: word != "--", words))
-            if any(word in ("--help", "-h", "--helpfull", "--helpshort") for word in options):
-                print(_help(command))
-                return 0
-            rest = _parse(command, words)
-            logging.use_absl_handler()
-            code = command.main(rest) if hasattr(command, "ARGUMENTS") else command.main()
-            sys.stdout.flush()
-            return code or 0
+        code = function() or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         return _fail(str(error), USER_ERROR)
     except KeyboardInterrupt:
@@ -178,8 +189,6 @@ def _parse(command: Any, words: Sequence[str]) -> list[str]:
     for name in [name for name in values if name.startswith("config.")]:
         delattr(values, name)
     values.unparse_flags()
-    if "verbosity" not in values:
-        values["verbosity"] = flags.FLAGS["verbosity"]
     logging.set_verbosity(logging.WARNING)
     # Grain's worker processes read absl's global flags.
     flags.FLAGS.mark_as_parsed()
@@ -189,13 +198,13 @@ def _parse(command: Any, words: Sequence[str]) -> list[str]:
         raise
     except flags.IllegalFlagValueError as error:
         if missing := re.match(r"flag --(\w+)=None: ", str(error)):
-            name = missing[1]
-            raise UserError(f"--{name} is needed: {values[name].help}") from None
+            # absl adds a line to the help of repeated flags.
+            words = values[missing[1]].help.partition(";\n")[0]
+            raise UserError(f"--{missing[1]} is needed: {words}") from None
         raise UserError(str(error).removeprefix("flag ")) from None
     except _FLAG_ERRORS as error:
-        if "config" in values and values["config"].value is None:
-            if any(word.startswith("--config.") for word in words):
-                raise UserError("--config is needed before its fields --config.a.b=...") from None
+        if isinstance(error, flags.UnrecognizedFlagError) and error.flagname[:7] == "config.":
+            raise UserError("--config is needed before its fields --config.a.b=...") from None
         # A KeyError shows its message in quotes; the config library's messages have several lines.
         message = " ".join(str(error.args[0] if error.args else type(error).__name__).split())
         raise UserError(f"the flags cannot be used: {message}") from None
@@ -226,17 +235,18 @@ def _normalised(words: Sequence[str], repeated: Sequence[str]) -> list[str]:
     return result
 
 
-def _help(command: Any) -> str:
+def help_text(command: Any) -> str:
     """Returns a command's docstring and its flags."""
     lines = [inspect.cleandoc(command.__doc__), ""]
     if hasattr(command, "ARGUMENTS"):
         lines += [flags.text_wrap(command.ARGUMENTS, indent="  ", firstline_indent=""), ""]
     values: flags.FlagValues = command.FLAGS
     lines.append("flags:")
-    for name in sorted(values):
+    for name in sorted(set(values) - {"v"}):
         flag = values[name]
         default = f" (default: {flag.default_as_str})" if flag.default else ""
-        text = f"--{'[no]' if flag.boolean else ''}{name}: {flag.help}{default}"
+        words = " ".join(flag.help.split()).replace(".;", ";")
+        text = f"--{'[no]' if flag.boolean else ''}{name}: {words}{default}"
         lines.append(flags.text_wrap(text, indent="      ", firstline_indent="  "))
     return "\n".join(lines)
 

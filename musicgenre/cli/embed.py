@@ -15,7 +15,7 @@ from musicgenre.cli.files import FILES, Tally, define_model, expand, load_tagger
 from musicgenre.errors import UserError
 
 if TYPE_CHECKING:
-    from musicgenre.inference.windows import FileScores, WindowScores
+    from musicgenre.inference.windows import WindowScores
 
 FLAGS = flags.FlagValues()
 ARGUMENTS = FILES
@@ -38,7 +38,9 @@ def main(words: list[str]) -> int:
     from musicgenre.files import replacing
 
     tagger = load_tagger(FLAGS)
-    embedded: list[FileScores] = []
+    paths: list[str] = []
+    embeddings: list[np.ndarray] = []
+    windows: list[WindowScores] = []
     for scores in tagger.scores(files, step=tagger.model.frames, keep_windows=_WINDOWS.value):
         if scores.error:
             tally.fail(scores.error)
@@ -48,27 +50,17 @@ def main(words: list[str]) -> int:
                 f"{FLAGS.model}: this network sows no embedding; see README, 'Your own network'."
             )
         tally.done += 1
-        embedded.append(scores)
-    if embedded:
-        arrays: dict[str, Any] = {
-            "path": np.array([scores.path for scores in embedded]),
-            "embedding": np.stack([scores.embedding for scores in embedded]),
-        }
-        if _WINDOWS.value:
-            arrays |= _window_arrays([scores.windows for scores in embedded])
+        paths.append(scores.path)
+        embeddings.append(scores.embedding)
+        windows += [scores.windows] if scores.windows else []
+    if paths:
+        arrays: dict[str, Any] = {"path": np.array(paths), "embedding": np.stack(embeddings)}
+        if windows:
+            counts = [len(part.starts) for part in windows]
+            arrays["window_file"] = np.repeat(np.arange(len(windows)), counts)
+            arrays["window_start"] = np.concatenate([part.starts for part in windows])
+            arrays["window_end"] = np.concatenate([part.ends for part in windows])
+            arrays["window_embedding"] = np.concatenate([part.embeddings for part in windows])
         with replacing(_OUT.value) as temporary, open(temporary, "wb") as file:
             np.savez(file, **arrays)
     return tally.exit_code()
-
-
-def _window_arrays(windows: "list[WindowScores | None]") -> dict[str, Any]:
-    """Returns the arrays of all files' windows."""
-    import numpy as np
-
-    known = [part for part in windows if part is not None]
-    return {
-        "window_file": np.repeat(np.arange(len(known)), [len(part.starts) for part in known]),
-        "window_start": np.concatenate([part.starts for part in known]),
-        "window_end": np.concatenate([part.ends for part in known]),
-        "window_embedding": np.concatenate([part.embeddings for part in known]),
-    }

@@ -1,7 +1,7 @@
-"""Explain predictions: filters, activations, evidence for a label, and a unit's strongest moments.
+"""Explain predictions: filters, activations, evidence for a label, a unit's strongest moments.
 
-musicgenre explain song.mp3 --out=explained                   # then open explained/index.html
-musicgenre explain song.mp3 --label=jazz --at=95              # for jazz, around second 95
+musicgenre explain song.mp3 --out=explained                  # then open explained/index.html
+musicgenre explain song.mp3 --label=jazz --at=95             # for jazz, around second 95
 musicgenre explain song.mp3 --layer=last_norm --unit=3 --clips music/ --cut    # a unit's moments
 musicgenre explain --list_layers --model=runs/mine
 
@@ -10,84 +10,68 @@ file a folder with a page, pictures, sounds, `activations.npz` (the values of ev
 `saliency.npz`.
 """
 
-import argparse
+from absl import flags
 
-from musicgenre.cli.files import Tally, add_model, expand, load_tagger
+from musicgenre.cli.files import FILES, Tally, define_model, expand, load_tagger
+from musicgenre.errors import UserError
 
-_PARTS = "filters,activations,saliency,sound,moments"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
-    add = parser.add_argument
-    add(
-        "files",
-        nargs="*",
-        help="sound files, folders (all sound files below), patterns such as 'music/*.mp3', or - "
-        "for a list on stdin",
-    )
-    add(
-        "--min_seconds",
-        type=float,
-        default=1.0,
-        help="shorter files are refused (default: %(default)s)",
-    )
-    add_model(parser)
-    add("--out", default="explained", help="folder to write (default: %(default)s)")
-    add("--label", default="", help="label to explain (default: the most probable of each file)")
-    add(
-        "--at",
-        type=float,
-        help="explain the window around these seconds (default: where the label is most probable)",
-    )
-    add("--layer", default="", help="layer of --unit; without --unit, the layer of Grad-CAM")
-    add("--unit", type=int, help="unit of --layer to explain as well")
-    add(
-        "--clips",
-        nargs="+",
-        default=[],
-        help="files and folders to search for moments (default: the files)",
-    )
-    add("--top", type=int, default=5, help="moments per unit (default: %(default)s)")
-    add("--cut", action="store_true", help="cut the moments out as WAV files")
-    add(
-        "--seconds",
-        type=float,
-        default=3.0,
-        help="length of a cut moment in seconds (default: %(default)s)",
-    )
-    add("--parts", default=_PARTS, help="any of %(default)s")
-    add("--list_layers", action="store_true", help="print the layers and their units, then exit")
+FLAGS = flags.FlagValues()
+ARGUMENTS = FILES
+REPEATED = ("clips",)
+define_model(FLAGS)
+_OUT = flags.DEFINE_string("out", "explained", "Folder to write to.", FLAGS)
+_LABEL = flags.DEFINE_string(
+    "label", "", "Label to explain; the most probable of each file if empty.", FLAGS
+)
+_AT = flags.DEFINE_float(
+    "at",
+    None,
+    "Explain the window around these seconds (default: where the label is most probable).",
+    flag_values=FLAGS,
+)
+_LAYER = flags.DEFINE_string(
+    "layer", "", "Layer of --unit; without --unit, the layer of Grad-CAM.", FLAGS
+)
+_UNIT = flags.DEFINE_integer("unit", None, "Unit of --layer to explain.", flag_values=FLAGS)
+_CLIPS = flags.DEFINE_multi_string(
+    "clips", [], "Files and folders to search for moments; the explained files if empty.", FLAGS
+)
+_TOP = flags.DEFINE_integer("top", 5, "Moments per unit.", lower_bound=1, flag_values=FLAGS)
+_CUT = flags.DEFINE_bool("cut", False, "Cut the moments out as WAV files.", FLAGS)
+_SECONDS = flags.DEFINE_float("seconds", 3.0, "Length of a cut moment.", flag_values=FLAGS)
+_PARTS = flags.DEFINE_list(
+    "parts", "filters,activations,saliency,sound,moments", "Any of these.", FLAGS
+)
+_LIST_LAYERS = flags.DEFINE_bool("list_layers", False, "Print layers and units, then exit.", FLAGS)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def main(words: list[str]) -> int:
     """Explains every file; returns 3 if some failed, 2 if all did."""
-    from musicgenre.errors import UserError
     from musicgenre.explain.page import Explanation, Options, UnusableFile, layer_table
     from musicgenre.explain.taps import Explainer
 
     options = Options(
-        out=arguments.out,
-        label=arguments.label,
-        at=arguments.at,
-        layer=arguments.layer,
-        unit=arguments.unit,
-        top=arguments.top,
-        cut=arguments.cut,
-        seconds=arguments.seconds,
-        parts=arguments.parts.split(","),
+        out=_OUT.value,
+        label=_LABEL.value,
+        at=_AT.value,
+        layer=_LAYER.value,
+        unit=_UNIT.value,
+        top=_TOP.value,
+        cut=_CUT.value,
+        seconds=_SECONDS.value,
+        parts=_PARTS.value,
     )
-    if arguments.list_layers:
-        print(layer_table(Explainer(load_tagger(arguments).model)))
+    if _LIST_LAYERS.value:
+        print(layer_table(Explainer(load_tagger(FLAGS).model)))
         return 0
-    if not arguments.files:
-        raise UserError("name at least one sound file or folder, or pass --list_layers.")
+    if not words:
+        raise UserError("no files: name sound files or folders, or give --list_layers.")
     tally = Tally()
-    files = expand(arguments.files, tally)
+    files = expand(words, tally)
     if not files:
         return tally.exit_code()
-    clips = expand(arguments.clips, tally) if arguments.clips else None
-    explanation = Explanation(load_tagger(arguments), options, arguments.model)
+    clips = expand(_CLIPS.value, tally) if _CLIPS.value else None
+    explanation = Explanation(load_tagger(FLAGS), options, FLAGS.model)
     for path in files:
         try:
             line = explanation.add(path)

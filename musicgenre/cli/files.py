@@ -1,8 +1,6 @@
 """What several commands share: file arguments, the model, tallies of failed files, output."""
 
-import csv
 import glob
-import io
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -96,10 +94,10 @@ class Tally:
 def expand(arguments: Sequence[str], tally: Tally) -> list[str]:
     """Returns the files that arguments stand for, each once, in their order.
 
-    A folder stands for all sound files below it, a pattern for its matches, and "-" for the lines of
-    standard input (or its parts between zero bytes, as of `find -print0`), each read as an argument.
-    Arguments without files are reported to `tally`. Missing files are returned; their reader
-    reports them.
+    A folder stands for all sound files below it, a pattern for its matches, and "-" for the lines
+    of standard input (or its parts between zero bytes, as of `find -print0`), each read as an
+    argument. Arguments without files are reported to `tally`. Missing files are returned;
+    their reader reports them.
 
     Raises:
       UserError: there are no arguments, or the list on standard input is empty.
@@ -157,10 +155,3 @@ def write_lines(lines: Iterable[str], out: str) -> None:
         open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
     ):
         file.writelines(line + "\n" for line in lines)
-
-
-def csv_line(*values: str) -> str:
-    """Returns one row of a CSV file."""
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="").writerow(values)
-    return buffer.getvalue()

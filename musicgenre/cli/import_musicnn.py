@@ -14,10 +14,7 @@ ARGUMENTS = "source: the wheel of musicnn, its unpacked package, or a folder tha
 REPEATED = ("models",)
 _OUT = flags.DEFINE_string("out", ".", "Folder of the files <name>.safetensors.", FLAGS)
 _MODELS = flags.DEFINE_multi_string(
-    "models",
-    [],
-    "MTT_musicnn, MSD_musicnn, MTT_vgg, MSD_vgg; all that are found if empty; repeatable.",
-    FLAGS,
+    "models", [], "MTT_musicnn, MSD_musicnn, MTT_vgg, MSD_vgg; all that are found if empty.", FLAGS
 )
 
 

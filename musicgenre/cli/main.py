@@ -30,8 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     name, *words = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("--help", "-h", "help"):
-        print(_overview())
-        return 0
+        return app.guarded(lambda: print(_overview()))
     if name == "--version":
         print(f"musicgenre {__version__}")
         return 0
@@ -67,7 +66,7 @@ def _overview() -> str:
             if spec is None or spec.origin is None:
                 continue
             text = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
-            lines.append(f"  {name.replace('_', '-'):16}{text.splitlines()[0]}")
+            lines.append(f"  {name:16}{text.splitlines()[0]}")
     return "\n".join(lines)
 
 

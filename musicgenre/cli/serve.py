@@ -34,7 +34,7 @@ _INDEX = flags.DEFINE_string(
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address or name to listen on.", FLAGS)
 _PORT = flags.DEFINE_integer("port", 8000, "0 takes a free one.", 0, 65535, flag_values=FLAGS)
 _ALLOW_HOST = flags.DEFINE_multi_string(
-    "allow_host", [], "Another name of this server that requests may use; repeatable.", FLAGS
+    "allow_host", [], "Another name of this server that requests may use.", FLAGS
 )
 _MAX_MB = flags.DEFINE_float("max_mb", 200.0, "Largest upload in megabytes.", flag_values=FLAGS)
 _MAX_SECONDS = flags.DEFINE_float(

@@ -10,7 +10,6 @@ stay in the index. A stopped update keeps what it has done. An index belongs to 
 that is in the index is not among its own results.
 """
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,15 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from absl import flags
 
-from musicgenre.cli.files import (
-    FILES,
-    Tally,
-    csv_line,
-    define_model,
-    expand,
-    load_tagger,
-    write_lines,
-)
+from musicgenre.cli.files import FILES, Tally, define_model, expand, load_tagger, write_lines
 from musicgenre.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,7 +30,7 @@ ARGUMENTS = FILES
 define_model(FLAGS)
 _INDEX = flags.DEFINE_string("index", None, "The file of the index.", FLAGS, required=True)
 _ADD = flags.DEFINE_multi_string(
-    "add", [], "Files, a folder, a pattern or - to bring into the index; repeatable.", FLAGS
+    "add", [], "Files, a folder, a pattern or - to bring into the index.", FLAGS
 )
 _K = flags.DEFINE_integer("k", 10, "Neighbours per file.", lower_bound=1, flag_values=FLAGS)
 _FORMAT = flags.DEFINE_enum(
@@ -128,6 +119,8 @@ def _ask(
 
 def _render(answers: Iterator[_Answer], tally: Tally) -> Iterator[str]:
     """Yields the lines of a table, JSON lines, a CSV file or a playlist."""
+    from musicgenre.inference.predict import csv_line, json_line
+
     form = _FORMAT.value
     if form == "csv":
         yield "query,rank,path,similarity,error"
@@ -136,12 +129,13 @@ def _render(answers: Iterator[_Answer], tally: Tally) -> Iterator[str]:
     listed: set[str] = set()
     for answer in answers:
         if form == "jsonl":
-            yield _json(answer)
+            yield json_line(_entry(answer))
         elif form == "csv":
             if answer.error:
-                yield csv_line(answer.path, "", "", "", answer.error)
+                yield csv_line([answer.path, "", "", "", answer.error])
             for rank, near in enumerate(answer.neighbours, 1):
-                yield csv_line(answer.path, str(rank), near.path, f"{near.similarity:.6f}", "")
+                similarity = f"{near.similarity:.6f}"
+                yield csv_line([answer.path, str(rank), near.path, similarity, ""])
         elif form == "m3u":
             for near in answer.neighbours:
                 if "\n" in near.path or "\r" in near.path:
@@ -156,16 +150,11 @@ def _render(answers: Iterator[_Answer], tally: Tally) -> Iterator[str]:
                 yield f"{rank:4}  {near.similarity:6.3f}  {near.path}"
 
 
-def _json(answer: _Answer) -> str:
-    """Returns an answer as one line of JSON."""
-    entry: dict[str, object] = {"path": answer.path}
+def _entry(answer: _Answer) -> dict[str, object]:
+    """Returns an answer as an object of JSON."""
     if answer.error:
-        entry["error"] = answer.error
-    else:
-        entry["neighbours"] = [
-            {"path": near.path, "similarity": round(near.similarity, 6)}
-            for near in answer.neighbours
-        ]
-    text = json.dumps(entry, ensure_ascii=False)
-    # Escaped, a name that is not valid text is still valid JSON, and Python reads it back.
-    return text if text.isprintable() else json.dumps(entry)
+        return {"path": answer.path, "error": answer.error}
+    neighbours = [
+        {"path": near.path, "similarity": round(near.similarity, 6)} for near in answer.neighbours
+    ]
+    return {"path": answer.path, "neighbours": neighbours}

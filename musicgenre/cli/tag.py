@@ -19,8 +19,8 @@ from musicgenre.cli.files import FILES, Tally, define_model, expand, load_tagger
 from musicgenre.errors import UserError
 
 if TYPE_CHECKING:
-    from musicgenre.inference.predict import Prediction
     from musicgenre.inference.tagger import Tagger
+    from musicgenre.inference.windows import FileScores
 
 FLAGS = flags.FlagValues()
 ARGUMENTS = FILES
@@ -89,11 +89,11 @@ def main(words: list[str]) -> int:
 
 def _predictions(
     tagger: "Tagger", files: list[str], top: int, tally: Tally
-) -> Iterator["Prediction"]:
+) -> Iterator["FileScores"]:
     """Yields the prediction of each file, counted in `tally`, after writing its tags."""
-    from musicgenre.inference.predict import predict_files
+    from musicgenre.inference.windows import score_files
 
-    for prediction in predict_files(
+    for prediction in score_files(
         tagger.model, files, min_seconds=FLAGS.min_seconds, network=tagger.network
     ):
         error = prediction.error
@@ -108,13 +108,15 @@ def _predictions(
 
 
 def _labels(
-    prediction: "Prediction", names: "tuple[str, ...] | list[str]", top: int
+    prediction: "FileScores", names: "tuple[str, ...] | list[str]", top: int
 ) -> list[tuple[str, float]]:
     """Returns the most probable labels of a file, none if it failed."""
+    from musicgenre.inference.predict import ranked
+
     values = prediction.probabilities
     if values is None:
         return []
-    order = (-values).argsort(kind="stable")[:top].tolist()
+    order = ranked(values, "single_label")[:top]
     return [(names[i], float(values[i])) for i in order if values[i] >= _MIN_PROBABILITY.value]
 
 

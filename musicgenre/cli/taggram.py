@@ -77,14 +77,14 @@ def _write(path: Path, tagger: "Tagger", scores: "FileScores", windows: "WindowS
     from musicgenre.files import replacing
 
     if path.suffix == ".npz":
-        arrays = {
-            "label": np.array(tagger.labels),
-            "start": windows.starts,
-            "end": windows.ends,
-            "probability": windows.probabilities,
-        }
         with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **arrays)
+            np.savez(
+                file,
+                label=np.array(tagger.labels),
+                start=windows.starts,
+                end=windows.ends,
+                probability=windows.probabilities,
+            )
     elif path.suffix == ".csv":
         rows = zip(windows.starts, windows.ends, windows.probabilities, strict=True)
         with (

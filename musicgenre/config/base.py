@@ -1,4 +1,4 @@
-"""The fields of an experiment. Files in `configs/` start from `base_config()` and change what differs."""
+"""The config of an experiment: its defaults, its checks, and what is derived from it."""
 
 import dataclasses
 import json
@@ -11,155 +11,21 @@ from ml_collections import ConfigDict
 
 from musicgenre.audio.features import FeatureSpec
 from musicgenre.audio.layout import ClipLayout
+from musicgenre.config import sections
+from musicgenre.config.fields import Section, check_type, documented_fields
+from musicgenre.datasets.registry import CONFIG_OPTIONS, extra_fields
 from musicgenre.errors import UserError, did_you_mean
 from musicgenre.files import fingerprint
+from musicgenre.registry import import_user_module
+
+# Pretraining methods of this package, which have no fields beyond those of the section `pretrain`.
+_OWN_METHODS = ("", "contrastive_divergence", "simclr")
 
 
 def base_config() -> ConfigDict:
-    """Returns every field with its default: the report's front end, model and recipe (sections 3 and 4)."""
-    config = ConfigDict()
-    config.seed = 0  # parameters, order of the clips, crops and dropout all derive from it
-
-    config.data = data = ConfigDict()
-    data.dataset = "gtzan"  # gtzan, mtat, msd, folder, csv, arrays or synthetic
-    data.root = ""  # folder or file of the data set
-    data.store = ""  # folder of its spectrogram store; "" derives one below stores_root
-    data.stores_root = "stores"
-    # gtzan: fault_filtered, artist_folds, random or stratified_kfold; mtat: clean, all, report or grouped; arrays: files (which
-    # fault_filtered means as well), artist_kfold, random_kfold or segment_leaked
-    data.protocol = "fault_filtered"
-    data.top_k = 50  # mtat and msd: the most frequent tags, which are the labels
-    data.fold = 0
-    data.folds = 10
-    data.split_seed = 42
-    data.fractions = (
-        0.7,
-        0.15,
-        0.15,
-    )  # folder, csv, msd and mtat's grouped: train, valid and test, where the data have no splits
-    data.allow_missing = False  # skip clips that a list names but that are not on disk (msd: not fetched yet), and say so
-    data.task = ""  # csv: single_label, multi_label or regression; "" goes by the columns
-    data.files = ConfigDict({"train": "", "valid": "", "test": ""})  # arrays: a file for each split
-    data.array_layout = (
-        "mel_time"  # arrays: order of the axes after the clips, mel_time or time_mel
-    )
-    data.clips_per_style = 24  # synthetic
-    data.seconds = 6.0  # synthetic: length of a clip
-    data.min_seconds = 1.0  # shorter sound files are skipped
-    data.frames = 647  # frames per clip in the store
-    data.pad = "repeat"  # what fills a shorter clip: repeat, silence or zero
-    data.excerpt = "start"  # what is kept of a longer one: start or middle
-    data.normalise = "position"  # position, band, global or none
-    # Training clips that its statistics are taken from, evenly spaced; 0 takes all. 20,000 of a million are read in half a minute
-    data.normalise_clips = 0
-    data.crop_frames = 0  # random crop in time when training; 0 trains on whole clips
-    data.eval_chunks = 1  # with crops: evenly spaced chunks per clip whose scores are averaged
-    data.workers = 0  # Grain worker processes; none is fastest for a memory map
-    # The training clips on the devices as a whole, where each step picks its batch: auto (where they fit), always or never. The
-    # result is the same.
-    data.on_device = "auto"
-
-    # Done to training batches on the device, before normalisation, in this order; each is off at 0. See
-    # musicgenre/training/augment.py
-    config.augment = augment = ConfigDict()
-    augment.time_stretch = 0.0  # rates from 1 / (1 + this) to 1 + this
-    augment.time_shuffle = 0  # segments of the clip that are put into another order
-    augment.pitch_shift = 0.0  # bands, up or down at most
-    augment.gain = 0.0  # dB, up or down at most
-    augment.eq = 0.0  # dB, up or down at most, of a curve over the bands
-    augment.eq_points = 4  # points of that curve; 2 are a tilt
-    augment.noise = 0.0  # dB, largest standard deviation of noise on every cell
-    augment.mixup = (
-        0.0  # alpha of the beta distribution of a clip's share in a mixture with another
-    )
-    augment.cutmix = 0.0  # the same, of the share of frames that stay the clip's own
-    augment.mix_share = 1.0  # chance of a clip to be mixed
-    augment.time_masks = 0  # SpecAugment: masks over frames
-    augment.time_mask_share = 0.1  # widest of them, as a share of the frames
-    augment.band_masks = 0  # masks over bands
-    augment.band_mask_share = 0.1  # widest of them, as a share of the bands
-    augment.low_pass = 0.0  # most that is taken away at the top, as a share of the bands
-    augment.high_pass = 0.0  # the same at the bottom
-    augment.pass_share = 1.0  # chance of a clip to undergo each of these two
-    augment.probability = 1.0  # chance of a clip to undergo each of these but mixing and the passes
-
-    config.features = ConfigDict(dataclasses.asdict(FeatureSpec()))
-
-    config.model = ConfigDict()
-    config.model.name = "conv1d"  # its fields go beside the name: --config.model.batch_norm=True
-    config.model.module = ""  # a Python module of your own that registers a model
-
-    config.init_from = (
-        ""  # workdir, bundle or packaged model whose layers, all but the head, this run starts from
-    )
-
-    # Learning without labels, before: experiments/pretrain.py
-    config.pretrain = pretrain = ConfigDict()
-    # contrastive_divergence (stacked restricted Boltzmann machines) or simclr (two views of each clip; any network, by the
-    # section `optimizer`); "" takes the first for the model rbm, the second for all others
-    pretrain.method = ""
-    pretrain.epochs = 20  # contrastive_divergence: of each layer
-    pretrain.learning_rate = 0.01  # contrastive_divergence, as are the next three
-    pretrain.momentum = 0.5
-    pretrain.weight_decay = 2e-4
-    pretrain.cd_steps = 1  # Gibbs steps
-    pretrain.temperature = 0.5  # simclr: what the cosines are divided by
-    pretrain.projection = (
-        128  # simclr: numbers that views are compared by, made of the embedding by two dense layers
-    )
-
-    config.batch_size = 32  # clips of one step over all devices
-    config.epochs = 100
-    config.dtype = "float32"  # compute type: float32 or bfloat16; parameters stay float32
-
-    config.optimizer = optimizer = ConfigDict()
-    optimizer.name = "adam"  # sgd, momentum, adam, adamw or lamb
-    optimizer.learning_rate = 1e-3
-    optimizer.momentum = 0.9
-    optimizer.b1 = 0.9
-    optimizer.b2 = 0.999
-    optimizer.eps = 1e-8
-    optimizer.weight_decay = 0.0  # adamw and lamb; on kernels only
-    optimizer.schedule = (
-        "keras"  # constant, cosine, exponential or keras: rate / (1 + decay_rate * step)
-    )
-    optimizer.decay_rate = 0.01  # keras: as above; exponential: factor each decay_steps
-    optimizer.decay_steps = 1000
-    optimizer.warmup_steps = 0
-    optimizer.clip_norm = 0.0  # largest global norm of the gradient; 0 does not clip
-    optimizer.transferred_rate = (
-        1.0  # factor of the rate for layers that come from init_from; 0 freezes them
-    )
-    optimizer.layer_decay = 1.0  # factor of the rate from one layer to the one before it; below 1 the first layers move least
-    optimizer.accumulate = 1  # parts that a batch is cut into, one after the other, to save memory
-
-    config.loss = ConfigDict()
-    # cross_entropy (softmax, or sigmoid for tags) or mse (of the probabilities, or of the outputs of a regression); "" goes by
-    # the task
-    config.loss.name = ""
-    config.loss.label_smoothing = 0.0
-    config.loss.class_weights = "none"  # none, or balanced by the training split
-
-    # What other models say of the training clips, in the place of a share of the labels: musicgenre/training/objectives/distillation.py
-    config.distill = ConfigDict()
-    config.distill.teachers = ()  # workdirs, bundles or packaged models of the same labels and front end; () is off
-    config.distill.weight = 0.5  # share of the teachers in the targets
-    config.distill.temperature = (
-        1.0  # their logits are divided by it: above 1 evens out what they say
-    )
-
-    config.ema_decay = (
-        0.0  # exponential moving average of the parameters, used to evaluate; 0 is off
-    )
-
-    config.steps_per_call = 1  # steps that the device takes on its own, one after the other: for networks of a few milliseconds
-    config.eval_every = 1  # epochs from one evaluation and checkpoint to the next
-    config.log_every = 10  # steps
-    config.select_metric = (
-        ""  # marks the best checkpoint: accuracy, loss, macro_f1, macro_roc_auc, macro_pr_auc, r2
-    )
-    config.patience = 0  # evaluations without a better one until training stops early; 0 never does
-    return config
+    """Returns every field with its default: the report's front end, network and recipe."""
+    features = {name: default for name, default, _ in documented_fields(FeatureSpec)}
+    return ConfigDict(sections.defaults() | {"features": features})
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -172,235 +38,143 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def check_config(config: ConfigDict) -> None:
-    """Holds a config against `base_config()` and the ranges of its values.
+    """Checks a config against the fields of `base_config()` and the ranges of their values.
 
-    Fields of `model` are the chosen model's and are checked when it is built.
+    The user's module that `config.module` names is imported first. Fields of `model` are the chosen
+    network's and are checked when it is built, those of a pretraining objective of the user's own
+    when it starts.
 
     Raises:
-      UserError: an unknown field (the message names the nearest one), a missing field, a value of another type or
-        out of its range.
+      UserError: an unknown field (the message names the nearest one), a missing field, a value of
+        another type or out of its range, or values that contradict each other.
     """
-    known = dict(flatten(base_config()))
-    there = dict(flatten(config))
-    for name, value in there.items():
-        if name.startswith("model.") and name not in known:
-            continue
-        if name not in known:
+    if config.get("module"):
+        import_user_module(config.module)
+    known, values = dict(flatten(base_config())), dict(flatten(config))
+    own = {f"data.{key}": value for key, value in _own_data_fields(config).items()}
+    for name, value in values.items():
+        if name in own:
+            check_type(name, value, own[name])
+        elif name not in known and not _checked_later(name, config):
             raise UserError(
-                f"config.{name} is not a field of the configuration." + did_you_mean(name, known)
+                f"config.{name} is not a field of the configuration."
+                + did_you_mean(name, known | own)
             )
-        default = known[name]
-        numeric = (
-            isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
-        )
-        if type(value) is not type(default) and not numeric:
-            raise UserError(
-                f"config.{name} must be {type(default).__name__} like {default!r}, not {value!r}."
-            )
-    if missing := [name for name in known if name not in there]:
+        elif name.startswith("features."):
+            check_type(name, value, known[name])
+    if missing := [name for name in known if name not in values]:
         raise UserError(
-            f"config.{missing[0]} is missing: start the config from musicgenre.config.base_config()."
+            f"config.{missing[0]} is missing: start the config from "
+            "musicgenre.config.base_config()."
         )
-    positive = (
-        "batch_size",
-        "epochs",
-        "eval_every",
-        "log_every",
-        "data.eval_chunks",
-        "steps_per_call",
-        "optimizer.accumulate",
-        "optimizer.decay_steps",
-        "data.top_k",
-        "pretrain.epochs",
-        "pretrain.cd_steps",
-        "pretrain.projection",
-    )
-    for name in positive:
-        if there[name] < 1:
-            raise UserError(f"config.{name} must be at least 1, not {there[name]}.")
-    above_zero = (
-        "optimizer.learning_rate",
-        "optimizer.eps",
-        "data.seconds",
-        "pretrain.learning_rate",
-        "pretrain.temperature",
-        "distill.temperature",
-    )
-    for name in above_zero:
-        if not there[name] > 0:
-            raise UserError(f"config.{name} must be above 0, not {there[name]}.")
-    for name in (
-        "patience",
-        "optimizer.clip_norm",
-        "optimizer.weight_decay",
-        "optimizer.decay_rate",
-        "data.crop_frames",
-        "optimizer.warmup_steps",
-        "pretrain.weight_decay",
-        "data.workers",
-        "data.frames",
-        "data.min_seconds",
-        "data.normalise_clips",
-        "seed",
-        "data.split_seed",
-    ):
-        if there[name] < 0:
-            raise UserError(f"config.{name} must not be negative, but is {there[name]}.")
-    below_one = (
-        "ema_decay",
-        "loss.label_smoothing",
-        "optimizer.momentum",
-        "optimizer.b1",
-        "optimizer.b2",
-        "pretrain.momentum",
-    )
-    for name in below_one:
-        if not 0 <= there[name] < 1:
-            raise UserError(f"config.{name} must be at least 0 and below 1, not {there[name]}.")
-    for name, least in (
-        ("optimizer.transferred_rate", 0.0),
-        ("optimizer.layer_decay", 1e-6),
-        ("distill.weight", 0.0),
-    ):
-        if not least <= there[name] <= 1:
-            raise UserError(f"config.{name} must lie between 0 and 1, not {there[name]}.")
-    if there["optimizer.transferred_rate"] != 1 and not there["init_from"]:
-        raise UserError(
-            "config.optimizer.transferred_rate has no effect without config.init_from, the run to start from."
-        )
-    if unnamed := [
-        name for name in there["distill.teachers"] if not isinstance(name, str) or not name
-    ]:
-        raise UserError(
-            f"config.distill.teachers takes the names of models, such as ('gtzan',), not {unnamed[0]!r}."
-        )
-    choices = {
-        "dtype": ("float32", "bfloat16"),
-        "loss.class_weights": ("none", "balanced"),
-        "pretrain.method": ("", "contrastive_divergence", "simclr"),
-        "optimizer.name": ("sgd", "momentum", "adam", "adamw", "lamb"),
-        "optimizer.schedule": ("constant", "cosine", "exponential", "keras"),
-        "select_metric": (
-            "",
-            "accuracy",
-            "loss",
-            "macro_f1",
-            "macro_roc_auc",
-            "macro_pr_auc",
-            "r2",
-        ),
-        "loss.name": ("", "cross_entropy", "mse"),
-        "data.normalise": ("position", "band", "global", "none"),
-        "data.array_layout": ("mel_time", "time_mel"),
-        "data.on_device": ("auto", "always", "never"),
-    }
-    for name, allowed in choices.items():
-        if there[name] not in allowed:
-            raise UserError(
-                f"config.{name}={there[name]!r} is not known."
-                + did_you_mean(str(there[name]), allowed)
-            )
-    if there["batch_size"] % there["optimizer.accumulate"]:
-        raise UserError(
-            f"config.batch_size={there['batch_size']} does not divide by optimizer.accumulate={there['optimizer.accumulate']}."
-        )
-    if there["data.crop_frames"] and there["data.normalise"] == "position":
-        raise UserError(
-            "config.data.crop_frames needs a normalisation that does not depend on the position in the clip: "
-            "set --config.data.normalise=band."
-        )
-    if there["features.kind"] == "waveform" and there["data.pad"] == "silence":
-        raise UserError(
-            "config.data.pad='silence' is the quietest value of a spectrogram: take 'repeat' or 'zero' for a waveform."
-        )
-    if len(there["data.fractions"]) != 3:
-        raise UserError(
-            f"config.data.fractions takes three numbers (train, valid, test), not {there['data.fractions']!r}."
-        )
-    feature_spec(config)
-    clip_layout(config)
+    _make(sections.Experiment, config)
+    for section, cls in sections.SECTIONS.items():
+        _make(cls, config[section])
+    _check_together(config)
     _check_augment(config)
 
 
-# Kinds of features that an augmentation makes sense of; of log-mels and the STFT, its amounts are in dB.
-_AUGMENTED_KINDS = {
+def _make(cls: type[Section], values: Any) -> Section:
+    """Makes a section, which checks its fields."""
+    fields = {field.name: values[field.name] for field in dataclasses.fields(cls)}
+    if cls is sections.Data:
+        fields["files"] = _make(sections.Files, values.files)
+    return cls(**fields)
+
+
+def _own_data_fields(config: ConfigDict) -> dict[str, Any]:
+    """Returns the fields that a user's data set adds to the section `data`, with their defaults."""
+    return extra_fields(str(config.data.get("dataset", "")))
+
+
+def _checked_later(name: str, config: ConfigDict) -> bool:
+    own_method = config.pretrain.get("method") not in _OWN_METHODS
+    return name.startswith("model.") or (name.startswith("pretrain.") and own_method)
+
+
+def _check_together(config: ConfigDict) -> None:
+    """Raises UserError where fields contradict each other."""
+    if config.optimizer.transferred_rate != 1 and not config.init_from:
+        raise UserError(
+            "config.optimizer.transferred_rate has no effect without config.init_from, the run to "
+            "start from."
+        )
+    teachers = config.distill.teachers
+    if unnamed := [name for name in teachers if not isinstance(name, str) or not name]:
+        raise UserError(
+            "config.distill.teachers takes the names of models, such as ('gtzan',), not "
+            f"{unnamed[0]!r}."
+        )
+    if config.batch_size % config.optimizer.accumulate:
+        raise UserError(
+            f"config.batch_size={config.batch_size} does not divide by "
+            f"optimizer.accumulate={config.optimizer.accumulate}."
+        )
+    if config.data.crop_frames and config.data.normalise == "position":
+        raise UserError(
+            "config.data.crop_frames needs a normalisation that does not depend on the position in "
+            "the clip: set --config.data.normalise=band."
+        )
+    if config.features.kind == "waveform" and config.data.pad == "silence":
+        raise UserError(
+            "config.data.pad='silence' is the quietest value of a spectrogram: take 'repeat' or "
+            "'zero' for a waveform."
+        )
+    if len(config.data.fractions) != 3:
+        raise UserError(
+            "config.data.fractions takes three numbers (train, valid, test), not "
+            f"{config.data.fractions!r}."
+        )
+    feature_spec(config)
+    clip_layout(config)
+
+
+# Types of features that an augmentation applies to. Those in dB need compression "db" as well.
+_DECIBELS = ("gain", "eq", "noise", "low_pass", "high_pass")
+_AUGMENTED = {
     "time_stretch": ("logmel", "stft", "mfcc"),
     "pitch_shift": ("logmel",),
-    "gain": ("logmel", "stft"),
-    "eq": ("logmel", "stft"),
-    "noise": ("logmel", "stft"),
     "band_masks": ("logmel", "stft"),
-    "low_pass": ("logmel", "stft"),
-    "high_pass": ("logmel", "stft"),
-}
+} | dict.fromkeys(_DECIBELS, ("logmel", "stft"))
 
 
 def _check_augment(config: ConfigDict) -> None:
-    """Raises UserError for an augmentation whose value is out of its range, or that the features cannot undergo."""
+    """Raises UserError for an augmentation that the features cannot undergo."""
     augment, spec = config.augment, feature_spec(config)
     frames = config.data.crop_frames or config.data.frames
+
+    def wrong(name: str, reason: str) -> UserError:
+        return UserError(f"config.augment.{name}={augment[name]} {reason}")
+
     for name, value in augment.items():
-        if name.endswith("_share") or name == "probability":
-            if not 0 < value <= 1:
-                raise UserError(
-                    f"config.augment.{name} must be above 0 and at most 1, not {value}."
-                )
-        elif not 0 <= value < float("inf"):
-            raise UserError(
-                f"config.augment.{name} must not be negative or infinite, but is {value}."
-            )
-    if augment.eq_points < 2:
-        raise UserError(
-            f"config.augment.eq_points must be at least 2, a tilt, not {augment.eq_points}."
-        )
-    if augment.time_stretch > 1:
-        raise UserError(
-            f"config.augment.time_stretch must be at most 1, twice as fast or slow, not {augment.time_stretch}."
-        )
+        if value == float("inf"):
+            raise wrong(name, "must be a finite number.")
     if augment.time_shuffle == 1 or augment.time_shuffle > frames:
-        raise UserError(
-            f"config.augment.time_shuffle={augment.time_shuffle} must be 0 (off) or from 2 segments to the {frames} frames."
-        )
+        raise wrong("time_shuffle", f"must be 0 (off) or from 2 segments to the {frames} frames.")
     if augment.pitch_shift >= spec.bands:
-        raise UserError(
-            f"config.augment.pitch_shift={augment.pitch_shift} must be below the {spec.bands} bands."
-        )
-    for name, size in (("time", frames), ("band", spec.bands)):
-        share = augment[f"{name}_mask_share"]
-        if augment[f"{name}_masks"] and share * size < 1:
-            what = "frames" if name == "time" else "bands"
-            raise UserError(
-                f"config.augment.{name}_mask_share={share} of {size} {what} is less than one: its masks would be empty."
-            )
-    for name in ("low_pass", "high_pass"):
-        if augment[name] > 1:
-            raise UserError(
-                f"config.augment.{name} is a share of the bands, at most 1, not {augment[name]}."
-            )
-    for name, kinds in _AUGMENTED_KINDS.items():
+        raise wrong("pitch_shift", f"must be below the {spec.bands} bands.")
+    for name, size, what in (("time", frames, "frames"), ("band", spec.bands, "bands")):
+        if augment[f"{name}_masks"] and augment[f"{name}_mask_share"] * size < 1:
+            raise wrong(f"{name}_mask_share", f"of {size} {what} is less than one: empty masks.")
+    for name, kinds in _AUGMENTED.items():
         if augment[name] and spec.kind not in kinds:
-            raise UserError(
-                f"config.augment.{name} is for features.kind={' or '.join(kinds)}, not {spec.kind!r}: leave it at 0."
-            )
-        if (
-            augment[name]
-            and name in ("gain", "eq", "noise", "low_pass", "high_pass")
-            and spec.compression != "db"
-        ):
-            raise UserError(
-                f"config.augment.{name} is in dB, which features.compression={spec.compression!r} is not: leave it at 0."
+            wanted = f"features.kind={' or '.join(kinds)}, not {spec.kind!r}"
+            raise wrong(name, f"is for {wanted}: leave it at 0.")
+        if augment[name] and name in _DECIBELS and spec.compression != "db":
+            raise wrong(
+                name,
+                f"is in dB, which features.compression={spec.compression!r} is not: leave it at 0.",
             )
     for name in ("time_stretch", "time_shuffle"):
         if augment[name] and config.data.normalise == "position":
-            raise UserError(
-                f"config.augment.{name} needs a normalisation that does not depend on the position in the clip: "
-                "set --config.data.normalise=band."
+            raise wrong(
+                name,
+                "needs a normalisation that does not depend on the position in the clip: set "
+                "--config.data.normalise=band.",
             )
     for name in ("mixup", "cutmix"):
         if augment[name] and config.batch_size < 2:
-            raise UserError(
-                f"config.augment.{name} mixes the clips of a batch: config.batch_size must be at least 2."
-            )
+            raise wrong(name, "mixes the clips of a batch: config.batch_size must be at least 2.")
 
 
 def feature_spec(config: ConfigDict) -> FeatureSpec:
@@ -409,36 +183,21 @@ def feature_spec(config: ConfigDict) -> FeatureSpec:
 
 
 def clip_layout(config: ConfigDict) -> ClipLayout:
-    """Returns the shape of clips in the store of a config."""
+    """Returns the shape of the clips in a config's store."""
     return ClipLayout(config.data.frames, config.data.pad, config.data.excerpt)
 
 
 def dataset_options(config: ConfigDict) -> dict[str, Any]:
-    """Returns the options of `musicgenre.datasets.load_dataset` that a config holds."""
+    """Returns the options of `musicgenre.datasets.load_dataset` in a config."""
     data = config.data.to_dict()
-    names = (
-        "dataset",
-        "root",
-        "protocol",
-        "fold",
-        "folds",
-        "fractions",
-        "allow_missing",
-        "task",
-        "files",
-        "top_k",
-        "clips_per_style",
-        "seconds",
-        "frames",
-    )
-    return {name: data[name] for name in names} | {
-        "seed": data["split_seed"],
-        "layout": data["array_layout"],
-    }
+    data |= {"seed": data["split_seed"], "layout": data["array_layout"]}
+    options = {name: data[name] for name in ("dataset", "root", *CONFIG_OPTIONS)}
+    own = {name: data.get(name, default) for name, default in _own_data_fields(config).items()}
+    return options | own
 
 
 def store_path(config: ConfigDict) -> Path:
-    """Returns the store's folder: the one that is named, or one that differs for each data set and front end."""
+    """Returns the store's folder: the named one, or one derived from data set and front end."""
     if config.data.store:
         return Path(config.data.store)
     made_from = {
@@ -470,7 +229,7 @@ def from_plain(values: Mapping[str, Any]) -> ConfigDict:
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a plain config of an earlier version with the fields that have come since, at their defaults."""
+    """Returns a plain config of an earlier version, with newer fields at their defaults."""
 
     def merge(default: Any, there: Any) -> Any:
         if not isinstance(default, Mapping) or not isinstance(there, Mapping):

@@ -13,6 +13,7 @@ import numpy as np
 
 from musicgenre.datasets.base import Clip, Dataset, make_dataset
 from musicgenre.datasets.gtzan import artist_groups
+from musicgenre.datasets.registry import register
 from musicgenre.datasets.splits import kfold_split
 from musicgenre.errors import UserError, did_you_mean
 
@@ -84,6 +85,7 @@ class ArrayFile:
         return np.ascontiguousarray(values.T if self.layout == "mel_time" else values)
 
 
+@register("arrays", needs_root=False)
 def load_arrays(
     root: str | Path,
     files: Mapping[str, str],

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from musicgenre.datasets.base import SPLIT_ALIASES, Clip, Dataset, Skipped, make_dataset
 from musicgenre.datasets.folder import fractions_text
+from musicgenre.datasets.registry import register
 from musicgenre.datasets.splits import group_split
 from musicgenre.errors import UserError, did_you_mean
 
@@ -16,6 +17,7 @@ COLUMNS = ("path", "label", "labels", "targets", "split", "group", "clip_id")
 _TASK_OF = {"label": "single_label", "labels": "multi_label", "targets": "regression"}
 
 
+@register("csv")
 def load_csv(
     path: str | Path,
     *,

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from musicgenre.datasets.base import SPLIT_ALIASES, Clip, Dataset, find_audio, make_dataset
+from musicgenre.datasets.registry import register
 from musicgenre.datasets.splits import group_split
 from musicgenre.errors import UserError
 
 
+@register("folder")
 def load_folder(
     root: str | Path, *, seed: int = 42, fractions: Sequence[float] = (0.7, 0.15, 0.15)
 ) -> Dataset:

@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from musicgenre.datasets.base import AUDIO_EXTENSIONS, Clip, Dataset, Skipped, make_dataset
+from musicgenre.datasets.registry import register
 from musicgenre.datasets.splits import check_fold, group_split, random_split, stratified_kfold
 from musicgenre.errors import UserError, did_you_mean
 
@@ -30,6 +31,7 @@ GENRES = (
 PROTOCOLS = ("fault_filtered", "artist_folds", "random", "stratified_kfold")
 
 
+@register("gtzan")
 def load_gtzan(
     root: str | Path,
     protocol: str = "fault_filtered",

@@ -18,6 +18,7 @@ import numpy as np
 
 from musicgenre.datasets.base import Clip, Dataset, Skipped, find_audio, make_dataset
 from musicgenre.datasets.folder import fractions_text
+from musicgenre.datasets.registry import register
 from musicgenre.datasets.splits import group_split
 from musicgenre.errors import UserError
 
@@ -275,6 +276,7 @@ def preview_folder(root: str | os.PathLike[str]) -> Path:
     return (root if root.is_dir() else root.parent) / PREVIEWS
 
 
+@register("msd")
 def load_msd(
     root: str | Path,
     *,

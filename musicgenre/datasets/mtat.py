@@ -21,6 +21,7 @@ import numpy as np
 
 from musicgenre.datasets.base import SPLITS, Clip, Dataset, Skipped, make_dataset
 from musicgenre.datasets.folder import fractions_text
+from musicgenre.datasets.registry import register
 from musicgenre.datasets.splits import random_split
 from musicgenre.errors import UserError, did_you_mean
 
@@ -85,6 +86,7 @@ class Leak(NamedTuple):
         return self.clips / self.evaluated if self.evaluated else 0.0
 
 
+@register("mtat")
 def load_mtat(
     root: str | Path,
     protocol: str = "clean",

@@ -18,6 +18,7 @@ import soundfile
 from tqdm import tqdm
 
 from musicgenre.datasets.base import Clip, Dataset, make_dataset
+from musicgenre.datasets.registry import register
 from musicgenre.errors import UserError, did_you_mean
 from musicgenre.files import read_json, replacing, write_json
 
@@ -456,6 +457,7 @@ def render_clip(
     return (mix * (parameters.peak / np.abs(mix).max())).astype(np.float32)
 
 
+@register("synthetic")
 def load_synthetic(
     root: str | os.PathLike[str], seed: int = 0, clips_per_style: int = 24, seconds: float = 6.0
 ) -> Dataset:

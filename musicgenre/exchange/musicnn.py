@@ -1,12 +1,13 @@
-"""musicnn's published weights (Pons and Serra 2019): out of the public wheel's TensorFlow checkpoints, without TensorFlow.
+"""musicnn's published weights (Pons and Serra 2019), read from the wheel without TensorFlow.
 
-The wheel `musicnn` 0.1.0 holds four models: MTT_musicnn and MTT_vgg know 50 tags of MagnaTagATune, MSD_musicnn and MSD_vgg 50
-of the Million Song Dataset. What else is needed lies beside the weights: the labels in the order of the outputs and the front end
-in `configuration.py`, which is parsed and never run, and the frames of an input in `config.json`. Nothing is unpacked: members
-of a wheel are read into memory by their names.
+The wheel `musicnn` 0.1.0 holds four models: MTT_musicnn and MTT_vgg predict 50 tags of
+MagnaTagATune, MSD_musicnn and MSD_vgg 50 tags of the Million Song Dataset. The labels and the front
+end come from `configuration.py`, which is parsed and never run, and the frames of an input from
+`config.json`. Members of the wheel are read into memory; nothing is unpacked.
 
-Source: J. Pons, X. Serra, "musicnn: pre-trained convolutional neural networks for music audio tagging", arXiv:1909.06654. The
-weights are Universitat Pompeu Fabra's, under the ISC licence, whose notice goes into each model's card.
+Source: J. Pons, X. Serra, "musicnn: pre-trained convolutional neural networks for music audio
+tagging", arXiv:1909.06654. The weights are Universitat Pompeu Fabra's, under the ISC licence, whose
+notice goes into each model's card.
 """
 
 import ast
@@ -32,18 +33,31 @@ from musicgenre.audio.layout import ClipLayout
 from musicgenre.config import base_config
 from musicgenre.errors import UserError, did_you_mean
 from musicgenre.exchange.tf_checkpoint import read_checkpoint
+from musicgenre.runs.bundle import SUFFIX, save_bundle
 from musicgenre.runs.model import TrainedModel
 
 # The last one comes with the source code only, not with the wheel.
 MODELS = ("MTT_musicnn", "MSD_musicnn", "MTT_vgg", "MSD_vgg", "MSD_musicnn_big")
 _HINT = "Fetch it with: pip download --no-deps musicnn==0.1.0"
-# Far more than any file of the wheel has (9.5 MB), so that a bad archive cannot fill the memory.
+# The wheel's largest file has 9.5 MB; a damaged archive must not fill the memory.
 _LARGEST = 2**28
-_COPYRIGHT = "Copyright (c) Music Technology Group, Universitat Pompeu Fabra 2019. Code developed by Jordi Pons. ISC licence."
+_COPYRIGHT = (
+    "Copyright (c) Music Technology Group, Universitat Pompeu Fabra 2019. "
+    "Code developed by Jordi Pons. ISC licence."
+)
 _DATASETS = {
     "MTT": ("mtat", "MagnaTagATune", "all clips: 18,709 train, 1,825 validation, 5,329 test"),
     "MSD": ("msd", "Million Song Dataset with Last.fm tags", "the original's"),
 }
+_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    OSError,
+    RuntimeError,
+    NotImplementedError,
+    EOFError,
+    ValueError,
+)
 
 
 class Source:
@@ -68,11 +82,8 @@ class Source:
                     return
             wheels = sorted(self.path.glob("musicnn-*.whl"))
             if len(wheels) != 1:
-                found = (
-                    f"{len(wheels)} wheels"
-                    if wheels
-                    else "neither musicnn/configuration.py nor a wheel musicnn-*.whl"
-                )
+                nothing = "neither musicnn/configuration.py nor a wheel musicnn-*.whl"
+                found = f"{len(wheels)} wheels" if wheels else nothing
                 raise UserError(
                     f"{self.path}: holds {found}. Name the wheel or the unpacked package. {_HINT}"
                 )
@@ -82,22 +93,21 @@ class Source:
         try:
             with zipfile.ZipFile(self.path) as archive:
                 self._members = archive.namelist()
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        except _ZIP_ERRORS as error:
             raise UserError(f"{self.path}: not a wheel ({error}). {_HINT}") from error
         if "musicnn/configuration.py" not in self._members:
             raise UserError(
-                f"{self.path}: not the wheel of musicnn: it holds no musicnn/configuration.py. {_HINT}"
+                f"{self.path}: not the wheel of musicnn: it holds no musicnn/configuration.py. "
+                f"{_HINT}"
             )
         if len(set(self._members)) < len(self._members):
             raise UserError(f"{self.path}: two of its members have the same name. {_HINT}")
 
     def has(self, name: str) -> bool:
-        """Says whether there is a file of that name, relative to the package."""
-        return (
-            f"musicnn/{name}" in self._members
-            if self._members is not None
-            else (self.path / name).is_file()
-        )
+        """Returns whether the package has a file, by its name relative to the package."""
+        if self._members is None:
+            return (self.path / name).is_file()
+        return f"musicnn/{name}" in self._members
 
     def read(self, name: str) -> bytes:
         """Returns the bytes of a file, by its name relative to the package.
@@ -110,53 +120,40 @@ class Source:
         path = self.path / name
         if not path.is_file():
             raise UserError(f"{path}: no such file. {_HINT}")
-        if path.stat().st_size > _LARGEST:
-            raise UserError(
-                f"{path}: {path.stat().st_size} bytes are too many for a file of musicnn. {_HINT}"
-            )
+        _check_size(str(path), path.stat().st_size)
         return path.read_bytes()
 
     def notice(self) -> str:
-        """Returns the licence's text, or who has the rights where it is not among the files."""
+        """Returns the licence's text, or the copyright line if it is not among the files."""
         if self._members is not None:
             for member in self._members:
                 if member.startswith("musicnn-") and Path(member).name.startswith("LICENSE"):
                     return self._member(member).decode("utf-8", "replace").strip()
             return _COPYRIGHT
-        for path in (
-            *self.path.glob("LICENSE*"),
-            *self.path.parent.glob("musicnn-*.dist-info/LICENSE*"),
-        ):
+        nearby = self.path.parent.glob("musicnn-*.dist-info/LICENSE*")
+        for path in (*self.path.glob("LICENSE*"), *nearby):
             return path.read_text(encoding="utf-8", errors="replace").strip()
         return _COPYRIGHT
 
     def _member(self, member: str) -> bytes:
-        """Returns the bytes of a member of the wheel; nothing is written, so no name can lead out of a folder."""
         try:
             with zipfile.ZipFile(self.path) as archive:
                 info = archive.getinfo(member)
-                if info.file_size > _LARGEST:
-                    raise UserError(
-                        f"{self.path}: {member} claims {info.file_size} bytes, too many for a file of musicnn. {_HINT}"
-                    )
-                # Never more than it claims, which is what its checksum is of.
-                return archive.read(info)
+                _check_size(f"{self.path}: {member}", info.file_size)
+                return archive.read(info)  # never more than the size that it states
         except KeyError:
             raise UserError(f"{self.path}: holds no {member}. {_HINT}") from None
-        except (
-            zipfile.BadZipFile,
-            zlib.error,
-            OSError,
-            RuntimeError,
-            NotImplementedError,
-            EOFError,
-            ValueError,
-        ) as error:
+        except _ZIP_ERRORS as error:
             raise UserError(f"{self.path}: {member} cannot be read ({error}). {_HINT}") from error
 
 
+def _check_size(where: str, size: int) -> None:
+    if size > _LARGEST:
+        raise UserError(f"{where}: {size} bytes are too many for a file of musicnn. {_HINT}")
+
+
 def available(source: Source) -> list[str]:
-    """Returns the names of the models that are there, in the order of `MODELS`.
+    """Returns the names of the models in a package, in the order of `MODELS`.
 
     Raises:
       UserError: there is none.
@@ -175,7 +172,7 @@ def read_model(source: Source, name: str) -> TrainedModel:
       name: one of `MODELS`.
 
     Returns:
-      The model, with its card: where it comes from, what it was trained on, what it reached, its licence.
+      The model. Its card states origin, training data, published results and licence.
 
     Raises:
       UserError: the name is not known, or a file is missing, damaged or of another network.
@@ -210,6 +207,7 @@ def read_model(source: Source, name: str) -> TrainedModel:
     config.data.normalise = "none"
     config.features = ConfigDict(spec.to_dict())
     config.model = ConfigDict(models.resolve(fields))
+    mean, std = np.zeros((1, spec.bands), np.float32), np.ones((1, spec.bands), np.float32)
     model = TrainedModel(
         workdir=source.path,
         step=0,
@@ -219,10 +217,7 @@ def read_model(source: Source, name: str) -> TrainedModel:
         module=module,
         model={
             "variables": _converted(variables, wanted, name, where),
-            "norm": {
-                "mean": np.zeros((1, spec.bands), np.float32),
-                "std": np.ones((1, spec.bands), np.float32),
-            },
+            "norm": {"mean": mean, "std": std},
         },
         label_names=tuple(labels),
         task="multi_label",
@@ -236,13 +231,11 @@ def read_model(source: Source, name: str) -> TrainedModel:
 def import_models(
     source: Source, names: Iterable[str], out: str | os.PathLike[str]
 ) -> Iterator[Path]:
-    """Writes models as bundles, and yields the path `<out>/<name>.safetensors` of each.
+    """Writes models as bundles and yields the path `<out>/<name>.safetensors` of each.
 
     Raises:
       UserError: see `read_model`; or a file cannot be written.
     """
-    from musicgenre.runs.bundle import SUFFIX, save_bundle
-
     for name in names:
         path = Path(out) / f"{name}{SUFFIX}"
         save_bundle(read_model(source, name), path)
@@ -253,25 +246,22 @@ def _card(source: Source, name: str, model: TrainedModel, corpus: str) -> str:
     """Returns the model's card, in Markdown."""
     digest = hashlib.sha256(source.read(f"{name}/.data-00000-of-00001")).hexdigest()
     seconds = model.frames * model.features.hop_length / model.features.sample_rate
-    return "\n".join(
-        [
-            f"# {name}",
-            "",
-            f"- Origin: {name} of musicnn 0.1.0 (J. Pons, X. Serra, arXiv:1909.06654), converted from its TensorFlow checkpoint "
-            f"(SHA-256 {digest})",
-            f"- Task: {model.task}, {len(model.label_names)} outputs",
-            f"- Data: {corpus}; split: {model.dataset['protocol']}",
-            f"- Measured, as published with the weights: {_reported(source, name)}",
-            f"- Input: {seconds:.2f} s windows ({model.frames} frames x {model.features.bands} bands)",
-            f"- Front end: {model.features.describe()}",
-            f"- Labels in the order of the outputs: {', '.join(model.label_names)}",
-            "- Limits: it knows these labels only and gives each a probability for any sound.",
-            "- Licence: ISC",
-            "",
-            source.notice(),
-            "",
-        ]
-    )
+    return f"""\
+# {name}
+
+- Origin: {name} of musicnn 0.1.0 (J. Pons, X. Serra, arXiv:1909.06654), converted from its \
+TensorFlow checkpoint (SHA-256 {digest})
+- Task: {model.task}, {len(model.label_names)} outputs
+- Data: {corpus}; split: {model.dataset["protocol"]}
+- Measured, as published with the weights: {_reported(source, name)}
+- Input: {seconds:.2f} s windows ({model.frames} frames x {model.features.bands} bands)
+- Front end: {model.features.describe()}
+- Labels in the order of the outputs: {", ".join(model.label_names)}
+- Limits: it knows only these labels and gives each a probability for any sound.
+- Licence: ISC
+
+{source.notice()}
+"""
 
 
 def _configuration(source: Source) -> dict[str, Any]:
@@ -283,15 +273,11 @@ def _configuration(source: Source) -> dict[str, Any]:
         raise UserError(f"{where} is not Python ({error}). {_HINT}") from error
     found: dict[str, Any] = {}
     for statement in tree.body:
-        if (
-            isinstance(statement, ast.Assign)
-            and len(statement.targets) == 1
-            and isinstance(statement.targets[0], ast.Name)
-        ):
-            try:
+        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+            with contextlib.suppress(
+                ValueError, TypeError, SyntaxError, RecursionError, MemoryError
+            ):
                 found[statement.targets[0].id] = ast.literal_eval(statement.value)
-            except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-                continue
     for name in ("SR", "FFT_HOP", "FFT_SIZE", "N_MELS"):
         if type(found.get(name)) is not int or found[name] < 1:
             raise UserError(
@@ -299,10 +285,10 @@ def _configuration(source: Source) -> dict[str, Any]:
             )
     for name in ("MTT_LABELS", "MSD_LABELS"):
         labels = found.get(name)
-        if (
-            not isinstance(labels, list)
-            or not labels
-            or not all(isinstance(label, str) and label for label in labels)
+        if not (
+            isinstance(labels, list)
+            and labels
+            and all(isinstance(label, str) and label for label in labels)
         ):
             raise UserError(f"{where}: {name} must be a list of labels. {_HINT}")
         if len(set(labels)) < len(labels):
@@ -317,70 +303,55 @@ def _frames(source: Source, name: str) -> int:
         config = json.loads(source.read(f"{name}/config.json"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON ({error}). {_HINT}") from error
-    frames = config.get("n_frames") if isinstance(config, dict) else None
+    config = config if isinstance(config, dict) else {}
+    frames = config.get("n_frames")
     if type(frames) is not int or frames < 1:
         raise UserError(f"{where}: n_frames must be a positive number, not {frames!r}. {_HINT}")
-    if config.get("pre_processing") != "logC":
-        raise UserError(
-            f"{where}: pre_processing must be 'logC', not {config.get('pre_processing')!r}. {_HINT}"
-        )
+    if (processing := config.get("pre_processing")) != "logC":
+        raise UserError(f"{where}: pre_processing must be 'logC', not {processing!r}. {_HINT}")
     return frames
 
 
 def _reported(source: Source, name: str) -> str:
-    """Returns the test results that lie beside the weights: ROC-AUC and PR-AUC, means over the tags."""
+    """Returns the published test results: ROC-AUC and PR-AUC, means over the tags."""
     values = []
     if source.has(f"{name}/experiment.result"):
-        for line in (
-            source.read(f"{name}/experiment.result").decode("utf-8", "replace").splitlines()
-        ):
+        text = source.read(f"{name}/experiment.result").decode("utf-8", "replace")
+        for line in text.splitlines():
             label, _, value = line.partition(":")
             if label.strip().endswith("AUC"):
                 with contextlib.suppress(ValueError):
                     values.append(float(value))
-    return (
-        f"ROC-AUC {values[0]:.4f}, PR-AUC {values[1]:.4f} on the test split"
-        if len(values) == 2
-        else "not stated"
-    )
+    if len(values) != 2:
+        return "not stated"
+    return f"ROC-AUC {values[0]:.4f}, PR-AUC {values[1]:.4f} on the test split"
 
 
-def _layers(name: str) -> Iterator[tuple[str, str]]:
-    """Yields (name in the original, name here) of every layer with weights; see the models' docstrings."""
+def _layers(name: str) -> dict[str, str]:
+    """Returns the original's name of every layer with weights, by its name here."""
     if name.endswith("vgg"):
         convolutions, dense = [f"conv{i}" for i in range(1, 6)], ["head"]
         originals = [f"{i}CNN" for i in range(1, 6)]
-        norms = ["input_norm", *(f"{layer}_norm" for layer in convolutions)]
+        norms = ["input", *convolutions]
     else:
-        convolutions = [
-            "timbral1",
-            "timbral2",
-            "temporal1",
-            "temporal2",
-            "temporal3",
-            "mid1",
-            "mid2",
-            "mid3",
-        ]
+        convolutions = ["timbral1", "timbral2", "temporal1", "temporal2", "temporal3"]
+        convolutions += ["mid1", "mid2", "mid3"]
         dense = ["dense1", "head"]
         originals = [_numbered("conv2d", i) for i in range(len(convolutions))]
-        norms = [
-            "input_norm",
-            *(f"{layer}_norm" for layer in convolutions),
-            "pool_norm",
-            "dense1_norm",
-        ]
-    yield from zip(originals, convolutions, strict=True)
-    yield from ((_numbered("dense", i), layer) for i, layer in enumerate(dense))
-    yield from ((_numbered("batch_normalization", i), layer) for i, layer in enumerate(norms))
+        norms = ["input", *convolutions, "pool", "dense1"]
+    return {
+        **dict(zip(convolutions, originals, strict=True)),
+        **{layer: _numbered("dense", i) for i, layer in enumerate(dense)},
+        **{f"{layer}_norm": _numbered("batch_normalization", i) for i, layer in enumerate(norms)},
+    }
 
 
-def _numbered(kind: str, i: int) -> str:
-    return f"{kind}_{i}" if i else kind
+def _numbered(layer_type: str, i: int) -> str:
+    return f"{layer_type}_{i}" if i else layer_type
 
 
 def _fields(variables: Mapping[str, np.ndarray], name: str, where: str) -> dict[str, Any]:
-    """Returns the model section of a config: the network whose sizes the variables have."""
+    """Returns the config's model section for the sizes that the variables have."""
 
     def size(variable: str, axis: int) -> int:
         if variable not in variables or variables[variable].ndim <= axis:
@@ -404,56 +375,36 @@ def _fields(variables: Mapping[str, np.ndarray], name: str, where: str) -> dict[
 def _converted(
     variables: Mapping[str, np.ndarray], wanted: Mapping[str, Any], name: str, where: str
 ) -> dict[str, Any]:
-    """Returns the variables as the network's own tree, after holding each against its shape.
-
-    Args:
-      variables: of the checkpoint.
-      wanted: the network's tree of shapes.
-      name: of the model.
-      where: for messages.
-
-    Raises:
-      UserError: a variable is missing, one too many, of another shape, or not finite.
-    """
-    names = {
+    """Returns the checkpoint's variables as the network's tree of checked shapes."""
+    leaf_names = {
         "params": {"kernel": "kernel", "bias": "bias"},
         "norm": {"scale": "gamma", "bias": "beta"},
         "batch_stats": {"mean": "moving_mean", "var": "moving_variance"},
     }
-    originals = {ours: theirs for theirs, ours in _layers(name)}
+    originals = _layers(name)
     used: set[str] = set()
 
-    def convert(collection: str, layer: str, leaf: str, shape: tuple[int, ...]) -> np.ndarray:
-        kind = "norm" if collection == "params" and layer.endswith("_norm") else collection
-        variable = f"{originals[layer]}/{names[kind][leaf]}"
+    def convert(path: tuple[Any, ...], expected: jax.ShapeDtypeStruct) -> np.ndarray:
+        collection, layer, leaf = (key.key for key in path)
+        table = "norm" if collection == "params" and layer.endswith("_norm") else collection
+        variable = f"{originals[layer]}/{leaf_names[table][leaf]}"
         if variable not in variables:
             raise UserError(f"{where}: the variable {variable!r} is missing. {_HINT}")
         used.add(variable)
         value = variables[variable]
-        # Convolutions over time are ones over an image of height 1 in the original.
-        if leaf == "kernel" and value.ndim == len(shape) + 1 and value.shape[2] == 1:
+        # The original's convolutions over time are 2-D over an image of height 1.
+        if leaf == "kernel" and value.ndim == len(expected.shape) + 1 and value.shape[2] == 1:
             value = value[:, :, 0]
-        if value.shape != shape:
+        if value.shape != expected.shape:
             raise UserError(
-                f"{where}: the variable {variable!r} has the shape {list(value.shape)} where this network has {list(shape)}. "
-                f"{_HINT}"
+                f"{where}: the variable {variable!r} has the shape {list(value.shape)} where this "
+                f"network has {list(expected.shape)}. {_HINT}"
             )
         if not np.isfinite(value).all():
-            raise UserError(
-                f"{where}: the variable {variable!r} holds values that are not finite. {_HINT}"
-            )
+            raise UserError(f"{where}: the variable {variable!r} holds non-finite values. {_HINT}")
         return value.astype(np.float32)
 
-    tree = {
-        collection: {
-            layer: {
-                leaf: convert(collection, layer, leaf, shape.shape)
-                for leaf, shape in leaves.items()
-            }
-            for layer, leaves in layers.items()
-        }
-        for collection, layers in wanted.items()
-    }
+    tree: dict[str, Any] = jax.tree_util.tree_map_with_path(convert, dict(wanted))
     if rest := sorted(set(variables) - used - {"global_step"}):
-        raise UserError(f"{where}: the variable {rest[0]!r} has no place in this network. {_HINT}")
+        raise UserError(f"{where}: this network has no variable {rest[0]!r}. {_HINT}")
     return tree

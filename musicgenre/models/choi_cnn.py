@@ -88,7 +88,6 @@ class ChoiCNN(nn.Module):
       conv_dropout: rate after each max-pool.
       dropout: rate after each hidden dense layer.
       dtype: compute type.
-      axis_name: device axis for batch normalisation under pmap.
     """
 
     num_classes: int
@@ -101,7 +100,6 @@ class ChoiCNN(nn.Module):
     conv_dropout: float = 0.0
     dropout: float = 0.5
     dtype: Any = jnp.float32
-    axis_name: str | None = None
 
     @classmethod
     def input_limits(cls, fields: Mapping[str, Any]) -> InputLimits:
@@ -144,7 +142,7 @@ class ChoiCNN(nn.Module):
                 dtype=self.dtype,
                 name=f"conv{i}",
             )(x)
-            x = nn.elu(batch_norm(train, self.axis_name, self.dtype, name=f"norm{i}")(x))
+            x = nn.elu(batch_norm(train, self.dtype, name=f"norm{i}")(x))
             x = max_pool(x, (frames, bands))
             x = nn.Dropout(self.conv_dropout, deterministic=not train, name=f"dropout{i}")(x)
         x = x.reshape(x.shape[0], -1)

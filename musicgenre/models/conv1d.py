@@ -45,7 +45,6 @@ class Conv1D(nn.Module):
       batch_norm: normalise before each ReLU; the report found no gain, so it is off.
       output_dropout: also drop logits, as the author's code did.
       dtype: compute type.
-      axis_name: device axis for batch normalisation under pmap.
     """
 
     num_classes: int
@@ -61,7 +60,6 @@ class Conv1D(nn.Module):
     batch_norm: bool = False
     output_dropout: bool = False
     dtype: Any = jnp.float32
-    axis_name: str | None = None
 
     @staticmethod
     def input_limits(fields: Mapping[str, Any]) -> InputLimits:
@@ -115,7 +113,7 @@ class Conv1D(nn.Module):
                 scales.append(conv(x))
             x = jnp.concatenate(scales, axis=-1) if self.widths else scales[0]
             if self.batch_norm:
-                x = batch_norm(train, self.axis_name, self.dtype, name=f"norm{i}")(x)
+                x = batch_norm(train, self.dtype, name=f"norm{i}")(x)
             x = max_pool_time(nn.relu(x), self.pool)
         return dense_head(self, self._pooled(x), train)
 

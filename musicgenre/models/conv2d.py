@@ -31,7 +31,6 @@ class Conv2D(nn.Module):
       batch_norm: normalise before each ReLU.
       output_dropout: also drop logits, as the author's code for Conv1D did.
       dtype: compute type.
-      axis_name: device axis for batch normalisation under pmap.
     """
 
     num_classes: int
@@ -45,7 +44,6 @@ class Conv2D(nn.Module):
     batch_norm: bool = False
     output_dropout: bool = False
     dtype: Any = jnp.float32
-    axis_name: str | None = None
 
     @staticmethod
     def input_limits(fields: Mapping[str, Any]) -> InputLimits:
@@ -74,7 +72,7 @@ class Conv2D(nn.Module):
                 name=f"conv{i}",
             )(x)
             if self.batch_norm:
-                x = batch_norm(train, self.axis_name, self.dtype, name=f"norm{i}")(x)
+                x = batch_norm(train, self.dtype, name=f"norm{i}")(x)
             x = max_pool(nn.relu(x), (self.pool, self.pool))
         window, bands = self.final_pool or x.shape[1], x.shape[2]
         maxima = max_pool(x, (window, bands)).squeeze(2)

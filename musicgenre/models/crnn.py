@@ -122,7 +122,6 @@ class CRNN(nn.Module):
       conv_dropout: rate after each max-pool.
       dropout: rate before the head.
       dtype: compute type.
-      axis_name: device axis for batch normalisation under pmap.
     """
 
     num_classes: int
@@ -136,7 +135,6 @@ class CRNN(nn.Module):
     conv_dropout: float = 0.1
     dropout: float = 0.3
     dtype: Any = jnp.float32
-    axis_name: str | None = None
 
     @staticmethod
     def input_limits(fields: Mapping[str, Any]) -> InputLimits:
@@ -161,10 +159,10 @@ class CRNN(nn.Module):
         """Returns logits, float32 `[batch, num_classes]`, of `x` `[batch, frames, bands]`."""
         init = nn.initializers.glorot_uniform()
         if self.input_norm == "band":
-            x = batch_norm(train, self.axis_name, jnp.float32, name="input_norm")(x)
+            x = batch_norm(train, jnp.float32, name="input_norm")(x)
         x = jnp.pad(x, ((0, 0), (self.pad, self.pad), (0, 0)))
         if self.input_norm == "time":
-            x = batch_norm(train, self.axis_name, jnp.float32, name="input_norm", axis=1)(x)
+            x = batch_norm(train, jnp.float32, name="input_norm", axis=1)(x)
         x = x.astype(self.dtype)[..., None]
         pools = zip(self.filters, self.time_pools, self.band_pools, strict=True)
         for i, (filters, frames, bands) in enumerate(pools, start=1):
@@ -177,7 +175,7 @@ class CRNN(nn.Module):
                 dtype=self.dtype,
                 name=f"conv{i}",
             )(x)
-            x = nn.elu(batch_norm(train, self.axis_name, self.dtype, name=f"norm{i}")(x))
+            x = nn.elu(batch_norm(train, self.dtype, name=f"norm{i}")(x))
             x = max_pool(x, (frames, bands))
             x = nn.Dropout(self.conv_dropout, deterministic=not train, name=f"dropout{i}")(x)
         x = x.reshape(*x.shape[:2], -1)

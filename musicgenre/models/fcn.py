@@ -73,7 +73,6 @@ class FCN(nn.Module):
       width: frames and bands that a filter sees.
       dropout: rate after each max-pool and after each convolution of 1 x 1.
       dtype: compute type.
-      axis_name: device axis for batch normalisation under pmap.
     """
 
     num_classes: int
@@ -84,7 +83,6 @@ class FCN(nn.Module):
     width: int = 3
     dropout: float = 0.5
     dtype: Any = jnp.float32
-    axis_name: str | None = None
 
     @staticmethod
     def input_limits(fields: Mapping[str, Any]) -> InputLimits:
@@ -113,7 +111,7 @@ class FCN(nn.Module):
                 dtype=self.dtype,
                 name=f"conv{i}",
             )(x)
-            x = batch_norm(train, self.axis_name, self.dtype, name=f"norm{i}")(x, relu=True)
+            x = batch_norm(train, self.dtype, name=f"norm{i}")(x, relu=True)
             x = max_pool(x, (frames, bands))
             if i == len(self.filters):
                 x = global_max(x)
@@ -122,7 +120,7 @@ class FCN(nn.Module):
             x = nn.Dense(
                 filters, use_bias=False, kernel_init=init, dtype=self.dtype, name=f"conv{i}"
             )(x)
-            x = batch_norm(train, self.axis_name, self.dtype, name=f"norm{i}")(x, relu=True)
+            x = batch_norm(train, self.dtype, name=f"norm{i}")(x, relu=True)
             x = nn.Dropout(self.dropout, deterministic=not train, name=f"dropout{i}")(x)
         self.sow("intermediates", "embedding", x)
         return nn.Dense(self.num_classes, kernel_init=init, dtype=self.dtype, name="head")(

@@ -214,14 +214,9 @@ class BatchNorm(nn.BatchNorm):
 
 
 def batch_norm(
-    train: bool,
-    axis_name: str | None,
-    dtype: Any,
-    name: str | None = None,
-    axis: int = -1,
-    affine: bool = True,
+    train: bool, dtype: Any, name: str | None = None, axis: int = -1, affine: bool = True
 ) -> "BatchNorm":
-    """Batch normalisation with statistics of the global batch: by sharding under jit, by `axis_name` under pmap.
+    """Batch normalisation with statistics of the global batch: by sharding under jit.
 
     Each index of `axis` has its own mean and deviation, over all other axes, and its own scale and bias if `affine`.
     """
@@ -232,7 +227,6 @@ def batch_norm(
         epsilon=1e-5,
         use_scale=affine,
         use_bias=affine,
-        axis_name=axis_name,
         dtype=dtype,
         name=name,
     )

@@ -274,7 +274,6 @@ class Modulation(nn.Module):
       input_dropout: rate of the features.
       dropout: rate after each hidden layer.
       dtype: compute type of the layers after the front.
-      axis_name: device axis for the normalisation under pmap.
     """
 
     num_classes: int
@@ -291,7 +290,6 @@ class Modulation(nn.Module):
     input_dropout: float = 0.2
     dropout: float = 0.6
     dtype: Any = jnp.float32
-    axis_name: str | None = None
 
     @staticmethod
     def input_limits(fields: Mapping[str, Any]) -> InputLimits:
@@ -368,7 +366,6 @@ class Modulation(nn.Module):
             epsilon=1e-5,
             use_scale=False,
             use_bias=False,
-            axis_name=self.axis_name,
             dtype=jnp.float32,
             name="feature_norm",
         )

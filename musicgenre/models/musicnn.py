@@ -61,7 +61,6 @@ class Musicnn(nn.Module):
       dense: units of the hidden dense layer.
       dropout: rate before the dense layer and before the head.
       dtype: compute type.
-      axis_name: device axis for batch normalisation under pmap.
     """
 
     num_classes: int
@@ -76,7 +75,6 @@ class Musicnn(nn.Module):
     dense: int = 200
     dropout: float = 0.5
     dtype: Any = jnp.float32
-    axis_name: str | None = None
 
     @staticmethod
     def input_limits(fields: Mapping[str, Any]) -> InputLimits:
@@ -107,7 +105,6 @@ class Musicnn(nn.Module):
                 momentum=0.99,
                 epsilon=1e-3,
                 dtype=self.dtype,
-                axis_name=self.axis_name,
                 name=name,
             )(x)
 

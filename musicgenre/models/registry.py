@@ -10,25 +10,30 @@
         def __call__(self, x, train): ...   # x [batch, frames, bands] -> logits [batch, num_classes]
 
 The contract: fields are hyperparameters, `num_classes` is the only one without a default; `x` is float32; logits
-come back as float32; the embedding before the head is sown as `self.sow("intermediates", "embedding", e)`. Two fields
-are filled in where a module has them: `dtype` (the compute type) and `axis_name` (the name of the device axis under
-pmap, for BatchNorm). A static method `input_limits(fields) -> InputLimits` says what input it can take.
+come back as float32; the embedding before the head is sown as `self.sow("intermediates", "embedding", e)`. One field
+is filled in where a module has it: `dtype` (the compute type). A static method `input_limits(fields) -> InputLimits` says what input it can take.
 """
 
 import dataclasses
+import functools
 import importlib
-import importlib.util
 import pkgutil
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax.numpy as jnp
+from flax import nnx
 
 from musicgenre.errors import UserError, did_you_mean
+from musicgenre.models.nnx_network import linen_class
+from musicgenre.registry import Registry, import_user_module
 
-_MODELS: dict[str, type[nn.Module]] = {}
-# Fields of every Linen module, and those that are filled in rather than chosen.
+T = TypeVar("T", bound=type)
+
+_MODELS: Registry[Any] = Registry("model", "musicgenre.models")
+# Fields of every Linen module, those that `build` fills in, and one that networks written for version
+# 0.1 may declare.
 _NOT_HYPERPARAMETERS = ("parent", "name", "num_classes", "dtype", "axis_name")
 
 
@@ -72,50 +77,92 @@ class InputLimits(NamedTuple):
         return found
 
 
-def register(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
-    """Class decorator that makes a Linen module known by `name`.
+def register(name: str) -> Callable[[T], T]:
+    """Class decorator that makes a Linen or NNX module class known by `name`.
 
     Raises:
-      ValueError: another class has that name already, or the class has no field `num_classes`.
+      UserError: what is decorated is no such class, or does not keep the contract above.
+      ValueError: another class has that name already.
     """
+    if not isinstance(name, str):
+        raise UserError(f'write @register("name") above {_words(name)}: it needs a name.')
 
-    def decorate(cls: type[nn.Module]) -> type[nn.Module]:
-        there = _MODELS.get(name)
-        # The same class seen twice is a module that was imported anew, not two models.
-        if there is not None and (there.__module__, there.__qualname__) != (
-            cls.__module__,
-            cls.__qualname__,
-        ):
-            raise ValueError(
-                f"two models are registered as {name!r}: {there.__module__}.{there.__qualname__} and "
-                f"{cls.__module__}.{cls.__qualname__}"
-            )
-        if "num_classes" not in {field.name for field in dataclasses.fields(cls)}:
-            raise ValueError(
-                f"the model {name!r} ({cls.__module__}.{cls.__qualname__}) needs a field num_classes: int"
-            )
-        _MODELS[name] = cls
+    def decorate(cls: T) -> T:
+        _linen_class(cls)
+        _MODELS.add(name, cls)
         return cls
 
     return decorate
 
 
-def registered() -> dict[str, type[nn.Module]]:
-    """Returns every model of this package, and those that have been imported since, by name."""
-    import musicgenre.models as package
+def _linen_class(cls: Any) -> type[nn.Module]:
+    """Returns a network's Linen module class, or raises UserError where it cannot be a network."""
+    if isinstance(cls, type) and issubclass(cls, nnx.Module):
+        return linen_class(cls)
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise UserError(
+            f"a network is a class derived from flax.linen.Module or flax.nnx.Module, not {_words(cls)}."
+        )
+    where = f"the network {cls.__module__}.{cls.__qualname__}"
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if "num_classes" not in fields:
+        raise UserError(f"{where} needs a field num_classes: int.")
+    for name, field in fields.items():
+        if (
+            name not in _NOT_HYPERPARAMETERS
+            and field.init
+            and _default(field) is dataclasses.MISSING
+        ):
+            raise UserError(f"{where}: the field {name} needs a default.")
+    return cls
 
+
+def _words(thing: Any) -> str:
+    """Returns what a thing is, such as "the function f"."""
+    if isinstance(thing, type):
+        return f"the class {thing.__name__}"
+    name = getattr(thing, "__name__", "")
+    return f"the function {name}" if name else f"an instance of {type(thing).__name__}"
+
+
+@functools.cache
+def _import_networks() -> None:
+    """Imports every module of this package, which registers its networks."""
+    package = importlib.import_module("musicgenre.models")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
-    return dict(sorted(_MODELS.items()))
+
+
+def network_class(name: str) -> type[nn.Module]:
+    """Returns the Linen module class of a registered network.
+
+    Raises:
+      UserError: no network has this name; the message names the nearest one.
+    """
+    _import_networks()
+    return _linen_class(_MODELS.get(name))
+
+
+def registered() -> dict[str, type[nn.Module]]:
+    """Returns the Linen module class of every network by name: of this package, of installed packages'
+    entry points, and of modules that have been imported."""
+    _import_networks()
+    return {name: network_class(name) for name in _MODELS.names()}
 
 
 def hyperparameters(cls: type[nn.Module]) -> dict[str, Any]:
     """Returns the fields that a config can set, with their defaults."""
     return {
-        field.name: field.default
+        field.name: _default(field)
         for field in dataclasses.fields(cls)
         if field.name not in _NOT_HYPERPARAMETERS and field.init
     }
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
 
 
 def input_limits(cls: type[nn.Module], fields: Mapping[str, Any] | None = None) -> InputLimits:
@@ -141,10 +188,7 @@ def resolve(model: Mapping[str, Any]) -> dict[str, Any]:
     name, module = str(model.get("name", "")), str(model.get("module", ""))
     if module:
         name = _import_model(module, name)
-    models = registered()
-    if name not in models:
-        raise UserError(f"model.name: no model {name!r}." + did_you_mean(name, models))
-    fields = hyperparameters(models[name])
+    fields = hyperparameters(network_class(name))
     chosen = {key: value for key, value in model.items() if key not in ("name", "module")}
     for key, value in chosen.items():
         if key not in fields:
@@ -163,7 +207,6 @@ def build(
     bands: int,
     kind: str = "",
     dtype: str = "float32",
-    axis_name: str | None = None,
 ) -> nn.Module:
     """Makes the Linen module of a config's model section.
 
@@ -174,13 +217,12 @@ def build(
       bands: bands of its input.
       kind: kind of its features, such as "logmel"; "" does not check it.
       dtype: compute type, "float32" or "bfloat16"; parameters stay float32.
-      axis_name: name of the device axis under pmap.
 
     Raises:
       UserError: as `resolve`, or the model cannot take `[frames, bands]`.
     """
     resolved = resolve(model)
-    cls = registered()[resolved["name"]]
+    cls = network_class(resolved["name"])
     fields = {key: value for key, value in resolved.items() if key not in ("name", "module")}
     limits = input_limits(cls, fields)
     if problems := limits.problems(frames, bands, kind):
@@ -196,21 +238,13 @@ def build(
         raise UserError(
             f"the model {resolved['name']!r} has no field dtype, so dtype={dtype!r} cannot be used with it."
         )
-    if "axis_name" in known:
-        fields["axis_name"] = axis_name
     return cls(num_classes=num_classes, **fields)
 
 
 def _import_model(module: str, name: str) -> str:
     """Imports a user's module and returns the name of the model that it registers."""
-    try:
-        imported = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"model.module={module!r}: no module {error.name!r}; run from the folder that holds it, or put "
-            "that folder on PYTHONPATH."
-        ) from error
-    own = [key for key, cls in _MODELS.items() if cls.__module__ == imported.__name__]
+    import_user_module(module, "model.module")
+    own = list(_MODELS.added_by(module))
     if not own:
         raise UserError(
             f'model.module={module!r} registers no model: decorate its class with @register("name").'

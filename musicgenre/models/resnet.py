@@ -51,7 +51,6 @@ class ResNet(nn.Module):
       preactivation: identity units (He 2016), or else the original ones (He 2015).
       filters: filters of the first convolution and the first stage; each further stage doubles them.
       dtype: compute type.
-      axis_name: device axis for batch normalisation under pmap.
     """
 
     num_classes: int
@@ -60,7 +59,6 @@ class ResNet(nn.Module):
     preactivation: bool = True
     filters: int = 64
     dtype: Any = jnp.float32
-    axis_name: str | None = None
 
     @staticmethod
     def input_limits(fields: Mapping[str, Any]) -> InputLimits:
@@ -88,9 +86,7 @@ class ResNet(nn.Module):
         def norm(
             x: jax.Array, name: str, plus: jax.Array | None = None, *, relu: bool = True
         ) -> jax.Array:
-            return batch_norm(train, self.axis_name, self.dtype, name=f"{name}_norm")(
-                x, plus=plus, relu=relu
-            )
+            return batch_norm(train, self.dtype, name=f"{name}_norm")(x, plus=plus, relu=relu)
 
         x = conv(x.astype(self.dtype)[..., None], self.filters, 7, 2, "stem")
         x = norm(x, "stem")

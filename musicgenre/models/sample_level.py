@@ -38,7 +38,6 @@ class SampleLevel(nn.Module):
       excite_ratio: hidden units of that weighting for each channel.
       dropout: rate before the head.
       dtype: compute type.
-      axis_name: device axis for batch normalisation under pmap.
     """
 
     num_classes: int
@@ -50,7 +49,6 @@ class SampleLevel(nn.Module):
     excite_ratio: int = 16
     dropout: float = 0.5
     dtype: Any = jnp.float32
-    axis_name: str | None = None
 
     @staticmethod
     def input_limits(fields: Mapping[str, Any]) -> InputLimits:
@@ -75,9 +73,7 @@ class SampleLevel(nn.Module):
                 dtype=self.dtype,
                 name=name,
             )
-            return nn.relu(
-                batch_norm(train, self.axis_name, self.dtype, name=f"{name}_norm")(conv(x))
-            )
+            return nn.relu(batch_norm(train, self.dtype, name=f"{name}_norm")(conv(x)))
 
         x = layer(
             x.astype(self.dtype).reshape(x.shape[0], -1, 1),

@@ -42,7 +42,6 @@ class ShortChunk(nn.Module):
       dropout: rate before the head.
       input_norm: normalise the whole input with one mean and deviation, those of the batch or in use their running means.
       dtype: compute type.
-      axis_name: device axis for batch normalisation under pmap.
     """
 
     num_classes: int
@@ -52,7 +51,6 @@ class ShortChunk(nn.Module):
     dropout: float = 0.5
     input_norm: bool = True
     dtype: Any = jnp.float32
-    axis_name: str | None = None
 
     @staticmethod
     def input_limits(fields: Mapping[str, Any]) -> InputLimits:
@@ -72,12 +70,12 @@ class ShortChunk(nn.Module):
             )
 
         def norm(name: str) -> BatchNorm:
-            return batch_norm(train, self.axis_name, self.dtype, name=f"{name}_norm")
+            return batch_norm(train, self.dtype, name=f"{name}_norm")
 
         x = x[..., None]
         if self.input_norm:
             # In float32, since the input may be dB far from 0.
-            x = batch_norm(train, self.axis_name, jnp.float32, name="input_norm", affine=False)(x)
+            x = batch_norm(train, jnp.float32, name="input_norm", affine=False)(x)
         x = x.astype(self.dtype)
         for i, filters in enumerate(self.filters, start=1):
             name = f"conv{i}"

@@ -43,7 +43,6 @@ class Vgg(nn.Module):
       layer_dropout: rate after each pool but the last.
       dropout: rate before the head.
       dtype: compute type.
-      axis_name: device axis for batch normalisation under pmap.
     """
 
     num_classes: int
@@ -51,7 +50,6 @@ class Vgg(nn.Module):
     layer_dropout: float = 0.25
     dropout: float = 0.5
     dtype: Any = jnp.float32
-    axis_name: str | None = None
 
     @staticmethod
     def input_limits(fields: Mapping[str, Any]) -> InputLimits:
@@ -69,7 +67,6 @@ class Vgg(nn.Module):
                 momentum=0.99,
                 epsilon=1e-3,
                 dtype=self.dtype,
-                axis_name=self.axis_name,
                 name=name,
             )(x)
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ class TrainedOn:
       unknown: whose clips are not known; "" if all are.
       sources: stores that held the clips when the model was trained, and bundles with their
         fingerprints.
-      fingerprints: from `fingerprints` or `compact`, `[clips, d]`; None if they are not known, as for
-        a workdir until `with_fingerprints` computes them.
+      fingerprints: from `fingerprints` or `compact`, `[clips, d]`; None if they are not known, as
+        for a workdir until `with_fingerprints` computes them.
     """
 
     clip_ids: Sequence[str] = ()
@@ -145,14 +145,19 @@ class TrainedOn:
 UNKNOWN = TrainedOn(unknown="the model does not list them")
 
 
-def joined(records: Sequence[TrainedOn]) -> TrainedOn:
-    """Returns one record of the clips of several, each clip id once, without fingerprints."""
+def joined(records: Iterable[TrainedOn], known: Collection[str] = ()) -> TrainedOn:
+    """Returns one record of the clips of several, each once, without those whose ids are known.
+
+    It has no fingerprints.
+    """
+    records = list(records)
     clips: dict[str, tuple[str | None, str | None]] = {}
     for record in records:
         for clip_id, content, group in zip(
             record.clip_ids, record.hashes, record.groups, strict=True
         ):
-            clips.setdefault(clip_id, (content, group))
+            if clip_id not in known:
+                clips.setdefault(clip_id, (content, group))
     return TrainedOn(
         list(clips),
         [content for content, _ in clips.values()],

@@ -10,7 +10,7 @@ from musicgenre.errors import UserError
 from musicgenre.evaluation.intervals import bootstrap_mean
 from musicgenre.evaluation.render import markdown_table
 from musicgenre.evaluation.retrieval import precision_at_k
-from musicgenre.inference.index import no_embedding
+from musicgenre.inference.windows import no_embedding
 from musicgenre.models import apply_model
 from musicgenre.models.apply import normalise
 from musicgenre.runs.model import TrainedModel

@@ -29,7 +29,7 @@ from musicgenre.datasets.base import SPLIT_ALIASES, find_audio
 from musicgenre.datasets.gtzan import GENRES, artist_groups, fault_filtered_lists
 from musicgenre.errors import UserError, did_you_mean
 from musicgenre.evaluation.robustness import Outcome, Robustness
-from musicgenre.inference.windows import BATCH, Network, file_inputs
+from musicgenre.inference.windows import BATCH, Network, stream_windows
 from musicgenre.runs.model import TrainedModel
 from musicgenre.store.loader import chunk_starts
 from musicgenre.studies.evaluate import versions
@@ -48,6 +48,10 @@ class SoundClip(NamedTuple):
     group: str | None
 
 
+# A clip's windows, float16 `[windows, frames, bands]`, and their weights in its mean, `[windows]`.
+Windows = tuple[np.ndarray, np.ndarray]
+
+
 class _Probe(NamedTuple):
     """How clips of one type are read, changed and given to the network."""
 
@@ -56,7 +60,7 @@ class _Probe(NamedTuple):
     missing: Sequence[Missing]
     equalisers: Sequence[Any]
     equalise: Callable[[np.ndarray, Any], np.ndarray]
-    inputs: Callable[[np.ndarray, TrainedModel], np.ndarray]
+    windows: Callable[[np.ndarray, TrainedModel], Windows]
 
     def variants(self, i: int, clip_id: str, seed: int) -> Iterator[np.ndarray]:
         """Yields a clip unchanged, with every change and under every equaliser."""
@@ -153,7 +157,7 @@ def probe_sounds(
         *sound_transforms(rate, seed),
         random_equalisers(tries, GENTLE_EQ, seed),
         lambda samples, equaliser: equalise(samples, rate, equaliser),
-        file_inputs,
+        sound_windows,
     )
     known = any(_gtzan_id(clip.clip_id) for clip in clips)
     unit = "artist" if known else "folder"
@@ -203,28 +207,28 @@ def probe_arrays(
         *mel_transforms(spec, seed),
         gains,
         lambda db, gain: reference(db + gain, spec, float(db.max())),
-        array_inputs,
+        array_windows,
     )
     what = f"spectrograms of {path.name}"
     return _scored(model, clips, probe, labelled, what, "artist", seed, progress, command)
 
 
-def array_inputs(db: np.ndarray, model: TrainedModel) -> np.ndarray:
-    """Returns a clip's windows, as in an evaluation: the clip at the model's length, or parts.
+def sound_windows(samples: np.ndarray, model: TrainedModel) -> Windows:
+    """Returns the windows of a file's samples `[samples]` and their weights, as for tagging."""
+    windows = list(stream_windows([samples], model.features, model))
+    inputs = np.stack([window.inputs for window in windows])
+    return inputs, np.array([window.weight for window in windows])
 
-    Args:
-      db: log-mels in dB, `[any, mels]`.
-      model: the model.
 
-    Returns:
-      float16 `[windows, frames, bands]`.
-    """
+def array_windows(db: np.ndarray, model: TrainedModel) -> Windows:
+    """Returns the windows of one clip's log-mels in dB `[any, mels]`, as in an evaluation."""
     spec, frames = model.features, model.frames
     fitted, length = model.layout.fit(mfcc_from_db(db, spec.n_mfcc) if spec.kind == "mfcc" else db)
     windows = int(model.config.data.eval_chunks)
     whole = frames >= model.layout.frames
     starts = [0] if whole else chunk_starts(length, frames, windows)
-    return np.stack([fitted[start : start + frames] for start in starts]).astype(np.float16)
+    inputs = np.stack([fitted[start : start + frames] for start in starts]).astype(np.float16)
+    return inputs, np.ones(len(inputs))
 
 
 def _scored(
@@ -248,10 +252,10 @@ def _scored(
                 "tested with --nolabels."
             )
 
-    def make(i: int) -> list[np.ndarray] | str:
+    def make(i: int) -> list[Windows] | str:
         try:
             variants = probe.variants(i, clips[i].clip_id, seed)
-            return [probe.inputs(variant, model) for variant in variants]
+            return [probe.windows(variant, model) for variant in variants]
         except UserError as error:
             return str(error)
 
@@ -261,11 +265,14 @@ def _scored(
             row = {"clip_id": clip.clip_id, "path": str(clip.path), "reason": made}
             skipped.append({name: _text(value) for name, value in row.items()})
             continue
-        windows = np.concatenate(made)
+        windows = np.concatenate([inputs for inputs, _ in made])
         batches = [windows[start : start + BATCH] for start in range(0, len(windows), BATCH)]
         found = np.concatenate([network(batch)[0] for batch in batches])
-        parts = np.split(found, np.cumsum([len(inputs) for inputs in made])[:-1])
-        scores.append(np.stack([part.mean(axis=0, dtype=np.float64) for part in parts]))
+        parts = np.split(found.astype(np.float64), np.cumsum([len(x) for x, _ in made])[:-1])
+        means = [
+            np.average(part, axis=0, weights=w) for part, (_, w) in zip(parts, made, strict=True)
+        ]
+        scores.append(np.stack(means))
         used.append(clip)
     if not used:
         first = f" The first of {len(skipped)}: {skipped[0]['reason']}" if skipped else ""

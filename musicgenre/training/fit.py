@@ -126,7 +126,6 @@ def train(
         bands=store.bands,
         kind=store.features.kind,
         dtype=config.dtype,
-        axis_name=spread.axis_name,
     )
     layers = layer_order(module, frames, store.bands)
     rates = layer_rates(

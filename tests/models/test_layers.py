@@ -106,7 +106,7 @@ def test_the_fast_normalisation_is_flax_s(relu, plus):
         return nn.relu(y) if relu else y, updated["batch_stats"]
 
     def ours(params, stats, x, added):
-        norm = batch_norm(True, None, jnp.float32)
+        norm = batch_norm(True, jnp.float32)
         variables = {"params": params, "batch_stats": stats}
         y, updated = norm.apply(
             variables, x, plus=added if plus else None, relu=relu, mutable=["batch_stats"]
@@ -178,7 +178,7 @@ class Block(nn.Module):
                 x = nn.Conv(
                     features, (3, 3), (stride, stride), padding=1, use_bias=False, name=f"conv{i}"
                 )(x)
-            x = nn.relu(batch_norm(True, None, x.dtype, name=f"norm{i}")(x))
+            x = nn.relu(batch_norm(True, x.dtype, name=f"norm{i}")(x))
         return layers.max_pool(x, (2, 2))
 
 
@@ -224,10 +224,10 @@ def fast_calls(monkeypatch):
 def test_fast_products_are_for_training_on_one_cpu_in_float32(monkeypatch, fast_calls):
     x = jnp.zeros((1, 8, 8, 2))
 
-    def used(train, dtype=jnp.float32, features=32, axis_name=None):
+    def used(train, dtype=jnp.float32, features=32):
         def run():
             y, _ = Conv(features, train=train, dtype=dtype).init_with_output(jax.random.key(0), x)
-            return batch_norm(train, axis_name, dtype).init_with_output(
+            return batch_norm(train, dtype).init_with_output(
                 jax.random.key(0), y, plus=y, relu=True
             )
 
@@ -237,7 +237,6 @@ def test_fast_products_are_for_training_on_one_cpu_in_float32(monkeypatch, fast_
 
     assert jax.device_count() == 1
     assert used(True) == [1, "norm"]
-    assert used(True, axis_name="devices") == [1]
     assert (used(False), used(True, jnp.bfloat16), used(True, features=31)) == ([], [], [])
     with monkeypatch.context() as patch:
         patch.setattr(jax, "device_count", lambda: 2)

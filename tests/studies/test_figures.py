@@ -268,7 +268,7 @@ def test_the_labels_of_a_tagged_clip_and_the_numbers_of_a_regression(tmp_path, d
         == "x 0.5 (predicted 0.5), y 2 (predicted 1), z 1 (predicted 2)"
     )
     figures._mistakes_figure(numbers, tmp_path, "{} of mine")
-    assert drawn["per_class.png"].axes[0].get_title().startswith("R2")
+    assert drawn["per_class.png"].axes[0].get_title().startswith("r2 ")
     assert drawn["per_class.png"].axes[0].texts[0].get_text() == "1.00"
 
 

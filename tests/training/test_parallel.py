@@ -329,11 +329,11 @@ def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(
     assert codes == [hosts.LOST, -signal.SIGKILL], said
     last = said[0].splitlines()[-1]
     assert (
-        last.startswith("error: process 0 of 2 cannot go on (")
+        last.startswith("error: process 0 of 2 cannot continue (")
         and "another process has ended" in last
     )
     assert last.endswith(
-        "Start all processes again with the same commands: the run goes on from the last whole checkpoint."
+        "Start all processes again with the same commands: the run resumes from the last complete checkpoint."
     )
     assert said[1].splitlines()[-1].startswith("error: process 1 of 2 was ended from outside")
 
