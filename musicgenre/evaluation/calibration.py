@@ -99,9 +99,7 @@ def cross_fitted(
     return scores, temperatures
 
 
-def risk_coverage(
-    confidence: np.ndarray, correct: np.ndarray, level: float = 0.95
-) -> dict[str, Any]:
+def risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> dict[str, Any]:
     """Returns the accuracy of a classifier that abstains on the clips it is least confident of.
 
     The curve is that of Geifman and El-Yaniv (2017, arXiv:1705.08500). Clips of equal confidence
@@ -110,7 +108,6 @@ def risk_coverage(
     Args:
       confidence: the highest probability of each clip, `[clips]`.
       correct: whether it was right, 0/1 `[clips]`.
-      level: of the intervals.
 
     Returns:
       `aurc`, the area under the curve of risk (fraction of errors among the clips kept) against
@@ -141,7 +138,7 @@ def risk_coverage(
         n = int((confidence >= threshold).sum())
         hits = int(correct[confidence >= threshold].sum())
         row = {"target": target, "coverage": n / clips, "n": n, "accuracy": hits / n}
-        at.append(row | {"wilson": list(wilson(hits, n, level)), "threshold": float(threshold)})
+        at.append(row | {"wilson": list(wilson(hits, n)), "threshold": float(threshold)})
     curve = {"coverage": (kept[points] / clips).tolist(), "accuracy": accuracy[points].tolist()}
     areas = {"aurc": float(1 - accuracy.mean()), "aurc_best": float(1 - best.mean())}
     return {**areas, "curve": curve, "at": at}

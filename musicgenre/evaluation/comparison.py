@@ -12,7 +12,7 @@ from musicgenre.errors import UserError
 from musicgenre.evaluation import plots
 from musicgenre.evaluation.intervals import bootstrap_mean, seeds_summary
 from musicgenre.evaluation.render import IN_PERCENT, MEASURES, data_uri, measure_name, rendered
-from musicgenre.evaluation.report import LEVEL, Evaluation, windows_of
+from musicgenre.evaluation.report import Evaluation, windows_of
 from musicgenre.files import write_json, write_text
 
 # The name and the metrics of a run, from `measure` or a `metrics.json`.
@@ -68,7 +68,7 @@ def summarise_seeds(
         if correct.ndim != 2 or len(correct) != len(runs):
             shape = list(correct.shape)
             raise UserError(f"correct must be [seeds, clips] for {len(runs)} seeds, not {shape}.")
-        interval = bootstrap_mean(correct.mean(axis=0), groups, level=LEVEL)
+        interval = bootstrap_mean(correct.mean(axis=0), groups)
         unit = group_name if any(group is not None for group in groups or ()) else "clip"
         summary["over_clips"] = {
             "accuracy": float(correct.mean()),
@@ -213,9 +213,7 @@ def _summarise(runs: Sequence[Run]) -> tuple[dict[str, Any], list[str]]:
         raise UserError("a summary needs at least one run.")
     values = {name: [metrics.get(name) for _, metrics in runs] for name in MEASURES}
     known = {name: [value for value in own if value is not None] for name, own in values.items()}
-    measures = {
-        name: seeds_summary(own, LEVEL) for name, own in known.items() if len(own) == len(runs)
-    }
+    measures = {name: seeds_summary(own) for name, own in known.items() if len(own) == len(runs)}
     if not measures:
         names = ", ".join(name for name, _ in runs)
         raise UserError(f"the runs {names} have no measure in common.")

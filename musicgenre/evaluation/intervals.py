@@ -1,4 +1,4 @@
-"""Intervals of a number over clips, over groups of clips and over seeds."""
+"""95 % intervals of a number over clips, over groups of clips and over seeds."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,10 +9,12 @@ from scipy import stats
 
 from musicgenre.errors import UserError
 
+# The confidence level of all intervals.
+LEVEL = 0.95
 _RESAMPLES_PER_BLOCK = 200
 
 
-def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
+def wilson(successes: int, n: int) -> tuple[float, float]:
     """Returns the Wilson score interval of a proportion (Wilson 1927, "Probable inference").
 
     >>> [round(limit, 3) for limit in wilson(90, 197)]
@@ -21,15 +23,13 @@ def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     Args:
       successes: clips that were right.
       n: clips.
-      level: confidence level.
 
     Raises:
-      UserError: no clips, more successes than clips, or a level outside (0, 1).
+      UserError: no clips, or more successes than clips.
     """
-    _check_level(level)
     if n < 1 or not 0 <= successes <= n:
         raise UserError(f"{successes} of {n} clips is not a proportion.")
-    interval = stats.binomtest(int(successes), int(n)).proportion_ci(level, method="wilson")
+    interval = stats.binomtest(int(successes), int(n)).proportion_ci(LEVEL, method="wilson")
     return float(interval.low), float(interval.high)
 
 
@@ -40,7 +40,6 @@ def bootstrap(
     *,
     resamples: int = 2000,
     seed: int = 0,
-    level: float = 0.95,
 ) -> list[tuple[float, float] | None]:
     """Returns percentile intervals of statistics, resampling whole groups of clips.
 
@@ -55,19 +54,18 @@ def bootstrap(
         each clip is.
       resamples: draws.
       seed: of the draws.
-      level: confidence level.
 
     Returns:
       For each of the k numbers (low, high), or None where it is undefined: there is a single group,
       or fewer than half of the draws have a value.
 
     Raises:
-      UserError: no clips, another number of groups than clips, or a level outside (0, 1).
+      UserError: no clips, or another number of groups than clips.
     """
     cluster = clusters(n, groups)
     draws = _draws(cluster.max() + 1, resamples, seed)
     values = np.array([statistic(counts[cluster]) for block in draws for counts in block], float)
-    return [None if cluster.max() == 0 else _percentiles(column, level) for column in values.T]
+    return [None if cluster.max() == 0 else _percentiles(column) for column in values.T]
 
 
 def bootstrap_mean(
@@ -76,7 +74,6 @@ def bootstrap_mean(
     *,
     resamples: int = 2000,
     seed: int = 0,
-    level: float = 0.95,
 ) -> tuple[float, float] | None:
     """Returns `bootstrap`'s interval of the mean of `values` `[n]`, so of accuracy, but faster."""
     values = np.asarray(values, float)
@@ -85,15 +82,14 @@ def bootstrap_mean(
         return None
     sums, sizes = np.bincount(cluster, values), np.bincount(cluster)
     means = [(block @ sums) / (block @ sizes) for block in _draws(len(sizes), resamples, seed)]
-    return _percentiles(np.concatenate(means), level)
+    return _percentiles(np.concatenate(means))
 
 
-def seeds_summary(values: Sequence[float], level: float = 0.95) -> dict[str, Any]:
+def seeds_summary(values: Sequence[float]) -> dict[str, Any]:
     """Returns the mean of one number over seeds, and its uncertainty.
 
     Args:
       values: the number for each seed.
-      level: confidence level.
 
     Returns:
       `n`, `mean`, `std` (ddof 1), `interval` (Student's t, on the mean) and `values`; `std` and
@@ -102,7 +98,6 @@ def seeds_summary(values: Sequence[float], level: float = 0.95) -> dict[str, Any
     Raises:
       UserError: no values, or NaN or infinity among them.
     """
-    _check_level(level)
     numbers = [float(value) for value in values]
     if not numbers or not all(map(math.isfinite, numbers)):
         raise UserError(f"a summary over seeds needs at least one finite number, not {numbers}.")
@@ -110,7 +105,7 @@ def seeds_summary(values: Sequence[float], level: float = 0.95) -> dict[str, Any
     std = interval = None
     if n > 1:
         std = float(np.std(numbers, ddof=1))
-        half = float(stats.t.ppf((1 + level) / 2, n - 1)) * std / math.sqrt(n)
+        half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * std / math.sqrt(n)
         interval = [mean - half, mean + half]
     return {"n": n, "mean": mean, "std": std, "interval": interval, "values": numbers}
 
@@ -136,11 +131,6 @@ def clusters(n: int, groups: Sequence[str | None] | None) -> np.ndarray:
     return np.array([numbers[name] for name in names])
 
 
-def _check_level(level: float) -> None:
-    if not 0 < level < 1:
-        raise UserError(f"a confidence level is between 0 and 1, such as 0.95, not {level}.")
-
-
 def _draws(groups: int, resamples: int, seed: int) -> list[np.ndarray]:
     """Returns how often each group is drawn, int blocks `[draws, groups]`."""
     generator = np.random.default_rng(seed)
@@ -152,10 +142,9 @@ def _draws(groups: int, resamples: int, seed: int) -> list[np.ndarray]:
     return blocks
 
 
-def _percentiles(values: np.ndarray, level: float) -> tuple[float, float] | None:
-    _check_level(level)
+def _percentiles(values: np.ndarray) -> tuple[float, float] | None:
     defined = values[np.isfinite(values)]
     if len(defined) < len(values) / 2:
         return None
-    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)

@@ -14,7 +14,7 @@ from musicgenre.errors import UserError
 from musicgenre.evaluation import plots
 from musicgenre.evaluation.audit import AuditResult
 from musicgenre.evaluation.calibration import cross_fitted, fit_temperature, risk_coverage, tempered
-from musicgenre.evaluation.intervals import bootstrap, bootstrap_mean, wilson
+from musicgenre.evaluation.intervals import LEVEL, bootstrap, bootstrap_mean, wilson
 from musicgenre.evaluation.metrics import (
     calibration_metrics,
     ece_by_chance,
@@ -35,7 +35,6 @@ from musicgenre.evaluation.render import (
 )
 from musicgenre.files import write_json, write_text
 
-LEVEL = 0.95
 _MISTAKES_SHOWN = 20
 _MOST_ROC_CURVES = 10
 
@@ -155,7 +154,7 @@ def measure(
         "bootstrap_unit": evaluation.group_name if known else "clip",
         "bootstrap_units": len(set(known)) + n - len(known),
     }
-    draws: dict[str, Any] = {"resamples": resamples, "seed": seed, "level": LEVEL}
+    draws: dict[str, Any] = {"resamples": resamples, "seed": seed}
     scores, targets = np.asarray(evaluation.scores), np.asarray(evaluation.targets)
     metrics = label_metrics(evaluation)
     if evaluation.task == "regression":
@@ -164,16 +163,16 @@ def measure(
         statistic = weighted_macro_aucs(scores, _one_hot(evaluation))
         for row in metrics["per_class"]:
             hits, support = round((row["recall"] or 0) * row["support"]), row["support"]
-            row["recall_wilson"] = list(wilson(hits, support, LEVEL)) if support else None
+            row["recall_wilson"] = list(wilson(hits, support)) if support else None
     if evaluation.task == "single_label":
         correct, confidence = scores.argmax(axis=1) == targets, scores.max(axis=1)
         over_clips = bootstrap_mean(correct, groups, **draws)
         intervals["accuracy"] = {
-            "wilson": list(wilson(int(correct.sum()), n, LEVEL)),
+            "wilson": list(wilson(int(correct.sum()), n)),
             "bootstrap": over_clips and list(over_clips),
         }
         metrics["ece_by_chance"] = ece_by_chance(confidence)
-        metrics["abstention"] = risk_coverage(confidence, correct, LEVEL)
+        metrics["abstention"] = risk_coverage(confidence, correct)
         if calibration is not None:
             metrics["calibration"] = _calibrated(evaluation, calibration)
     both = bootstrap(statistic, n, groups, **draws)
@@ -384,41 +383,30 @@ def _predictions(evaluation: Evaluation) -> str:
     )
 
 
-def _mistakes(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Returns the most confident mistakes: wrong labels by probability, or tags by their error."""
+def _mistakes(evaluation: Evaluation) -> tuple[list[str], list[list[Any]]]:
+    """Returns the table of the most confident mistakes: wrong labels, or tags with large errors."""
     if evaluation.task == "regression":
-        return []
+        return [], []
     scores, truth = np.asarray(evaluation.scores, float), _one_hot(evaluation)
     names, ids, paths = evaluation.label_names, evaluation.clip_ids, evaluation.paths
     if evaluation.task == "single_label":
+        columns = ["clip", "truth", "predicted", "probability", "of the truth", "file"]
         predicted, labels = scores.argmax(axis=1), truth.argmax(axis=1)
         confidence = np.where(predicted != labels, scores.max(axis=1), -1)
-        order = np.argsort(-confidence, kind="stable")[:_MISTAKES_SHOWN]
-        return [
-            {
-                "clip_id": ids[i],
-                "truth": names[labels[i]],
-                "predicted": names[predicted[i]],
-                "probability": float(confidence[i]),
-                "of_truth": float(scores[i, labels[i]]),
-                "path": paths[i],
-            }
-            for i in order
-            if confidence[i] >= 0
+        worst = [i for i in np.argsort(-confidence, kind="stable") if confidence[i] >= 0]
+        rows = [
+            [ids[i], names[labels[i]], names[k], confidence[i], scores[i, labels[i]], paths[i]]
+            for i, k in ((i, predicted[i]) for i in worst[:_MISTAKES_SHOWN])
         ]
+        return columns, rows
     error = np.abs(scores - truth)
     order = np.argsort(-error, axis=None, kind="stable")[:_MISTAKES_SHOWN]
-    return [
-        {
-            "clip_id": ids[i],
-            "tag": names[j],
-            "truth": "yes" if truth[i, j] else "no",
-            "probability": float(scores[i, j]),
-            "path": paths[i],
-        }
+    rows = [
+        [ids[i], names[j], "yes" if truth[i, j] else "no", scores[i, j], paths[i]]
         for i, j in zip(*np.unravel_index(order, error.shape), strict=True)
         if error[i, j] > 0.5
     ]
+    return ["clip", "tag", "truth", "probability", "file"], rows
 
 
 def _own_notes(evaluation: Evaluation, metrics: Mapping[str, Any]) -> list[str]:

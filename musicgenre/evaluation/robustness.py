@@ -9,7 +9,7 @@ or a wrong one right (inflation). The lowest and the highest accuracy report how
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,8 @@ from scipy import stats
 
 from musicgenre.errors import UserError
 from musicgenre.evaluation import plots
-from musicgenre.evaluation.intervals import bootstrap_mean, wilson
+from musicgenre.evaluation.intervals import LEVEL, bootstrap_mean, wilson
 from musicgenre.evaluation.render import data_uri, markdown_table, rendered
-from musicgenre.evaluation.report import LEVEL
 from musicgenre.files import write_json, write_text
 
 # The two types of changes by `irrelevant`: name and description.
@@ -131,20 +130,20 @@ def measure(tested: Robustness, *, resamples: int = 2000, seed: int = 0) -> dict
     right = None if targets is None else decided == targets
 
     def interval(values: np.ndarray) -> list[float] | None:
-        found = bootstrap_mean(values, groups, resamples=resamples, seed=seed, level=LEVEL)
+        found = bootstrap_mean(values, groups, resamples=resamples, seed=seed)
         return found and list(found)
 
     def fraction(chosen: np.ndarray) -> dict[str, Any]:
         count = int(chosen.sum())
-        return {"count": count, "share": count / n, "interval": list(wilson(count, n, LEVEL))}
+        return {"count": count, "share": count / n, "interval": list(wilson(count, n))}
 
     outcomes = sorted(tested.outcomes, key=lambda outcome: not outcome.irrelevant)
     decisions = [outcome.scores.argmax(axis=1) for outcome in outcomes]
-    rows: list[dict[str, Any]] = []
+    rows = []
     for outcome, after in zip(outcomes, decisions, strict=True):
         changed = fraction(after != decided)
         gained = outcome.scores[clips, followed] - tested.before[clips, followed]
-        row: dict[str, Any] = {
+        row = {
             "name": outcome.name,
             "kind": KINDS[outcome.irrelevant][0],
             "what": outcome.what,
@@ -153,22 +152,8 @@ def measure(tested: Robustness, *, resamples: int = 2000, seed: int = 0) -> dict
             "share_changed_interval": changed["interval"],
             "probability_change": float(gained.mean()),
             "probability_change_interval": interval(gained),
-            **dict.fromkeys(("accuracy", "accuracy_change", "accuracy_change_interval")),
-            **dict.fromkeys(("worse", "better", "p")),
         }
-        if right is not None:
-            correct = after == targets
-            worse, better = int((right & ~correct).sum()), int((~right & correct).sum())
-            differ = worse + better
-            row |= {
-                "accuracy": float(correct.mean()),
-                "accuracy_change": float(correct.mean() - right.mean()),
-                "accuracy_change_interval": interval(correct.astype(float) - right),
-                "worse": worse,
-                "better": better,
-                "p": float(stats.binomtest(worse, differ).pvalue) if differ else 1.0,
-            }
-        rows.append(row)
+        rows.append(row | _accuracy_after(right, after == followed, interval))
     kinds = {}
     for name, _ in KINDS.values():
         own = [i for i, row in enumerate(rows) if row["kind"] == name]
@@ -199,6 +184,25 @@ def measure(tested: Robustness, *, resamples: int = 2000, seed: int = 0) -> dict
             "lowest": None if right is None else fraction((tries == targets).all(axis=0)),
             "highest": None if right is None else fraction((tries == targets).any(axis=0)),
         },
+    }
+
+
+def _accuracy_after(
+    right: np.ndarray | None, correct: np.ndarray, interval: Callable[[np.ndarray], Any]
+) -> dict[str, Any]:
+    """Returns the effect on accuracy of decisions `right` before and `correct` after, `[clips]`."""
+    if right is None:
+        names = ("accuracy", "accuracy_change", "accuracy_change_interval", "worse", "better", "p")
+        return dict.fromkeys(names)
+    worse, better = int((right & ~correct).sum()), int((~right & correct).sum())
+    differ = worse + better
+    return {
+        "accuracy": float(correct.mean()),
+        "accuracy_change": float(correct.mean() - right.mean()),
+        "accuracy_change_interval": interval(correct.astype(float) - right),
+        "worse": worse,
+        "better": better,
+        "p": float(stats.binomtest(worse, differ).pvalue) if differ else 1.0,
     }
 
 

@@ -185,7 +185,7 @@ def run_ablation(
             raise UserError("an ablation needs a validation split, and the store has none.")
         rows.append(Row(name, overrides, **seeds_summary(values)))
         measured[name] = [(run.workdir.name, _last_measures(run.workdir)) for run in results]
-        _write_table(workdir, *_seeds_table(rows, results[0].metric))
+        _write_table(workdir, [_seeds_cells(row, results[0].metric) for row in rows])
         summarise_variants(
             workdir,
             measured,
@@ -251,7 +251,7 @@ def run_folds(
                 segments = changed.data.protocol == "segment_leaked"
                 audits[store.path] = _audited(store, read_workdir(run), segments)
         rows.append(folds_row(name, overrides, results, list(audits.values()), held_out))
-        _write_table(workdir, *_folds_table(rows), _FOLDS_NOTE)
+        _write_table(workdir, [_folds_cells(row) for row in rows], _FOLDS_NOTE)
         figure = comparison_plot(
             [dataclasses.asdict(row) for row in rows], "accuracy", percent=True, each="one training"
         )
@@ -388,82 +388,55 @@ def _last_measures(workdir: Path) -> dict[str, Any]:
     }
 
 
-# Both tables: dicts of the cells of `ablation.csv` and of those of `ablation.md`, one for each row.
-_Tables = tuple[list[dict[str, Any]], list[dict[str, Any]]]
+# The columns of both tables for one row: names and cells of `ablation.csv` and of `ablation.md`.
+_Cells = tuple[dict[str, Any], dict[str, Any]]
 
 
-def _seeds_table(rows: Sequence[Row], metric: str) -> _Tables:
-    cells = [
-        {
-            "variant": row.name,
-            "overrides": _changes(row),
-            "seeds": row.n,
-            f"valid_{metric}_mean": row.mean,
-            **_spread_cells(row),
-        }
-        for row in rows
-    ]
-    shown = [
-        {
-            "variant": row.name,
-            "overrides": _changes(row),
-            "seeds": row.n,
-            f"validation {measure_name(metric)}": _mean_text(row),
-            "95 % interval of the mean": _interval_text(row, "one seed"),
-        }
-        for row in rows
-    ]
-    return cells, shown
-
-
-def _folds_table(rows: Sequence[FoldsRow]) -> _Tables:
-    cells, shown = [], []
-    for row in rows:
-        least, most = row.steps
-        leaks = {f"{leak} in training": count for leak, count in row.leaks.items()}
-        leaks["artist not known"] = row.unknown
-        spread = _spread_cells(row)
-        values = spread.pop("values")
-        cells.append(
-            {
-                "variant": row.name,
-                "overrides": _changes(row),
-                "folds": row.folds,
-                "trainings": row.trainings,
-                "steps_least": least,
-                "steps_most": most,
-                "trained_clips": row.trained,
-                "held_out_clips": row.clips,
-                "accuracy": row.mean,
-                **spread,
-                **leaks,
-                "values": values,
-            }
-        )
-        shown.append(
-            {
-                "variant": row.name,
-                "overrides": _changes(row),
-                "folds x seeds": f"{row.folds} x {row.trainings // row.folds}",
-                "steps": least if least == most else f"{least} to {most}",
-                "clips trained on": f"{row.trained:.0f}",
-                "held out": row.clips,
-                "accuracy": _mean_text(row),
-                "95 % interval": _interval_text(row, "one artist"),
-                **{leak: f"{100 * count / row.clips:.1f} %" for leak, count in leaks.items()},
-            }
-        )
-    return cells, shown
-
-
-def _write_table(
-    workdir: Path, cells: list[dict[str, Any]], shown: list[dict[str, Any]], note: str = ""
-) -> None:
-    """Writes `ablation.csv` and `ablation.md`."""
-    write_text(
-        workdir / "ablation.csv", csv_text(list(cells[0]), [list(row.values()) for row in cells])
+def _seeds_cells(row: Row, metric: str) -> _Cells:
+    both = {"variant": row.name, "overrides": _changes(row), "seeds": row.n}
+    interval = _interval_text(row, "one seed")
+    shown = {f"validation {measure_name(metric)}": _mean_text(row)}
+    return (
+        both | {f"valid_{metric}_mean": row.mean} | _spread_cells(row),
+        both | shown | {"95 % interval of the mean": interval},
     )
-    table = markdown_table(list(shown[0]), [list(row.values()) for row in shown])
+
+
+def _folds_cells(row: FoldsRow) -> _Cells:
+    both = {"variant": row.name, "overrides": _changes(row)}
+    least, most = row.steps
+    leaks = {f"{leak} in training": count for leak, count in row.leaks.items()}
+    leaks["artist not known"] = row.unknown
+    cells = {
+        "folds": row.folds,
+        "trainings": row.trainings,
+        "steps_least": least,
+        "steps_most": most,
+        "trained_clips": row.trained,
+        "held_out_clips": row.clips,
+        "accuracy": row.mean,
+        **_spread_cells(row),
+    }
+    values = {"values": cells.pop("values")}  # the last column
+    shown = {
+        "folds x seeds": f"{row.folds} x {row.trainings // row.folds}",
+        "steps": least if least == most else f"{least} to {most}",
+        "clips trained on": f"{row.trained:.0f}",
+        "held out": row.clips,
+        "accuracy": _mean_text(row),
+        "95 % interval": _interval_text(row, "one artist"),
+    }
+    fractions = {leak: f"{100 * count / row.clips:.1f} %" for leak, count in leaks.items()}
+    return both | cells | leaks | values, both | shown | fractions
+
+
+def _write_table(workdir: Path, rows: Sequence[_Cells], note: str = "") -> None:
+    """Writes `ablation.csv` and `ablation.md`."""
+    cells, shown = zip(*rows, strict=True)
+    write_text(
+        workdir / "ablation.csv", csv_text(list(cells[0]), [[*row.values()] for row in cells])
+    )
+    table = markdown_table(list(shown[0]), [[*row.values()] for row in shown])
     write_text(workdir / "ablation.md", f"{table}\n{note}")
 
 

@@ -286,9 +286,7 @@ def test_one_command_draws_all(run, tmp_path):
     table = small_table(tmp_path)
     done = script(f"--workdir={run}", "--split=test", f"--tags={table}", "--model=conv1d")
     assert done.returncode == 0, done.stderr
-    assert (
-        "dense1     Dense    2048 features" in done.stdout and "2,775,818 parameters" in done.stdout
-    )
+    assert "dense1" in done.stdout and "2,775,818 parameters" in done.stdout
     written = [Path(line) for line in done.stdout.splitlines() if line.endswith(".png")]
     assert sorted({path.name for path in written}) == sorted(
         path.name for path in (run / "figures").iterdir()
