@@ -121,7 +121,7 @@ def _draw_network(
     """Draws a network's layers and prints them as a table."""
     from musicgenre import models
     from musicgenre.models.describe import table
-    from musicgenre.studies.figures import architecture_figure
+    from musicgenre.studies.architecture import architecture_figure
 
     name = str(models.resolve(fields)["name"])
     module = models.build(fields, num_classes=classes, frames=frames, bands=bands, kind=kind)

@@ -28,7 +28,6 @@ _VERIFY = flags.DEFINE_bool(
 def main(beam_flags: list[str]) -> None:
     """Prepares the store and prints its contents and what was skipped."""
     from musicgenre.experiments.prepare import prepare
-
     from musicgenre.store.beam import prepare_store_beam
 
     options = {"progress": _PROGRESS.value, "verify": _VERIFY.value}

@@ -12,57 +12,63 @@ from absl import flags
 from musicgenre.cli import app
 from musicgenre.errors import UserError
 
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flags of `train` and `pretrain`."""
+    app.define_config(values)
+    flags.DEFINE_string(
+        "workdir", None, "The run's folder: config, metrics, checkpoints.", values, required=True
+    )
+    flags.DEFINE_enum(
+        "parallel",
+        "jit",
+        ["jit", "pmap", "fsdp"],
+        "How a step uses several devices; fsdp shards large parameters and their optimiser state.",
+        values,
+    )
+    flags.DEFINE_bool("progress", True, "Draw a progress bar.", values)
+    flags.DEFINE_list("profile_steps", None, "First step and number of steps to trace.", values)
+    flags.DEFINE_string(
+        "coordinator", None, "address:port of process 0, or auto on a TPU pod or SLURM.", values
+    )
+    flags.DEFINE_integer("num_processes", None, "Of several hosts.", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "This process's number, from 0.", flag_values=values)
+    flags.DEFINE_integer(
+        "heartbeat_seconds",
+        30,
+        "A process that is silent for so long counts as lost, and all processes stop.",
+        lower_bound=1,
+        flag_values=values,
+    )
+
+
 FLAGS = flags.FlagValues()
-app.define_config(FLAGS)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run: config, metrics, checkpoints.", FLAGS, required=True
-)
-_PARALLEL = flags.DEFINE_enum(
-    "parallel",
-    "jit",
-    ["jit", "pmap", "fsdp"],
-    "How a step uses several devices; fsdp shards large parameters and their optimiser state.",
-    FLAGS,
-)
-_PROGRESS = flags.DEFINE_bool("progress", True, "Draw a progress bar.", FLAGS)
-_PROFILE = flags.DEFINE_list(
-    "profile_steps", None, "First step and number of steps to trace, such as 20,5.", FLAGS
-)
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "address:port of process 0, or 'auto' on a TPU pod or SLURM.", FLAGS
-)
-_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "Number of processes, on several hosts.", flag_values=FLAGS
-)
-_PROCESS = flags.DEFINE_integer(
-    "process_id", None, "This process's number, from 0.", flag_values=FLAGS
-)
-_HEARTBEAT = flags.DEFINE_integer(
-    "heartbeat_seconds",
-    30,
-    "A process that is silent for so long counts as lost, and all processes stop.",
-    lower_bound=1,
-    flag_values=FLAGS,
-)
+define_flags(FLAGS)
 
 
 def main() -> int:
     """Trains, prints the result, and returns the exit code."""
-    config = app.get_config(FLAGS)
-    steps = profile_steps(_PROFILE.value)
+    return run("train", FLAGS)
+
+
+def run(name: str, values: flags.FlagValues) -> int:
+    """Runs `train` or `pretrain` of `musicgenre.training.fit`, and returns the exit code."""
+    config = app.get_config(values)
+    steps = profile_steps(values.profile_steps)
 
     import jax
 
     from musicgenre.runs.workdir import Interrupted
-    from musicgenre.training import hosts
-    from musicgenre.training.fit import train
+    from musicgenre.training import fit, hosts
 
-    if _COORDINATOR.value:
-        hosts.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _HEARTBEAT.value)
-    options = {"parallel": _PARALLEL.value, "progress": _PROGRESS.value, "profile_steps": steps}
+    if values.coordinator:
+        hosts.join(
+            values.coordinator, values.num_processes, values.process_id, values.heartbeat_seconds
+        )
+    options = {"parallel": values.parallel, "progress": values.progress, "profile_steps": steps}
     with hosts.one_fate():
         try:
-            result = train(config, _WORKDIR.value, **options)
+            result = getattr(fit, name)(config, values.workdir, **options)
         except Interrupted as stop:
             print(stop)
             return 128 + stop.signal_number
@@ -71,19 +77,19 @@ def main() -> int:
     return 0
 
 
-def profile_steps(values: list[str] | None) -> tuple[int, int] | None:
+def profile_steps(words: list[str] | None) -> tuple[int, int] | None:
     """Returns the first step and the number of steps to trace.
 
     Raises:
       UserError: the flag does not have two numbers.
     """
-    if not values:
+    if not words:
         return None
-    if len(values) != 2 or not all(value.isdigit() for value in values):
+    if len(words) != 2 or not all(word.isdigit() for word in words):
         raise UserError(
-            f"--profile_steps={','.join(values)}: needs a first step and a count, such as 20,5."
+            f"--profile_steps={','.join(words)}: needs a first step and a count, such as 20,5."
         )
-    return int(values[0]), int(values[1])
+    return int(words[0]), int(words[1])
 
 
 if __name__ == "__main__":

@@ -203,8 +203,7 @@ def _parse(command: Any, words: Sequence[str]) -> list[str]:
             raise UserError(f"--{missing[1]} is needed: {words}") from None
         raise UserError(str(error).removeprefix("flag ")) from None
     except _FLAG_ERRORS as error:
-        without_config = "config" in values and values["config"].value is None
-        if without_config and any(word.startswith("--config.") for word in words):
+        if isinstance(error, flags.UnrecognizedFlagError) and error.flagname[:7] == "config.":
             raise UserError("--config is needed before its fields --config.a.b=...") from None
         # A KeyError shows its message in quotes; the config library's messages have several lines.
         message = " ".join(str(error.args[0] if error.args else type(error).__name__).split())

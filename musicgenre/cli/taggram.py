@@ -135,14 +135,13 @@ def draw_taggram(
     title = (
         f"{synthetic}{name} · {tagger.model.config.model.name} on {tagger.model.dataset['name']}"
     )
-    plots.taggram(
-        path,
+    figure = plots.taggram(
         panel,
         windows.starts,
         windows.ends,
         windows.probabilities,
         tagger.labels,
-        title,
         most=top,
         unit="value" if tagger.model.task == "regression" else "probability",
     )
+    plots.save(figure, path, title, palette=True)

@@ -1,4 +1,4 @@
-"""How sure a classifier may be: one temperature that makes its probabilities honest, and its accuracy where it may abstain."""
+"""Calibration of a classifier by one temperature, and its accuracy where it may abstain."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +10,10 @@ from sklearn.model_selection import GroupKFold
 from musicgenre.errors import UserError
 from musicgenre.evaluation.intervals import clusters, wilson
 
-# Between which a temperature is sought.
+# The range of a fitted temperature.
 BOUNDS = (0.1, 10.0)
 FOLDS = 5
-# Shares of the clips for which the accuracy is told.
+# Fractions of the clips for which reports give the accuracy.
 COVERAGES = (0.5, 0.8, 0.9)
 _MOST_POINTS = 200
 
@@ -21,15 +21,15 @@ _MOST_POINTS = 200
 def tempered(windows: np.ndarray, temperature: float) -> np.ndarray:
     """Returns the probabilities of clips whose networks' logits are divided by a temperature.
 
-    A clip's probabilities are the mean over its windows (and over the models of an ensemble). The logits need not be known:
-    up to a constant they are the logarithms of the probabilities.
+    A clip's probabilities are the mean over its windows (and over the models of an ensemble). Up to
+    a constant, the logits are the logarithms of the probabilities.
 
     >>> tempered(np.array([[[0.8, 0.2]]]), 2.0).round(3).tolist()
     [[0.667, 0.333]]
 
     Args:
       windows: probabilities of each window, `[clips, windows, classes]`.
-      temperature: above 1 makes them less sure, 1 leaves them as they are.
+      temperature: above 1 makes them less confident, 1 leaves them as they are.
 
     Returns:
       float64 `[clips, classes]`.
@@ -44,7 +44,9 @@ def tempered(windows: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def fit_temperature(windows: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the temperature, within `BOUNDS`, of the smallest negative log likelihood (Guo et al. 2017, arXiv:1706.04599).
+    """Returns the temperature in `BOUNDS` with the smallest negative log likelihood.
+
+    After Guo et al. 2017, arXiv:1706.04599.
 
     Args:
       windows: see `tempered`.
@@ -61,11 +63,8 @@ def fit_temperature(windows: np.ndarray, labels: np.ndarray) -> float:
     rows = np.arange(len(labels))
 
     def loss(log_temperature: float) -> float:
-        return float(
-            -np.log(
-                np.clip(tempered(windows, np.exp(log_temperature))[rows, labels], 1e-12, 1)
-            ).mean()
-        )
+        truth = tempered(windows, np.exp(log_temperature))[rows, labels]
+        return float(-np.log(np.clip(truth, 1e-12, 1)).mean())
 
     found = minimize_scalar(loss, bounds=np.log(BOUNDS), method="bounded", options={"xatol": 1e-5})
     return float(np.exp(found.x))
@@ -74,17 +73,20 @@ def fit_temperature(windows: np.ndarray, labels: np.ndarray) -> float:
 def cross_fitted(
     windows: np.ndarray, labels: np.ndarray, groups: Sequence[str | None] | None = None
 ) -> tuple[np.ndarray, list[float]] | None:
-    """Returns probabilities in which no clip has a say in its own temperature.
+    """Returns probabilities with a temperature that was fitted on other clips.
 
-    The clips are dealt into `FOLDS` folds, whole groups at a time, and each fold has the temperature fitted on the others.
+    The clips are divided into `FOLDS` folds, keeping groups together, and each fold has the
+    temperature fitted on the others.
 
     Args:
       windows: see `tempered`.
       labels: true class numbers, integers `[clips]`.
-      groups: such as the artist of each clip, `[clips]`; a clip with None is a group of its own, as all are without groups.
+      groups: such as the artist of each clip, `[clips]`; a clip with None is its own group, and
+        without groups each clip is.
 
     Returns:
-      Probabilities, float64 `[clips, classes]`, and the temperature of each fold; None where there is a single group.
+      Probabilities, float64 `[clips, classes]`, and the temperature of each fold; None where there
+      is a single group.
     """
     cluster = clusters(len(labels), groups)
     folds = min(FOLDS, int(cluster.max()) + 1)
@@ -97,25 +99,24 @@ def cross_fitted(
     return scores, temperatures
 
 
-def risk_coverage(
-    confidence: np.ndarray, correct: np.ndarray, level: float = 0.95
-) -> dict[str, Any]:
-    """Returns how accurate a classifier is where it may abstain: on the clips that it is surest of, and silent on the rest.
+def risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> dict[str, Any]:
+    """Returns the accuracy of a classifier that abstains on the clips it is least confident of.
 
-    The curve is that of Geifman and El-Yaniv (2017, arXiv:1705.08500). Clips of equal confidence come in any order; the curve
-    is the mean over these.
+    The curve is that of Geifman and El-Yaniv (2017, arXiv:1705.08500). Clips of equal confidence
+    may come in any order; the curve is the mean over these orders.
 
     Args:
       confidence: the highest probability of each clip, `[clips]`.
       correct: whether it was right, 0/1 `[clips]`.
-      level: of the intervals.
 
     Returns:
-      `aurc`, the area under the curve of risk (share of wrong clips among those kept) against coverage (share kept), which is the
-      mean over 1, 2, ... all clips kept (Geifman et al. 2019, arXiv:1805.08206); `aurc_best`, what it would be if every wrong
-      clip were less sure than every right one; `curve`, `coverage` and `accuracy` of up to 200 points; and `at`, for each of
-      `COVERAGES` the clips of at least the confidence that so many of them reach: `target`, `coverage`, `n`, `accuracy`,
-      `wilson` (its interval) and `threshold` (the confidence).
+      `aurc`, the area under the curve of risk (fraction of errors among the clips kept) against
+      coverage (fraction kept): the mean over 1, 2, ... all clips kept (Geifman et al. 2019,
+      arXiv:1805.08206); `aurc_best`, its value if all errors were less confident than the right
+      clips; `curve`, `coverage` and `accuracy` of up to 200 points; and `at`, for each of
+      `COVERAGES`
+      the clips of at least the confidence that so many of them reach: `target`, `coverage`, `n`,
+      `accuracy`, `wilson` (its interval) and `threshold` (the confidence).
 
     Raises:
       UserError: no clips.
@@ -136,22 +137,8 @@ def risk_coverage(
         threshold = ordered[int(np.ceil(round(target * clips, 9))) - 1]
         n = int((confidence >= threshold).sum())
         hits = int(correct[confidence >= threshold].sum())
-        at.append(
-            {
-                "target": target,
-                "coverage": n / clips,
-                "n": n,
-                "accuracy": hits / n,
-                "wilson": list(wilson(hits, n, level)),
-                "threshold": float(threshold),
-            }
-        )
-    return {
-        "aurc": float(1 - accuracy.mean()),
-        "aurc_best": float(1 - best.mean()),
-        "curve": {
-            "coverage": (kept[points] / clips).tolist(),
-            "accuracy": accuracy[points].tolist(),
-        },
-        "at": at,
-    }
+        row = {"target": target, "coverage": n / clips, "n": n, "accuracy": hits / n}
+        at.append(row | {"wilson": list(wilson(hits, n)), "threshold": float(threshold)})
+    curve = {"coverage": (kept[points] / clips).tolist(), "accuracy": accuracy[points].tolist()}
+    areas = {"aurc": float(1 - accuracy.mean()), "aurc_best": float(1 - best.mean())}
+    return {**areas, "curve": curve, "at": at}

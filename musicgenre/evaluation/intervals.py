@@ -1,4 +1,4 @@
-"""How sure a number is: intervals over clips, over groups of clips and over seeds."""
+"""95 % intervals of a number over clips, over groups of clips and over seeds."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,11 +9,13 @@ from scipy import stats
 
 from musicgenre.errors import UserError
 
+# The confidence level of all intervals.
+LEVEL = 0.95
 _RESAMPLES_PER_BLOCK = 200
 
 
-def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Returns the Wilson score interval of a share (Wilson 1927, "Probable inference").
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """Returns the Wilson score interval of a proportion (Wilson 1927, "Probable inference").
 
     >>> [round(limit, 3) for limit in wilson(90, 197)]
     [0.389, 0.527]
@@ -21,15 +23,13 @@ def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     Args:
       successes: clips that were right.
       n: clips.
-      level: confidence level.
 
     Raises:
-      UserError: no clips, more successes than clips, or a level outside (0, 1).
+      UserError: no clips, or more successes than clips.
     """
-    _check_level(level)
     if n < 1 or not 0 <= successes <= n:
-        raise UserError(f"{successes} of {n} clips is not a share.")
-    interval = stats.binomtest(int(successes), int(n)).proportion_ci(level, method="wilson")
+        raise UserError(f"{successes} of {n} clips is not a proportion.")
+    interval = stats.binomtest(int(successes), int(n)).proportion_ci(LEVEL, method="wilson")
     return float(interval.low), float(interval.high)
 
 
@@ -40,34 +40,32 @@ def bootstrap(
     *,
     resamples: int = 2000,
     seed: int = 0,
-    level: float = 0.95,
 ) -> list[tuple[float, float] | None]:
     """Returns percentile intervals of statistics, resampling whole groups of clips.
 
-    Clips by one artist resemble each other, so resampling clips one by one makes an interval too narrow
+    Clips by one artist resemble each other, so resampling single clips makes an interval too narrow
     (Davison and Hinkley 1997, section 3.8).
 
     Args:
-      statistic: from how often each clip was drawn, int `[n]`, to one or more numbers `[k]`; NaN where one is
-        not defined for a draw, which then is left out.
+      statistic: from how often each clip was drawn, int `[n]`, to one or more numbers `[k]`; NaN
+        where one is undefined for a draw, which is then left out.
       n: clips.
-      groups: the group of each clip, `[n]`; a clip with None is a group of its own. None for all: clip by
-        clip.
+      groups: the group of each clip, `[n]`; a clip with None is its own group, and without groups
+        each clip is.
       resamples: draws.
       seed: of the draws.
-      level: confidence level.
 
     Returns:
-      For each of the k numbers (low, high), or None where it is not defined: there is a single group, or
-      fewer than half of the draws have a value.
+      For each of the k numbers (low, high), or None where it is undefined: there is a single group,
+      or fewer than half of the draws have a value.
 
     Raises:
-      UserError: no clips, another number of groups than clips, or a level outside (0, 1).
+      UserError: no clips, or another number of groups than clips.
     """
     cluster = clusters(n, groups)
     draws = _draws(cluster.max() + 1, resamples, seed)
     values = np.array([statistic(counts[cluster]) for block in draws for counts in block], float)
-    return [None if cluster.max() == 0 else _percentiles(column, level) for column in values.T]
+    return [None if cluster.max() == 0 else _percentiles(column) for column in values.T]
 
 
 def bootstrap_mean(
@@ -76,48 +74,40 @@ def bootstrap_mean(
     *,
     resamples: int = 2000,
     seed: int = 0,
-    level: float = 0.95,
 ) -> tuple[float, float] | None:
-    """Returns the interval of `bootstrap` for the mean of `values` `[n]` (so for accuracy), much faster."""
+    """Returns `bootstrap`'s interval of the mean of `values` `[n]`, so of accuracy, but faster."""
     values = np.asarray(values, float)
     cluster = clusters(len(values), groups)
     if cluster.max() == 0:
         return None
     sums, sizes = np.bincount(cluster, values), np.bincount(cluster)
     means = [(block @ sums) / (block @ sizes) for block in _draws(len(sizes), resamples, seed)]
-    return _percentiles(np.concatenate(means), level)
+    return _percentiles(np.concatenate(means))
 
 
-def seeds_summary(values: Sequence[float], level: float = 0.95) -> dict[str, Any]:
-    """Returns the mean of one number over seeds, and how sure it is.
+def seeds_summary(values: Sequence[float]) -> dict[str, Any]:
+    """Returns the mean of one number over seeds, and its uncertainty.
 
     Args:
       values: the number for each seed.
-      level: confidence level.
 
     Returns:
-      `n`, `mean`, `std` (ddof 1), `interval` (Student's t, on the mean) and `values`; `std` and `interval`
-      are None for a single seed.
+      `n`, `mean`, `std` (ddof 1), `interval` (Student's t, on the mean) and `values`; `std` and
+      `interval` are None for a single seed.
 
     Raises:
       UserError: no values, or NaN or infinity among them.
     """
-    _check_level(level)
     numbers = [float(value) for value in values]
     if not numbers or not all(map(math.isfinite, numbers)):
         raise UserError(f"a summary over seeds needs at least one finite number, not {numbers}.")
     n, mean = len(numbers), float(np.mean(numbers))
-    if n == 1:
-        return {"n": 1, "mean": mean, "std": None, "interval": None, "values": numbers}
-    std = float(np.std(numbers, ddof=1))
-    half = float(stats.t.ppf((1 + level) / 2, n - 1)) * std / math.sqrt(n)
-    return {
-        "n": n,
-        "mean": mean,
-        "std": std,
-        "interval": [mean - half, mean + half],
-        "values": numbers,
-    }
+    std = interval = None
+    if n > 1:
+        std = float(np.std(numbers, ddof=1))
+        half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * std / math.sqrt(n)
+        interval = [mean - half, mean + half]
+    return {"n": n, "mean": mean, "std": std, "interval": interval, "values": numbers}
 
 
 def clusters(n: int, groups: Sequence[str | None] | None) -> np.ndarray:
@@ -125,7 +115,7 @@ def clusters(n: int, groups: Sequence[str | None] | None) -> np.ndarray:
 
     Args:
       n: clips.
-      groups: `[n]`; a clip with None is a group of its own, and each is without groups.
+      groups: `[n]`; a clip with None is its own group, and without groups each clip is.
 
     Raises:
       UserError: no clips, or another number of groups.
@@ -136,16 +126,9 @@ def clusters(n: int, groups: Sequence[str | None] | None) -> np.ndarray:
         return np.arange(n)
     if len(groups) != n:
         raise UserError(f"{len(groups)} groups for {n} clips.")
-    names = [
-        (True, str(i)) if group is None else (False, str(group)) for i, group in enumerate(groups)
-    ]
+    names = [(group is None, str(i if group is None else group)) for i, group in enumerate(groups)]
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
     return np.array([numbers[name] for name in names])
-
-
-def _check_level(level: float) -> None:
-    if not 0 < level < 1:
-        raise UserError(f"a confidence level lies between 0 and 1, such as 0.95, but is {level}.")
 
 
 def _draws(groups: int, resamples: int, seed: int) -> list[np.ndarray]:
@@ -159,10 +142,9 @@ def _draws(groups: int, resamples: int, seed: int) -> list[np.ndarray]:
     return blocks
 
 
-def _percentiles(values: np.ndarray, level: float) -> tuple[float, float] | None:
-    _check_level(level)
+def _percentiles(values: np.ndarray) -> tuple[float, float] | None:
     defined = values[np.isfinite(values)]
     if len(defined) < len(values) / 2:
         return None
-    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)

@@ -1,6 +1,6 @@
-"""Measures of genre (single-label) and tag (multi-label) recognition and of regressions, as plain values ready for JSON."""
+"""Measures of single-label classification, tagging (multi-label) and regression, ready for JSON."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,9 +9,8 @@ from sklearn import metrics as sk
 from musicgenre.errors import UserError
 
 CALIBRATION_BINS = 15
-# Averages over chunks and bfloat16 round a little past 1.
-_ROUNDING = 2e-3
-_ROUNDING_OF_SUM = 2e-2
+# Averages over windows and bfloat16 round a little past 1.
+_ROUNDING, _ROUNDING_OF_SUM = 2e-3, 2e-2
 
 
 def single_label_metrics(
@@ -26,46 +25,27 @@ def single_label_metrics(
 
     Returns:
       `n`, `accuracy`, `balanced_accuracy`, `top3_accuracy` (None for three classes or fewer),
-      `macro_precision`, `macro_recall`, `macro_f1`, `macro_roc_auc` and `macro_pr_auc` (each class against
-      the rest; PR-AUC is average precision), `nll`, `ece`, `brier` and `reliability` (see
-      `calibration_metrics`), `confusion` (counts, rows are the truth), `per_class` (one dict a class) and
-      `undefined`, the names of the classes without a clip, or with all of them, with their count in
-      `undefined_count`. Those are left out of the means they have no value for. What is not defined
-      is None, never NaN. A class that is never predicted has the precision 0 in `macro_precision`, as in
-      scikit-learn, and None in `per_class`.
+      `macro_precision`, `macro_recall`, `macro_f1`, `macro_roc_auc` and `macro_pr_auc` (each class
+      against the rest; PR-AUC is average precision), `nll`, `ece`, `brier` and `reliability` (see
+      `calibration_metrics`), `confusion` (counts, rows are the truth), `per_class` (one dict per
+      class), `undefined`, the names of the classes without a clip or with all of them, and their
+      number `undefined_count`. The means leave those out. Undefined values are None, never NaN. A
+      class that is never predicted has precision 0 in `macro_precision`, as in scikit-learn, and
+      None in `per_class`.
 
     Raises:
-      UserError: shapes that do not fit, no clips, NaN, scores outside [0, 1] or rows that do not sum to 1,
-        labels out of range.
+      UserError: shapes that do not fit, no clips, NaN, scores outside [0, 1] or rows that do not
+        sum to 1, labels out of range.
     """
     scores, labels = _check_scores(scores, label_names), np.asarray(labels)
+    _check_labels(scores, labels)
     clips, classes = scores.shape
-    if labels.shape != (clips,):
-        raise UserError(
-            f"labels must have the shape [clips] = [{clips}] of the scores, not {list(labels.shape)}."
-        )
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise UserError(f"labels must be integers, not {labels.dtype}.")
-    if not 0 <= labels.min() <= labels.max() < classes:
-        wrong = int(np.argmax((labels < 0) | (labels >= classes)))
-        raise UserError(
-            f"labels: clip {wrong} has the label {labels[wrong]}, but there are {classes} classes."
-        )
-    sums = scores.sum(axis=1)
-    if (np.abs(sums - 1) > _ROUNDING_OF_SUM).any():
-        wrong = int(np.argmax(np.abs(sums - 1)))
-        raise UserError(
-            f"scores: those of clip {wrong} sum to {sums[wrong]:.4f}, but probabilities of one label sum to 1."
-        )
-
     predicted = scores.argmax(axis=1)
-    confusion = sk.confusion_matrix(labels, predicted, labels=np.arange(classes))
-    targets = np.equal.outer(labels, np.arange(classes)).astype(int)
-    per_class = _per_label(
-        scores, targets, np.equal.outer(predicted, np.arange(classes)), label_names
-    )
+    targets, chosen = (np.equal.outer(rows, np.arange(classes)) for rows in (labels, predicted))
+    per_class = _per_label(scores, targets.astype(int), chosen, label_names)
     present = [row for row in per_class if row["support"]]
     top3 = np.argsort(-scores, axis=1, kind="stable")[:, :3]
+    top3_accuracy = float(np.mean((top3 == labels[:, None]).any(axis=1)))
     calibration = calibration_metrics(scores, labels)
     reliability = calibration.pop("reliability")
     recall = _mean(row["recall"] for row in present)
@@ -73,33 +53,32 @@ def single_label_metrics(
         "n": clips,
         "accuracy": float(np.mean(predicted == labels)),
         "balanced_accuracy": recall,
-        "top3_accuracy": float(np.mean((top3 == labels[:, None]).any(axis=1)))
-        if classes > 3
-        else None,
+        "top3_accuracy": top3_accuracy if classes > 3 else None,
         "macro_precision": _mean(row["precision"] or 0.0 for row in present),
         "macro_recall": recall,
         "macro_f1": _mean(row["f1"] for row in present),
         "macro_roc_auc": _mean(row["roc_auc"] for row in per_class),
         "macro_pr_auc": _mean(row["pr_auc"] for row in per_class),
         **calibration,
-        **_undefined(per_class),
+        **_undefined(per_class, "roc_auc"),
         "per_class": per_class,
-        "confusion": confusion.tolist(),
+        "confusion": sk.confusion_matrix(labels, predicted, labels=np.arange(classes)).tolist(),
         "reliability": reliability,
     }
 
 
 def calibration_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Returns how far a classifier's probabilities can be believed.
+    """Returns how well a classifier's probabilities are calibrated.
 
     Args:
       scores: probabilities, `[clips, classes]`.
       labels: true class numbers, integers `[clips]`.
 
     Returns:
-      `nll` (mean negative log likelihood in nats, probabilities clipped at 1e-12), `ece` (expected calibration error of the
-      highest probability, Guo 2017, arXiv:1706.04599), `brier` (mean over the clips of the squared differences from 0 and 1
-      summed over the classes, from 0 to 2; Brier 1950) and `reliability` (the bins of `ece`).
+      `nll` (mean negative log likelihood in nats, probabilities clipped at 1e-12), `ece` (expected
+      calibration error of the highest probability, Guo 2017, arXiv:1706.04599), `brier` (mean over
+      clips of the squared differences from 0 and 1 summed over the classes, 0 to 2; Brier 1950) and
+      `reliability` (the bins of `ece`).
     """
     truth = np.equal.outer(labels, np.arange(scores.shape[1]))
     ece, reliability = _calibration(scores.max(axis=1), scores.argmax(axis=1) == labels)
@@ -112,24 +91,20 @@ def calibration_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, Any
 
 
 def ece_by_chance(confidence: np.ndarray, *, draws: int = 200, seed: int = 0) -> float:
-    """Returns the mean `ece` of a classifier whose probabilities are exactly right, which is above 0 as clips are few.
+    """Returns the mean `ece` of a perfectly calibrated classifier, above 0 since clips are few.
 
-    Each draw has each clip right with its own probability (Vaicenavicius et al. 2019, arXiv:1902.06977).
+    Each draw makes each clip right with its own probability (Vaicenavicius et al. 2019,
+    arXiv:1902.06977).
 
     Args:
       confidence: the highest probability of each clip, `[clips]`.
-      draws: over which the mean is taken.
+      draws: number of draws to average.
       seed: of the draws.
     """
     generator = np.random.default_rng(seed)
-    return float(
-        np.mean(
-            [
-                _calibration(confidence, generator.random(len(confidence)) < confidence)[0]
-                for _ in range(draws)
-            ]
-        )
-    )
+    n = len(confidence)
+    errors = [_calibration(confidence, generator.random(n) < confidence)[0] for _ in range(draws)]
+    return float(np.mean(errors))
 
 
 def multi_label_metrics(
@@ -143,28 +118,29 @@ def multi_label_metrics(
       label_names: `[tags]`.
 
     Returns:
-      `n`, `tags`, `macro_roc_auc`, `macro_pr_auc` (PR-AUC is average precision), `macro_f1` and `micro_f1` at
-      the threshold 0.5, `ece` and `reliability` (over all entries: mean probability against how often the tag
-      is there), `per_class` (one dict a tag) and `undefined`, the names of the tags with no positive or no
-      negative clip, with their count in `undefined_count`. Those are left out of the three macro means. What
-      is not defined is None, never NaN.
+      `n`, `tags`, `macro_roc_auc`, `macro_pr_auc` (PR-AUC is average precision), `macro_f1` and
+      `micro_f1` at the threshold 0.5, `ece` and `reliability` (over all entries: mean probability
+      against the frequency of the tag), `per_class` (one dict per tag), `undefined`, the names of
+      the tags with no positive or no negative clip, and their number `undefined_count`. The three
+      macro means leave those out. Undefined values are None, never NaN.
 
     Raises:
-      UserError: shapes that do not fit, no clips, NaN, scores outside [0, 1], targets other than 0 and 1.
+      UserError: shapes that do not fit, no clips, NaN, scores outside [0, 1], targets other than 0
+        and 1.
     """
     scores, targets = _check_scores(scores, label_names), np.asarray(targets)
     if targets.shape != scores.shape:
         raise UserError(
-            f"targets must have the shape [clips, tags] = {list(scores.shape)} of the scores, not {list(targets.shape)}."
+            f"targets must have the shape [clips, tags] = {list(scores.shape)} of the scores, "
+            f"not {list(targets.shape)}."
         )
     if not np.isin(targets, (0, 1)).all():
         clip, tag = np.argwhere(~np.isin(targets, (0, 1)))[0]
         raise UserError(
-            f"targets: clip {clip} has {targets[clip, tag]} for the tag {label_names[tag]!r}, not 0 or 1."
+            f"targets: clip {clip} has {targets[clip, tag]} for the tag {label_names[tag]!r}, "
+            "not 0 or 1."
         )
-
-    targets = targets.astype(int)
-    predicted = scores >= 0.5
+    targets, predicted = targets.astype(int), scores >= 0.5
     per_tag = _per_label(scores, targets, predicted, label_names)
     defined = [row for row in per_tag if row["roc_auc"] is not None]
     hits, both = int((predicted & (targets == 1)).sum()), int(predicted.sum() + targets.sum())
@@ -172,12 +148,13 @@ def multi_label_metrics(
     return {
         "n": len(scores),
         "tags": len(per_tag),
-        "macro_roc_auc": _mean(row["roc_auc"] for row in defined),
-        "macro_pr_auc": _mean(row["pr_auc"] for row in defined),
-        "macro_f1": _mean(row["f1"] for row in defined),
+        **{
+            f"macro_{key}": _mean(row[key] for row in defined)
+            for key in ("roc_auc", "pr_auc", "f1")
+        },
         "micro_f1": 2 * hits / both if both else None,
         "ece": ece,
-        **_undefined(per_tag),
+        **_undefined(per_tag, "roc_auc"),
         "per_class": per_tag,
         "reliability": reliability,
     }
@@ -194,35 +171,30 @@ def regression_metrics(
       names: of the outputs, `[outputs]`.
 
     Returns:
-      `n`, `outputs`, `r2` (coefficient of determination), `mse` (mean squared error), `mae` (mean absolute error) and
-      `correlation` (Pearson's), each the mean over the outputs, `per_class` (one dict an output), and `undefined`, the names of
-      the outputs that are constant over the clips, with their count in `undefined_count`; these have neither `r2` nor
-      `correlation` and are left out of those two means.
+      `n`, `outputs`, `r2` (coefficient of determination), `mse` (mean squared error), `mae` (mean
+      absolute error) and `correlation` (Pearson's), each the mean over the outputs, `per_class`
+      (one dict per output), `undefined`, the names of the outputs that are constant over the clips,
+      and their number `undefined_count`; these have no `r2` and no `correlation`, and those two
+      means leave them out.
 
     Raises:
       UserError: shapes that do not fit, no clips, or values that are not finite.
     """
     predicted, targets = np.asarray(predicted, np.float64), np.asarray(targets, np.float64)
-    if (
-        predicted.shape != targets.shape
-        or predicted.ndim != 2
-        or predicted.shape[1] != len(names)
-        or not len(predicted)
-    ):
+    shape = predicted.shape
+    if shape != targets.shape or len(shape) != 2 or shape[1] != len(names) or not len(predicted):
         raise UserError(
-            f"predictions {list(predicted.shape)} and targets {list(targets.shape)} must both be [clips, outputs] for "
-            f"{len(names)} outputs."
+            f"predictions {list(shape)} and targets {list(targets.shape)} must both be "
+            f"[clips, outputs] for {len(names)} outputs."
         )
     for what, values in (("predictions", predicted), ("targets", targets)):
         if not np.isfinite(values).all():
             clip, output = np.argwhere(~np.isfinite(values))[0]
-            raise UserError(
-                f"{what}: clip {clip} has {values[clip, output]} for {names[output]!r}."
-            )
-    rows = []
-    for column, name in enumerate(names):
-        truth, guess = targets[:, column], predicted[:, column]
-        varies = bool(np.ptp(truth) > 0)
+            value = values[clip, output]
+            raise UserError(f"{what}: clip {clip} has {value} for {names[output]!r}.")
+    rows: list[dict[str, Any]] = []
+    for name, truth, guess in zip(names, targets.T, predicted.T, strict=True):
+        varies, both = np.ptp(truth) > 0, np.ptp(truth) > 0 and np.ptp(guess) > 0
         rows.append(
             {
                 "label": str(name),
@@ -230,18 +202,14 @@ def regression_metrics(
                 "r2": float(sk.r2_score(truth, guess)) if varies else None,
                 "mse": float(sk.mean_squared_error(truth, guess)),
                 "mae": float(sk.mean_absolute_error(truth, guess)),
-                "correlation": float(np.corrcoef(truth, guess)[0, 1])
-                if varies and np.ptp(guess) > 0
-                else None,
+                "correlation": float(np.corrcoef(truth, guess)[0, 1]) if both else None,
             }
         )
-    undefined = [row["label"] for row in rows if row["r2"] is None]
     return {
         "n": len(targets),
         "outputs": len(names),
         **{key: _mean(row[key] for row in rows) for key in ("r2", "mse", "mae", "correlation")},
-        "undefined": undefined,
-        "undefined_count": len(undefined),
+        **_undefined(rows, "r2"),
         "per_class": rows,
     }
 
@@ -249,7 +217,7 @@ def regression_metrics(
 def weighted_r2(
     predicted: np.ndarray, targets: np.ndarray
 ) -> Callable[[np.ndarray], tuple[float, float]]:
-    """Returns a function from weights of the clips to the mean R2 over the outputs and the mean squared error.
+    """Returns a function from weights of the clips to the mean R2 and the mean squared error.
 
     Args:
       predicted: `[clips, outputs]`.
@@ -259,8 +227,8 @@ def weighted_r2(
     errors = np.square(np.asarray(predicted, np.float64) - targets)
 
     def measures(weights: np.ndarray) -> tuple[float, float]:
-        share = weights / weights.sum()
-        mse, variance = share @ errors, share @ np.square(targets - share @ targets)
+        weights = weights / weights.sum()
+        mse, variance = weights @ errors, weights @ np.square(targets - weights @ targets)
         varies = variance > 0
         r2 = 1 - mse[varies] / variance[varies]
         return (float(r2.mean()) if varies.any() else float("nan")), float(mse.mean())
@@ -273,9 +241,9 @@ def weighted_macro_aucs(
 ) -> Callable[[np.ndarray], tuple[float, float]]:
     """Returns a function from weights of the clips to macro ROC-AUC and macro PR-AUC.
 
-    It is fast enough for a bootstrap: the clips are sorted once; each call costs a few passes over them. A
-    label that has no positive or no negative weight is left out of the means of that call; without any label
-    they are NaN.
+    It is fast enough for a bootstrap: the clips are sorted once, and each call costs a few passes
+    over them. A label without positive or without negative weight is left out of the means of that
+    call; without any label they are NaN.
 
     Args:
       scores: `[clips, labels]`.
@@ -308,6 +276,27 @@ def weighted_macro_aucs(
     return aucs
 
 
+def average_by_clip(scores: np.ndarray, clip_index: np.ndarray, clips: int) -> np.ndarray:
+    """Returns the mean score of each clip over its windows, float64 `[clips, classes]`.
+
+    Args:
+      scores: probabilities, `[windows, classes]`.
+      clip_index: the clip of each window, integers in `[0, clips)`, `[windows]`; in any order.
+      clips: number of clips.
+
+    Raises:
+      UserError: a clip without a window.
+    """
+    windows = np.bincount(clip_index, minlength=clips)
+    if (windows == 0).any():
+        clip = int(np.argmax(windows == 0))
+        missing = f"{(windows == 0).sum()} of {clips} clips"
+        raise UserError(f"{missing} have no window, the first is clip {clip}.")
+    sums = np.zeros((clips, scores.shape[1]))
+    np.add.at(sums, clip_index, scores)
+    return sums / windows[:, None]
+
+
 def _check_scores(scores: np.ndarray, label_names: Sequence[str]) -> np.ndarray:
     """Returns the scores as float64 within [0, 1], or raises UserError."""
     scores = np.asarray(scores, np.float64)
@@ -320,7 +309,7 @@ def _check_scores(scores: np.ndarray, label_names: Sequence[str]) -> np.ndarray:
         raise UserError(f"scores have the shape {list(scores.shape)}: there is nothing to measure.")
     for what, wrong in (
         ("is not a number", np.isnan(scores)),
-        ("lies outside [0, 1]", (scores < -_ROUNDING) | (scores > 1 + _ROUNDING)),
+        ("is outside [0, 1]", (scores < -_ROUNDING) | (scores > 1 + _ROUNDING)),
     ):
         if wrong.any():
             clip, label = np.argwhere(wrong)[0]
@@ -331,18 +320,39 @@ def _check_scores(scores: np.ndarray, label_names: Sequence[str]) -> np.ndarray:
     return np.clip(scores, 0, 1)
 
 
+def _check_labels(scores: np.ndarray, labels: np.ndarray) -> None:
+    clips, classes = scores.shape
+    if labels.shape != (clips,):
+        raise UserError(
+            f"labels must have the shape [clips] = [{clips}] of the scores, "
+            f"not {list(labels.shape)}."
+        )
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(f"labels must be integers, not {labels.dtype}.")
+    if not 0 <= labels.min() <= labels.max() < classes:
+        wrong = int(np.argmax((labels < 0) | (labels >= classes)))
+        raise UserError(
+            f"labels: clip {wrong} has the label {labels[wrong]}, but there are {classes} classes."
+        )
+    sums = scores.sum(axis=1)
+    if (np.abs(sums - 1) > _ROUNDING_OF_SUM).any():
+        wrong = int(np.argmax(np.abs(sums - 1)))
+        raise UserError(
+            f"scores: those of clip {wrong} sum to {sums[wrong]:.4f}, but probabilities of one "
+            "label sum to 1."
+        )
+
+
 def _per_label(
     scores: np.ndarray, targets: np.ndarray, predicted: np.ndarray, label_names: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Returns the measures of each label against the rest; all inputs `[clips, labels]`."""
     rows = []
-    for column, name in enumerate(label_names):
-        truth, chosen = targets[:, column], predicted[:, column]
-        support, selected, hits = (
-            int(truth.sum()),
-            int(chosen.sum()),
-            int((chosen & (truth == 1)).sum()),
-        )
+    for name, score, truth, chosen in zip(
+        label_names, scores.T, targets.T, predicted.T, strict=True
+    ):
+        support, selected = int(truth.sum()), int(chosen.sum())
+        hits = int((chosen & (truth == 1)).sum())
         curves = 0 < support < len(truth)
         rows.append(
             {
@@ -352,17 +362,15 @@ def _per_label(
                 "precision": hits / selected if selected else None,
                 "recall": hits / support if support else None,
                 "f1": 2 * hits / (support + selected) if support + selected else None,
-                "roc_auc": float(sk.roc_auc_score(truth, scores[:, column])) if curves else None,
-                "pr_auc": float(sk.average_precision_score(truth, scores[:, column]))
-                if curves
-                else None,
+                "roc_auc": float(sk.roc_auc_score(truth, score)) if curves else None,
+                "pr_auc": float(sk.average_precision_score(truth, score)) if curves else None,
             }
         )
     return rows
 
 
-def _undefined(per_label: list[dict[str, Any]]) -> dict[str, Any]:
-    names = [row["label"] for row in per_label if row["roc_auc"] is None]
+def _undefined(per_label: list[dict[str, Any]], key: str) -> dict[str, Any]:
+    names = [row["label"] for row in per_label if row[key] is None]
     return {"undefined": names, "undefined_count": len(names)}
 
 
@@ -385,7 +393,7 @@ def _calibration(confidence: np.ndarray, correct: np.ndarray) -> tuple[float, li
     return float(np.abs(hits - summed).sum() / len(confidence)), rows
 
 
-def _mean(values: Any) -> float | None:
+def _mean(values: Iterable[float | None]) -> float | None:
     """Returns the mean of the values that are not None, or None without any."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None

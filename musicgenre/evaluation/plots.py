@@ -1,264 +1,178 @@
-"""The figures of a report as PNG files. They draw through matplotlib's objects, so no display is needed."""
+"""Figures of reports as PNG files, by matplotlib and scikit-learn's displays; no screen is needed.
+
+Each function returns a figure, which `save` gives a title and writes. `new_figure`, `style_axes`,
+`colour_bar`, `time_axis` and `save` give all figures of the package one look.
+"""
 
 import dataclasses
-import functools
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from matplotlib import colormaps
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
+from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
-from sklearn import metrics as sk
+from sklearn.calibration import CalibrationDisplay
+from sklearn.metrics import ConfusionMatrixDisplay, RocCurveDisplay
 
+from musicgenre.evaluation.render import measure_name
 from musicgenre.files import replacing
+
+PathLike = str | os.PathLike[str]
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, PURPLE, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00"
-_CURVES = (BLUE, ORANGE, GREEN, PURPLE, RED, "#56B4E9", "#8C6D00", "#444444", "#8DA0B3", "#7A3E9D")
-INK, MUTED, _GRID = "#222222", "#6b7280", "#e5e7eb"
+INK, MUTED, TICKS, _GRID, _LINE = "#222222", "#6b7280", "#374151", "#e5e7eb", "#9ca3af"
+# Ten curves of one picture: colours, alternating solid and dashed.
+_CURVES = cycler(
+    color=[BLUE, ORANGE, GREEN, PURPLE, RED, "#56B4E9", "#8C6D00", "#444444", "#8DA0B3", "#7A3E9D"],
+    linestyle=["-", (0, (5, 1))] * 5,
+)
+_DASHED: dict[str, Any] = {"linewidth": 1, "linestyle": (0, (4, 3))}
 _DPI = 130
-# With more classes the numbers in the cells of a confusion matrix could not be read.
-_MOST_CLASSES_WITH_NUMBERS = 25
-# Labels from which on bars are too many for a number above each.
-_MOST_BARS_WITH_NUMBERS = 60
-# Of the drawing of a network, in inches: a column, a box in it, the margin on its left, where the arrows are in a box, and a
-# line of text.
-_COLUMN, _BOX, _MARGIN, _ARROW, _LINE = 3.9, 3.3, 0.3, 0.45, 0.155
-# Its boxes' colours by what a layer is, and the bar on their left.
-_FILLS = {
-    "conv": "#cfe5f3",
-    "dense": "#cdebe1",
-    "norm": "#eef0f3",
-    "dropout": "#eef0f3",
-    "recurrent": "#f3e0ec",
-    "attention": "#fae0d2",
-    "other": "#fbecc9",
-    "none": "#ffffff",
-}
-_EDGES = {"conv": BLUE, "dense": GREEN, "recurrent": PURPLE, "attention": RED, "other": ORANGE}
+# With more classes, the numbers in the cells of a confusion matrix are too small to read; with more
+# labels, so are the numbers above the bars.
+_MOST_CLASSES_WITH_NUMBERS, _MOST_BARS_WITH_NUMBERS = 25, 60
 
 
-def confusion_matrix(
-    path: str | os.PathLike[str],
-    confusion: Sequence[Sequence[int]],
-    label_names: Sequence[str],
-    title: str,
-) -> None:
-    """Draws how often clips of each class (rows) are taken for each class (columns).
+def confusion_matrix(confusion: Sequence[Sequence[int]], label_names: Sequence[str]) -> Figure:
+    """Draws how often clips of each class (rows) are predicted as each class (columns).
 
-    The colour is the share of the row; cells hold that share in percent over the count, for up to 25 classes.
+    The colour is the fraction of the row. For up to 25 classes, cells show it above the count.
 
     Args:
-      path: PNG file.
       confusion: counts, rows are the truth, `[classes, classes]`.
       label_names: `[classes]`.
-      title: what was evaluated.
     """
-    counts = np.asarray(confusion)
-    classes = len(label_names)
+    counts, classes = np.asarray(confusion), len(label_names)
     rows = counts.sum(axis=1, keepdims=True)
-    share = counts / np.maximum(rows, 1)
+    fraction = counts / np.maximum(rows, 1)
+    few = classes <= _MOST_CLASSES_WITH_NUMBERS
     side = float(np.clip(0.62 * classes, 3.2, 11.5)) + 1.8
     figure = new_figure(side + 0.9, side, layout="compressed")
     axes = figure.subplots()
-    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="equal")
-    few = classes <= _MOST_CLASSES_WITH_NUMBERS
-    size = 9 if few else 6.5
-    axes.set_xticks(
-        range(classes),
-        [short(name) for name in label_names],
-        fontsize=size,
-        rotation=45 if few else 90,
-        ha="right" if few else "center",
-        rotation_mode="anchor" if few else None,
+    shown = ConfusionMatrixDisplay(fraction, display_labels=[short(name) for name in label_names])
+    shown.plot(
+        ax=axes,
+        cmap="Blues",
+        include_values=few,
+        colorbar=False,
+        im_kw={"vmin": 0, "vmax": 1},
+        text_kw={"fontsize": 9 if classes <= 14 else 6.5},
+        xticks_rotation="vertical",
     )
-    axes.set_yticks(range(classes), _with_counts(label_names, rows[:, 0]), fontsize=size)
-    axes.set_xticks(np.arange(classes + 1) - 0.5, minor=True)
-    axes.set_yticks(np.arange(classes + 1) - 0.5, minor=True)
-    axes.grid(which="minor", color="white", linewidth=1.2 if few else 0.4)
-    axes.tick_params(which="both", length=0)
+    for cell, text in np.ndenumerate(shown.text_) if few else ():
+        percent = f"{100 * fraction[cell]:.0f} %\n{counts[cell]}"
+        text.set_text(percent if counts[cell] else "")
+    axes.set_yticks(range(classes), _with_counts(label_names, rows[:, 0]))
+    axes.tick_params(labelsize=9 if few else 6.5, length=0)
     axes.spines[:].set_visible(False)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("truth (clips)")
-    if few:
-        number = 9 if classes <= 14 else 6.5
-        for i, j in np.argwhere(counts > 0):
-            axes.text(
-                j,
-                i,
-                f"{100 * share[i, j]:.0f} %\n{counts[i, j]}",
-                ha="center",
-                va="center",
-                fontsize=number,
-                color="white" if share[i, j] > 0.55 else INK,
-            )
-    bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
+    axes.set(xlabel="predicted", ylabel="truth (clips)")
+    bar = colour_bar(
+        figure, axes, shown.im_, "fraction of the true class", fraction=0.046, pad=0.03
+    )
     bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=["0 %", "25 %", "50 %", "75 %", "100 %"])
-    bar.outline.set_visible(False)
-    bar.set_label("share of the true class", color=MUTED)
-    save(figure, path, title)
+    return figure
 
 
-def per_class_bars(
-    path: str | os.PathLike[str],
-    label_names: Sequence[str],
-    measures: Mapping[str, Sequence[float | None]],
-    support: Sequence[int],
-    title: str,
-) -> None:
-    """Draws a panel for each measure: a bar for each class, in label order from the top, and their mean.
+def per_class_bars(metrics: Mapping[str, Any]) -> Figure:
+    """Draws two measures of each class, tag or output as bars, in label order from the top.
 
     Args:
-      path: PNG file.
-      label_names: `[classes]`.
-      measures: values in [0, 1] by name, each `[classes]`; None where one is not defined.
-      support: clips of each class, `[classes]`.
-      title: what was evaluated.
+      metrics: from `musicgenre.evaluation.metrics`; its means are the dashed lines.
     """
-    classes = len(label_names)
-    figure = new_figure(3.2 + 3.4 * len(measures), 1.5 + 0.27 * max(classes, 4))
-    panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
-    positions = np.arange(classes)
-    colours = (BLUE, GREEN, PURPLE) * len(measures)
-    for axes, (name, values), colour in zip(panels, measures.items(), colours, strict=False):
-        known = [value for value in values if value is not None]
-        axes.barh(positions, [value or 0 for value in values], color=colour, height=0.68)
-        for position, value in zip(positions, values, strict=True):
-            axes.text(
-                1.13,
-                position,
-                "n/a" if value is None else f"{value:.2f}",
-                ha="right",
-                va="center",
-                fontsize=8.5,
-                color=MUTED,
-            )
-        if known:
-            mean = float(np.mean(known))
-            axes.axvline(mean, color=INK, linewidth=1, linestyle=(0, (4, 3)))
-            axes.set_title(f"{name}, mean {mean:.3f}", fontsize=10, color=INK)
-        axes.set_xlim(0, 1.14)
-        axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
-        axes.set_ylim(classes - 0.4, -0.6)
-        _tidy(axes, "x")
-    panels[0].set_yticks(positions, _with_counts(label_names, support), fontsize=9)
-    panels[0].set_ylabel("label (clips)")
-    save(figure, path, title)
+    rows = metrics["per_class"]
+    panels = {"f1": "macro_f1", "roc_auc": "macro_roc_auc"}
+    if "r2" in metrics:
+        panels = {"r2": "r2", "correlation": "correlation"}
+    elif "tags" in metrics:
+        panels = {"roc_auc": "macro_roc_auc", "pr_auc": "macro_pr_auc"}
+    figure = new_figure(10.0, 1.5 + 0.27 * max(len(rows), 4))
+    positions = np.arange(len(rows))
+    drawn = figure.subplots(1, len(panels), sharey=True)
+    for axes, (key, mean), colour in zip(drawn, panels.items(), (BLUE, GREEN), strict=True):
+        axes.barh(positions, [row[key] or 0 for row in rows], color=colour, height=0.68)
+        for position, row in zip(positions, rows, strict=True):
+            text = "n/a" if row[key] is None else f"{row[key]:.2f}"
+            axes.text(1.13, position, text, ha="right", va="center", fontsize=8.5, color=MUTED)
+        if metrics[mean] is not None:
+            axes.axvline(metrics[mean], color=INK, **_DASHED)
+            heading = f"{measure_name(mean)} {metrics[mean]:.3f}"
+            axes.set_title(heading, fontsize=10, color=INK)
+        axes.set(xlim=(0, 1.14), xticks=[0, 0.25, 0.5, 0.75, 1], ylim=(len(rows) - 0.4, -0.6))
+        style_axes(axes, "x")
+    names = _with_counts([row["label"] for row in rows], [row["support"] for row in rows])
+    drawn[0].set_yticks(positions, names, fontsize=9)
+    drawn[0].set_ylabel("label (clips)")
+    return figure
 
 
 def reliability_diagram(
-    path: str | os.PathLike[str],
     bins: Sequence[Mapping[str, Any]],
     ece: float,
-    title: str,
-    *,
     observed: str = "accuracy",
     counted: str = "clips",
-) -> None:
-    """Draws how often the model is right against how sure it is, and how many clips each bin holds.
+) -> Figure:
+    """Draws observed frequency against mean probability in bins, and the number of clips in each.
 
     Args:
-      path: PNG file.
       bins: `reliability` of the metrics.
       ece: expected calibration error.
-      title: what was evaluated.
-      observed: what is held against the probability, such as "accuracy" or "share of clips with the tag".
+      observed: what is compared with the probability, such as "accuracy".
       counted: what the bins hold.
     """
     figure = new_figure(5.8, 5.8)
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
-    edges = np.array([row["low"] for row in bins])
-    width = bins[0]["high"] - bins[0]["low"]
     full = [row for row in bins if row["n"]]
-    top.plot(
-        [0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="perfect calibration"
-    )
-    top.bar(
-        [row["low"] for row in full],
-        [row["accuracy"] for row in full],
-        width=width * 0.92,
-        align="edge",
-        color=BLUE,
-        alpha=0.85,
-        label=observed,
-    )
-    for row in full:
-        top.plot(
-            [row["confidence"]] * 2, [row["accuracy"], row["confidence"]], color=RED, linewidth=1.6
-        )
-    means = [row["confidence"] for row in full]
-    top.plot(means, means, "o", color=RED, markersize=3.5, label="gap to the mean probability")
-    top.set(xlim=(0, 1), ylim=(0, 1.02), ylabel=observed)
-    top.legend(
-        edgecolor="none",
-        framealpha=0.9,
-        fontsize=8.5,
-        loc="upper left",
-        title_fontsize=9.5,
-        alignment="left",
-        title=f"expected calibration error {100 * ece:.1f} %",
-    )
-    below.bar(edges, [row["n"] for row in bins], width=width * 0.92, align="edge", color=MUTED)
+    truth, mean = (np.array([row[key] for row in full]) for key in ("accuracy", "confidence"))
+    CalibrationDisplay(truth, mean, None, estimator_name=observed).plot(ax=top, color=BLUE)
+    top.vlines(mean, truth, mean, color=RED, linewidth=1.6, label="gap to the mean probability")
+    top.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="", ylabel=observed)
+    heading = f"expected calibration error {100 * ece:.1f} %"
+    _legend(top, loc="upper left", title=heading, title_fontsize=9.5, alignment="left")
+    width = bins[0]["high"] - bins[0]["low"]
+    counts = [row["n"] for row in bins]
+    below.bar([row["low"] for row in bins], counts, 0.92 * width, align="edge", color=MUTED)
     below.set(xlabel="probability", ylabel=counted)
-    if max(row["n"] for row in bins) > 100 * max(1, min(row["n"] for row in full)):
+    if max(counts) > 100 * max(1, min(row["n"] for row in full)):
         below.set_yscale("log")
-    _tidy(top, "both")
-    _tidy(below, "y")
-    save(figure, path, title)
+    style_axes(top)
+    style_axes(below, "y")
+    return figure
 
 
-def coverage_curve(path: str | os.PathLike[str], abstention: Mapping[str, Any], title: str) -> None:
-    """Draws the accuracy on the surest clips against their share, with intervals where it is told in numbers.
+def coverage_curve(abstention: Mapping[str, Any]) -> Figure:
+    """Draws the accuracy on the most confident clips against the fraction that they are of all.
 
     Args:
-      path: PNG file.
       abstention: from `musicgenre.evaluation.calibration.risk_coverage`.
-      title: what was evaluated.
     """
     figure = new_figure(5.8, 4.8)
     axes = figure.subplots()
     coverage, accuracy = abstention["curve"]["coverage"], abstention["curve"]["accuracy"]
-    axes.plot(
-        coverage,
-        accuracy,
-        color=BLUE,
-        linewidth=1.8,
-        label=f"surest clips first (AURC {abstention['aurc']:.3f})",
-    )
-    everything = f"all clips: {100 * accuracy[-1]:.1f} %"
-    axes.plot(
-        [0, 1],
-        [accuracy[-1]] * 2,
-        color=MUTED,
-        linewidth=1,
-        linestyle=(0, (4, 3)),
-        label=everything,
-    )
-    for number, row in enumerate(abstention["at"]):
-        low, high = row["wilson"]
-        axes.plot(
-            [row["coverage"]] * 2,
-            [low, high],
-            color=RED,
-            linewidth=1.6,
-            label=None if number else "95 % Wilson interval",
-        )
-        axes.plot(
-            row["coverage"], row["accuracy"], "o", color=RED, markersize=5, markeredgecolor="white"
-        )
+    name = f"by confidence (AURC {abstention['aurc']:.3f})"
+    axes.plot(coverage, accuracy, color=BLUE, linewidth=1.8, label=name)
+    name = f"all clips: {100 * accuracy[-1]:.1f} %"
+    axes.plot([0, 1], [accuracy[-1]] * 2, color=MUTED, label=name, **_DASHED)
+    rows = abstention["at"]
+    at = [row["coverage"] for row in rows]
+    low, high = np.array([row["wilson"] for row in rows]).T
+    axes.vlines(at, low, high, color=RED, linewidth=1.6, label="95 % Wilson interval")
+    axes.plot(at, [row["accuracy"] for row in rows], "o", color=RED, markeredgecolor="white")
+    for row in rows:
         axes.annotate(
             f"{100 * row['accuracy']:.1f} %",
-            (row["coverage"], low),
+            (row["coverage"], row["wilson"][0]),
             (0, -4),
             textcoords="offset points",
             ha="center",
@@ -267,360 +181,184 @@ def coverage_curve(path: str | os.PathLike[str], abstention: Mapping[str, Any], 
             color=INK,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )
-    # The axis leaves room for the legend below all that is drawn.
-    lowest = min(*accuracy, *(row["wilson"][0] for row in abstention["at"]))
-    axes.set_ylim(max(np.floor(10 * lowest - 2) / 10, -0.2), 1.02)
-    axes.set_yticks([tick for tick in np.linspace(0, 1, 11) if tick >= axes.get_ylim()[0] - 1e-9])
-    axes.set(
-        xlim=(0, 1.01),
-        xlabel="coverage: share of the clips that are named",
-        ylabel="accuracy on these",
-    )
-    axes.legend(edgecolor="none", framealpha=0.9, fontsize=8.5, loc="lower left")
-    _tidy(axes, "both")
-    save(figure, path, title)
+    # Room for the legend below everything that is drawn.
+    bottom = max(np.floor(10 * min(*accuracy, *low) - 2) / 10, -0.2)
+    axes.set(xlim=(0, 1.01), ylim=(bottom, 1.02))
+    axes.set_yticks([tick for tick in np.linspace(0, 1, 11) if tick >= bottom - 1e-9])
+    axes.set(xlabel="coverage (fraction of clips not abstained on)", ylabel="accuracy on these")
+    _legend(axes, loc="lower left")
+    style_axes(axes)
+    return figure
 
 
 def learning_curves(
-    path: str | os.PathLike[str],
     rows: Sequence[Mapping[str, Any]],
-    title: str,
     *,
     metric: str = "accuracy",
     evaluated_step: int | None = None,
-) -> None:
-    """Draws loss and a metric over steps, of training and validation, and marks the step that was evaluated.
+) -> Figure:
+    """Draws loss and a metric over steps, of training and validation, and marks the evaluated step.
 
     Args:
-      path: PNG file.
       rows: of `metrics.jsonl`: `step` with any of `train_loss`, `valid_loss`, `train_<metric>` and
         `valid_<metric>`.
-      title: what was trained.
       metric: the metric of the second panel.
       evaluated_step: the checkpoint's step.
     """
     figure = new_figure(9.6, 3.9)
     panels = figure.subplots(1, 2)
+    curves = {"train": ("training", ORANGE, ""), "valid": ("validation", BLUE, "o")}
     for axes, name in zip(panels, ("loss", metric), strict=True):
-        drawn = False
-        for key, label, colour, marker in (
-            (f"train_{name}", "training", ORANGE, ""),
-            (f"valid_{name}", "validation", BLUE, "o"),
-        ):
+        for key, (label, colour, marker) in curves.items():
+            key = f"{key}_{name}"
             points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
             if points:
-                axes.plot(
-                    *zip(*points, strict=True),
-                    color=colour,
-                    label=label,
-                    linewidth=1.4,
-                    marker=marker,
-                    markersize=3,
-                )
-                drawn = True
-        if evaluated_step is not None:
-            axes.axvline(
-                evaluated_step,
-                color=RED,
-                linewidth=1.2,
-                linestyle=(0, (4, 3)),
-                label=f"evaluated: step {evaluated_step}",
-            )
-        if not drawn:
+                look = {"color": colour, "marker": marker, "markersize": 3, "linewidth": 1.4}
+                axes.plot(*zip(*points, strict=True), label=label, **look)
+        if not axes.lines:
             axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=MUTED)
+        if evaluated_step is not None:
+            label = f"evaluated: step {evaluated_step}"
+            axes.axvline(evaluated_step, color=RED, label=label, **_DASHED)
         axes.set_title(measure_name(name), fontsize=10, color=INK)
         axes.set_xlabel("step")
-        _tidy(axes, "both")
+        style_axes(axes)
         axes.margins(x=0.02)
     panels[0].set_ylim(bottom=0)
-    handles, names = panels[0].get_legend_handles_labels()
-    if handles:
-        panels[0].legend(handles, names, frameon=False, fontsize=8.5)
-    save(figure, path, title)
+    if panels[0].lines:
+        _legend(panels[0])
+    return figure
 
 
-def roc_curves(
-    path: str | os.PathLike[str],
-    scores: np.ndarray,
-    targets: np.ndarray,
-    label_names: Sequence[str],
-    title: str,
-) -> None:
+def roc_curves(scores: np.ndarray, targets: np.ndarray, label_names: Sequence[str]) -> Figure:
     """Draws the ROC curve of each label against the rest, for up to ten labels.
 
     Args:
-      path: PNG file.
       scores: `[clips, labels]`.
       targets: 0 or 1, `[clips, labels]`; a label without positives or negatives is left out.
       label_names: `[labels]`.
-      title: what was evaluated.
     """
     figure = new_figure(5.8, 5.8)
     axes = figure.subplots()
-    axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-    for column, (name, colour) in enumerate(zip(label_names, _CURVES, strict=False)):
+    axes.plot([0, 1], [0, 1], color=MUTED, **_DASHED)
+    for column, (name, look) in enumerate(zip(label_names, _CURVES, strict=False)):
         truth = targets[:, column]
         if 0 < truth.sum() < len(truth):
-            false_alarms, hits, _ = sk.roc_curve(truth, scores[:, column])
-            area = sk.auc(false_alarms, hits)
-            axes.plot(
-                false_alarms,
-                hits,
-                color=colour,
-                linewidth=1.5,
-                label=f"{area:.2f}  {short(name)}",
-                linestyle="-" if column % 2 == 0 else (0, (5, 1)),
-            )
-    axes.set(
-        xlim=(-0.01, 1),
-        ylim=(0, 1.01),
-        xlabel="false positive rate",
-        ylabel="true positive rate",
-        aspect="equal",
-    )
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(
-            edgecolor="none",
-            framealpha=0.9,
-            fontsize=8.5,
-            loc="lower right",
-            title="area, label",
-            alignment="left",
-        )
-    _tidy(axes, "both")
-    save(figure, path, title)
+            shown = RocCurveDisplay.from_predictions(truth, scores[:, column], ax=axes)
+            shown.line_.set(**look, label=f"{shown.roc_auc:.2f}  {short(name)}")
+    axes.set(xlim=(-0.01, 1), ylim=(0, 1.01), aspect="equal")
+    axes.set(xlabel="false positive rate", ylabel="true positive rate")
+    if len(axes.lines) > 1:
+        _legend(axes, loc="lower right", title="area, label", alignment="left")
+    style_axes(axes)
+    return figure
 
 
 def comparison_plot(
-    path: str | os.PathLike[str],
     rows: Sequence[Mapping[str, Any]],
-    title: str,
-    *,
     measure: str,
+    *,
     percent: bool = False,
-) -> None:
-    """Draws one line for each run or variant: its mean with an interval, and a dot for each seed.
+    each: str = "one seed",
+) -> Figure:
+    """Draws a row for each run or variant, from the top: interval, mean, and below them its values.
 
     Args:
-      path: PNG file.
-      rows: dicts with `name`, `mean`, `interval` ((low, high) or None) and `values` (of each seed, or
-        none); drawn from the top in this order.
-      title: what is compared.
+      rows: dicts with `name`, `mean`, `interval` ((low, high) or None) and `values` (may be empty);
+        with `leaks` (clips by type of leak, up to three types) and `clips` (held-out clips), their
+        fractions are drawn to the right.
       measure: name of the number.
       percent: show the numbers in percent.
+      each: what one of the values is.
     """
     factor, digits = (100, 1) if percent else (1, 3)
-    figure = new_figure(8.6, 1.9 + 0.42 * max(len(rows), 2))
-    axes = figure.subplots()
-    interval_drawn = dots_drawn = False
-    for position, row in enumerate(rows):
-        values = factor * np.asarray(row["values"], float)
-        # Below the line; dots of equal value would hide each other, so they are spread a little.
-        offsets = 0.26 + (
-            np.linspace(-0.07, 0.07, len(values)) if len(values) > 1 else np.zeros(len(values))
-        )
-        axes.plot(
-            values,
-            position + offsets,
-            "o",
-            color=BLUE,
-            alpha=0.75,
-            markersize=4.5,
-            markeredgewidth=0,
-            label=None if dots_drawn or not len(values) else "a seed",
-        )
-        dots_drawn = dots_drawn or len(values) > 0
-        if row["interval"] is not None:
-            low, high = (factor * value for value in row["interval"])
-            axes.plot(
-                [low, high],
-                [position] * 2,
-                color=RED,
-                linewidth=2,
-                solid_capstyle="butt",
-                label=None if interval_drawn else "95 % interval",
-            )
-            interval_drawn = True
-        axes.plot(
-            factor * row["mean"],
-            position,
-            "D",
-            color=RED,
-            markersize=6,
-            markeredgecolor="white",
-            label="value or mean" if position == 0 else None,
-        )
-        axes.annotate(
-            f"{factor * row['mean']:.{digits}f}",
-            (1.01, position),
-            va="center",
-            fontsize=9,
-            xycoords=("axes fraction", "data"),
-            color=INK,
-        )
-    axes.set_yticks(range(len(rows)), [short(row["name"], 44) for row in rows], fontsize=9)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlabel(f"{measure} (%)" if percent else measure)
+    leaks = list(rows[0].get("leaks", ()))
+    figure = new_figure(10.5 if leaks else 8.6, 1.9 + (0.62 if leaks else 0.42) * max(len(rows), 2))
+    axes, *more = figure.subplots(1, 2 if leaks else 1, sharey=True, squeeze=False)[0]
+    positions = np.arange(len(rows))
+    limits = factor * np.array([row["interval"] or (np.nan, np.nan) for row in rows], float)
+    values = [factor * np.asarray(row["values"], float) for row in rows]
+    # Equal values would hide each other, so they are spread a little.
+    spread = [np.linspace(-0.07, 0.07, len(own)) if len(own) > 1 else 0 * own for own in values]
+    dots = [y + 0.26 + own for y, own in zip(positions, spread, strict=True)]
+    if any(map(len, values)):
+        look = {"color": BLUE, "alpha": 0.7, "markersize": 4.5, "markeredgewidth": 0}
+        axes.plot(np.concatenate(values), np.concatenate(dots), "o", label=each, **look)
+    if np.isfinite(limits).any():
+        axes.hlines(positions, *limits.T, color=RED, linewidth=2, label="95 % interval")
+    means = factor * np.array([row["mean"] for row in rows])
+    axes.plot(means, positions, "D", color=RED, markeredgecolor="white", label="value or mean")
+    for y, mean in zip(positions, means, strict=True):
+        look = {"va": "center", "fontsize": 9, "color": INK}
+        axes.annotate(f"{mean:.{digits}f}", (1.01, y), xycoords=("axes fraction", "data"), **look)
+    axes.set_yticks(positions, [short(row["name"], 44) for row in rows], fontsize=9)
+    axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel=f"{measure} (%)" if percent else measure)
     axes.margins(x=0.08)
+    style_axes(axes, "x")
+    for number, leak in enumerate(leaks):
+        counts = [100 * row["leaks"][leak] / row["clips"] for row in rows]
+        look = {"color": (PURPLE, ORANGE, BLUE)[number], "label": f"{leak} in training"}
+        bars = more[0].barh(positions + 0.26 * (number - 1), counts, 0.22, **look)
+        more[0].bar_label(bars, fmt=" {:.0f}", fontsize=7.5, color=INK)
+        more[0].set(xlabel="held-out clips (%)", xlim=(0, 112))
+        style_axes(more[0], "x")
     figure.legend(frameon=False, fontsize=8.5, ncols=3, loc="outside lower center")
-    _tidy(axes, "x")
-    save(figure, path, title)
-
-
-def folds_plot(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Draws the accuracy of each row with its interval and trainings on the left, and what leaked on the right.
-
-    Args:
-      path: PNG file.
-      rows: `name`, `mean` (accuracy over all clips), `interval` (low and high, or None), `values` (accuracy of each training),
-        `clips` (how many were held out) and `leaks` (how many of them by kind, three kinds).
-      title: heading.
-    """
-    figure = new_figure(10.5, 1.9 + 0.62 * max(len(rows), 2))
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    for position, row in enumerate(rows):
-        first = position == 0
-        values = 100 * np.array(row["values"])
-        offsets = 0.22 + (np.linspace(-0.1, 0.1, len(values)) if len(values) > 1 else np.zeros(1))
-        left.plot(
-            values,
-            position + offsets,
-            "o",
-            color=BLUE,
-            alpha=0.6,
-            markersize=4,
-            label="a training" if first else None,
-        )
-        if row["interval"] is not None:
-            ends = [100 * end for end in row["interval"]]
-            left.plot(
-                ends,
-                [position] * 2,
-                color=RED,
-                linewidth=2,
-                label="95 % interval over artists" if first else None,
-            )
-        left.plot(
-            100 * row["mean"],
-            position,
-            "D",
-            color=RED,
-            markersize=6,
-            label="all clips held out" if first else None,
-        )
-        left.annotate(
-            f"{100 * row['mean']:.1f}",
-            (100 * row["mean"], position - 0.16),
-            ha="center",
-            va="bottom",
-            fontsize=9,
-            color=INK,
-        )
-        for number, ((kind, count), colour) in enumerate(
-            zip(row["leaks"].items(), (PURPLE, ORANGE, BLUE), strict=True)
-        ):
-            place, share = position + 0.26 * (number - 1), 100 * count / row["clips"]
-            right.barh(
-                place, share, 0.22, color=colour, label=f"{kind} in training" if first else None
-            )
-            right.annotate(f" {share:.0f}", (share, place), va="center", fontsize=7.5, color=INK)
-    left.set_yticks(range(len(rows)), [short(row["name"], 40) for row in rows], fontsize=9)
-    left.set_ylim(len(rows) - 0.4, -0.6)
-    left.set_xlabel("accuracy (%)")
-    right.set_xlabel("held-out clips (%)")
-    right.set_xlim(0, 112)
-    for axes in (left, right):
-        _tidy(axes, "x")
-    figure.legend(frameon=False, fontsize=8.5, ncols=3, loc="outside lower center")
-    save(figure, path, title)
+    return figure
 
 
 def label_distribution(
-    path: str | os.PathLike[str],
     label_names: Sequence[str],
     counts: Mapping[str, Sequence[int]],
-    title: str,
     *,
     by_count: bool = True,
     most: int = 0,
     marked: int = 0,
-) -> None:
-    """Draws how many clips have each label: a bar a label, labels on the x axis, the splits on top of each other.
+) -> Figure:
+    """Draws how many clips have each label: one bar per label, the splits on top of each other.
 
     Args:
-      path: PNG file.
       label_names: `[labels]`.
-      counts: clips with each label, `[labels]`, by split; a single one, such as "clips", where there are no splits.
-      title: what was counted.
+      counts: clips with each label, `[labels]`, by split; one entry, "clips" say, without splits.
       by_count: the most frequent first; otherwise in the order given.
-      most: draw only so many labels, the first ones; 0 draws all.
-      marked: the first so many in another colour, as those that are used; 0 marks none. For a single split.
+      most: draw only the first so many labels; 0 draws all.
+      marked: the first so many keep their colour, the others are grey; 0 marks none. For one split.
     """
-    table = np.array([list(values) for values in counts.values()], int).reshape(
-        len(counts), len(label_names)
-    )
-    totals = table.sum(axis=0)
-    order = np.argsort(-totals, kind="stable") if by_count else np.arange(len(label_names))
-    order = order[: most or len(order)]
-    table, totals, names = table[:, order], totals[order], [label_names[i] for i in order]
-    # Font size and inches a label: it lies on its side, so that it takes the height of a line.
-    size, room = (
-        (9.0, 0.36) if len(names) <= 30 else (8.0, 0.168) if len(names) <= 80 else (7.0, 0.115)
-    )
-    figure = new_figure(max(6.5, 1.6 + len(names) * room), 5.2)
+    table = np.array([list(values) for values in counts.values()], int)
+    table = table.reshape(len(counts), len(label_names))
+    order = np.argsort(-table.sum(axis=0), kind="stable") if by_count else np.arange(table.shape[1])
+    order = order[: most or None]
+    table, names = table[:, order], [short(label_names[i]) for i in order]
+    n, few = len(names), len(names) <= 12
+    # Font size and inches per label: rotated, it takes the height of a line.
+    size, room = (9.0, 0.36) if n <= 30 else (8.0, 0.168) if n <= 80 else (7.0, 0.115)
+    figure = new_figure(max(6.5, 1.6 + n * room), 5.2)
     axes = figure.subplots()
-    positions = np.arange(len(names))
-    bottom = np.zeros(len(names), int)
-    for (split, values), colour in zip(
-        zip(counts, table, strict=True), (BLUE, ORANGE, GREEN, PURPLE), strict=False
+    below = np.cumsum(table, axis=0) - table
+    for split, row, bottom, colour in zip(
+        counts, table, below, (BLUE, ORANGE, GREEN), strict=False
     ):
-        colours = [colour if not marked or i < marked else "#9ca3af" for i in positions]
-        axes.bar(positions, values, bottom=bottom, width=0.78, color=colours, label=split)
-        bottom = bottom + values
+        colours = [_LINE if 0 < marked <= i else colour for i in range(n)]
+        bars = axes.bar(range(n), row, bottom=bottom, width=0.78, color=colours, label=split)
     handles, words = axes.get_legend_handles_labels()
-    if marked and marked < len(names):
-        handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in (BLUE, "#9ca3af")]
-        words = [f"the {marked} most frequent", f"the other {len(names) - marked}"]
+    if 0 < marked < n:
+        handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in (BLUE, _LINE)]
+        words = [f"the {marked} most frequent", f"the other {n - marked}"]
     if len(handles) > 1:
-        axes.legend(
-            handles,
-            words,
-            frameon=False,
-            fontsize=9,
-            ncols=len(words),
-            loc="lower left",
-            bbox_to_anchor=(0, 1.0),
-        )
-    if len(names) <= _MOST_BARS_WITH_NUMBERS:
-        for position, total in zip(positions, totals, strict=True):
-            axes.annotate(
-                f"{total:,}",
-                (position, total),
-                (0, 3),
-                textcoords="offset points",
-                ha="center",
-                va="bottom",
-                fontsize=7 if len(names) > 12 else 8.5,
-                rotation=90 if len(names) > 12 else 0,
-                color=MUTED,
-            )
+        above = {"bbox_to_anchor": (0, 1.0), "ncols": len(words)}
+        axes.legend(handles, words, frameon=False, fontsize=9, loc="lower left", **above)
+    if n <= _MOST_BARS_WITH_NUMBERS:
+        look: dict[str, Any] = {"fontsize": 8.5 if few else 7, "rotation": 0 if few else 90}
+        look |= {"color": MUTED, "padding": 3}
+        axes.bar_label(bars, [f"{total:,}" for total in table.sum(axis=0)], **look)
         axes.margins(y=0.12)
-    axes.set_xticks(
-        positions,
-        [short(name) for name in names],
-        fontsize=size,
-        rotation=90 if len(names) > 12 else 35,
-    )
-    if len(names) <= 12:
-        for text in axes.get_xticklabels():
-            text.set(ha="right", rotation_mode="anchor")
-    axes.set_xlim(-0.7, len(names) - 0.3)
-    axes.set_ylabel("clips")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    slanted: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(range(n), names, fontsize=size, **(slanted if few else {"rotation": 90}))
+    axes.set(xlim=(-0.7, n - 0.3), ylabel="clips")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    _tidy(axes, "y")
+    style_axes(axes, "y")
     axes.tick_params(axis="x", length=0)
-    save(figure, path, title, palette=True)
+    return figure
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -628,12 +366,12 @@ class TimePanel:
     """Something over time that `time_panels` draws.
 
     Attributes:
-      values: `[n]`, drawn as a line, or `[n, bands]`, drawn as an image with the first band at the bottom.
+      values: `[n]`, drawn as a line, or `[n, bands]`, an image with the first band at the bottom.
       seconds: from one value or frame to the next.
-      start: where the first begins, seconds; a frame that is centred on 0 begins half a hop before it.
+      start: where the first begins, in seconds; a frame centred on 0 begins half a hop before it.
       name: what it is.
       ylabel: name of the vertical axis.
-      yticks: labels by position, in bands (the first band's centre is 0); matplotlib's own if empty.
+      yticks: labels by position, in bands (the first band's centre is 0); if empty, automatic.
       unit: name of the colour bar, such as "dB".
       limits: values of the first and the last colour; the smallest and the largest if None.
     """
@@ -647,14 +385,38 @@ class TimePanel:
     unit: str = ""
     limits: tuple[float, float] | None = None
 
+    @property
+    def end(self) -> float:
+        """Returns where the last value ends, in seconds."""
+        return self.start + len(self.values) * self.seconds
 
-def time_panels(path: str | os.PathLike[str], panels: Sequence[TimePanel], title: str) -> None:
+    def draw(self, axes: Axes) -> AxesImage | None:
+        """Draws the values with the names of the axes; returns the image, or None for a line."""
+        image = None
+        if self.values.ndim == 1:
+            axes.plot(*_envelope(self.values, self.seconds, self.start), color=BLUE, linewidth=0.6)
+            style_axes(axes)
+        else:
+            low, high = self.limits or (float(self.values.min()), float(self.values.max()))
+            extent = (self.start, self.end, -0.5, self.values.shape[1] - 0.5)
+            look: dict[str, Any] = {"cmap": "magma", "vmin": low, "vmax": high, "extent": extent}
+            look |= {"origin": "lower", "aspect": "auto", "interpolation": "nearest"}
+            image = axes.imshow(self.values.T, **look)
+            axes.tick_params(colors=TICKS, length=3)
+            axes.spines[:].set_visible(False)
+            axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        if self.yticks:
+            axes.set_yticks(list(self.yticks), list(self.yticks.values()))
+        axes.set_ylabel(self.ylabel)
+        axes.set_title(self.name, fontsize=10, color=INK, loc="left")
+        return image
+
+
+def time_panels(panels: Sequence[TimePanel]) -> Figure:
     """Draws panels below each other over one time axis, such as a waveform and its spectrogram.
 
     Args:
-      path: PNG file.
       panels: from the top.
-      title: of which clip.
     """
     heights = [1.0 if panel.values.ndim == 1 else 2.6 for panel in panels]
     figure = new_figure(8.4, 1.1 + 1.1 * sum(heights))
@@ -662,72 +424,39 @@ def time_panels(path: str | os.PathLike[str], panels: Sequence[TimePanel], title
         :, 0
     ]
     for axes, panel in zip(column, panels, strict=True):
-        count = len(panel.values)
-        end = panel.start + count * panel.seconds
-        if panel.values.ndim == 1:
-            axes.plot(
-                *_envelope(panel.values, panel.seconds, panel.start), color=BLUE, linewidth=0.6
-            )
-            _tidy(axes, "both")
-        else:
-            image = _spectrogram(axes, panel)
+        if (image := panel.draw(axes)) is not None:
             low, high = image.get_clim()
-            beyond = {
-                (False, False): "neither",
-                (True, False): "min",
-                (False, True): "max",
-                (True, True): "both",
-            }
-            bar = figure.colorbar(
-                image,
-                ax=axes,
-                pad=0.012,
-                fraction=0.045,
-                extend=beyond[bool(panel.values.min() < low), bool(panel.values.max() > high)],
-            )
-            bar.outline.set_visible(False)
-            bar.set_label(panel.unit, color=MUTED)
-            bar.ax.tick_params(colors="#374151", length=3)
-            axes.tick_params(colors="#374151", length=3)
-            axes.spines[:].set_visible(False)
-            axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        if panel.yticks:
-            axes.set_yticks(list(panel.yticks), list(panel.yticks.values()))
-        axes.set_ylabel(panel.ylabel)
-        if panel.name:
-            axes.set_title(panel.name, fontsize=10, color=INK, loc="left")
-        axes.set_xlim(max(panel.start, 0), end)
-    column[-1].set_xlabel("time (s)")
-    save(figure, path, title, palette=True)
+            beyond = panel.values.min() < low, panel.values.max() > high
+            extend = {(False, False): "neither", (True, False): "min", (False, True): "max"}
+            colour_bar(figure, axes, image, panel.unit, extend=extend.get(beyond, "both"))
+        axes.set_xlim(max(panel.start, 0), panel.end)
+    time_axis(column[-1], max(panel.end for panel in panels))
+    return figure
 
 
 def taggram(
-    path: str | os.PathLike[str],
     sound: TimePanel,
     starts: np.ndarray,
     ends: np.ndarray,
     scores: np.ndarray,
     label_names: Sequence[str],
-    title: str,
     *,
     most: int = 15,
     unit: str = "probability",
-) -> None:
-    """Draws a spectrogram and, below it on the same time axis, what a model says of each window.
+) -> Figure:
+    """Draws a spectrogram and, below it, the model's predictions for each window over time.
 
-    The labels stand in the order of their means, the highest at the top. Each moment has the colour of the window whose middle
-    is nearest.
+    Labels are in the order of their means, the highest at the top. Each moment has the colour of
+    the window whose middle is nearest.
 
     Args:
-      path: PNG file.
       sound: the spectrogram, `[n, bands]`.
       starts: of the windows, seconds `[windows]`, growing.
       ends: `[windows]`.
       scores: `[windows, labels]`; probabilities, or a regression's outputs.
       label_names: `[labels]`.
-      title: of which file.
       most: labels that are drawn: those that reach the highest values.
-      unit: name of the scores; "probability" has the colours of 0 to 1, others those of their range.
+      unit: name of the scores; the colours of "probability" are those of 0 to 1, else their range.
     """
     shown = np.argsort(-scores.max(axis=0), kind="stable")[:most]
     shown = shown[np.argsort(scores[:, shown].mean(axis=0), kind="stable")]
@@ -736,365 +465,77 @@ def taggram(
     height = 0.23 * len(shown) + 0.5
     figure = new_figure(8.4, 3.4 + height)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2.4, height])
-    image = _spectrogram(above, sound)
-    end = sound.start + len(sound.values) * sound.seconds
-    if sound.yticks:
-        above.set_yticks(list(sound.yticks), list(sound.yticks.values()))
-    above.set_ylabel(sound.ylabel)
-    above.set_title(sound.name, fontsize=10, color=INK, loc="left")
+    if (image := sound.draw(above)) is not None:
+        colour_bar(figure, above, image, sound.unit)
     limits = (0.0, 1.0) if unit == "probability" else (float(scores.min()), float(scores.max()))
-    mesh = below.pcolormesh(
-        edges,
-        np.arange(len(shown) + 1) - 0.5,
-        scores[:, shown].T,
-        cmap="magma",
-        vmin=limits[0],
-        vmax=limits[1],
-        rasterized=True,
-    )
-    # White lines keep the rows apart without a grid over the times.
-    below.hlines(np.arange(len(shown) - 1) + 0.5, 0, edges[-1], color="white", linewidth=1.2)
+    rows = np.arange(len(shown) + 1) - 0.5
+    look: dict[str, Any] = {"cmap": "magma", "vmin": limits[0], "vmax": limits[1]}
+    mesh = below.pcolormesh(edges, rows, scores[:, shown].T, rasterized=True, **look)
+    colour_bar(figure, below, mesh, unit)
+    # White lines separate the rows without a grid over the times.
+    below.hlines(rows[1:-1], 0, edges[-1], color="white", linewidth=1.2)
     below.set_yticks(np.arange(len(shown)), [short(label_names[i]) for i in shown.tolist()])
-    below.set_title(
-        f"{unit} over {len(starts)} window{'s' if len(starts) != 1 else ''}",
-        fontsize=10,
-        color=INK,
-        loc="left",
-    )
-    for axes, drawn, name in ((above, image, sound.unit), (below, mesh, unit)):
-        bar = figure.colorbar(drawn, ax=axes, pad=0.012, fraction=0.045)
-        bar.outline.set_visible(False)
-        bar.set_label(name, color=MUTED)
-        bar.ax.tick_params(colors="#374151", length=3)
-        axes.tick_params(colors="#374151", length=3)
-        axes.spines[:].set_visible(False)
+    name = f"{unit} over {len(starts)} window{'s' if len(starts) != 1 else ''}"
+    below.set_title(name, fontsize=10, color=INK, loc="left")
+    below.tick_params(colors=TICKS, length=3)
     below.tick_params(axis="y", length=0)
-    below.set_xlim(0, max(end, edges[-1]))
-    minutes = end > 300
-    below.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 3, 6, 10] if minutes else [1, 2, 5, 10]))
-    if minutes:
-        below.xaxis.set_major_formatter(
-            lambda value, _: f"{int(value) // 60}:{int(value) % 60:02d}"
-        )
-    below.set_xlabel("time (min:s)" if minutes else "time (s)")
-    save(figure, path, title, palette=True)
-
-
-def architecture(
-    path: str | os.PathLike[str], layers: Sequence[Mapping[str, Any]], title: str
-) -> None:
-    """Draws a network as boxes from the top to the bottom, folded into columns where it is long.
-
-    A box has the layer's number, name, kind, settings and parameters; its colour goes by the kind. An arrow says the shape that
-    it carries, what is done on the way and the shape that arrives where it differs. A box whose input is not the output of
-    the box before it has an arrow of its own that begins at the number of the layer it comes from. What
-    `musicgenre.models.describe` finds is drawn so.
-
-    Args:
-      path: PNG file.
-      layers: dicts with `name`, `kind` ("Conv", say; "Input", "Output", "Join" and "Parameters" are drawn plainly), `settings`,
-        `input` and `output` (texts), `parameters` (a number) and `sources` (pairs of a layer's index and a text of what is
-        done on the way), in the order of their calls.
-      title: which network, on which input.
-    """
-    stacks = _stacks(layers)
-    heights = [
-        _arrow_height(layers, stack[0]) + sum(_box_height(layers[i]) for i in stack)
-        for stack in stacks
-    ]
-    total = sum(heights)
-    # One column while it fits on a page, then such that the picture is a little wider than high.
-    columns = 1 if total <= 9 else max(2, round((1.3 * total / _COLUMN) ** 0.5))
-    folded: list[list[int]] = [[]]
-    used = 0.0
-    for number, height in enumerate(heights):
-        if folded[-1] and used + height / 2 > total * len(folded) / columns:
-            folded.append([])
-        folded[-1].append(number)
-        used += height
-    tall = max(sum(heights[number] for number in column) for column in folded) + 0.35
-    wide = _COLUMN * len(folded)
-    head = 0.35 + 0.19 * len(_wrapped(title, wide))
-    figure = new_figure(wide, tall + head, layout=None)
-    axes = figure.add_axes((0, 0, 1, tall / (tall + head)))
-    axes.set(xlim=(0, wide), ylim=(tall, 0))
-    axes.set_axis_off()
-    ends: dict[int, tuple[float, float]] = {}  # where the boxes end
-    for place, column in enumerate(folded):
-        left, y = place * _COLUMN + _MARGIN, 0.05
-        for number in column:
-            stack = stacks[number]
-            first_in_column = place > 0 and number == column[0]
-            y = _draw_arrow(axes, layers, stack[0], left, y, ends if first_in_column else None)
-            for i in stack:
-                y = _draw_box(axes, i, layers[i], left, y)
-            ends[stack[-1]] = (left + _ARROW, y)
-    save(figure, path, title)
-
-
-def measure_name(key: str) -> str:
-    """Returns the name of a measure for people, such as "macro ROC-AUC" for `macro_roc_auc`."""
-    names = {
-        "macro_roc_auc": "macro ROC-AUC",
-        "macro_pr_auc": "macro PR-AUC",
-        "macro_f1": "macro F1",
-        "micro_f1": "micro F1",
-        "top3_accuracy": "top-3 accuracy",
-        "nll": "negative log likelihood",
-        "ece": "calibration error",
-        "brier": "Brier score",
-    }
-    return names.get(key, key.replace("_", " "))
-
-
-def _stacks(layers: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-    """Returns the layers that are drawn without a gap: what normalises or drops joins what it is applied to."""
-    stacks: list[list[int]] = []
-    for i, layer in enumerate(layers):
-        direct = i > 0 and [tuple(source) for source in layer["sources"]] == [(i - 1, "")]
-        if (
-            direct
-            and layer["output"] == layers[i - 1]["output"]
-            and _group(layer["kind"]) in ("norm", "dropout")
-        ):
-            stacks[-1].append(i)
-        else:
-            stacks.append([i])
-    return stacks
-
-
-def _group(kind: str) -> str:
-    """Returns what the colour of a layer goes by."""
-    words = {
-        "norm": "norm",
-        "dropout": "dropout",
-        "conv": "conv",
-        "dense": "dense",
-        "einsum": "dense",
-        "attention": "attention",
-        "gru": "recurrent",
-        "lstm": "recurrent",
-        "rnn": "recurrent",
-        "bidirectional": "recurrent",
-    }
-    if kind in ("Input", "Output", "Parameters", "Join"):
-        return "none"
-    return next((group for word, group in words.items() if word in kind.lower()), "other")
-
-
-def _arrow_lines(layers: Sequence[Mapping[str, Any]], i: int) -> tuple[list[str], bool]:
-    """Returns what is written beside the arrow into a layer, and whether it comes from the layer before."""
-    if not layers[i]["sources"]:
-        return [], False
-    if len(layers[i]["sources"]) == 1 and layers[i]["sources"][0][0] == i - 1:
-        shape, done = layers[i - 1]["output"], layers[i]["sources"][0][1]
-        lines = [shape, *textwrap.wrap(done, 40)]
-        return lines + ([layers[i]["input"]] if layers[i]["input"] != shape else []), True
-    *texts, last = [
-        f"{source}{f' ({done})' if done else ''}" for source, done in layers[i]["sources"]
-    ]
-    shapes = list(dict.fromkeys(layers[source]["output"] for source, _ in layers[i]["sources"]))
-    lines = textwrap.wrap(f"from {', '.join(texts)}{' and ' if texts else ''}{last}", 40)
-    if len(shapes) == 1:
-        lines.append(shapes[0])
-    if shapes != [layers[i]["input"]]:
-        lines.append(layers[i]["input"])
-    return lines, any(source == i - 1 for source, _ in layers[i]["sources"])
-
-
-def _arrow_height(layers: Sequence[Mapping[str, Any]], i: int) -> float:
-    lines, _ = _arrow_lines(layers, i)
-    return 0.1 + _LINE * max(1, len(lines)) if i else 0.0
-
-
-def _is_strip(layer: Mapping[str, Any]) -> bool:
-    """Whether a layer is drawn as one line."""
-    return layer["kind"] != "Parameters" and _group(layer["kind"]) in ("norm", "dropout", "none")
-
-
-def _words(layer: Mapping[str, Any]) -> list[str]:
-    """Returns the lines under the name of a layer that is no strip."""
-    text = ", ".join(filter(None, (layer["kind"], layer["settings"])))
-    # A line ends after a comma: what belongs together has spaces that do not break.
-    bound = text.replace(" ", "\xa0").replace(",\xa0", ", ")
-    return [line.replace("\xa0", " ") for line in textwrap.wrap(bound, 56)]
-
-
-def _box_height(layer: Mapping[str, Any]) -> float:
-    return 0.25 if _is_strip(layer) else 0.27 + _LINE * len(_words(layer))
-
-
-def _draw_arrow(
-    axes: Axes,
-    layers: Sequence[Mapping[str, Any]],
-    i: int,
-    left: float,
-    y: float,
-    ends: Mapping[int, tuple[float, float]] | None,
-) -> float:
-    """Draws the arrow into a layer with its text, and returns where the layer's box begins.
-
-    `ends` has where the boxes end, if the one before is in another column.
-    """
-    lines, from_before = _arrow_lines(layers, i)
-    bottom = y + _arrow_height(layers, i)
-    x = left + _ARROW
-    if not lines:
-        return bottom
-    if not from_before:
-        # It begins at its text, not at the box above.
-        axes.plot([x - 0.08, x + 0.08], [y + 0.05, y + 0.05], color=INK, linewidth=1)
-    elif ends:
-        column_x, end = ends[i - 1]
-        gutter = column_x - _ARROW + (_COLUMN + _BOX) / 2
-        way = [
-            (column_x, end),
-            (column_x, end + 0.12),
-            (gutter, end + 0.12),
-            (gutter, 0.02),
-            (x, 0.02),
-            (x, y + 0.05),
-        ]
-        axes.plot(*zip(*way, strict=True), color=INK, linewidth=1)
-    style = {"arrowstyle": "-|>", "color": INK, "shrinkA": 0, "shrinkB": 0}
-    axes.annotate("", (x, bottom), (x, y + (0 if from_before else 0.05)), arrowprops=style)
-    for number, line in enumerate(lines):
-        axes.text(
-            x + 0.16,
-            y + 0.05 + _LINE * (number + 0.5),
-            line,
-            va="center",
-            fontsize=7.5,
-            color="#374151",
-        )
-    return bottom
-
-
-def _draw_box(axes: Axes, i: int, layer: Mapping[str, Any], left: float, y: float) -> float:
-    """Draws a layer and returns where its box ends."""
-    group, height = _group(layer["kind"]), _box_height(layer)
-    axes.add_patch(
-        Rectangle(
-            (left, y), _BOX, height, facecolor=_FILLS[group], edgecolor="#9ca3af", linewidth=0.8
-        )
-    )
-    if group in _EDGES:
-        axes.add_patch(Rectangle((left, y), 0.06, height, facecolor=_EDGES[group], linewidth=0))
-    name = _tail(layer["name"], (26 if _is_strip(layer) else 30) - len(str(i)))
-    start, end, middle = (
-        left + 0.13,
-        left + _BOX - 0.07,
-        y + (height / 2 if _is_strip(layer) else 0.145),
-    )
-    if not _is_strip(layer):
-        axes.text(
-            start, middle, f"{i}  {name}", va="center", fontsize=8.5, color=INK, fontweight="bold"
-        )
-        for number, line in enumerate(_words(layer)):
-            axes.text(
-                start, y + 0.31 + _LINE * number, line, va="center", fontsize=7.5, color="#374151"
-            )
-    elif group == "none":
-        # An end of the network, or a place where arrays meet.
-        shape = f"   {layer['output']}" if layer["kind"] == "Input" else ""
-        axes.text(start, middle, f"{i}  {name}{shape}", va="center", fontsize=8.5, color=INK)
-    else:
-        axes.text(start, middle, f"{i}  {name}", va="center", fontsize=8, color=INK)
-        what = (
-            layer["kind"]
-            if group == "norm"
-            else ", ".join(filter(None, (layer["kind"], layer["settings"])))
-        )
-        axes.text(left + 1.98, middle, short(what, 20), va="center", fontsize=7, color="#374151")
-    if layer["parameters"]:
-        axes.text(
-            end,
-            middle,
-            f"{layer['parameters']:,}",
-            ha="right",
-            va="center",
-            fontsize=7.5,
-            color=MUTED,
-        )
-    return y + height
-
-
-def _tail(name: str, most: int) -> str:
-    """Returns a path, without its beginning where it is long."""
-    return name if len(name) <= most else "…" + name[1 - most :]
-
-
-def _envelope(
-    values: np.ndarray, seconds: float, start: float, most: int = 4000
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a line, x and y, that looks like `[n]` values but has few points: the extremes of each stretch."""
-    if len(values) <= most:
-        return start + seconds * np.arange(len(values)), values
-    bounds = np.linspace(0, len(values), most // 2 + 1).astype(int)[:-1]
-    extremes = np.stack(
-        [np.minimum.reduceat(values, bounds), np.maximum.reduceat(values, bounds)], axis=1
-    )
-    return start + seconds * np.repeat(bounds, 2), extremes.ravel()
-
-
-def _spectrogram(axes: Axes, panel: TimePanel) -> AxesImage:
-    """Draws a panel's `[n, bands]`."""
-    low, high = panel.limits or (float(panel.values.min()), float(panel.values.max()))
-    end = panel.start + len(panel.values) * panel.seconds
-    return axes.imshow(
-        panel.values.T,
-        origin="lower",
-        aspect="auto",
-        cmap="magma",
-        interpolation="nearest",
-        vmin=low,
-        vmax=high,
-        extent=(panel.start, end, -0.5, panel.values.shape[1] - 0.5),
-    )
+    below.spines[:].set_visible(False)
+    below.set_xlim(0, max(sound.end, edges[-1]))
+    time_axis(below, sound.end)
+    return figure
 
 
 def short(name: str, most: int = 28) -> str:
-    """Returns a name that is cut to the room there is."""
+    """Returns a name, cut to the available length."""
     return name if len(name) <= most else name[: most - 1] + "…"
-
-
-def _with_counts(label_names: Sequence[str], counts: Sequence[int] | np.ndarray) -> list[str]:
-    return [f"{short(name)}  ({count})" for name, count in zip(label_names, counts, strict=True)]
 
 
 def new_figure(
     width: float, height: float, layout: Literal["constrained", "compressed"] | None = "constrained"
 ) -> Figure:
-    """Returns an empty figure, in inches, that is drawn without a display."""
+    """Returns an empty figure, in inches, that needs no screen."""
     figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _tidy(axes: Axes, grid: Literal["both", "x", "y"]) -> None:
+def style_axes(axes: Axes, grid: Literal["both", "x", "y"] = "both") -> None:
+    """Gives axes the look of all figures: a light grid, two spines, grey ticks."""
     axes.grid(axis=grid, color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#9ca3af")
-    axes.tick_params(colors="#374151", length=3)
+    axes.spines[["left", "bottom"]].set_color(_LINE)
+    axes.tick_params(colors=TICKS, length=3)
 
 
-def _wrapped(title: str, inches: float) -> list[str]:
-    return textwrap.wrap(title, int(10.5 * inches))
+def colour_bar(
+    figure: Figure, axes: Axes, image: ScalarMappable, name: str, **options: Any
+) -> Colorbar:
+    """Draws the colour bar of an image; `options` are those of `Figure.colorbar`."""
+    bar = figure.colorbar(image, ax=axes, **{"pad": 0.012, "fraction": 0.045} | options)
+    bar.outline.set_visible(False)
+    bar.set_label(name, color=MUTED)
+    bar.ax.tick_params(colors=TICKS, length=3)
+    return bar
 
 
-def save(
-    figure: Figure, path: str | os.PathLike[str], title: str, *, palette: bool = False
-) -> None:
+def time_axis(axes: Axes, end: float) -> None:
+    """Labels the horizontal axis of `end` seconds: in seconds up to five minutes, else in min:s."""
+    minutes = end > 300
+    if minutes:
+        axes.xaxis.set_major_formatter(lambda value, _: f"{int(value) // 60}:{int(value) % 60:02d}")
+    axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 3, 6, 10] if minutes else [1, 2, 5, 10]))
+    axes.set_xlabel("time (min:s)" if minutes else "time (s)")
+
+
+def save(figure: Figure, path: PathLike, title: str, *, palette: bool = False) -> None:
     """Sets the title and writes the PNG atomically; its bytes depend on the drawing alone.
 
-    With a `palette` the file of a large or noisy picture has a third of the bytes; it has magma's colours, the greys and the
-    first four of the curves.
+    With `palette`, 256 colours are kept, so that the file of a noisy picture is much smaller.
     """
-    lines = _wrapped(title, figure.get_figwidth())
-    heading = figure.suptitle(
-        "\n".join(lines), fontsize=11, fontweight="bold", color=INK, x=0.01, ha="left"
-    )
+    lines = wrapped_title(title, figure.get_figwidth())
+    look: dict[str, Any] = {"fontsize": 11, "fontweight": "bold", "color": INK}
+    heading = figure.suptitle("\n".join(lines), x=0.01, ha="left", **look)
     if figure.get_layout_engine() is None:
         heading.set_y(1 - 0.12 / figure.get_figheight())
     for text in figure.findobj(Text):
@@ -1103,16 +544,29 @@ def save(
         figure.savefig(temporary, format="png", dpi=_DPI, metadata={"Software": None})
         if palette:
             with Image.open(temporary) as image:
-                few = image.convert("RGB").quantize(palette=_palette(), dither=Image.Dither.NONE)
+                few = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
             few.save(temporary, format="png", optimize=True)
 
 
-@functools.cache
-def _palette() -> Image.Image:
-    """Returns an image with a palette of 256 colours."""
-    shades = [np.linspace(1, to_rgb(colour), 9)[1:] for colour in (BLUE, ORANGE, GREEN, PURPLE)]
-    greys = np.repeat(np.linspace(0, 1, 24)[:, None], 3, axis=1)
-    colours = np.concatenate([colormaps["magma"](np.linspace(0, 1, 200))[:, :3], greys, *shades])
-    image = Image.new("P", (1, 1))
-    image.putpalette(np.round(255 * colours).astype(np.uint8).tobytes())
-    return image
+def wrapped_title(title: str, inches: float) -> list[str]:
+    """Returns the lines of a title that fit a figure of this width."""
+    return textwrap.wrap(title, int(10.5 * inches))
+
+
+def _legend(axes: Axes, **options: Any) -> None:
+    axes.legend(edgecolor="none", framealpha=0.9, fontsize=8.5, **options)
+
+
+def _with_counts(label_names: Sequence[str], counts: Sequence[int] | np.ndarray) -> list[str]:
+    return [f"{short(name)}  ({count})" for name, count in zip(label_names, counts, strict=True)]
+
+
+def _envelope(
+    values: np.ndarray, seconds: float, start: float, most: int = 4000
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns x and y of a line of few points that looks like `[n]` values: local extremes."""
+    if len(values) <= most:
+        return start + seconds * np.arange(len(values)), values
+    bounds = np.linspace(0, len(values), most // 2 + 1).astype(int)[:-1]
+    extremes = [np.minimum.reduceat(values, bounds), np.maximum.reduceat(values, bounds)]
+    return start + seconds * np.repeat(bounds, 2), np.stack(extremes, axis=1).ravel()

@@ -1,4 +1,4 @@
-"""How well embeddings find their like: precision@k of nearest neighbours by class."""
+"""Precision@k of nearest neighbours: how often the clips nearest to a clip are of its class."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,54 +6,53 @@ from typing import Any
 import numpy as np
 
 from musicgenre.errors import UserError
+from musicgenre.evaluation.intervals import clusters
 
-# Queries that are compared with all clips at a time, so that memory grows with the clips and not with their square.
+# Queries compared with all clips at once: memory grows with the clips, not with their square.
 _QUERIES = 512
 
 
 def precision_at_k(
     embeddings: np.ndarray, labels: np.ndarray, k: int, groups: Sequence[str | None] | None = None
 ) -> dict[str, Any]:
-    """Returns how many of each clip's k nearest others are of its class, nearness being the cosine of the embeddings.
+    """Returns the fraction of each clip's k nearest others, by cosine, that are of its class.
 
-    Two clips of the class 0, and two of the class 1, of which one lies nearest to the other class:
+    Two clips of class 0, and two of class 1, one of them nearest to a clip of class 0:
 
-    >>> found = precision_at_k(np.array([[1.0, 0], [1, 0.1], [0, 1], [1, 0.5]]), np.array([0, 0, 1, 1]), k=1)
+    >>> clips = np.array([[1.0, 0], [1, 0.1], [0, 1], [1, 0.5]])
+    >>> found = precision_at_k(clips, np.array([0, 0, 1, 1]), k=1)
     >>> found["precision"], found["per_class"]["precision"]
     (0.75, [1.0, 0.5])
 
-    Clips of one artist or one track resemble each other in more than their class, which makes the number too good (Flexer and
-    Schnitzer 2010, "Effects of album and artist filters in audio similarity"). `groups` leaves those out of each other's
-    neighbours.
+    Clips of one artist or track resemble each other in more than their class, which makes the
+    number too good (Flexer and Schnitzer 2010, "Effects of album and artist filters in audio
+    similarity"). `groups` excludes them from each other's neighbours.
 
     Args:
-      embeddings: `[clips, d]`, of any length; one of zeros is as near to all others.
+      embeddings: `[clips, d]`, of any length; one of zeros is equally near to all others.
       labels: class numbers, integers `[clips]`, at least 0.
       k: neighbours of a query.
-      groups: artist or track of each clip, `[clips]`; a clip with None is a group of its own. None for all: only the query itself
-        is left out.
+      groups: artist or track of each clip, `[clips]`; a clip with None is its own group. Without
+        groups only the query itself is excluded.
 
     Returns:
-      `k`, `n` (queries), `precision` (mean over queries), `macro_precision` (mean over classes), `chance` (as `precision`, for k
-      of the allowed clips at random), `ceiling` (for their best order; below 1 where a class has fewer than k), `per_class` (a
-      dict of lists by class number: `n`, `precision`, `chance`, `ceiling`; None for a class without queries), `by_query`
-      (float64 `[clips]`, NaN for a clip that cannot be asked) and `left_out`, the number of the clips that cannot: the groups
-      leave fewer than k others.
+      `k`, `n` (queries), `precision` (mean over queries), `macro_precision` (mean over classes),
+      `chance` (the same for k random allowed clips), `ceiling` (for their best order; below 1 where
+      a class has fewer than k), `per_class` (a dict of lists by class number: `n`, `precision`,
+      `chance`, `ceiling`; None for a class without queries), `by_query` (float64 `[clips]`, NaN for
+      a clip that is no query) and `left_out`, the number of those: their groups leave fewer than k
+      others.
 
     Raises:
-      UserError: shapes that do not fit, values that are not finite, k below 1, or no clip with k others.
+      UserError: shapes that do not fit, values that are not finite, k below 1, or no clip with k
+        others.
     """
     embeddings, labels = np.asarray(embeddings, np.float64), np.asarray(labels)
     _check(embeddings, labels, k, groups)
     n = len(embeddings)
     length = np.linalg.norm(embeddings, axis=1, keepdims=True)
     unit = embeddings / np.where(length > 0, length, 1)
-    names = [
-        f"clip {i}" if groups is None or groups[i] is None else f"group {groups[i]}"
-        for i in range(n)
-    ]
-    group = np.unique(np.array(names), return_inverse=True)[1]
-
+    group = clusters(n, groups)
     hits, same, others = np.zeros(n), np.zeros(n), np.zeros(n)
     for first in range(0, n, _QUERIES):
         rows = slice(first, first + _QUERIES)
@@ -65,8 +64,9 @@ def precision_at_k(
         same[rows], others[rows] = (alike & allowed).sum(axis=1), allowed.sum(axis=1)
     asked = others >= k
     if not asked.any():
+        most = int(others.max())
         raise UserError(
-            f"k={k}: no clip has that many others that are not of its own group; {int(others.max())} is the most."
+            f"k={k}: no clip has that many others outside its own group; the most is {most}."
         )
     values = {
         "precision": hits / k,
@@ -77,13 +77,12 @@ def precision_at_k(
     per_class: dict[str, list[Any]] = {"n": [len(rows) for rows in chosen]}
     for name, value in values.items():
         per_class[name] = [float(value[rows].mean()) if len(rows) else None for rows in chosen]
+    macro = float(np.mean([value for value in per_class["precision"] if value is not None]))
     return {
         "k": k,
         "n": int(asked.sum()),
         **{name: float(value[asked].mean()) for name, value in values.items()},
-        "macro_precision": float(
-            np.mean([value for value in per_class["precision"] if value is not None])
-        ),
+        "macro_precision": macro,
         "per_class": per_class,
         "by_query": np.where(asked, values["precision"], np.nan),
         "left_out": int((~asked).sum()),
@@ -95,15 +94,15 @@ def _check(
 ) -> None:
     if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
         raise UserError(
-            f"embeddings must be [clips, d] and labels [clips], but they are {list(embeddings.shape)} and {list(labels.shape)}."
+            "embeddings must be [clips, d] and labels [clips], but they are "
+            f"{list(embeddings.shape)} and {list(labels.shape)}."
         )
     if not np.issubdtype(labels.dtype, np.integer) or (labels.size and labels.min() < 0):
         raise UserError("labels must be class numbers, integers of at least 0.")
     if groups is not None and len(groups) != len(labels):
         raise UserError(f"{len(groups)} groups for {len(labels)} clips.")
-    if not np.isfinite(embeddings).all():
-        raise UserError(
-            f"embeddings: that of clip {int(np.argmin(np.isfinite(embeddings).all(axis=1)))} is not finite."
-        )
+    finite = np.isfinite(embeddings).all(axis=1)
+    if not finite.all():
+        raise UserError(f"embeddings: that of clip {int(np.argmin(finite))} is not finite.")
     if not 1 <= k < len(labels):
         raise UserError(f"k must be at least 1 and less than the {len(labels)} clips, not {k}.")

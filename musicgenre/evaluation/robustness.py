@@ -1,44 +1,45 @@
-"""What changes of a clip do to a model's answers, with intervals: a table, a picture, JSON and one self-contained HTML page.
+"""The effect of changes to clips on a model's decisions, with intervals.
 
-After B. L. Sturm, "A simple method to determine if a music information retrieval system is a 'horse'", IEEE Transactions on
-Multimedia 16(6), 2014: where a change that has nothing to do with the genre changes the answer, the model goes by something else
-than the genre, however good its accuracy is. Sturm also looks for such a change for each clip: one that makes a right answer
-wrong (deflation) or a wrong one right (inflation). How far that takes the accuracy is reported as the lowest and the highest.
+After B. L. Sturm, "A simple method to determine if a music information retrieval system is a
+'horse'", IEEE Transactions on Multimedia 16(6), 2014: if a change that is irrelevant to the genre
+changes the decision, the model relies on something other than the genre, however high its accuracy.
+Sturm also searches such a change for each clip: one that makes a right decision wrong (deflation)
+or a wrong one right (inflation). The lowest and the highest accuracy report how far that goes.
 """
 
-import base64
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from scipy import stats
 
 from musicgenre.errors import UserError
 from musicgenre.evaluation import plots
-from musicgenre.evaluation.intervals import bootstrap_mean, wilson
-from musicgenre.evaluation.report import LEVEL, rendered
+from musicgenre.evaluation.intervals import LEVEL, bootstrap_mean, wilson
+from musicgenre.evaluation.render import data_uri, markdown_table, rendered
 from musicgenre.files import write_json, write_text
 
-# What the two kinds of changes are called, and what they are.
+# The two types of changes by `irrelevant`: name and description.
 KINDS = {
     True: (
         "irrelevant",
-        "not noticed, or nothing to do with the music: level, polarity, where the clip begins, tone controls",
+        "inaudible, or unrelated to the music: level, polarity, start of the clip, tone controls",
     ),
-    False: ("audible", "heard, and the genre stays"),
+    False: ("audible", "audible, but the genre stays the same"),
 }
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Outcome:
-    """What a model says of the changed clips.
+    """A model's predictions for the changed clips.
 
     Attributes:
       name: of the change, such as "tempo +2 %".
-      irrelevant: which of the two kinds it is, see `KINDS`.
+      irrelevant: which of the two types it is, see `KINDS`.
       what: how it is made.
       scores: probabilities, `[clips, classes]`.
     """
@@ -51,7 +52,7 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Robustness:
-    """What a model says of clips before and after changes. Arrays and lists over clips share one order.
+    """A model's predictions before and after changes. Arrays and lists over clips share one order.
 
     Attributes:
       title: heading of the report.
@@ -60,17 +61,17 @@ class Robustness:
       clip_ids: `[clips]`.
       groups: the artist or folder of each clip, `[clips]`; None where it is not known.
       group_name: what a group is.
-      targets: class numbers `[clips]`, or None where they are not known: then the decision before the change stands for them
-        where probabilities are compared, and there is no accuracy.
-      before: probabilities of the clips as they are, `[clips, classes]`.
+      targets: class numbers `[clips]`, or None if unknown: then the decision before the change
+        stands for them where probabilities are compared, and there is no accuracy.
+      before: probabilities of the unchanged clips, `[clips, classes]`.
       outcomes: for each change.
       equalised: probabilities under many random equalisers, `[tries, clips, classes]`.
-      equaliser: what these are, such as "gains of up to 3 dB an octave band".
+      equaliser: what these are, such as "gains of up to 3 dB per octave band".
       missing: changes that could not be made, dicts with `name` and `reason`.
       skipped: clips that could not be used, dicts with `clip_id`, `path` and `reason`.
       notes: sentences below the headline.
-      synthetic: the model learnt from made-up sound, or the clips are.
-      command: what was typed.
+      synthetic: the model was trained on synthetic audio, or the clips are synthetic.
+      command: the command line.
       versions: version by package.
     """
 
@@ -94,145 +95,152 @@ class Robustness:
 
 
 def measure(tested: Robustness, *, resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
-    """Returns what the changes do, as plain JSON values.
+    """Returns the effect of the changes, as plain JSON values.
 
-    A decision is the most probable label. Of each change: `changed` and `share_changed` (with Wilson's interval), the clips whose
-    decision becomes another one; `accuracy`, `worse` (clips right before and wrong after), `better`, the exact two-sided `p` of
-    these two (McNemar 1947), and `accuracy_change` with the bootstrap interval over groups of the paired difference, all None
-    without targets; `probability_change`, the mean change of the probability of the true label, with such an interval.
+    A decision is the most probable label. Each change has `changed` and `share_changed` (with
+    Wilson's interval), the clips whose decision changes; `accuracy`, `worse` (clips right before
+    and wrong after), `better`, the exact two-sided `p` of these two (McNemar 1947), and
+    `accuracy_change` with the bootstrap interval over groups of the paired difference, all None
+    without targets; and `probability_change`, the mean change of the true label's probability, with
+    such an interval.
 
     Args:
-      tested: what the model said.
+      tested: the predictions.
       resamples: draws of the bootstraps.
       seed: of the bootstraps.
 
     Returns:
-      `clips`, `accuracy` (with `accuracy_interval`), `level`, `unit` (what was resampled); `transforms`, these rows, irrelevant
-      changes first; `kinds`, for "irrelevant" and "audible": `transforms`, `mean_share_changed`, `worst`, `unchanged` (the clips
-      that keep their decision under all of them), `right_under_all`; and `equalisers`: `tries`, `changed` (clips whose decision
-      one of them changes), and with targets `lowest` (accuracy where a clip counts when it is right before and under all of
-      them) and `highest` (before or under one of them), each with Wilson's interval.
+      `clips`, `accuracy` (with `accuracy_interval`), `level`, `unit` (what was resampled);
+      `transforms`, these rows, irrelevant changes first; `kinds`, for "irrelevant" and "audible":
+      `transforms`, `mean_share_changed`, `worst`, `unchanged` (the clips that keep their decision
+      under all of them), `right_under_all`; and `equalisers`: `tries`, `changed` (clips whose
+      decision one of them changes), and with targets `lowest` (the accuracy where a clip counts if
+      it is right before and under all of them) and `highest` (before or under one of them), each
+      with Wilson's interval.
 
     Raises:
       UserError: no clips, or fields that do not fit together.
     """
     _check(tested)
-    n = len(tested.clip_ids)
+    n, clips = len(tested.clip_ids), np.arange(len(tested.clip_ids))
     groups = tested.groups if any(group is not None for group in tested.groups) else None
-    targets = None if tested.targets is None else np.asarray(tested.targets)
     decided = tested.before.argmax(axis=1)
-    # Where the truth is not known, the probability of what was decided before is followed.
+    targets = None if tested.targets is None else np.asarray(tested.targets)
     followed = decided if targets is None else targets
     right = None if targets is None else decided == targets
 
     def interval(values: np.ndarray) -> list[float] | None:
-        found = bootstrap_mean(values, groups, resamples=resamples, seed=seed, level=LEVEL)
-        return None if found is None else list(found)
+        found = bootstrap_mean(values, groups, resamples=resamples, seed=seed)
+        return found and list(found)
 
-    def share(count: int) -> dict[str, Any]:
-        return {
-            "count": int(count),
-            "share": int(count) / n,
-            "interval": list(wilson(int(count), n, LEVEL)),
-        }
+    def fraction(chosen: np.ndarray) -> dict[str, Any]:
+        count = int(chosen.sum())
+        return {"count": count, "share": count / n, "interval": list(wilson(count, n))}
 
-    rows, changed_by, right_by = [], [], []
     outcomes = sorted(tested.outcomes, key=lambda outcome: not outcome.irrelevant)
-    for outcome in outcomes:
-        after = outcome.scores.argmax(axis=1)
-        changed = after != decided
-        gained = outcome.scores[np.arange(n), followed] - tested.before[np.arange(n), followed]
-        row: dict[str, Any] = {
+    decisions = [outcome.scores.argmax(axis=1) for outcome in outcomes]
+    rows = []
+    for outcome, after in zip(outcomes, decisions, strict=True):
+        changed = fraction(after != decided)
+        gained = outcome.scores[clips, followed] - tested.before[clips, followed]
+        row = {
             "name": outcome.name,
             "kind": KINDS[outcome.irrelevant][0],
             "what": outcome.what,
-            "changed": int(changed.sum()),
-            "share_changed": float(changed.mean()),
-            "share_changed_interval": list(wilson(int(changed.sum()), n, LEVEL)),
+            "changed": changed["count"],
+            "share_changed": changed["share"],
+            "share_changed_interval": changed["interval"],
             "probability_change": float(gained.mean()),
             "probability_change_interval": interval(gained),
         }
-        for name in (
-            "accuracy",
-            "accuracy_change",
-            "accuracy_change_interval",
-            "worse",
-            "better",
-            "p",
-        ):
-            row[name] = None
-        if right is not None:
-            correct = after == targets
-            worse, better = int((right & ~correct).sum()), int((~right & correct).sum())
-            row |= {
-                "accuracy": float(correct.mean()),
-                "accuracy_change": float(correct.mean() - right.mean()),
-                "accuracy_change_interval": interval(correct.astype(float) - right),
-                "worse": worse,
-                "better": better,
-                "p": float(stats.binomtest(worse, worse + better).pvalue)
-                if worse + better
-                else 1.0,
-            }
-            right_by.append(correct)
-        rows.append(row)
-        changed_by.append(changed)
+        rows.append(row | _accuracy_after(right, after == followed, interval))
     kinds = {}
-    for irrelevant, (name, _) in KINDS.items():
-        own = [i for i, outcome in enumerate(outcomes) if outcome.irrelevant == irrelevant]
-        if not own:
-            continue
-        worst = max(own, key=lambda i: rows[i]["share_changed"])
-        kinds[name] = {
-            "transforms": len(own),
-            "mean_share_changed": float(np.mean([rows[i]["share_changed"] for i in own])),
-            "worst": {"name": rows[worst]["name"], "share_changed": rows[worst]["share_changed"]},
-            "unchanged": share((~np.any([changed_by[i] for i in own], axis=0)).sum()),
-            "right_under_all": None
-            if right is None
-            else share((right & np.all([right_by[i] for i in own], axis=0)).sum()),
-        }
+    for name, _ in KINDS.values():
+        own = [i for i, row in enumerate(rows) if row["kind"] == name]
+        if own:
+            after = np.array([decisions[i] for i in own])
+            worst = max((rows[i] for i in own), key=lambda row: row["share_changed"])
+            under_all = None if right is None else fraction(right & (after == targets).all(axis=0))
+            kinds[name] = {
+                "transforms": len(own),
+                "mean_share_changed": float(np.mean([rows[i]["share_changed"] for i in own])),
+                "worst": {key: worst[key] for key in ("name", "share_changed")},
+                "unchanged": fraction((after == decided).all(axis=0)),
+                "right_under_all": under_all,
+            }
+    tries = np.concatenate([decided[None], tested.equalised.argmax(axis=2)])
     return {
         "clips": n,
         "accuracy": None if right is None else float(right.mean()),
-        "accuracy_interval": None if right is None else list(wilson(int(right.sum()), n, LEVEL)),
+        "accuracy_interval": None if right is None else fraction(right)["interval"],
         "level": LEVEL,
         "unit": "clip" if groups is None else tested.group_name,
         "transforms": rows,
         "kinds": kinds,
-        "equalisers": _searched(tested, decided, targets, share),
+        "equalisers": {
+            "tries": len(tested.equalised),
+            "equaliser": tested.equaliser,
+            "changed": fraction((tries != decided).any(axis=0)),
+            "lowest": None if right is None else fraction((tries == targets).all(axis=0)),
+            "highest": None if right is None else fraction((tries == targets).any(axis=0)),
+        },
+    }
+
+
+def _accuracy_after(
+    right: np.ndarray | None, correct: np.ndarray, interval: Callable[[np.ndarray], Any]
+) -> dict[str, Any]:
+    """Returns the effect on accuracy of decisions `right` before and `correct` after, `[clips]`."""
+    if right is None:
+        names = ("accuracy", "accuracy_change", "accuracy_change_interval", "worse", "better", "p")
+        return dict.fromkeys(names)
+    worse, better = int((right & ~correct).sum()), int((~right & correct).sum())
+    differ = worse + better
+    return {
+        "accuracy": float(correct.mean()),
+        "accuracy_change": float(correct.mean() - right.mean()),
+        "accuracy_change_interval": interval(correct.astype(float) - right),
+        "worse": worse,
+        "better": better,
+        "p": float(stats.binomtest(worse, differ).pvalue) if differ else 1.0,
     }
 
 
 def headline(measures: Mapping[str, Any]) -> list[str]:
-    """Returns what matters most, a sentence each.
+    """Returns the main results, one sentence each.
 
     Args:
       measures: from `measure`.
     """
-    n = measures["clips"]
-    lines = []
+    n, lines = measures["clips"], []
     if measures["accuracy"] is not None:
         low, high = measures["accuracy_interval"]
         lines.append(
-            f"Accuracy on the {n} clips as they are: {_percent(measures['accuracy'])} %, Wilson {_percent(low)}-{_percent(high)}."
+            f"Accuracy on the {n} unchanged clips: {_percent(measures['accuracy'])} %, "
+            f"Wilson {_percent(low)}-{_percent(high)}."
         )
     for name, of in measures["kinds"].items():
         kept, worst = of["unchanged"], of["worst"]
-        line = f"{of['transforms']} {name} changes: {kept['count']} of {n} clips ({_percent(kept['share'])} %) keep their decision"
-        line += f" under all of them; the worst, {worst['name']}, alters {_percent(worst['share_changed'])} %"
-        if of["right_under_all"]:
-            line += f". Right under all: {_interval(of['right_under_all'])}"
-        lines.append(line + ".")
+        right = of["right_under_all"]
+        lines.append(
+            f"{of['transforms']} {name} changes: {kept['count']} of {n} clips "
+            f"({_percent(kept['share'])} %) keep their decision under all of them; the worst, "
+            f"{worst['name']}, alters {_percent(worst['share_changed'])} %"
+            + (f". Right under all: {_interval(right)}." if right else ".")
+        )
     searched = measures["equalisers"]
     if searched["tries"]:
-        of = searched["changed"]
-        line = f"{searched['tries']} random equalisers, {searched['equaliser']}: the decision on {of['count']} of {n} clips "
-        line += f"({_percent(of['share'])} %) changes under one of them"
-        if searched["lowest"]:
-            line += f". Chosen for each clip, they make the accuracy as low as {_interval(searched['lowest'])}, "
-            line += f"or as high as {_interval(searched['highest'])}"
-        lines.append(line + ".")
+        of, low, high = (searched[key] for key in ("changed", "lowest", "highest"))
+        lines.append(
+            f"{searched['tries']} random equalisers, {searched['equaliser']}: the decision on "
+            f"{of['count']} of {n} clips ({_percent(of['share'])} %) changes under one of them"
+            + (
+                f". Chosen for each clip, they make the accuracy as low as {_interval(low)}, or as "
+                f"high as {_interval(high)}."
+                if low
+                else "."
+            )
+        )
     return lines
 
 
@@ -246,9 +254,9 @@ def write_report(
     """Writes `robustness.json`, `robustness.md`, `robustness.png` and `report.html`.
 
     Args:
-      out_dir: folder; made where it is missing.
-      tested: what the model said.
-      measures: what `measure` returned for it; measured here if None.
+      out_dir: folder; created if missing.
+      tested: the predictions.
+      measures: the result of `measure` for it; measured here if None.
       seed: of the bootstraps.
 
     Returns:
@@ -276,50 +284,43 @@ def write_report(
             "versions": dict(tested.versions),
         },
     )
-    flips_plot(out / "robustness.png", measures, title)
+    plots.save(flips_plot(measures), out / "robustness.png", title, palette=True)
     columns, rows = table(measures)
-    write_text(out / "robustness.md", _markdown(tested, measures, title, columns, rows))
-    page = rendered(
-        "robustness.html.j2",
-        tested=tested,
-        title=title,
-        headline=headline(measures),
-        kinds=KINDS.values(),
-        columns=columns,
-        rows=rows,
-        how=_how(measures),
-        figure="data:image/png;base64,"
-        + base64.b64encode((out / "robustness.png").read_bytes()).decode(),
-    )
-    write_text(out / "report.html", page)
+    pages = {
+        "tested": tested,
+        "title": title,
+        "headline": headline(measures),
+        "columns": columns,
+        "rows": rows,
+        "markdown": markdown_table(columns, rows),
+        "how": " ".join(f"{name.capitalize()}: {what}." for name, what in KINDS.values())
+        + " Worse: clips right before and wrong after; better: the reverse. "
+        f"Each {100 * LEVEL:.0f} % interval is for one row: of {len(rows)} rows, about one in "
+        "twenty has p < 0.05 by chance.",
+        "figure": data_uri(out / "robustness.png"),
+    }
+    write_text(out / "report.html", rendered("robustness.html.j2", **pages))
+    write_text(out / "robustness.md", rendered("robustness.md.j2", **pages))
     return out / "robustness.md"
 
 
 def table(measures: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Returns the columns and rows, as text, that the reports show: one for each change.
+    """Returns the columns and rows, as text, of the table in the reports: one row for each change.
 
     Args:
       measures: from `measure`.
     """
     labelled = measures["accuracy"] is not None
-    of = "true label" if labelled else "former decision"
     columns = ["change", "kind", "decision changed, % (Wilson)"]
     if labelled:
-        columns += [
-            "accuracy after, %",
-            f"change of accuracy (bootstrap by {measures['unit']})",
-            "worse / better",
-            "McNemar p",
-        ]
+        change = f"change of accuracy (bootstrap by {measures['unit']})"
+        columns += ["accuracy after, %", change, "worse / better", "McNemar p"]
+    of = "true label" if labelled else "former decision"
     columns.append(f"mean change of p({of}) (bootstrap)")
     rows = []
     for row in measures["transforms"]:
-        low, high = row["share_changed_interval"]
-        cells = [
-            row["name"],
-            row["kind"],
-            f"{_percent(row['share_changed'])} ({_percent(low)} to {_percent(high)})",
-        ]
+        low, high = map(_percent, row["share_changed_interval"])
+        cells = [row["name"], row["kind"], f"{_percent(row['share_changed'])} ({low} to {high})"]
         if labelled:
             cells += [
                 _percent(row["accuracy"]),
@@ -332,56 +333,41 @@ def table(measures: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return columns, rows
 
 
-def flips_plot(path: str | os.PathLike[str], measures: Mapping[str, Any], title: str) -> None:
-    """Draws the share of clips whose decision each change alters, and what becomes of the accuracy.
+def flips_plot(measures: Mapping[str, Any]) -> Figure:
+    """Draws the fraction of clips whose decision each change alters, and the change of accuracy.
 
-    Without labels, what becomes of the probability of the decision before.
+    Without labels, the change of the probability of the decision before.
 
     Args:
-      path: PNG file.
       measures: from `measure`.
-      title: what was tested.
     """
-    rows = measures["transforms"]
-    labelled = measures["accuracy"] is not None
-    # The kinds apart, as the rows have them one after the other.
-    place = np.arange(len(rows), dtype=float) + [row["kind"] != KINDS[True][0] for row in rows]
+    rows, labelled = measures["transforms"], measures["accuracy"] is not None
+    colours = {KINDS[True][0]: plots.BLUE, KINDS[False][0]: plots.ORANGE}
+    own = [colours[row["kind"]] for row in rows]
+    # A gap between the two types of changes, which follow each other.
+    positions = np.arange(len(rows), dtype=float) + [row["kind"] == KINDS[False][0] for row in rows]
     figure = plots.new_figure(10.4, 1.9 + 0.24 * (len(rows) + 1))
-    panels = figure.subplots(1, 2, sharey=True, width_ratios=[1.25, 1])
-    colours = [plots.BLUE if row["kind"] == KINDS[True][0] else plots.ORANGE for row in rows]
-    shares = np.array([100 * row["share_changed"] for row in rows])
-    limits = np.array([[100 * limit for limit in row["share_changed_interval"]] for row in rows])
-    left, right = panels
-    left.barh(place, shares, color=colours, height=0.66)
-    left.hlines(place, limits[:, 0], limits[:, 1], color=plots.INK, linewidth=1)
-    left.set_xlim(0, max(10.0, 1.12 * limits.max()))
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[1.25, 1])
+    limits = 100 * np.array([row["share_changed_interval"] for row in rows])
+    left.barh(positions, [100 * row["share_changed"] for row in rows], color=own, height=0.66)
+    left.hlines(positions, *limits.T, color=plots.INK, linewidth=1)
+    left.set(xlim=(0, max(10.0, 1.12 * limits.max())), ylim=(positions[-1] + 0.7, -0.7))
     left.set_xlabel("clips whose decision changes, % (95 % Wilson)")
-    left.set_yticks(place, [row["name"] for row in rows], fontsize=8.5)
-    left.set_ylim(place[-1] + 0.7, -0.7)
+    left.set_yticks(positions, [row["name"] for row in rows], fontsize=8.5)
     key, factor = ("accuracy_change", 100) if labelled else ("probability_change", 1)
+    ends = [row[f"{key}_interval"] or (np.nan, np.nan) for row in rows]
     right.axvline(0, color=plots.INK, linewidth=1)
-    for position, row, colour in zip(place, rows, colours, strict=True):
-        right.plot(
-            factor * row[key], position, "D", color=colour, markersize=5, markeredgecolor="white"
-        )
-        if row[f"{key}_interval"] is not None:
-            low, high = row[f"{key}_interval"]
-            right.hlines(position, factor * low, factor * high, color=colour, linewidth=2)
-    unit = measures["unit"]
-    right.set_xlabel(
-        f"change of accuracy, points (95 % bootstrap by {unit})"
-        if labelled
-        else f"change of the former decision's probability (95 % bootstrap by {unit})"
-    )
-    for axes in panels:
-        axes.grid(axis="x", color="#e5e7eb", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(colors="#374151", length=3)
-    for irrelevant, colour in ((True, plots.BLUE), (False, plots.ORANGE)):
-        left.barh([np.nan], [np.nan], color=colour, label=": ".join(KINDS[irrelevant]))
+    right.hlines(positions, *factor * np.array(ends, float).T, color=own, linewidth=2)
+    means = factor * np.array([row[key] for row in rows])
+    right.scatter(means, positions, 25, color=own, marker="D", edgecolor="white", zorder=3)
+    what = "accuracy, points" if labelled else "the former decision's probability"
+    right.set_xlabel(f"change of {what} (95 % bootstrap by {measures['unit']})")
+    for axes in (left, right):
+        plots.style_axes(axes, "x")
+    for name, what in KINDS.values():
+        left.barh([np.nan], [np.nan], color=colours[name], label=f"{name}: {what}")
     figure.legend(frameon=False, fontsize=8.5, ncols=1, loc="outside lower left")
-    plots.save(figure, path, title, palette=True)
+    return figure
 
 
 def _check(tested: Robustness) -> None:
@@ -389,47 +375,23 @@ def _check(tested: Robustness) -> None:
     if not n:
         raise UserError("there is no clip to test.")
     for name, scores in [
-        ("as they are", tested.before),
+        ("unchanged", tested.before),
         *((outcome.name, outcome.scores) for outcome in tested.outcomes),
     ]:
         if scores.shape != (n, classes):
-            raise UserError(
-                f"the scores of the clips ({name}) have the shape {list(scores.shape)}, not {[n, classes]}."
-            )
+            shape = list(scores.shape)
+            raise UserError(f"the scores of the clips ({name}) are {shape}, not {[n, classes]}.")
     if len(tested.groups) != n or (tested.targets is not None and len(tested.targets) != n):
         raise UserError(f"groups and targets must be given for each of the {n} clips.")
     if tested.equalised.shape[1:] != (n, classes):
-        raise UserError(
-            f"the scores under equalisers have the shape {list(tested.equalised.shape)}, not [tries, {n}, {classes}]."
-        )
-
-
-def _searched(
-    tested: Robustness, decided: np.ndarray, targets: np.ndarray | None, share: Any
-) -> dict[str, Any]:
-    """Returns what the best and the worst of the random equalisers do for each clip."""
-    decisions = np.concatenate([decided[None], tested.equalised.argmax(axis=2)])
-    found: dict[str, Any] = {
-        "tries": len(tested.equalised),
-        "equaliser": tested.equaliser,
-        "changed": share((decisions != decided).any(axis=0).sum()),
-        "lowest": None,
-        "highest": None,
-    }
-    if targets is not None:
-        right = decisions == targets
-        found |= {
-            "lowest": share(right.all(axis=0).sum()),
-            "highest": share(right.any(axis=0).sum()),
-        }
-    return found
+        shape = list(tested.equalised.shape)
+        raise UserError(f"the scores under equalisers are {shape}, not [tries, {n}, {classes}].")
 
 
 def _clip_results(tested: Robustness) -> list[dict[str, Any]]:
-    """Returns for each clip its decision and the changes that alter it, with what the decision then is."""
-    names = tested.label_names
-    decided = tested.before.argmax(axis=1)
-    after = [outcome.scores.argmax(axis=1) for outcome in tested.outcomes]
+    """Returns each clip's decision and, by change, the other decision that it leads to."""
+    names, decided = tested.label_names, tested.before.argmax(axis=1)
+    after = {outcome.name: outcome.scores.argmax(axis=1) for outcome in tested.outcomes}
     return [
         {
             "clip_id": clip_id,
@@ -438,8 +400,8 @@ def _clip_results(tested: Robustness) -> list[dict[str, Any]]:
             "decision": names[decided[i]],
             "probability": round(float(tested.before[i, decided[i]]), 6),
             "changed_by": {
-                outcome.name: names[decision[i]]
-                for outcome, decision in zip(tested.outcomes, after, strict=True)
+                name: names[decision[i]]
+                for name, decision in after.items()
                 if decision[i] != decided[i]
             },
         }
@@ -447,73 +409,17 @@ def _clip_results(tested: Robustness) -> list[dict[str, Any]]:
     ]
 
 
-def _markdown(
-    tested: Robustness,
-    measures: Mapping[str, Any],
-    title: str,
-    columns: Sequence[str],
-    rows: Sequence[Sequence[str]],
-) -> str:
-    lines = [f"# {title}", ""]
-    if tested.synthetic:
-        lines += [
-            "SYNTHETIC: made-up sound. The numbers show that the code works and say nothing about music.",
-            "",
-        ]
-    lines += [f"- {name}: {value}" for name, value in tested.facts.items()]
-    lines += ["", *(f"- {line}" for line in headline(measures)), ""]
-    if tested.notes:
-        lines += [*(f"- {note}" for note in tested.notes), ""]
-    lines += ["![share of clips whose decision changes](robustness.png)", "", *_how(measures), ""]
-    lines += [f"| {' | '.join(columns)} |", "| " + " | ".join(["---"] * len(columns)) + " |"]
-    lines += [f"| {' | '.join(_cell(cell) for cell in row)} |" for row in rows]
-    lines += ["", "How each change is made:", ""]
-    lines += [f"- {outcome.name}: {outcome.what}" for outcome in tested.outcomes]
-    if tested.missing:
-        lines += [
-            "",
-            "Not made:",
-            "",
-            *(f"- {row['name']}: {row['reason']}" for row in tested.missing),
-        ]
-    if tested.skipped:
-        lines += ["", f"Clips that could not be used: {len(tested.skipped)}", ""]
-        lines += [f"- {row['clip_id']}: {row['reason']}" for row in tested.skipped]
-    if tested.command:
-        lines += ["", "How this was made:", "", "```sh", tested.command, "```"]
-    if tested.versions:
-        lines += ["", ", ".join(f"{name} {version}" for name, version in tested.versions.items())]
-    return "\n".join(lines) + "\n"
-
-
-def _how(measures: Mapping[str, Any]) -> list[str]:
-    """Returns how the table is to be read."""
-    lines = [f"{name.capitalize()}: {what}." for name, what in KINDS.values()]
-    return [
-        " ".join(lines)
-        + " Worse: clips right before and wrong after; better: the other way round. "
-        f"Intervals are of {100 * measures['level']:.0f} %, each for itself: of "
-        f"{len(measures['transforms'])} rows about one in twenty has a p below 0.05 where nothing is behind it."
-    ]
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f}"
 
 
 def _interval(found: Mapping[str, Any]) -> str:
-    low, high = found["interval"]
-    return f"{_percent(found['share'])} % ({_percent(low)}-{_percent(high)})"
+    low, high = map(_percent, found["interval"])
+    return f"{_percent(found['share'])} % ({low}-{high})"
 
 
 def _signed(value: float, interval: Sequence[float] | None, factor: float, digits: int) -> str:
     # A rounded zero has no sign.
-    number = f"{round(value, digits) + 0.0:+.{digits}f}"
-    if interval is None:
-        return number
-    low, high = (round(factor * limit, digits) + 0.0 for limit in interval)
-    return f"{number} ({low:+.{digits}f} to {high:+.{digits}f})"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    numbers = [value, *(factor * limit for limit in interval or ())]
+    texts = [f"{round(number, digits) + 0.0:+.{digits}f}" for number in numbers]
+    return texts[0] if interval is None else f"{texts[0]} ({texts[1]} to {texts[2]})"

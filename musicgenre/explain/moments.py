@@ -1,10 +1,9 @@
 """The window of a file to explain, and the moments of many files that excite a unit most."""
 
-import heapq
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,10 +16,10 @@ from musicgenre.inference.windows import (
     BATCH,
     FileWindows,
     Network,
-    WeightedMean,
     Window,
     padded_batch,
     score_windows,
+    weighted_mean,
 )
 from musicgenre.runs.model import TrainedModel
 
@@ -101,9 +100,10 @@ def choose_window(
     hop = model.features.hop_length / model.features.sample_rate
     # The best window per label, or the one nearest to `at`.
     best: dict[int, tuple[float, Window, np.ndarray]] = {}
-    mean = WeightedMean()
+    weights, rows = [], []
     for window, row, _ in score_windows(windows, network):
-        mean.add(window.weight, row)
+        weights.append(window.weight)
+        rows.append(row)
         middle = (window.start + window.length / 2) * hop
         for number, value in enumerate(row.tolist() if at is None else [-abs(middle - at)]):
             if number not in best or value > best[number][0]:
@@ -111,7 +111,7 @@ def choose_window(
     seconds = windows.samples / model.features.sample_rate
     if at is not None and not 0 <= at <= seconds:
         raise UserError(f"{path}: {at:g} s is beyond its end; it is {seconds:.1f} s long.")
-    (whole,) = mean.result()
+    whole = weighted_mean(weights, rows)
     if label is None:
         label = int((whole if at is None else best[0][2]).argmax())
     _, window, row = best[label if at is None else 0]
@@ -120,10 +120,9 @@ def choose_window(
 
 
 class _Entry(NamedTuple):
-    """A candidate for a moment; entries compare by their first two items, which differ."""
+    """A candidate for a moment."""
 
     activation: float
-    order: int  # falls, so that of equal activations the earlier one is kept
     path: str
     window: Window
     step: int  # position in time; -1 for a unit without
@@ -161,7 +160,6 @@ def strongest_moments(
     for layer, unit in units:
         explainer.check_unit(layer, unit)
     names = tuple(dict.fromkeys(layer for layer, _ in units))
-    order = itertools.count(0, -1)
     best: list[list[_Entry]] = [[] for _ in units]
     for path in paths:
         windows = FileWindows(
@@ -171,12 +169,10 @@ def strongest_moments(
         try:
             for window, values in _activations(explainer, windows, names):
                 real = window.length / explainer.model.frames
-                for entries, (layer, unit) in zip(here, units, strict=True):
-                    peak = _peak(values[layer][..., unit], real)
-                    keep_largest(
-                        entries,
-                        _Entry(peak[0], next(order), os.fspath(path), window, peak[1]),
-                        count,
+                for i, (layer, unit) in enumerate(units):
+                    activation, step = _peak(values[layer][..., unit], real)
+                    here[i] = _largest(
+                        [*here[i], _Entry(activation, windows.path, window, step)], count
                     )
         except UserError as error:
             if failed is None:
@@ -184,13 +180,12 @@ def strongest_moments(
             failed(str(error))
             continue
         seconds = windows.samples / explainer.model.features.sample_rate
-        for kept, entries in zip(best, here, strict=True):
-            for entry in entries:
-                keep_largest(kept, entry._replace(seconds=seconds), count)
+        for i, entries in enumerate(here):
+            best[i] = _largest(best[i] + [one._replace(seconds=seconds) for one in entries], count)
     found = [
         (layer, unit, entry)
         for (layer, unit), entries in zip(units, best, strict=True)
-        for entry in sorted(entries, key=lambda entry: entry[:2], reverse=True)
+        for entry in entries
     ]
     frames: dict[int, float] = {}
     for name in names:
@@ -232,12 +227,9 @@ def _peak(values: np.ndarray, real: float) -> tuple[float, int]:
     return float(steps[step]), step
 
 
-def keep_largest(heap: list[Any], entry: Any, count: int) -> None:
-    """Keeps the `count` largest entries of a heap. No two have equal first two items."""
-    if len(heap) < count:
-        heapq.heappush(heap, entry)
-    else:
-        heapq.heappushpop(heap, entry)
+def _largest(entries: list[_Entry], count: int) -> list[_Entry]:
+    """Returns the entries with the largest activations, in order; of equal ones the earlier."""
+    return sorted(entries, key=lambda entry: entry.activation, reverse=True)[:count]
 
 
 def _moment(
@@ -251,15 +243,8 @@ def _moment(
     # Frames of a waveform begin at multiples of the hop; others are centred there.
     time = (window.start + busiest + (0.5 if model.features.kind == "waveform" else 0.0)) * hop
     end = min((window.start + window.length) * hop, entry.seconds)
-    return Moment(
-        layer,
-        unit,
-        entry.path,
-        min(max(time, 0.0), entry.seconds),
-        window.start * hop,
-        end,
-        entry.activation,
-    )
+    time, start = min(max(time, 0.0), entry.seconds), window.start * hop
+    return Moment(layer, unit, entry.path, time, start, end, entry.activation)
 
 
 def busiest_frames(

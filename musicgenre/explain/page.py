@@ -9,17 +9,18 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
 import jinja2
 import numpy as np
+from markupsafe import Markup
 
 from musicgenre.audio.features import FeatureSpec, compute_features
 from musicgenre.audio.resample import resample
 from musicgenre.errors import UserError, did_you_mean
 from musicgenre.evaluation.plots import TimePanel
-from musicgenre.explain import plots
+from musicgenre.explain import plots, sonify, taps
 from musicgenre.explain.attribution import (
     Attribution,
     class_map,
@@ -30,21 +31,7 @@ from musicgenre.explain.attribution import (
     strongest_units,
 )
 from musicgenre.explain.moments import Chosen, Moment, choose_window, strongest_moments
-from musicgenre.explain.sonify import (
-    apply_mask,
-    attribution_mask,
-    invert,
-    read_excerpt,
-    write_sound,
-)
-from musicgenre.explain.taps import (
-    EMBEDDING,
-    INPUT,
-    OUTPUT,
-    Explainer,
-    first_filters,
-    frequency_responses,
-)
+from musicgenre.explain.taps import EMBEDDING, INPUT, OUTPUT, Explainer
 from musicgenre.files import replacing, write_text
 from musicgenre.inference.spectrogram import feature_panel
 from musicgenre.inference.tagger import Tagger
@@ -54,7 +41,22 @@ PARTS = ("filters", "activations", "saliency", "sound", "moments")
 # Units of the embedding whose moments are searched: per file, and in total.
 _UNITS_OF_A_FILE, _MOST_UNITS = 3, 9
 # Names of one band of each type of features.
-_BAND = {"logmel": "mel band", "mfcc": "coefficient", "stft": "frequency bin", "waveform": "sample"}
+_BANDS = {"logmel": "mel band", "mfcc": "coefficient", "stft": "frequency bin"}
+_CSV_COLUMNS = "layer unit label rank file time window_start window_end activation"
+_MOMENTS = (
+    "The windows in which a unit reaches its highest values, and when it does. For a unit without "
+    "a time axis, such as a label, it is the middle of the second with most evidence for it. The "
+    "activation of a label is {}. All moments: moments.csv."
+)
+_SOUNDS = (
+    "The evidence for a label or a unit is the positive part of its integrated gradients, "
+    "smoothed, and applied to the sound as a mask. Sounds from the spectrogram alone have phases "
+    "from the Griffin-Lim algorithm."
+)
+_ACTIVATIONS = (
+    "The output of each layer, before an activation function that is not a layer. All values: "
+    "activations.npz."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,20 +110,6 @@ class UnusableFile(UserError):
     """A sound file that cannot be used. Other files can still be explained."""
 
 
-class Link(NamedTuple):
-    """A table cell that links to another page."""
-
-    text: str
-    href: str
-
-
-class Sound(NamedTuple):
-    """A sound file next to the page, with a player."""
-
-    name: str
-    src: str
-
-
 @dataclasses.dataclass(frozen=True)
 class Section:
     """A part of a page.
@@ -130,8 +118,7 @@ class Section:
       heading: its title.
       text: paragraphs.
       figures: address of each picture, and its description.
-      sounds: sounds with players.
-      columns: of its table.
+      columns: names of its table's columns; without any, the table has no head.
       rows: of its table.
       numbers: how many of the last columns are numbers.
       listing: preformatted text, shown on demand.
@@ -140,37 +127,23 @@ class Section:
     heading: str
     text: Sequence[str] = ()
     figures: Sequence[tuple[str, str]] = ()
-    sounds: Sequence[Sound] = ()
     columns: Sequence[str] = ()
-    rows: Sequence[Sequence[str | Link | Sound]] = ()
+    rows: Sequence[Sequence[str]] = ()
     numbers: int = 0
     listing: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Excerpt:
-    """The explained window of a file, and where its folder is.
-
-    Attributes:
-      path: the sound file.
-      folder: of its page.
-      chosen: the window.
-      original: its sound at the file's own rate, float32 `[samples, channels]`.
-      rate: of `original`, Hz.
-      samples: the same, mono at the model's rate, float32 `[samples]`.
-    """
+    """The explained window of a file: the network's input and its sound at two rates."""
 
     path: str
     folder: Path
     chosen: Chosen
-    original: np.ndarray
+    features: np.ndarray  # float32 `[frames, bands]`
+    original: np.ndarray  # `[samples, channels]` at the file's own rate
     rate: int
-    samples: np.ndarray
-
-    @property
-    def features(self) -> np.ndarray:
-        """The network's input, float32 `[frames, bands]`."""
-        return self.chosen.window.inputs.astype(np.float32)
+    samples: np.ndarray  # mono at the model's rate
 
     @property
     def span(self) -> str:
@@ -231,39 +204,29 @@ class Explanation:
           UserError: the folder cannot be written.
         """
         excerpt = self._read(path)
-        features, label = excerpt.features, excerpt.chosen.label
-        strong = strongest_units(self.explainer, features, label, _UNITS_OF_A_FILE)
+        target, parts = (OUTPUT, excerpt.chosen.label), self.options.parts
+        strong = strongest_units(self.explainer, excerpt.features, target[1], _UNITS_OF_A_FILE)
         self._strong |= dict.fromkeys(strong)
-        title = f"{self._synthetic}{_text(Path(path).name)} · "
         sections = [self._predictions(excerpt.chosen)]
-        parts = self.options.parts
+        paths = {}
         if "saliency" in parts or "sound" in parts:
-            found = {
-                target: (
-                    gradient_times_input(self.explainer, features, *target),
-                    integrated_gradients(self.explainer, features, *target),
-                )
-                for target in [(OUTPUT, label), *([self._unit] if self._unit else [])]
-            }
-            if "saliency" in parts:
-                sections += [
-                    self._saliency(excerpt, target, *both, title) for target, both in found.items()
-                ]
-            if "sound" in parts:
-                maps = {target: path.spectral for target, (_, path) in found.items()}
-                sections.append(self._sounds(excerpt, maps, strong))
+            for one in [target, *([self._unit] if self._unit else [])]:
+                paths[one] = integrated_gradients(self.explainer, excerpt.features, *one)
+        if "saliency" in parts:
+            sections += [self._saliency(excerpt, one, path) for one, path in paths.items()]
+        if "sound" in parts:
+            sections.append(self._sounds(excerpt, paths, strong))
         if "activations" in parts:
-            sections.append(self._activations(excerpt, title))
-        name = self.model.label_names[label]
+            sections.append(self._activations(excerpt))
+        name = self._words(*target)
         self._write(
-            excerpt.folder / "index.html",
+            excerpt.folder,
             f"{_text(Path(path).name)}: why {name}?",
             sections,
             {"file": _text(path), "window": f"{excerpt.span} of {excerpt.chosen.seconds:.1f} s"},
-            up="../index.html",
         )
         self._done.append(excerpt)
-        value = self._value(excerpt.chosen.probabilities[label])
+        value = self._value(excerpt.chosen.probabilities[target[1]])
         return f"{path}: {name} {value}, {excerpt.span} -> {excerpt.folder / 'index.html'}"
 
     def finish(
@@ -280,7 +243,9 @@ class Explanation:
         """
         rows = [
             (
-                Link(_text(excerpt.path), f"{quote(excerpt.folder.name)}/index.html"),
+                Markup('<a href="{}/index.html">{}</a>').format(
+                    quote(excerpt.folder.name), _text(excerpt.path)
+                ),
                 self.model.label_names[excerpt.chosen.label],
                 self._value(excerpt.chosen.probabilities[excerpt.chosen.label]),
                 excerpt.span,
@@ -300,20 +265,14 @@ class Explanation:
             )
             if not moments:
                 raise UserError("--clips: none of these files can be used.")
-            ranked = self._ranked(moments)
-            yield from (
-                f"{words}  {moment.activation:.4g}  {moment.path}  {moment.time:.1f} s"
-                for words, rank, moment in ranked
-                if rank == 1
-            )
-            sections.append(self._moments(ranked))
+            section, lines = self._moments(moments)
+            sections.append(section)
+            yield from lines
         if "filters" in self.options.parts:
             sections.append(self._filters())
         sections.append(Section("Layers", listing=table(self.explainer.layers)))
-        page = self._out / "index.html"
-        self._write(page, f"What {self.model.config.model.name} responds to", sections)
-        count = len(self._done)
-        yield f"{_counted(count, 'file')} explained -> {page}"
+        self._write(self._out, f"What {self.model.config.model.name} responds to", sections)
+        yield f"{_counted(len(self._done), 'file')} explained -> {self._out / 'index.html'}"
 
     def _read(self, path: str) -> _Excerpt:
         spec = self.model.features
@@ -326,7 +285,7 @@ class Explanation:
                 at=self.options.at,
                 min_seconds=self.tagger.min_seconds,
             )
-            original, rate = read_excerpt(path, chosen.start, chosen.end)
+            original, rate = sonify.read_excerpt(path, chosen.start, chosen.end)
         except UserError as error:
             raise UnusableFile(str(error)) from error
         samples = resample(original.mean(axis=1), rate, spec.sample_rate, spec.resampler)
@@ -337,28 +296,28 @@ class Explanation:
         while unique.lower() in taken:
             number += 1
             unique = f"{stem}-{number}"
-        return _Excerpt(path, self._out / unique, chosen, original, rate, samples)
+        features = chosen.window.inputs.astype(np.float32)
+        return _Excerpt(path, self._out / unique, chosen, features, original, rate, samples)
 
     def _write(
         self,
-        path: Path,
+        folder: Path,
         title: str,
         sections: Sequence[Section],
         facts: Mapping[str, str] | None = None,
-        up: str = "",
     ) -> None:
-        text = (
-            _templates()
-            .get_template("explain.html.j2")
-            .render(
-                title=title,
-                facts=self._facts | dict(facts or {}),
-                sections=sections,
-                synthetic=bool(self._synthetic),
-                up=up,
-            )
+        """Writes a page; one with facts of its own belongs to a file."""
+        text = _template().render(
+            title=title,
+            facts=self._facts | dict(facts or {}),
+            sections=sections,
+            synthetic=bool(self._synthetic),
+            up="../index.html" if facts else "",
         )
-        write_text(path, text)
+        write_text(folder / "index.html", text)
+
+    def _title(self, excerpt: _Excerpt, what: str) -> str:
+        return f"{self._synthetic}{_text(Path(excerpt.path).name)} · {what}"
 
     def _units(self) -> list[tuple[str, int]]:
         """Returns the units whose moments are searched."""
@@ -378,47 +337,44 @@ class Explanation:
         rows = [
             (
                 self.model.label_names[i],
-                self._value(chosen.probabilities[i]),
-                self._value(chosen.file_probabilities[i]),
+                *(self._value(p[i]) for p in (chosen.probabilities, chosen.file_probabilities)),
             )
             for i in dict.fromkeys([*order, chosen.label])
         ]
         columns = ("label", "this window", "the whole file")
         return Section("Predictions", columns=columns, rows=rows, numbers=2)
 
-    def _saliency(
-        self,
-        excerpt: _Excerpt,
-        target: tuple[str, int],
-        times: Attribution,
-        path: Attribution,
-        title: str,
-    ) -> Section:
+    def _saliency(self, excerpt: _Excerpt, target: tuple[str, int], path: Attribution) -> Section:
+        times = gradient_times_input(self.explainer, excerpt.features, *target)
         label, words = target[0] == OUTPUT, self._words(*target)
         name = "saliency" if label else f"saliency-{_plain(words)}"
         what = "value" if self.model.task == "regression" else "logit"
         what = what if label else "activation"
         panel, length = self._panel(excerpt), excerpt.chosen.window.length
-        maps: list[plots.MapPanel] = []
-        for attribution, heading in (
-            (times, "gradient × input: red is evidence for, blue against"),
-            (path, "integrated gradients: what this sound adds to silence"),
-        ):
-            values = attribution.spectral[:length]
-            if self.model.features.kind == "waveform":
-                maps.append(plots.MapPanel(values.ravel(), heading, what))
-            else:
-                maps.append(plots.MapPanel(values, heading, f"contribution to the {what}"))
+        waveform = self.model.features.kind == "waveform"
+        maps = [
+            plots.MapPanel(
+                found.spectral[:length].ravel() if waveform else found.spectral[:length],
+                heading,
+                what if waveform else f"contribution to the {what}",
+            )
+            for found, heading in (
+                (times, "gradient × input: red is evidence for, blue against"),
+                (path, "integrated gradients: what this sound adds to silence"),
+            )
+        ]
         arrays: dict[str, Any] = {
             "gradient_times_input": times.values,
             "integrated_gradients": path.values,
+            "start": np.float64(excerpt.chosen.start),
+            "end": np.float64(excerpt.chosen.end),
+            "target": np.array(words),
         }
-        total = float(path.values.sum())
         texts = [
             f"The {what} of {words} is {times.score:.3f} here and {path.reference:.3f} in silence; "
             f"the difference is {path.score - path.reference:.3f}, and the integrated gradients "
-            f"add up to {total:.3f}. The zero of gradient × input is the mean of the training "
-            "clips. Colours end at the 99.5th percentile."
+            f"add up to {float(path.values.sum()):.3f}. The zero of gradient × input is the mean "
+            "of the training clips. Colours end at the 99.5th percentile."
         ]
         if label:
             positions = class_map(self.explainer, excerpt.features, *target, self._over)
@@ -426,25 +382,15 @@ class Explanation:
             if len(grid) != len(panel.values):  # the picture of a waveform has its own hop
                 grid = stretched(grid, *panel.values.shape)
             over = "the input (there is no convolution)" if self._over == INPUT else self._over
-            maps.append(
-                plots.MapPanel(grid, f"Grad-CAM over {over}", "weighted activation", signed=False)
-            )
+            maps.append(plots.MapPanel(grid, f"Grad-CAM over {over}", "weighted activation", False))
             arrays["grad_cam"] = positions
             if not positions.any():
                 texts.append(
-                    "Grad-CAM is zero everywhere: no position of that layer is evidence for this "
-                    "label."
+                    "Grad-CAM is zero: no position of the layer is evidence for the label."
                 )
-        plots.saliency(excerpt.folder / f"{name}.png", panel, maps, f"{title}evidence for {words}")
-        _save(
-            excerpt.folder / f"{name}.npz",
-            arrays
-            | {
-                "start": np.float64(excerpt.chosen.start),
-                "end": np.float64(excerpt.chosen.end),
-                "target": np.array(words),
-            },
-        )
+        title = self._title(excerpt, f"evidence for {words}")
+        plots.saliency(excerpt.folder / f"{name}.png", panel, maps, title)
+        _save(excerpt.folder / f"{name}.npz", arrays)
         caption = f"Spectrogram, and the evidence in it for and against {words}"
         return Section(f"Evidence for {words}", texts, [(f"{name}.png", caption)])
 
@@ -464,44 +410,37 @@ class Explanation:
         return dataclasses.replace(panel, start=excerpt.chosen.start + panel.start)
 
     def _sounds(
-        self, excerpt: _Excerpt, maps: dict[tuple[str, int], np.ndarray], strong: Sequence[int]
+        self, excerpt: _Excerpt, paths: Mapping[tuple[str, int], Attribution], strong: Sequence[int]
     ) -> Section:
         """Writes the window's sound, and what a mask of each unit's evidence leaves of it."""
         spec = self.model.features
         features = excerpt.features[: excerpt.chosen.window.length]
-        waveform = spec.kind == "waveform"
-        sounds: list[Sound] = []
+        waveform, rows = spec.kind == "waveform", []
 
         def add(name: str, words: str, values: np.ndarray, rate: int = spec.sample_rate) -> None:
-            write_sound(excerpt.folder / f"{name}.wav", values, rate)
-            sounds.append(Sound(words, f"{name}.wav"))
+            sonify.write_sound(excerpt.folder / f"{name}.wav", values, rate)
+            rows.append((words, _player(f"{name}.wav", words, "24em")))
 
         add("original", "the window as it is in the file", excerpt.original, excerpt.rate)
         if not waveform:
-            add("input", "the network's input, as sound", invert(features, spec))
-        if not self._unit:
-            # The unit of the embedding that contributes most to the label.
-            for unit in strong[:1]:
-                maps[EMBEDDING, unit] = integrated_gradients(
-                    self.explainer, excerpt.features, EMBEDDING, unit, steps=32
-                ).spectral
-        for target, values in maps.items():
-            mask = attribution_mask(values[: len(features)], spec)
+            add("input", "the network's input, as sound", sonify.invert(features, spec))
+        paths = dict(paths)
+        for unit in [] if self._unit else strong[:1]:
+            paths[EMBEDDING, unit] = integrated_gradients(
+                self.explainer, excerpt.features, EMBEDDING, unit, steps=32
+            )
+        for target, path in paths.items():
+            mask = sonify.attribution_mask(path.spectral[: len(features)], spec)
             words, name = self._words(*target), _plain(self._words(*target))
             part = features.ravel() if waveform else excerpt.samples
-            masked = apply_mask(part, spec, mask)
+            masked = sonify.apply_mask(part, spec, mask)
             add(f"masked-{name}", f"{words}: the evidence for it in the sound", masked)
             if not waveform:
-                inverted = invert(features, spec, mask)
+                inverted = sonify.invert(features, spec, mask)
                 add(f"inverted-{name}", f"{words}: the same, from the spectrogram alone", inverted)
-        text = (
-            "The evidence for a label or a unit is the positive part of its integrated gradients, "
-            "smoothed, and applied to the sound as a mask. Sounds from the spectrogram alone have "
-            "phases from the Griffin-Lim algorithm."
-        )
-        return Section("As sound", [text], sounds=sounds)
+        return Section("As sound", [_SOUNDS], rows=rows, numbers=1)
 
-    def _activations(self, excerpt: _Excerpt, title: str) -> Section:
+    def _activations(self, excerpt: _Excerpt) -> Section:
         found = self.explainer.activations(excerpt.features[None])
         values = {name: array[0] for name, array in found.items()}
         _save(excerpt.folder / "activations.npz", values)
@@ -514,31 +453,27 @@ class Explanation:
         plots.activations(
             excerpt.folder / "activations.png",
             drawn,
-            f"{title}activations of {self.model.config.model.name}",
+            self._title(excerpt, f"activations of {self.model.config.model.name}"),
             span=(excerpt.chosen.start, excerpt.chosen.end),
             labels=self.model.label_names,
         )
-        text = (
-            "The output of each layer, before an activation function that is not a layer. "
-            "All values: activations.npz."
-        )
         caption = "Values of every layer, from the input to the output"
-        return Section("Activations", [text], [("activations.png", caption)])
+        return Section("Activations", [_ACTIVATIONS], [("activations.png", caption)])
 
     def _filters(self) -> Section:
         spec, pictures = self.model.features, []
-        for found in first_filters(self.model, self.explainer.layers):
+        for found in taps.first_filters(self.model, self.explainer.layers):
             path = self._out / f"filters-{_plain(found.layer)}.png"
             title = f"{self._synthetic}filters of {found.layer} · {self._network}"
             count, bands, frames = found.kernels.shape
             if found.form == "waveform":
-                decibels, hertz, _ = frequency_responses(found.kernels[:, 0], spec.sample_rate)
+                decibels, hertz, _ = taps.frequency_responses(found.kernels[:, 0], spec.sample_rate)
                 title += f" · {count} filters of {frames} samples"
                 plots.frequency_responses(path, decibels, hertz, title)
             else:
                 hop = 1000 * spec.hop_length / spec.sample_rate
                 across = f"time: {_counted(frames, 'frame')}, {hop:.3g} ms apart"
-                up, ticks = _counted(bands, _BAND[spec.kind]), None
+                up, ticks = _counted(bands, _BANDS.get(spec.kind, "sample")), None
                 if found.form == "bands" and spec.kind in ("logmel", "stft"):
                     up = "frequency (Hz)"
                     ticks = feature_panel(np.zeros((1, bands)), spec).yticks
@@ -549,61 +484,43 @@ class Explanation:
         texts = [] if pictures else ["The layers that receive the input have no kernels."]
         return Section("First-layer filters", texts, pictures)
 
-    def _ranked(self, moments: Sequence[Moment]) -> list[tuple[str, int, Moment]]:
-        """Returns moments, sorted by unit, with the unit in words and their rank from 1."""
+    def _moments(self, moments: Sequence[Moment]) -> tuple[Section, list[str]]:
+        """Writes `moments.csv` and cut sounds; returns a section, and a line per unit."""
+        half = self.options.seconds / 2
         ranks: dict[str, int] = {}
-        ranked = []
+        cells, rows, lines = [], [], []
         for moment in moments:
             words = self._words(moment.layer, moment.unit)
-            ranks[words] = ranks.get(words, 0) + 1
-            ranked.append((words, ranks[words], moment))
-        return ranked
-
-    def _moments(self, ranked: Sequence[tuple[str, int, Moment]]) -> Section:
-        """Writes `moments.csv`, and cuts the moments out if requested."""
-        half, cells = self.options.seconds / 2, []
-        for words, rank, moment in ranked:
-            cell: list[str | Link | Sound] = [words, str(rank), _text(moment.path)]
-            cell += [clock(moment.time), f"{moment.activation:.4g}"]
+            rank = ranks[words] = ranks.get(words, 0) + 1
+            times = (f"{value:.3f}" for value in (moment.time, moment.start, moment.end))
+            rows.append(
+                [moment.layer, moment.unit, words, rank, moment.path, *times]
+                + [f"{moment.activation:.6g}"]
+            )
+            value = f"{moment.activation:.4g}"
+            cell = [words, str(rank), _text(moment.path), clock(moment.time), value]
             if self.options.cut:
-                name = f"{_plain(words)}-{rank}.wav"
-                samples, rate = read_excerpt(
-                    moment.path, max(moment.time - half, 0), moment.time + half
-                )
-                write_sound(self._out / "moments" / name, samples, rate)
-                cell.append(Sound(words, f"moments/{name}"))
+                name = f"moments/{_plain(words)}-{rank}.wav"
+                span = (max(moment.time - half, 0), moment.time + half)
+                sonify.write_sound(self._out / name, *sonify.read_excerpt(moment.path, *span))
+                cell.append(_player(name, words, "14em"))
             cells.append(cell)
-        header = "layer,unit,label,rank,file,time,window_start,window_end,activation".split(",")
+            if rank == 1:
+                lines.append(f"{words}  {value}  {moment.path}  {moment.time:.1f} s")
         with (
             replacing(self._out / "moments.csv") as temporary,
             open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
         ):
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(header)
-            writer.writerows(
-                [
-                    moment.layer,
-                    moment.unit,
-                    words,
-                    rank,
-                    moment.path,
-                    *(f"{value:.3f}" for value in (moment.time, moment.start, moment.end)),
-                    f"{moment.activation:.6g}",
-                ]
-                for words, rank, moment in ranked
-            )
-        text = (
-            "The windows in which a unit reaches its highest values, and when it does. "
-            "For a unit without a time axis, such as a label, it is the middle of the second with "
-            "most evidence for it. The activation of a label is "
-            f"{'the output' if self.model.task == 'regression' else 'the probability'}. "
-            "All moments: moments.csv."
+            writer.writerow(_CSV_COLUMNS.split())
+            writer.writerows(rows)
+        text = _MOMENTS.format(
+            "the output" if self.model.task == "regression" else "the probability"
         )
-        columns = ["unit", "rank", "file", "time (min:s)", "activation"]
-        columns += ["sound"] if self.options.cut else []
-        return Section(
-            "Strongest moments", [text], columns=columns, rows=cells, numbers=len(columns) - 3
-        )
+        columns = ["unit", "rank", "file", "time (min:s)", "activation", "sound"]
+        columns = columns if self.options.cut else columns[:-1]
+        numbers = len(columns) - 3
+        return Section("Strongest moments", [text], [], columns, cells, numbers), lines
 
 
 def layer_table(explainer: Explainer) -> str:
@@ -623,17 +540,26 @@ def layer_table(explainer: Explainer) -> str:
 
 
 @functools.cache
-def _templates() -> jinja2.Environment:
-    """Returns the environment of this package's templates; they extend the reports' base."""
-    return jinja2.Environment(
-        loader=jinja2.ChoiceLoader(
-            [jinja2.PackageLoader(f"musicgenre.{name}") for name in ("explain", "evaluation")]
-        ),
+def _template() -> jinja2.Template:
+    """Returns the template of a page; it extends that of the reports."""
+    folders = [jinja2.PackageLoader(f"musicgenre.{name}") for name in ("explain", "evaluation")]
+    environment = jinja2.Environment(
+        loader=jinja2.ChoiceLoader(folders),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    return environment.get_template("explain.html.j2")
+
+
+def _player(source: str, title: str, width: str) -> Markup:
+    """Returns the HTML of a player for a sound file next to the page."""
+    player = (
+        '<audio controls preload="none" src="{}" title="{}" style="width: {}; height: 2.2em">'
+        "</audio>"
+    )
+    return Markup(player).format(source, title, width)
 
 
 def _save(path: Path, arrays: Mapping[str, Any]) -> None:

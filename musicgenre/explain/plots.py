@@ -23,13 +23,8 @@ _FOR = LinearSegmentedColormap.from_list("for", _SIGNED(np.linspace(0.5, 1.0, 12
 # The spectrogram behind the colours is grey and no darker than this.
 _BEHIND = LinearSegmentedColormap.from_list("behind", ["#ffffff", "#8b9099"])
 _IMAGE: dict[str, Any] = {"origin": "lower", "aspect": "auto", "interpolation": "nearest"}
-# Of the activations, in inches: a row, the gap below it, the text to its left, its picture.
-_ROW, _GAP, _TEXT, _PICTURE = 0.56, 0.14, 2.05, 6.3
-_COLUMN = _TEXT + _PICTURE + 0.25
-# Most rows per column, and columns.
-_ROWS, _COLUMNS = 24, 3
-# Pictures of one layer's units next to each other, and the gap between them.
-_UNITS, _UNIT_GAP = 8, 0.06
+# Most rows per column of the activations, most columns, and most units of a layer's picture.
+_ROWS, _COLUMNS, _UNITS = 24, 3, 8
 # Most labels that are named below their bars.
 _NAMED = 12
 
@@ -76,22 +71,16 @@ def filters(
     bands, width = kernels.shape[1:]
     # Small patches have square cells; kernels that span many bands are tall images.
     square = max(bands, width) <= 16
+    high, wide = (1.35, 1.35 if width > 32 else 0.62) if bands > 16 or width <= 32 else (0.5, 2.2)
     if square:
         high, wide = (max(0.78 * extent / max(bands, width), 0.2) for extent in (bands, width))
-    elif width > 32:
-        high, wide = (1.35, 1.35) if bands > 16 else (0.5, 2.2)
-    else:
-        high, wide = 1.35, 0.62
     columns = max(min(len(kernels), int(8.2 / (wide + 0.12))), 1)
     # The figure is at most slightly higher than wide.
     most = min(most, columns * max(int(11.0 / (high + 0.27)), 1))
     order = np.argsort(-np.square(kernels).sum(axis=(1, 2)), kind="stable")[:most].tolist()
     count, limit = len(order), _limit(kernels[order], 0.998)
-    # Of similar numbers of columns, take the one that leaves the fewest gaps in the last row.
-    columns = min(
-        range(columns, max(columns * 2 // 3, 1) - 1, -1), key=lambda number: -count % number
-    )
     rows = -(-count // columns)
+    columns = -(-count // rows)
     figure = new_figure(max(columns * (wide + 0.12) + 1.7, 4.6), rows * (high + 0.27) + 1.0)
     grid = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
     for axes in grid[count:]:
@@ -175,51 +164,47 @@ def activations(
         title = f"{title} · {len(names)} of {len(layers)} layers"
     columns = -(-len(names) // _ROWS)
     rows = -(-len(names) // columns)
-    wide, head, foot = columns * _COLUMN, 0.5, 0.45
-    high = head + rows * (_ROW + _GAP) + foot
+    wide, high = 8.6 * columns, 0.7 * rows + 0.95
     figure = new_figure(wide, high, layout=None)
-    for index, name in enumerate(names):
-        column, row = divmod(index, rows)
-        box = (column * _COLUMN + 0.1, high - head - row * (_ROW + _GAP) - _ROW)
-        _activation_row(figure, box, name, layers[name], labels if name == names[-1] else ())
+    grid = figure.subplots(rows, columns, squeeze=False).T.ravel().tolist()
+    figure.subplots_adjust(
+        left=2.05 / wide,
+        right=1 - 0.2 / wide,
+        bottom=0.45 / high,
+        top=1 - 0.5 / high,
+        hspace=0.25,
+        wspace=0.36,
+    )
+    for axes, name in zip(grid, names, strict=False):
+        _activation_row(axes, name, layers[name], labels if name == names[-1] else ())
+    for axes in grid[len(names) :]:
+        axes.set_axis_off()
     text = (
         f"left to right: {span[0]:.1f} to {span[1]:.1f} s, or units of a layer without time · "
         "bottom to top: bands, or units · dark to bright: the range on the left"
     )
-    for column in range(columns):
-        left = (column * _COLUMN + _TEXT) / wide
-        figure.text(left, 0.16 / high, text, fontsize=6.8, color=MUTED, va="center")
+    figure.text(2.05 / wide, 0.16 / high, text, fontsize=6.8, color=MUTED, va="center")
     save(figure, path, title, palette=True)
 
 
-def _activation_row(
-    figure: Figure,
-    corner: tuple[float, float],
-    name: str,
-    values: np.ndarray,
-    labels: Sequence[str],
-) -> None:
-    """Draws one layer; `corner` is the left bottom of its row in inches."""
-    left, bottom = corner
+def _activation_row(axes: Axes, name: str, values: np.ndarray, labels: Sequence[str]) -> None:
+    """Draws one layer, with its name, shape and range to the left."""
     low, top = float(values.min()), float(values.max())
-    lines = (
-        (0.80, short(name, 30), {"fontsize": 8, "color": INK, "weight": "bold"}),
-        (0.47, " x ".join(map(str, values.shape)), {"fontsize": 7.5, "color": MUTED}),
-        (0.17, f"{low:.3g} … {top:.3g}", {"fontsize": 7.5, "color": MUTED}),
-    )
-    wide, high = figure.get_size_inches()
-    for height, text, style in lines:
-        figure.text(left / wide, (bottom + _ROW * height) / high, text, va="center", **style)
-    left += _TEXT - 0.1
-
-    def add_axes(left: float, width: float) -> Axes:
-        axes = figure.add_axes((left / wide, bottom / high, width / wide, _ROW / high))
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set(color="#d1d5db", linewidth=0.6)
-        return axes
-
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set(color="#d1d5db", linewidth=0.6)
+    lines = (short(name, 30), " x ".join(map(str, values.shape)), f"{low:.3g} … {top:.3g}")
+    for line, text in enumerate(lines):
+        style = {"color": MUTED, "weight": "normal"} if line else {"color": INK, "weight": "bold"}
+        axes.text(
+            -0.31,
+            0.8 - 0.32 * line,
+            text,
+            transform=axes.transAxes,
+            fontsize=7.5,
+            va="center",
+            **style,
+        )
     if values.ndim == 1:
-        axes = add_axes(left, _PICTURE)
         steps = np.append(values, values[-1])
         axes.fill_between(np.arange(len(steps)), steps, step="post", color=BLUE, linewidth=0)
         axes.set_xlim(0, len(values))
@@ -229,28 +214,18 @@ def _activation_row(
             axes.set_xticks(np.arange(len(labels)) + 0.5, named, fontsize=7)
             axes.tick_params(colors=_TICKS, length=0, pad=2)
         return
-    options = _IMAGE | {"cmap": "magma", "vmin": low, "vmax": top}
-    if values.ndim == 2:
-        add_axes(left, _PICTURE).imshow(values.T, **options)
-        return
-    grid = values.reshape(*values.shape[:2], -1)
-    spread = grid.reshape(-1, grid.shape[2]).std(axis=0)
-    shown = np.sort(np.argsort(-spread, kind="stable")[:_UNITS])
-    each = (_PICTURE + _UNIT_GAP) / len(shown)
-    for i, unit in enumerate(shown.tolist()):
-        axes = add_axes(left + i * each, each - _UNIT_GAP)
-        axes.imshow(grid[:, :, unit].T, **options)
-        style = {"facecolor": "#00000088", "edgecolor": "none", "pad": 0.8}
-        axes.text(
-            0.02,
-            0.95,
-            unit,
-            transform=axes.transAxes,
-            fontsize=5.5,
-            color="white",
-            va="top",
-            bbox=style,
-        )
+    if values.ndim > 2:
+        # The units next to each other, with gaps between them.
+        units = values.reshape(*values.shape[:2], -1)
+        spread = units.reshape(-1, units.shape[2]).std(axis=0)
+        shown = np.sort(np.argsort(-spread, kind="stable")[:_UNITS]).tolist()
+        each = len(units) + max(len(units) // 12, 1)
+        values = np.full((len(shown) * each, units.shape[1]), np.nan)
+        for i, unit in enumerate(shown):
+            values[i * each : i * each + len(units)] = units[:, :, unit]
+            box = {"facecolor": "#00000088", "edgecolor": "none", "pad": 0.8}
+            axes.text(i * each, 0, unit, fontsize=5.5, color="white", bbox=box)
+    axes.imshow(values.T, cmap="magma", vmin=low, vmax=top, **_IMAGE)
 
 
 def saliency(

@@ -1,33 +1,32 @@
-"""Files that sound alike: an index of embeddings in one file, kept up to date, and searched by cosine.
+"""An index of embeddings in one file, kept up to date, to find similar files by cosine.
 
-Every query is compared with every file: one product of the matrix with the query, then a partial sort. With random vectors of 128
-numbers, k = 10 and two CPU cores, idle and busy, the median query took 4 to 8 ms for 100,000 files and 22 to 67 ms for 1,000,000.
-Decoding a query takes longer, so this needs no library of approximate search. A million files are 0.55 GB on disk and in memory,
-three times that while it is written, and 2 to 3 s to load; at some ten million it is memory that ends it, not time.
+A query is compared with every file: one matrix product, then a partial sort. With random vectors of
+128 numbers, k = 10 and two CPU cores, idle and busy, the median query took 4 to 8 ms for 100,000
+files and 22 to 67 ms for 1,000,000. Decoding a query takes longer, so approximate search would gain
+nothing. A million files are 0.55 GB on disk and in memory, three times that while the index is
+written, and 2 to 3 s to load. Memory limits it to some ten million files.
 
->>> index = EmbeddingIndex(["/music/a.mp3", "/music/b.mp3", "/music/c.mp3"], np.array([[3.0, 0], [3, 4], [0, 2]]))
+>>> paths = ["/music/a.mp3", "/music/b.mp3", "/music/c.mp3"]
+>>> index = EmbeddingIndex(paths, np.array([[3.0, 0], [3, 4], [0, 2]]))
 >>> [(near.path, round(near.similarity, 2)) for near in index.search(np.array([1.0, 0]), k=2)]
 [('/music/a.mp3', 1.0), ('/music/b.mp3', 0.6)]
 >>> index.search(np.array([1.0, 0]), k=1, exclude="/music/a.mp3")[0].path
 '/music/b.mp3'
 
-With a model and a folder: `index = EmbeddingIndex.of(tagger.model)`, `index.update(tagger, files, save_to="music.index")`, and
-later `EmbeddingIndex.load("music.index").search(tagger.embed("song.mp3"), k=10)`.
+With a model and a folder: `index = EmbeddingIndex.of(tagger.model)`, `index.update(tagger, files,
+save_to="music.index")`, and later
+`EmbeddingIndex.load("music.index").search(tagger.embed("song.mp3"), k=10)`.
 """
 
 import dataclasses
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from musicgenre.errors import UserError
-from musicgenre.files import fingerprint, replacing
+from musicgenre.files import arrays_digest, fingerprint, read_arrays, write_arrays
 
 if TYPE_CHECKING:
     from musicgenre.inference.tagger import Tagger
@@ -35,11 +34,13 @@ if TYPE_CHECKING:
 
 PathLike = str | os.PathLike[str]
 
-# The key of the notes in the file's metadata, and their version.
-KEY, SCHEMA = "musicgenre_index", 1
-# New files after which an update writes what it has.
+# The key of the notes in the file's metadata, and their version. Schema 1 is that of version 0.1,
+# whose embeddings of long files are means without weights.
+KEY, SCHEMA = "musicgenre_index", 2
+# An update saves the index after this many new files.
 SAVE_EVERY = 200
 _ARRAYS = ("path", "stat", "embedding")
+_UNKNOWN = (-1, -1)
 
 
 class Neighbour(NamedTuple):
@@ -50,14 +51,14 @@ class Neighbour(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What `EmbeddingIndex.update` did: numbers of files.
+    """Numbers of files in `EmbeddingIndex.update`.
 
     Attributes:
-      added: not there before.
-      changed: embedded again, since their size or time of change was another.
+      added: new in the index.
+      changed: embedded again, since their size or modification time differs.
       unchanged: left as they were.
-      gone: no longer on disk, and so taken out.
-      failed: cannot be used, and so are not in the index.
+      gone: no longer on disk, and removed.
+      failed: cannot be used, and are not in the index.
     """
 
     added: int
@@ -68,18 +69,20 @@ class Update(NamedTuple):
 
 
 class EmbeddingIndex:
-    """Embeddings of sound files, tied to the model that made them.
+    """Embeddings of sound files, tied to the model that computed them.
 
     Args:
-      paths: the files, `[files]`, each once; made absolute.
-      embeddings: `[files, d]`; stored as float32 of length 1. One of zeros stays so, and has the similarity 0 to all.
-      stats: size in bytes and time of change in nanoseconds of each file when it was embedded, integers `[files, 2]`; None for
-        unknown ones, which the next update embeds again.
-      model: from `describe_model`; empty where it is not known.
-      source: the file of the index, for messages.
+      paths: the files, `[files]`, without duplicates; made absolute.
+      embeddings: `[files, d]`; stored as float32 of length 1. Zeros stay zeros, with the similarity
+        0 to all.
+      stats: size in bytes and modification time in nanoseconds of each file when it was embedded,
+        integers `[files, 2]`; -1 if unknown, as of an earlier version of this package. The next
+        update embeds such files again. None for all unknown.
+      model: from `describe_model`; empty if unknown.
+      source: the index's file, for messages.
 
     Raises:
-      UserError: shapes that do not fit, a file twice, or values that are not finite.
+      UserError: shapes that do not match, a duplicate file, or values that are not finite.
     """
 
     def __init__(
@@ -96,7 +99,8 @@ class EmbeddingIndex:
         known = np.full((n, 2), -1, np.int64) if stats is None else np.asarray(stats, np.int64)
         if values.ndim != 2 or len(values) != n or known.shape != (n, 2):
             raise UserError(
-                f"{n} paths need embeddings [{n}, d] and stats [{n}, 2], not {list(values.shape)} and {list(known.shape)}."
+                f"{n} paths need embeddings [{n}, d] and stats [{n}, 2], not {list(values.shape)} "
+                f"and {list(known.shape)}."
             )
         self.model = dict(model or {})
         self.source = source
@@ -107,6 +111,11 @@ class EmbeddingIndex:
     def __len__(self) -> int:
         return len(self.paths)
 
+    @property
+    def outdated(self) -> int:
+        """How many files' embeddings an earlier version computed; `update` embeds them again."""
+        return int((self.stats[:, 0] < 0).sum())
+
     @classmethod
     def of(cls, model: "TrainedModel") -> "EmbeddingIndex":
         """Returns an empty index of a model."""
@@ -114,62 +123,48 @@ class EmbeddingIndex:
 
     @classmethod
     def load(cls, path: PathLike) -> "EmbeddingIndex":
-        """Reads an index that `save` wrote.
+        """Reads an index that `save` wrote. All files of an index of version 0.1 are outdated.
 
         Raises:
-          UserError: the file is missing, is no index or one of a newer version, or is damaged.
+          UserError: the file is missing, is not an index or one of a newer version, or is damaged.
         """
         name = os.fspath(path)
         if not os.path.exists(name):
             raise UserError(
-                f"{name}: no such index. Make it with: musicgenre similar --index={name} --add=<folder>"
+                f"{name}: no such index. Create it with: musicgenre similar --index={name} "
+                "--add=<folder>"
             )
         if not os.path.isfile(name):
             raise UserError(f"{name}: not an index, which is a single file.")
-        try:
-            with safe_open(name, framework="numpy") as file:
-                notes_text = (file.metadata() or {}).get(KEY, "")
-                if not notes_text:
-                    raise UserError(
-                        f"{name}: not an index of this package (but another safetensors file)."
-                    )
-                arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (the file is no mapping)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(
-                f"{name}: not an index of this package, or cut short ({error})."
-            ) from error
-        notes = _parsed(name, notes_text)
-        if arrays.keys() != set(_ARRAYS) or _checksum(arrays) != notes["sha256"]:
-            raise UserError(
-                f"{name}: damaged: its arrays are not those that were saved (SHA-256). Delete it and make it again with --add."
-            )
+        remedy = "Delete it and create it again with --add."
+        arrays, notes = read_arrays(name, key=KEY, schemas=(1, SCHEMA), what="index", remedy=remedy)
+        if arrays.keys() != set(_ARRAYS) or not isinstance(notes.get("model"), dict):
+            raise UserError(f"{name}: damaged: its notes or arrays are incomplete. {remedy}")
         joined = arrays["path"].tobytes()
         paths = [os.fsdecode(part) for part in joined.split(b"\0")] if joined else []
         index = cls(model=notes["model"], source=name)
-        # As it was saved, to the bit.
-        index._set(paths, arrays["embedding"], arrays["stat"])
+        stats = arrays["stat"] if notes["schema"] == SCHEMA else np.full_like(arrays["stat"], -1)
+        # Not through __init__, so that the embeddings are bit-exact.
+        index._set(paths, arrays["embedding"], stats)
         return index
 
     def save(self, path: PathLike) -> None:
-        """Writes the index to one file (safetensors), atomically.
+        """Writes the index to one safetensors file, atomically.
 
         Raises:
-          UserError: the file cannot be written; what was there is unchanged.
+          UserError: the file cannot be written; an old one is unchanged.
         """
         arrays = {
-            # Joined bytes: names that are no text survive, and no name is padded to the length of the longest.
+            # Joined bytes keep names that are not UTF-8, and need no padding.
             "path": np.frombuffer(b"\0".join(map(os.fsencode, self.paths)), np.uint8),
             "stat": self.stats,
             "embedding": self.embeddings,
         }
-        notes = {"schema": SCHEMA, "model": self.model, "sha256": _checksum(arrays)}
-        with replacing(path) as temporary:
-            # Not by save_file: it gives no one else the right to read, and no OSError where the disk is full.
-            temporary.write_bytes(save(arrays, metadata={KEY: json.dumps(notes, sort_keys=True)}))
+        write_arrays(path, arrays, {"schema": SCHEMA, "model": self.model}, key=KEY)
         self.source = os.fspath(path)
 
     def check_model(self, model: "TrainedModel") -> None:
-        """Makes sure that a model's embeddings may be compared with those of this index.
+        """Checks that a model's embeddings can be compared with those of this index.
 
         Raises:
           UserError: the index was made with another model.
@@ -177,26 +172,29 @@ class EmbeddingIndex:
         other = describe_model(model)
         if self.model.get("digest") != other["digest"]:
             made, given = (
-                f"{one.get('source', 'unknown')} ({one.get('network', '?')}; {one.get('labels', '?')})"
+                f"{one.get('source', 'unknown')} ({one.get('network', '?')}; "
+                f"{one.get('labels', '?')})"
                 for one in (self.model, other)
             )
             raise UserError(
-                f"{self.source or 'the index'}: made with another model, {made}. The one given is {given}. Embeddings of two "
-                "models cannot be compared: give the index's with --model, or make another index with --add."
+                f"{self.source or 'the index'}: made with another model, {made}, than the given "
+                f"{given}. Embeddings of two models cannot be compared: pass the index's model with "
+                "--model, or create another index with --add."
             )
 
     def search(
         self, embedding: np.ndarray, k: int, exclude: PathLike | None = None
     ) -> list[Neighbour]:
-        """Returns the k files that are most alike, the most similar first; all where there are fewer. Equals go by their path.
+        """Returns the k most similar files, the most similar first; ties are sorted by path.
 
         Args:
           embedding: of the query, `[d]`, of any length but finite.
-          k: how many, at least 1.
-          exclude: a file that is left out, such as the query itself; its links count as it does.
+          k: how many, at least 1; an index of fewer files returns all.
+          exclude: a file to leave out, such as the query itself, also by the name of a link.
 
         Raises:
-          UserError: k is below 1, or the embedding has another shape than those of the index or is not finite.
+          UserError: k is below 1, or the embedding has another shape than those of the index or is
+            not finite.
         """
         if k < 1:
             raise UserError(f"k must be at least 1, not {k}.")
@@ -205,7 +203,8 @@ class EmbeddingIndex:
         query = np.asarray(embedding)
         if query.shape != self.embeddings.shape[1:]:
             raise UserError(
-                f"the query's embedding is {list(query.shape)}, those of the index are {list(self.embeddings.shape[1:])}."
+                f"the query's embedding is {list(query.shape)}, those of the index are "
+                f"{list(self.embeddings.shape[1:])}."
             )
         similarity = self.embeddings @ _unit(query[None])[0]
         left_out = []
@@ -218,13 +217,13 @@ class EmbeddingIndex:
             return []
         nearest = np.argpartition(-similarity, count - 1)[:count].tolist()
         nearest.sort(key=lambda row: (-similarity[row], self.paths[row]))
-        # Rounding may lead a little past 1.
+        # Rounding may exceed 1.
         return [
             Neighbour(self.paths[row], float(np.clip(similarity[row], -1, 1))) for row in nearest
         ]
 
     def stored(self, path: PathLike) -> np.ndarray | None:
-        """Returns the embedding of a file, float32 `[d]`, or None where the index lacks the file or it has changed since."""
+        """Returns a file's embedding, float32 `[d]`, or None if it is not indexed or has changed."""
         row = self._rows.get(os.path.abspath(path))
         if row is None or _stat(path) != tuple(self.stats[row].tolist()):
             return None
@@ -241,34 +240,38 @@ class EmbeddingIndex:
         every: int = SAVE_EVERY,
         progress: bool = False,
     ) -> Update:
-        """Brings the index up to date with files.
+        """Updates the index with files.
 
-        A file is embedded where it is new or has another size or time of change. One that cannot be used is reported and is not
-        in the index afterwards, even if an older state of it was. Other files of the index stay, but for those below one of
-        `folders` that are no longer on disk. A folder below which no file is given is left alone: it may be a disk that is not
-        there. What is finished survives any interruption: it is written every so many files and at the end, however that comes.
-        Of two updates of one index at the same time, the later one to finish is kept.
+        A file is embedded if it is new or outdated, or if its size or modification time differs. A
+        file that cannot be used is reported and not kept in the index. Other files of the index
+        stay, except those below one of `folders` that are no longer on disk. A folder below which
+        no file is given is ignored, since it may be a disk that is not mounted. The index is saved
+        repeatedly and at the end, so that an interruption loses little. Of two simultaneous updates
+        of one file, the later one to finish wins.
 
         Args:
           tagger: with the index's model.
-          files: sound files; each counts once.
-          folders: where files that have gone are taken out.
-          failed: is told why a file cannot be used.
-          save_to: the file of the index; None keeps it in memory.
-          every: new files from one writing to the next; of a large index at least a thousandth of its files.
+          files: sound files; duplicates count once.
+          folders: where deleted files are removed from the index.
+          failed: receives the reason why a file cannot be used.
+          save_to: the index's file; None keeps it in memory.
+          every: new files between two saves; for a large index at least a thousandth of its files.
           progress: show a bar on a terminal.
 
         Raises:
-          UserError: the index is another model's, the network gives no embedding, or the index cannot be written.
+          UserError: the index belongs to another model, the network has no embedding, or the index
+            cannot be written.
         """
         from tqdm import tqdm
+
+        from musicgenre.inference.windows import no_embedding
 
         self.check_model(tagger.model)
         given: dict[str, PathLike] = {}
         for file in files:
             given.setdefault(os.path.abspath(file), file)
         drop = self._gone(given, folders)
-        # Taken before the file is read, so that a change in between is seen the next time.
+        # Taken before the file is read, so that the next update notices a change in between.
         stats = {path: _stat(path) for path in given}
         waiting = [
             path
@@ -279,7 +282,7 @@ class EmbeddingIndex:
             "gone": len(drop),
             "unchanged": len(given) - len(waiting),
         }
-        fresh: dict[str, Any] = {}
+        fresh: dict[str, np.ndarray] = {}
 
         def keep() -> None:
             if not fresh and not drop:
@@ -291,16 +294,18 @@ class EmbeddingIndex:
                 self.save(save_to)
 
         scores = tagger.scores([given[path] for path in waiting], step=tagger.model.frames)
-        # To write a large index takes seconds.
+        # Saving a large index takes seconds.
         every = max(every, len(self) // 1000)
+        bar = tqdm(scores, total=len(waiting), unit="file", disable=not progress or None)
         try:
-            for path, found in zip(
-                waiting,
-                tqdm(scores, total=len(waiting), unit="file", disable=not progress or None),
-                strict=True,
-            ):
-                error = found.error or _problem(found.embedding, found.path, tagger.model)
-                if error:
+            for path, found in zip(waiting, bar, strict=True):
+                error = found.error
+                if found.embedding is not None:
+                    if not found.embedding.size:
+                        raise UserError(no_embedding(tagger.model))
+                    if not np.isfinite(found.embedding).all():
+                        error = f"{found.path}: its embedding is not finite."
+                if error or found.embedding is None:
                     counts["failed"] += 1
                     if path in self._rows:
                         drop.add(path)
@@ -315,33 +320,33 @@ class EmbeddingIndex:
             keep()
         return Update(**counts)
 
-    def _gone(self, given: Mapping[str, Any], folders: Iterable[PathLike]) -> set[str]:
+    def _gone(self, given: Mapping[str, PathLike], folders: Iterable[PathLike]) -> set[str]:
+        """Returns the files of the index below `folders` that are no longer on disk."""
         gone: set[str] = set()
         for folder in folders:
             start = os.path.join(os.path.abspath(folder), "")
             if any(path.startswith(start) for path in given):
-                gone.update(
-                    path
-                    for path in self.paths
-                    if path.startswith(start) and path not in given and _is_missing(path)
-                )
+                below = (path for path in self.paths if path.startswith(start))
+                gone.update(path for path in below if path not in given and _is_missing(path))
         return gone
 
     def _replace(
-        self, fresh: Mapping[str, np.ndarray], stats: Mapping[str, Any], drop: set[str]
+        self,
+        fresh: Mapping[str, np.ndarray],
+        stats: Mapping[str, tuple[int, int] | None],
+        drop: set[str],
     ) -> None:
-        """Takes out `drop` and puts `fresh` in, in place of what was there of it."""
+        """Removes `drop`, and adds or replaces `fresh`."""
         kept = [
             row for row, path in enumerate(self.paths) if path not in drop and path not in fresh
         ]
         paths = [self.paths[row] for row in kept] + list(fresh)
         embeddings, known = self.embeddings[kept], self.stats[kept]
         if fresh:
-            new = np.stack(list(fresh.values()))
-            embeddings = np.concatenate([embeddings, _unit(new)]) if kept else _unit(new)
-            known = np.concatenate(
-                [known, np.array([stats[path] or (-1, -1) for path in fresh], np.int64)]
-            )
+            new = _unit(np.stack(list(fresh.values())))
+            embeddings = np.concatenate([embeddings, new]) if kept else new
+            new_stats = np.array([stats[path] or _UNKNOWN for path in fresh], np.int64)
+            known = np.concatenate([known, new_stats])
         self._set(paths, embeddings, known)
 
     def _set(self, paths: list[str], embeddings: np.ndarray, stats: np.ndarray) -> None:
@@ -350,16 +355,15 @@ class EmbeddingIndex:
 
 
 def model_digest(model: "TrainedModel") -> str:
-    """Returns the SHA-256 of all that an embedding depends on, in hexadecimal, and of the labels.
+    """Returns the SHA-256, in hexadecimal, of the labels and of all that an embedding depends on.
 
-    These are the arrays, the network's fields, the front end, and how clips are cut. A run and a bundle made of it have the same
-    digest; a bundle made with `--half` has another.
+    These are the arrays, the network's fields, the front end, and the layout of clips. A run and
+    its bundle have the same digest; a bundle made with `--half` has another.
     """
     import jax
     from flax.traverse_util import flatten_dict
 
     from musicgenre.config import to_plain
-    from musicgenre.files import arrays_digest
 
     arrays = {
         name: np.asarray(value)
@@ -379,37 +383,22 @@ def model_digest(model: "TrainedModel") -> str:
 
 
 def describe_model(model: "TrainedModel") -> dict[str, str]:
-    """Returns what an index keeps of its model: `digest` (see `model_digest`), and for people `source`, `network`, `labels`."""
+    """Returns an index's notes on its model: `digest`, `source`, `network` and `labels`.
+
+    The digest is that of `model_digest`; the others are for messages.
+    """
     labels = list(model.label_names)
     shown = ", ".join(labels[:3]) + (f", ... {len(labels)} labels" if len(labels) > 3 else "")
     return {
         "digest": model_digest(model),
-        "source": str(model.workdir),
+        "source": os.fsencode(model.workdir).decode("utf-8", "replace"),
         "network": str(model.config.model.name),
         "labels": shown,
     }
 
 
-def no_embedding(model: "TrainedModel") -> str:
-    """Returns the message for a network that gives no embedding."""
-    return (
-        f"the model {model.config.model.name!r} sows no embedding; see README, 'Your own network'."
-    )
-
-
-def _problem(embedding: Any, path: str, model: "TrainedModel") -> str:
-    """Returns why an embedding cannot be kept, or "" where it can.
-
-    Raises:
-      UserError: the network gives none.
-    """
-    if not embedding.size:
-        raise UserError(no_embedding(model))
-    return "" if np.isfinite(embedding).all() else f"{path}: its embedding is not finite."
-
-
 def _unit(values: np.ndarray) -> np.ndarray:
-    """Returns rows of length 1, float32 `[n, d]`; those of zeros stay.
+    """Returns rows scaled to length 1, float32 `[n, d]`; rows of zeros stay.
 
     Raises:
       UserError: a value is not finite.
@@ -423,7 +412,7 @@ def _unit(values: np.ndarray) -> np.ndarray:
 
 
 def _stat(path: PathLike) -> tuple[int, int] | None:
-    """Returns size in bytes and time of change in nanoseconds, or None where the file cannot be reached."""
+    """Returns size in bytes and modification time in ns, or None if the file is unreachable."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):
@@ -432,7 +421,7 @@ def _stat(path: PathLike) -> tuple[int, int] | None:
 
 
 def _is_missing(path: str) -> bool:
-    """Returns whether a file is certainly no longer there, not merely out of reach."""
+    """Returns whether a file does not exist, as opposed to being unreachable."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -440,28 +429,3 @@ def _is_missing(path: str) -> bool:
     except OSError:
         return False
     return False
-
-
-def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
-    total = hashlib.sha256()
-    for name in sorted(arrays):
-        total.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
-        total.update(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)
-    return total.hexdigest()
-
-
-def _parsed(name: str, text: str) -> dict[str, Any]:
-    try:
-        notes: dict[str, Any] = json.loads(text)
-        schema = notes["schema"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{name}: damaged: its notes cannot be read ({error}).") from error
-    if schema != SCHEMA:
-        raise UserError(
-            f"{name}: schema {schema!r} is not the one that this version reads ({SCHEMA}). Update musicgenre."
-        )
-    if not isinstance(notes.get("model"), dict) or "sha256" not in notes:
-        raise UserError(
-            f"{name}: damaged: its notes are incomplete. Delete it and make it again with --add."
-        )
-    return notes

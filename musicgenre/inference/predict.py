@@ -7,10 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from musicgenre.inference.windows import FileScores, score_files
-
-# Predictions are the scores of files.
-Prediction, predict_files = FileScores, score_files
+from musicgenre.inference.windows import FileScores
 
 
 def ranked(values: np.ndarray, task: str) -> list[int]:

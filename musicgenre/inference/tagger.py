@@ -45,7 +45,13 @@ import numpy as np
 
 from musicgenre.errors import UserError
 from musicgenre.inference.predict import ranked
-from musicgenre.inference.windows import FileScores, Network, WindowScores, score_files
+from musicgenre.inference.windows import (
+    FileScores,
+    Network,
+    WindowScores,
+    no_embedding,
+    score_files,
+)
 from musicgenre.runs.model import TrainedModel, load_model
 
 PathLike = str | os.PathLike[str]
@@ -159,16 +165,9 @@ class Tagger:
         """
         embedding = self._one(path, step=self.model.frames).embedding
         assert embedding is not None
-        self.check_embedding(embedding)
-        return embedding
-
-    def check_embedding(self, embedding: np.ndarray) -> None:
-        """Raises UserError for the empty embedding of a network that sows none."""
         if not embedding.size:
-            raise UserError(
-                f"the model {self.model.config.model.name!r} sows no embedding; see README, "
-                "'Your own network'."
-            )
+            raise UserError(no_embedding(self.model))
+        return embedding
 
     def step_frames(self, seconds: float) -> int:
         """Returns a step in frames, at least 1; for 0 seconds, the frames of a window.

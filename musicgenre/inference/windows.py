@@ -25,7 +25,7 @@ import itertools
 import os
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from musicgenre.audio.decode import stream_audio
+from musicgenre.audio.decode import BLOCK, stream_audio
 from musicgenre.audio.features import (
     FeatureSpec,
     compress,
@@ -146,6 +146,13 @@ class Network:
         return probabilities, embeddings
 
 
+def no_embedding(model: TrainedModel) -> str:
+    """Returns the message for a network that has no embedding."""
+    return (
+        f"the model {model.config.model.name!r} sows no embedding; see README, 'Your own network'."
+    )
+
+
 def padded_batch(inputs: np.ndarray) -> np.ndarray:
     """Returns inputs `[n, ...]` padded to the next power of two, so that few sizes are compiled."""
     room = (1 << (len(inputs) - 1).bit_length()) - len(inputs)
@@ -189,7 +196,11 @@ class FileWindows:
     def _counted(self) -> Iterator[np.ndarray]:
         spec = self.model.features
         blocks = self._blocks or stream_audio(
-            self.path, spec.sample_rate, min_seconds=self._min_seconds, resampler=spec.resampler
+            self.path,
+            spec.sample_rate,
+            min_seconds=self._min_seconds,
+            block=BLOCK,
+            resampler=spec.resampler,
         )
         for block in blocks:
             self.samples += len(block)
@@ -206,56 +217,33 @@ def score_windows(
         yield from zip(batch, *scores, strict=True)
 
 
-class WeightedMean:
-    """Weighted means of arrays that arrive one after the other, in float64."""
-
-    def __init__(self) -> None:
-        self._weight = 0.0
-        self._sums: list[Any] = []
-
-    def add(self, weight: float, *values: np.ndarray) -> None:
-        """Adds one value of each mean."""
-        self._weight += weight
-        terms = [weight * value.astype(np.float64) for value in values]
-        self._sums = [
-            sum(pair) for pair in zip(self._sums or [0.0] * len(terms), terms, strict=True)
-        ]
-
-    def result(self) -> list[np.ndarray]:
-        """Returns the means, float32."""
-        return [(total / self._weight).astype(np.float32) for total in self._sums]
+def weighted_mean(weights: Sequence[float], values: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns the weighted mean, float32 `[d]`, of arrays `[d]`, computed in float64."""
+    return np.average(np.array(values, np.float64), axis=0, weights=weights).astype(np.float32)
 
 
 def score_file(windows: FileWindows, network: Network, *, keep_windows: bool = False) -> FileScores:
-    """Returns the scores of one file.
-
-    Args:
-      windows: of the file.
-      network: the model's network.
-      keep_windows: include the scores of every window.
+    """Returns the scores of one file, and with `keep_windows` those of each window.
 
     Raises:
       UserError: the file cannot be used.
     """
-    mean, kept = WeightedMean(), []
-    for window, *scores in score_windows(windows, network):
-        mean.add(window.weight, *scores)
-        if keep_windows:
-            kept.append((window.start, window.start + window.length, *scores))
-    probabilities, embedding = mean.result()
-    if not keep_windows:
-        return FileScores(windows.path, probabilities, embedding)
-    starts, ends, each, embeddings = (np.array(column) for column in zip(*kept, strict=True))
-    spec = windows.model.features
-    ends = np.minimum(ends * spec.hop_length, windows.samples)
-    return FileScores(
-        windows.path,
-        probabilities,
-        embedding,
-        WindowScores(
-            starts * spec.hop_length / spec.sample_rate, ends / spec.sample_rate, each, embeddings
-        ),
+    found, probabilities, embeddings = zip(*score_windows(windows, network), strict=True)
+    spec, weights = windows.model.features, [window.weight for window in found]
+    mean = FileScores(
+        windows.path, weighted_mean(weights, probabilities), weighted_mean(weights, embeddings)
     )
+    if not keep_windows:
+        return mean
+    starts = np.array([window.start for window in found])
+    ends = starts + np.array([window.length for window in found])
+    each = WindowScores(
+        starts * spec.hop_length / spec.sample_rate,
+        np.minimum(ends * spec.hop_length, windows.samples) / spec.sample_rate,
+        np.array(probabilities),
+        np.array(embeddings),
+    )
+    return dataclasses.replace(mean, windows=each)
 
 
 def score_files(

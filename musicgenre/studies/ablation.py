@@ -1,8 +1,7 @@
-"""Variants of one config, each with several seeds and perhaps on several folds, and one table of what came out."""
+"""Variants of one config, trained with several seeds or on several folds, in one table."""
 
 import csv
 import dataclasses
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,13 +14,14 @@ from musicgenre.config import check_config, clip_layout, dataset_options, featur
 from musicgenre.datasets import load_dataset
 from musicgenre.datasets.arrays import FOLD_PROTOCOLS, artist_known, whole_clip
 from musicgenre.errors import UserError
-from musicgenre.evaluation.audit import AuditResult, AuditSide, audit
+from musicgenre.evaluation.audit import AuditResult, audit
+from musicgenre.evaluation.comparison import summarise_variants
 from musicgenre.evaluation.intervals import bootstrap_mean, seeds_summary
-from musicgenre.evaluation.plots import folds_plot, measure_name
-from musicgenre.evaluation.report import summarise_variants
+from musicgenre.evaluation.plots import comparison_plot, save
+from musicgenre.evaluation.render import csv_text, markdown_table, measure_name
 from musicgenre.files import write_text
 from musicgenre.runs.model import load_model
-from musicgenre.runs.provenance import TrainedOn, fingerprints, read_workdir
+from musicgenre.runs.provenance import TrainedOn, clips_of, fingerprints, read_workdir
 from musicgenre.store.prepare import prepare_store
 from musicgenre.store.store import Store
 from musicgenre.studies.evaluate import evaluate_model
@@ -30,10 +30,17 @@ from musicgenre.training.telemetry import read_rows
 
 Variant = tuple[str, Mapping[str, Any]]
 
+_FOLDS_NOTE = """
+Accuracy over all held-out clips, each counted once (the mean where several trainings held it out),
+± the standard deviation of the trainings. The interval resamples artists, with the trained networks
+as they are. After it: the fraction of these clips that have the same clip, a near-identical one, or
+another by their artist in the training that they were held out of.
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One variant: its overrides, and the validation measure at the end of training over the seeds."""
+    """One variant: its overrides, and the final validation measure over the seeds."""
 
     name: str
     overrides: dict[str, Any]
@@ -46,23 +53,24 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class FoldsRow:
-    """One variant over its folds: how many of the clips that were held out were right, and what the training had of them.
+    """One variant over its folds: accuracy on held-out clips, and what leaked into training.
 
     Attributes:
       name: of the variant.
-      overrides: what it changes.
-      folds: 1 for a split that has none.
+      overrides: the fields that it changes.
+      folds: 1 for a split without folds.
       trainings: folds x seeds.
       steps: of the shortest and the longest training.
-      trained: clips (or segments) trained on, a fold, the mean.
-      mean: accuracy over all clips that were held out; where a clip was in several trainings it counts as their mean.
-      std: deviation of the trainings' accuracies; None for one training.
-      interval: 95 % interval of `mean`, resampling artists (a clip where none is known); None for a single artist.
+      trained: mean number of training clips (or segments) per fold.
+      mean: accuracy over all held-out clips; a clip of several trainings counts as their mean.
+      std: standard deviation of the trainings' accuracies; None for one training.
+      interval: 95 % interval of `mean`, resampling artists (a clip where the artist is unknown);
+        None for a single artist.
       values: accuracy of each training.
       clips: clips (or segments) that were held out in some fold.
-      leaks: how many of them have the same clip, a near-identical one, or another one by their artist in the training they
-        were held out of, by these three names.
-      unknown: how many of them are by an artist that is not known.
+      leaks: how many of them have the same clip, a near-identical one, or another one by their
+        artist in the training that they were held out of, by these three names.
+      unknown: how many of them have an unknown artist.
     """
 
     name: str
@@ -83,25 +91,26 @@ class FoldsRow:
 def expand(
     config: ConfigDict, variants: Iterable[Variant], seeds: Sequence[int], folds: int = 0
 ) -> list[tuple[str, dict[str, Any], list[ConfigDict]]]:
-    """Returns (name, overrides, its checked configs) for each variant, before anything is trained.
+    """Returns (name, overrides, its checked configs) of each variant, before any training.
 
     Args:
       config: what the variants change.
       variants: names with overrides by dotted field.
-      seeds: without folds, a config for each.
-      folds: a config for each of so many folds and each seed, one fold after the other. A variant whose split has no folds is
-        given so many times the seeds instead, so that every variant is trained equally often. 0 leaves the folds alone.
+      seeds: without folds, one config for each.
+      folds: one config for each fold and each seed, one fold after the other. A variant whose split
+        has no folds gets so many times the seeds instead, so that every variant is trained equally
+        often. 0 leaves the folds alone.
 
     Raises:
-      UserError: a name twice or not fit for a folder, an override that the config does not take, or folds where no variant has
-        any, or all of them would be in one store.
+      UserError: a name that occurs twice or cannot be a folder, an override that the config does
+        not have, or folds where no variant has any, or all of them would share one store.
     """
     expanded = []
     names: set[str] = set()
     for name, overrides in variants:
         if name in names or not name or set(name) & set('/\\:*?"<>|'):
             raise UserError(
-                f"sweep(): the name {name!r} is used twice, empty or not fit for a folder."
+                f"sweep(): the name {name!r} is used twice, empty or not a folder name."
             )
         names.add(name)
         base = _changed(config, name, overrides)
@@ -109,7 +118,8 @@ def expand(
         if folds and _in_folds(base):
             if base.data.store:
                 raise UserError(
-                    "each fold needs a store of its own: leave --config.data.store empty, or set stores_root instead."
+                    "each fold needs its own store: leave --config.data.store empty, or set "
+                    "stores_root instead."
                 )
             runs = [
                 {"data.folds": folds, "data.fold": fold, "seed": seed}
@@ -120,19 +130,178 @@ def expand(
             runs = [{"seed": seeds[0] + i} for i in range(folds * len(seeds))]
         configs = [_changed(base, name, run) for run in runs]
         for changed in configs:
-            # Each run may start from another run of its seed, or of its fold.
-            for field, value in (("seed", changed.seed), ("fold", changed.data.fold)):
-                changed.init_from = changed.init_from.replace("{" + field + "}", str(value))
+            # Each run may start from another run with its seed or its fold.
+            start = changed.init_from.replace("{seed}", str(changed.seed))
+            changed.init_from = start.replace("{fold}", str(changed.data.fold))
             check_config(changed)
         expanded.append((name, dict(overrides), configs))
     if not expanded:
         raise UserError("sweep() yields no variants.")
     if folds and not any(_in_folds(configs[0]) for _, _, configs in expanded):
         raise UserError(
-            "--folds: no variant has a split that is made of folds. For arrays set --config.data.protocol=artist_kfold "
-            f"(or {', '.join(FOLD_PROTOCOLS[1:])}); other data sets have no such protocol."
+            "--folds: no variant has a split that is made of folds. For arrays set "
+            f"--config.data.protocol=artist_kfold (or {', '.join(FOLD_PROTOCOLS[1:])}); other data "
+            "sets have no such protocol."
         )
     return expanded
+
+
+def run_ablation(
+    config: ConfigDict,
+    variants: Iterable[Variant],
+    workdir: str | Path,
+    seeds: Sequence[int],
+    *,
+    progress: bool = True,
+) -> list[Row]:
+    """Prepares each variant's store if missing, trains it with every seed and writes one table.
+
+    The table is `ablation.csv`, `ablation.md`, `variants.png` and `report.html`. Finished runs are
+    not repeated and unfinished ones resume, so the same call resumes. The measure is that of the
+    validation split at the end of training, not of the best checkpoint: nothing is selected on it.
+
+    Args:
+      config: what the variants change.
+      variants: names with overrides by dotted field: ("wide", {"model.filters": (512, 512, 512)}).
+      workdir: gets a folder `<variant>/seed<seed>` for each run, and the table, which grows with
+        every variant.
+      seeds: seeds of each variant.
+      progress: draw progress bars.
+
+    Raises:
+      UserError: see `expand`; or the store has no validation split.
+    """
+    workdir = Path(workdir)
+    rows: list[Row] = []
+    measured: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for name, overrides, configs in expand(config, variants, seeds):
+        _prepare(configs[0], progress)
+        results = []
+        for seed, changed in zip(seeds, configs, strict=True):
+            results.append(train(changed, workdir / name / f"seed{seed}", progress=progress))
+            print(results[-1].line(), flush=True)
+        values = [result.last for result in results if result.last is not None]
+        if len(values) < len(results):
+            raise UserError("an ablation needs a validation split, and the store has none.")
+        rows.append(Row(name, overrides, **seeds_summary(values)))
+        measured[name] = [(run.workdir.name, _last_measures(run.workdir)) for run in results]
+        _write_table(workdir, [_seeds_cells(row, results[0].metric) for row in rows])
+        summarise_variants(
+            workdir,
+            measured,
+            title=f"{workdir.name}: the validation split at the end of training",
+            synthetic=results[0].synthetic,
+        )
+    return rows
+
+
+def run_folds(
+    config: ConfigDict,
+    variants: Iterable[Variant],
+    workdir: str | Path,
+    seeds: Sequence[int],
+    folds: int,
+    *,
+    steps: int = 0,
+    progress: bool = True,
+) -> list[FoldsRow]:
+    """Trains each variant on every fold with every seed and writes a table over held-out clips.
+
+    The table is `ablation.csv`, `ablation.md` and `variants.png`; it also has the held-out clips
+    that leaked into the training (see `musicgenre.evaluation.audit`). As in `run_ablation`, nothing
+    is selected on them, and the same call resumes.
+
+    Args:
+      config: what the variants change. Folds are made of its train and valid files; with a train
+        file alone, of that.
+      variants: names with overrides by dotted field.
+      workdir: gets a folder `<variant>/fold<fold>/seed<seed>` for each run (without the fold for a
+        split without folds), with the predictions for the held-out clips in `held_out.csv`.
+      seeds: seeds on each fold.
+      folds: how many, see `expand`.
+      steps: length of each training to within half an epoch, whatever its number of clips; 0 uses
+        `config.epochs`.
+      progress: draw progress bars.
+
+    Raises:
+      UserError: see `expand`; or the store has no single labels or no validation split.
+    """
+    workdir = Path(workdir)
+    rows: list[FoldsRow] = []
+    for name, overrides, configs in expand(config, variants, seeds, folds):
+        results: list[TrainResult] = []
+        audits: dict[Path, AuditResult] = {}
+        held_out: list[list[dict[str, str]]] = []
+        for changed in configs:
+            _prepare(changed, progress)
+            store = Store.open(store_path(changed))
+            if store.task != "single_label" or "valid" not in store.splits:
+                raise UserError(
+                    f"{store.path}: folds need clips with one label each and a validation split."
+                )
+            if steps:
+                each = math.ceil(len(store.indices("train")) / changed.batch_size)
+                changed.epochs = changed.eval_every = max(1, round(steps / each))
+            fold = f"fold{changed.data.fold}" if _in_folds(changed) else ""
+            run = workdir / name / fold / f"seed{changed.seed}"
+            results.append(train(changed, run, progress=progress))
+            print(results[-1].line(), flush=True)
+            held_out.append(_held_out(run, store))
+            if store.path not in audits:
+                segments = changed.data.protocol == "segment_leaked"
+                audits[store.path] = _audited(store, read_workdir(run), segments)
+        rows.append(folds_row(name, overrides, results, list(audits.values()), held_out))
+        _write_table(workdir, [_folds_cells(row) for row in rows], _FOLDS_NOTE)
+        figure = comparison_plot(
+            [dataclasses.asdict(row) for row in rows], "accuracy", percent=True, each="one training"
+        )
+        save(figure, workdir / "variants.png", f"{workdir.name}: held-out clips")
+    return rows
+
+
+def folds_row(
+    name: str,
+    overrides: dict[str, Any],
+    results: Sequence[TrainResult],
+    audits: Sequence[AuditResult],
+    held_out: Sequence[Sequence[Mapping[str, str]]],
+) -> FoldsRow:
+    """Returns the row of a variant; `audits` has one for each fold, the others one per training."""
+    right: dict[str, list[bool]] = {}
+    groups: dict[str, str | None] = {}
+    for rows in held_out:
+        for row in rows:
+            right.setdefault(row["clip_id"], []).append(row["label"] == row["predicted"])
+            groups[row["clip_id"]] = row["group"] or None
+    of_clips = np.array([np.mean(values) for values in right.values()])
+    accuracies = [
+        float(np.mean([row["label"] == row["predicted"] for row in rows])) for rows in held_out
+    ]
+    types = {
+        "same clip": ("same clip", "same content"),
+        "near-identical": ("near-identical",),
+        "same artist": (f"same {audits[0].group_name}",),
+    }
+    findings = [finding for result in audits for finding in result.findings]
+    steps = [result.step for result in results]
+    return FoldsRow(
+        name=name,
+        overrides=overrides,
+        folds=len(audits),
+        trainings=len(results),
+        steps=(min(steps), max(steps)),
+        trained=float(np.mean([result.trained for result in audits])),
+        mean=float(of_clips.mean()),
+        std=seeds_summary(accuracies)["std"],
+        interval=bootstrap_mean(of_clips, list(groups.values())),
+        values=accuracies,
+        clips=len(right),
+        leaks={
+            leak: sum(finding.clips for finding in findings if finding.kind in kinds)
+            for leak, kinds in types.items()
+        },
+        unknown=sum(not artist_known(clip_id, group) for clip_id, group in groups.items()),
+    )
 
 
 def _changed(config: ConfigDict, name: str, overrides: Mapping[str, Any]) -> ConfigDict:
@@ -153,298 +322,60 @@ def _in_folds(config: ConfigDict) -> bool:
     return config.data.dataset == "arrays" and config.data.protocol in FOLD_PROTOCOLS
 
 
-def run_ablation(
-    config: ConfigDict,
-    variants: Iterable[Variant],
-    workdir: str | Path,
-    seeds: Sequence[int],
-    *,
-    progress: bool = True,
-) -> list[Row]:
-    """Prepares each variant's store where it is missing, trains it with every seed and writes one table of all.
-
-    The table is `ablation.csv`, `ablation.md`, `variants.png` and `report.html`.
-    Finished runs are not repeated and unfinished ones go on, so the same call resumes. The measure is that of the
-    validation split at the end of training, not of the best checkpoint, so that nothing is selected on it.
-
-    Args:
-      config: what the variants change.
-      variants: names with overrides by dotted field, such as ("wide", {"model.filters": (512, 512, 512)}).
-      workdir: gets a folder `<variant>/seed<seed>` for each run, and the table, which grows with every variant.
-      seeds: seeds of each variant.
-      progress: draw progress bars.
-    """
-    workdir = Path(workdir)
-    rows: list[Row] = []
-    measured: dict[str, list[tuple[str, dict[str, Any]]]] = {}
-    for name, overrides, configs in expand(config, variants, seeds):
-        _prepare(configs[0], progress)
-        results: list[TrainResult] = []
-        for seed, changed in zip(seeds, configs, strict=True):
-            results.append(train(changed, workdir / name / f"seed{seed}", progress=progress))
-            print(results[-1].line(), flush=True)
-        values = [result.last for result in results if result.last is not None]
-        if len(values) < len(results):
-            raise UserError("an ablation needs a validation split, and the store has none.")
-        rows.append(Row(name, overrides, **seeds_summary(values)))
-        measured[name] = [
-            (result.workdir.name, _last_measures(result.workdir)) for result in results
-        ]
-        write_table(workdir, rows, results[0].metric)
-        summarise_variants(
-            workdir,
-            measured,
-            title=f"{workdir.name}: the validation split at the end of training",
-            synthetic=results[0].synthetic,
-        )
-    return rows
-
-
-def run_folds(
-    config: ConfigDict,
-    variants: Iterable[Variant],
-    workdir: str | Path,
-    seeds: Sequence[int],
-    folds: int,
-    *,
-    steps: int = 0,
-    progress: bool = True,
-) -> list[FoldsRow]:
-    """Trains each variant on every fold with every seed, and writes one table over the clips that were held out.
-
-    The table is `ablation.csv`, `ablation.md` and `variants.png`; beside each accuracy stands what the training had of the clips
-    that were held out (see `musicgenre.evaluation.audit`). As in `run_ablation`, nothing is selected on them, and the same call
-    resumes.
-
-    Args:
-      config: what the variants change. Folds are made of its train and valid files: with a train file alone, of that.
-      variants: names with overrides by dotted field.
-      workdir: gets a folder `<variant>/fold<fold>/seed<seed>` for each run (without the fold where there are none), with the
-        predictions for the clips that were held out in `held_out.csv`.
-      seeds: seeds on each fold.
-      folds: how many, see `expand`.
-      steps: length of each training to within half an epoch, whatever its number of clips; 0 goes by `config.epochs`.
-      progress: draw progress bars.
-    """
-    workdir = Path(workdir)
-    rows: list[FoldsRow] = []
-    for name, overrides, configs in expand(config, variants, seeds, folds):
-        results: list[TrainResult] = []
-        audits: dict[Path, AuditResult] = {}
-        held_out: list[list[dict[str, str]]] = []
-        for changed in configs:
-            _prepare(changed, progress)
-            store = Store.open(store_path(changed))
-            if store.task != "single_label" or "valid" not in store.splits:
-                raise UserError(
-                    f"{store.path}: folds are for clips with one label each and need a validation split."
-                )
-            if steps:
-                each = math.ceil(len(store.indices("train")) / changed.batch_size)
-                changed.epochs = changed.eval_every = max(1, round(steps / each))
-            fold = f"fold{changed.data.fold}" if _in_folds(changed) else ""
-            results.append(
-                train(changed, workdir / name / fold / f"seed{changed.seed}", progress=progress)
-            )
-            print(results[-1].line(), flush=True)
-            held_out.append(_held_out(results[-1].workdir, store))
-            if store.path not in audits:
-                learnt = read_workdir(results[-1].workdir)
-                audits[store.path] = _audited(
-                    store, learnt, segments=changed.data.protocol == "segment_leaked"
-                )
-        rows.append(folds_row(name, overrides, results, list(audits.values()), held_out))
-        write_folds_table(workdir, rows)
-        folds_plot(
-            workdir / "variants.png",
-            [dataclasses.asdict(row) for row in rows],
-            f"{workdir.name}: clips that were held out",
-        )
-    return rows
-
-
-def _audited(store: Store, learnt: TrainedOn, segments: bool) -> AuditResult:
-    """Compares the validation split with all that a run has learnt from; segments of one clip count as the same clip.
-
-    Args:
-      store: the run's.
-      learnt: what the run was trained on; clips that are not in the store have no spectrogram.
-      segments: the clips are segments.
-    """
-    place = {clip_id: i for i, clip_id in enumerate(store.clip_ids.tolist())}
-
-    def side(
-        ids: Sequence[str], hashes: Sequence[str | None], groups: Sequence[str | None]
-    ) -> AuditSide:
-        here = [row for row, clip_id in enumerate(ids) if clip_id in place]
-        found = fingerprints(store, np.array([place[ids[row]] for row in here]))
-        prints = np.zeros((len(ids), found.shape[1]), np.float32)  # zeros are like nothing
-        prints[here] = found
-        return AuditSide(
-            [whole_clip(clip_id) for clip_id in ids] if segments else ids, hashes, groups, prints
-        )
-
-    valid = store.indices("valid")
-    held_out = side(
-        store.clip_ids[valid].tolist(),
-        store.hashes[valid].tolist(),
-        [store.groups[i] for i in valid],
-    )
-    trained = side(learnt.clip_ids, learnt.hashes, learnt.groups)
-    return audit(held_out, trained, group_name=store.group_name)
-
-
-def _held_out(workdir: Path, store: Store) -> list[dict[str, str]]:
-    """Returns clip_id, group, label and predicted of each validation clip, from `held_out.csv` or scored now."""
-    place = workdir / "held_out.csv"
-    if not place.is_file():
-        evaluation = evaluate_model(load_model(workdir), store, "valid", compare_spectrograms=False)
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(["clip_id", "group", "label", "predicted"])
-        for clip_id, group, target, scores in zip(
-            evaluation.clip_ids,
-            evaluation.groups,
-            evaluation.targets,
-            evaluation.scores,
-            strict=True,
-        ):
-            names = evaluation.label_names
-            writer.writerow([clip_id, group or "", names[int(target)], names[int(scores.argmax())]])
-        write_text(place, buffer.getvalue())
-    with open(place, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def folds_row(
-    name: str,
-    overrides: dict[str, Any],
-    results: Sequence[TrainResult],
-    audits: Sequence[AuditResult],
-    held_out: Sequence[Sequence[Mapping[str, str]]],
-) -> FoldsRow:
-    """Puts the trainings of a variant together; `audits` has one for each fold, the others one for each training."""
-    right: dict[str, list[bool]] = {}
-    groups: dict[str, str | None] = {}
-    for rows in held_out:
-        for row in rows:
-            right.setdefault(row["clip_id"], []).append(row["label"] == row["predicted"])
-            groups[row["clip_id"]] = row["group"] or None
-    shares = np.array([np.mean(values) for values in right.values()])
-    accuracies = [
-        float(np.mean([row["label"] == row["predicted"] for row in rows])) for rows in held_out
-    ]
-
-    def leaked(*kinds: str) -> int:
-        return sum(
-            finding.clips
-            for result in audits
-            for finding in result.findings
-            if finding.kind in kinds
-        )
-
-    return FoldsRow(
-        name=name,
-        overrides=overrides,
-        folds=len(audits),
-        trainings=len(results),
-        steps=(min(result.step for result in results), max(result.step for result in results)),
-        trained=float(np.mean([result.trained for result in audits])),
-        mean=float(shares.mean()),
-        std=seeds_summary(accuracies)["std"],
-        interval=bootstrap_mean(shares, list(groups.values())),
-        values=accuracies,
-        clips=len(right),
-        leaks={
-            "same clip": leaked("same clip", "same content"),
-            "near-identical": leaked("near-identical"),
-            "same artist": leaked(f"same {audits[0].group_name}"),
-        },
-        unknown=sum(not artist_known(clip_id, group) for clip_id, group in groups.items()),
-    )
-
-
-def write_folds_table(workdir: Path, rows: Sequence[FoldsRow]) -> None:
-    """Writes the rows as CSV and Markdown."""
-    kinds = list(rows[0].leaks)
-    buffer = io.StringIO()
-    columns = [_folds_cells(row) for row in rows]
-    writer = csv.DictWriter(buffer, list(columns[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(columns)
-    lines = [
-        "| variant | overrides | folds x seeds | steps | clips trained on | held out | accuracy | 95 % interval | "
-        + " | ".join(f"{kind} in training" for kind in kinds)
-        + " | artist not known |",
-        "| --- " * (9 + len(kinds)) + "|",
-    ]
-    for row in rows:
-        least, most = row.steps
-        spread = "" if row.std is None else f" ± {row.std:.3f}"
-        interval = (
-            "one artist"
-            if row.interval is None
-            else f"{row.interval[0]:.3f} to {row.interval[1]:.3f}"
-        )
-        shares = " | ".join(
-            f"{100 * count / row.clips:.1f} %" for count in [*row.leaks.values(), row.unknown]
-        )
-        lines.append(
-            f"| {row.name} | {_changes(row.overrides).replace('|', ' ')} | {row.folds} x {row.trainings // row.folds} "
-            f"| {least if least == most else f'{least} to {most}'} | {row.trained:.0f} | {row.clips} "
-            f"| {row.mean:.3f}{spread} | {interval} | {shares} |"
-        )
-    lines += [
-        "",
-        "Accuracy over all clips that were held out, each counted once (the mean where several trainings held it out), ± the",
-        "deviation of the trainings. The interval resamples artists, with the trained networks as they are. After it: the share",
-        "of these clips that have the same clip, a near-identical one, or another by their artist in the training that they were",
-        "held out of.",
-    ]
-    write_text(workdir / "ablation.csv", buffer.getvalue())
-    write_text(workdir / "ablation.md", "\n".join(lines) + "\n")
-
-
-def _folds_cells(row: FoldsRow) -> dict[str, Any]:
-    """Returns a row of the CSV file."""
-    low, high = row.interval or ("", "")
-    return {
-        "variant": row.name,
-        "overrides": _changes(row.overrides),
-        "folds": row.folds,
-        "trainings": row.trainings,
-        "steps_least": row.steps[0],
-        "steps_most": row.steps[1],
-        "trained_clips": row.trained,
-        "held_out_clips": row.clips,
-        "accuracy": row.mean,
-        "std": "" if row.std is None else row.std,
-        "ci95_low": low,
-        "ci95_high": high,
-        **{f"{kind} in training": count for kind, count in row.leaks.items()},
-        "artist not known": row.unknown,
-        "values": " ".join(f"{value:.6f}" for value in row.values),
-    }
-
-
 def _prepare(config: ConfigDict, progress: bool) -> None:
-    """Makes the store of a config unless a finished one is there; a variant of the front end has one of its own."""
-    place = store_path(config)
-    if (place / "manifest.json").is_file():
+    """Prepares the store of a config if it is missing; variants of the front end have their own."""
+    path = store_path(config)
+    if (path / "manifest.json").is_file():
         return
     summary = prepare_store(
         load_dataset(dataset_options(config)),
         feature_spec(config),
         clip_layout(config),
-        place,
-        workers=1
-        if config.data.dataset == "arrays"
-        else 0,  # arrays are only copied: other processes start no sooner
+        path,
+        # Arrays are only copied, so other processes would not help.
+        workers=1 if config.data.dataset == "arrays" else 0,
         min_seconds=config.data.min_seconds,
         array_layout=config.data.array_layout,
         progress=progress,
     )
     print("\n".join(summary.lines()), flush=True)
+
+
+def _audited(store: Store, learnt: TrainedOn, segments: bool) -> AuditResult:
+    """Compares the validation split with a run's training clips; segments count as their clip.
+
+    Training clips that are not in the store have no spectrogram to compare.
+    """
+    rows = {clip_id: i for i, clip_id in enumerate(store.clip_ids.tolist())}
+
+    def side(clips: TrainedOn) -> Any:
+        here = [i for i, clip_id in enumerate(clips.clip_ids) if clip_id in rows]
+        found = fingerprints(store, np.array([rows[clips.clip_ids[i]] for i in here]))
+        prints = np.zeros((len(clips), found.shape[1]), np.float32)  # zeros match nothing
+        prints[here] = found
+        ids = [whole_clip(clip_id) if segments else clip_id for clip_id in clips.clip_ids]
+        return dataclasses.replace(clips.audit_side(), clip_ids=ids, fingerprints=prints)
+
+    held_out = clips_of(store, store.indices("valid"))
+    return audit(side(held_out), side(learnt), group_name=store.group_name)
+
+
+def _held_out(workdir: Path, store: Store) -> list[dict[str, str]]:
+    """Returns clip_id, group, label and predicted of each validation clip, from `held_out.csv`.
+
+    The clips are scored and the file is written if it is missing.
+    """
+    path = workdir / "held_out.csv"
+    if not path.is_file():
+        found = evaluate_model(load_model(workdir), store, "valid", compare_spectrograms=False)
+        names = found.label_names
+        labels = [names[int(target)] for target in found.targets]
+        predicted = [names[int(scores.argmax())] for scores in found.scores]
+        groups = [group or "" for group in found.groups]
+        rows = zip(found.clip_ids, groups, labels, predicted, strict=True)
+        write_text(path, csv_text(["clip_id", "group", "label", "predicted"], rows))
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def _last_measures(workdir: Path) -> dict[str, Any]:
@@ -457,49 +388,72 @@ def _last_measures(workdir: Path) -> dict[str, Any]:
     }
 
 
-def write_table(workdir: Path, rows: Sequence[Row], metric: str) -> None:
-    """Writes the rows as CSV and Markdown."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(
-        [
-            "variant",
-            "overrides",
-            "seeds",
-            f"valid_{metric}_mean",
-            "std",
-            "ci95_low",
-            "ci95_high",
-            "values",
-        ]
+# The columns of both tables for one row: names and cells of `ablation.csv` and of `ablation.md`.
+_Cells = tuple[dict[str, Any], dict[str, Any]]
+
+
+def _seeds_cells(row: Row, metric: str) -> _Cells:
+    both = {"variant": row.name, "overrides": _changes(row), "seeds": row.n}
+    interval = _interval_text(row, "one seed")
+    shown = {f"validation {measure_name(metric)}": _mean_text(row)}
+    return (
+        both | {f"valid_{metric}_mean": row.mean} | _spread_cells(row),
+        both | shown | {"95 % interval of the mean": interval},
     )
-    lines = [
-        f"| variant | overrides | seeds | validation {measure_name(metric)} | 95 % interval of the mean |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        changes = _changes(row.overrides)
-        low, high = row.interval or ("", "")
-        writer.writerow(
-            [
-                row.name,
-                changes,
-                row.n,
-                row.mean,
-                "" if row.std is None else row.std,
-                low,
-                high,
-                " ".join(f"{value:.6f}" for value in row.values),
-            ]
-        )
-        spread = "" if row.std is None else f" ± {row.std:.3f}"
-        interval = f"{row.interval[0]:.3f} to {row.interval[1]:.3f}" if row.interval else "one seed"
-        lines.append(
-            f"| {row.name} | {changes.replace('|', ' ')} | {row.n} | {row.mean:.3f}{spread} | {interval} |"
-        )
-    write_text(workdir / "ablation.csv", buffer.getvalue())
-    write_text(workdir / "ablation.md", "\n".join(lines) + "\n")
 
 
-def _changes(overrides: Mapping[str, Any]) -> str:
-    return ", ".join(f"{field}={value}" for field, value in overrides.items()) or "none"
+def _folds_cells(row: FoldsRow) -> _Cells:
+    both = {"variant": row.name, "overrides": _changes(row)}
+    least, most = row.steps
+    leaks = {f"{leak} in training": count for leak, count in row.leaks.items()}
+    leaks["artist not known"] = row.unknown
+    cells = {
+        "folds": row.folds,
+        "trainings": row.trainings,
+        "steps_least": least,
+        "steps_most": most,
+        "trained_clips": row.trained,
+        "held_out_clips": row.clips,
+        "accuracy": row.mean,
+        **_spread_cells(row),
+    }
+    values = {"values": cells.pop("values")}  # the last column
+    shown = {
+        "folds x seeds": f"{row.folds} x {row.trainings // row.folds}",
+        "steps": least if least == most else f"{least} to {most}",
+        "clips trained on": f"{row.trained:.0f}",
+        "held out": row.clips,
+        "accuracy": _mean_text(row),
+        "95 % interval": _interval_text(row, "one artist"),
+    }
+    fractions = {leak: f"{100 * count / row.clips:.1f} %" for leak, count in leaks.items()}
+    return both | cells | leaks | values, both | shown | fractions
+
+
+def _write_table(workdir: Path, rows: Sequence[_Cells], note: str = "") -> None:
+    """Writes `ablation.csv` and `ablation.md`."""
+    cells, shown = zip(*rows, strict=True)
+    write_text(
+        workdir / "ablation.csv", csv_text(list(cells[0]), [[*row.values()] for row in cells])
+    )
+    table = markdown_table(list(shown[0]), [[*row.values()] for row in shown])
+    write_text(workdir / "ablation.md", f"{table}\n{note}")
+
+
+def _spread_cells(row: Row | FoldsRow) -> dict[str, Any]:
+    low, high = row.interval or ("", "")
+    values = " ".join(f"{value:.6f}" for value in row.values)
+    std = "" if row.std is None else row.std
+    return {"std": std, "ci95_low": low, "ci95_high": high, "values": values}
+
+
+def _mean_text(row: Row | FoldsRow) -> str:
+    return f"{row.mean:.3f}" + ("" if row.std is None else f" ± {row.std:.3f}")
+
+
+def _interval_text(row: Row | FoldsRow, none: str) -> str:
+    return f"{row.interval[0]:.3f} to {row.interval[1]:.3f}" if row.interval else none
+
+
+def _changes(row: Row | FoldsRow) -> str:
+    return ", ".join(f"{field}={value}" for field, value in row.overrides.items()) or "none"

@@ -5,8 +5,10 @@ import importlib.metadata
 import math
 import os
 import platform
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,16 +17,157 @@ from musicgenre.config import differences, to_plain
 from musicgenre.datasets.arrays import load_arrays
 from musicgenre.errors import UserError
 from musicgenre.evaluation.audit import AuditResult, audit
-from musicgenre.evaluation.report import Evaluation
-from musicgenre.files import read_json
+from musicgenre.evaluation.comparison import ensemble, summarise_seeds
+from musicgenre.evaluation.report import (
+    Evaluation,
+    calibration_line,
+    headline,
+    measure,
+    write_report,
+)
+from musicgenre.files import read_json, write_json
 from musicgenre.models.apply import normalise
-from musicgenre.runs.model import TrainedModel
+from musicgenre.runs.model import TrainedModel, load_model
 from musicgenre.runs.provenance import clips_of, fingerprints
 from musicgenre.store.loader import eval_batches
 from musicgenre.store.prepare import prepare_store
 from musicgenre.store.store import Store
+from musicgenre.studies.retrieval import neighbour_report, neighbour_table
 from musicgenre.training.parallel import Parallel
 from musicgenre.training.telemetry import read_rows
+
+_SPLITS = ("train", "valid", "test")
+
+
+class EvaluatedRuns(NamedTuple):
+    """The result of `evaluate_runs`.
+
+    Attributes:
+      lines: what a command prints: measures, audits, paths of the reports.
+      report: the report, over all runs where there are several.
+      leaks: an audit found leaks, or the training clips of a model are unknown.
+    """
+
+    lines: list[str]
+    report: Path
+    leaks: bool
+
+
+def evaluate_runs(
+    workdirs: Sequence[str | os.PathLike[str]],
+    *,
+    split: str = "test",
+    store: str | os.PathLike[str] = "",
+    arrays: str | os.PathLike[str] = "",
+    checkpoint: str = "last",
+    out: str | os.PathLike[str] = "",
+    temperature: str = "",
+    neighbours: Sequence[int] = (),
+    command: str = "",
+) -> EvaluatedRuns:
+    """Evaluates trained models on a split and writes their reports.
+
+    Several are seeds of one experiment: `<out>/run<i>` has the report of each, `<out>/ensemble`
+    that of the mean of their scores, and `<out>` the summary.
+
+    Args:
+      workdirs: runs, bundles or names of packaged models.
+      split: "train", "valid" or "test".
+      store: the store to evaluate on; empty for the one that the model was trained on.
+      arrays: a file of spectrograms to evaluate on instead, all of it as the split.
+      checkpoint: "last", "best" or a step.
+      out: folder of the report; empty for `<workdir>/evaluation-<split>`.
+      temperature: for single labels: a temperature, or what to fit it on, a split or a file of
+        spectrograms (`.npz`, `.npy`); empty for none.
+      neighbours: numbers of nearest neighbours for `musicgenre.studies.retrieval.neighbour_report`.
+      command: the command line, for the reports.
+
+    Raises:
+      UserError: a model, its clips or the temperature cannot be used, or `out` is needed.
+    """
+    if len(workdirs) > 1 and not out:
+        raise UserError("several --workdir need a folder for their common report: --out=...")
+    lines: list[str] = []
+    metrics, evaluations, calibrations = [], [], []
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, workdir in enumerate(map(str, workdirs)):
+            model = load_model(workdir, checkpoint)
+            if model.workdir.is_file() and not out:
+                raise UserError(f"{workdir}: the report on a bundle needs a folder: --out=...")
+            folder = Path(out or Path(workdir) / f"evaluation-{split}")
+            folder = folder / f"run{number}" if len(workdirs) > 1 else folder
+            if arrays:
+                clips = store_of_arrays(model, arrays, split, Path(scratch, f"clips{number}"))
+            else:
+                clips = Store.open(Path(store) if store else training_store(model.workdir))
+            evaluation = evaluate_model(model, clips, split, command=command)
+            source = None
+            if temperature:
+                place = Path(scratch, f"temperature{number}")
+                source = temperature_source(
+                    temperature, evaluation, model, clips, place, alone=bool(arrays)
+                )
+                if source is None:
+                    lines.append(f"--temperature has no effect: the task is {evaluation.task}.")
+            metrics.append(measure(evaluation, calibration=source))
+            report = write_report(folder, evaluation, metrics=metrics[-1])
+            if neighbours:
+                found = neighbour_report(model, clips, split, ks=neighbours)
+                write_json(folder / "neighbours.json", found)
+                lines.append(neighbour_table(found))
+            lines += _lines(workdir, evaluation, metrics[-1])
+            lines += evaluation.audit.summary() if evaluation.audit else []
+            evaluations.append(evaluation)
+            calibrations.append(source)
+    if len(workdirs) > 1:
+        runs = list(zip(map(str, workdirs), metrics, strict=True))
+        report, more = _together(Path(out), runs, evaluations, calibrations, command)
+        lines += more
+    audits = [one.audit for one in evaluations if one.audit is not None]
+    return EvaluatedRuns(
+        [*lines, f"report: {report}"], report, any(not found.clean for found in audits)
+    )
+
+
+def _together(
+    out: Path,
+    runs: Sequence[tuple[str, dict[str, Any]]],
+    evaluations: Sequence[Evaluation],
+    calibrations: Sequence[Evaluation | float | None],
+    command: str,
+) -> tuple[Path, list[str]]:
+    """Writes the reports of the ensemble and over all runs; returns the latter, and the lines."""
+    first, names = evaluations[0], [name for name, _ in runs]
+    together = ensemble(evaluations, names)
+    fitted = [source for source in calibrations if isinstance(source, Evaluation)]
+    metrics = measure(together, calibration=ensemble(fitted, names) if fitted else calibrations[0])
+    of_ensemble = write_report(out / "ensemble", together, metrics=metrics)
+    correct = None
+    if first.task == "single_label":
+        correct = np.stack([one.scores.argmax(axis=1) == one.targets for one in evaluations])
+    report = summarise_seeds(
+        out,
+        runs,
+        title=f"{len(runs)} runs on {first.dataset}, {first.protocol}, {first.split}",
+        correct=correct,
+        groups=first.groups,
+        group_name=first.group_name,
+        ensemble=metrics,
+        synthetic=first.synthetic,
+        command=command,
+    )
+    return report, [
+        *_lines(f"ensemble of {len(runs)} (mean of their scores)", together, metrics),
+        (out / "summary.json").read_text(encoding="utf-8"),
+        f"report of the ensemble: {of_ensemble}",
+    ]
+
+
+def _lines(name: str, evaluation: Evaluation, metrics: dict[str, Any]) -> list[str]:
+    """Returns the measures of an evaluation in one or two lines."""
+    synthetic = "SYNTHETIC audio, " if evaluation.synthetic else ""
+    lines = [f"{synthetic}{name}, {evaluation.split}: {headline(metrics)}"]
+    return lines + ([line] if (line := calibration_line(metrics)) else [])
 
 
 def evaluate_model(
@@ -41,40 +184,35 @@ def evaluate_model(
       model: a trained model.
       store: a store made with the model's front end and clip length.
       split: "train", "valid" or "test".
-      command: what was typed, for the report.
-      compare_spectrograms: look for near-identical spectrograms between the split and the training clips.
+      command: the command line, for the report.
+      compare_spectrograms: search for spectrograms nearly identical to those of training clips.
 
     Raises:
-      UserError: the store does not fit the model (features, length, task or labels), or the split is empty.
+      UserError: the store does not fit the model (features, length, task or labels), or the split
+        is empty.
     """
     _check_fits(model, store)
-    indices = store.indices(split)
-    config = model.config
+    indices, config = store.indices(split), model.config
     windows = _score_windows(model, store, indices)
-    targets = _targets(model, store, indices)
     metric, value = model.measure
-    rows = [
-        row
-        for row in read_rows(model.workdir)
-        if row["step"] <= model.step or model.which != "last"
-    ]
-    selected = (
-        f"validation {metric} ({value:.4f})"
-        if model.which == "best" and value is not None
-        else "nothing"
-    )
-    notes = []
-    # A bundle's own splits are not known; a store's may be others.
+    selected = "nothing"
+    if model.which == "best" and value is not None:
+        selected = f"validation {metric} ({value:.4f})"
+    # The splits of a bundle's training are not known; those of the store may be others.
     own = not model.workdir.is_file()
+    notes = []
     if split == "train" and own:
         notes.append(
-            "These clips were trained on: this says how well they were learnt, not how well others will be recognised."
+            "These are training clips: the measures show how well the model fits them, not how "
+            "well it generalises."
         )
     if split == "valid" and model.which == "best":
+        was, are = ("was", "are") if own else ("may have been", "may be")
         notes.append(
-            f"The checkpoint {'was' if own else 'may have been'} chosen on this very split, so its measures "
-            f"{'are' if own else 'may be'} a little too good."
+            f"The checkpoint {was} chosen on this very split, so its measures {are} a little too "
+            "good."
         )
+    curves = read_rows(model.workdir)
     return Evaluation(
         title=f"{model.workdir.name}: {config.model.name} on {store.dataset['name']}",
         dataset=store.dataset["name"],
@@ -86,12 +224,12 @@ def evaluate_model(
         paths=store.paths[indices].tolist(),
         groups=[store.groups[i] for i in indices],
         scores=windows.mean(axis=1),
-        targets=targets,
-        curves=rows,
+        targets=_targets(model, store, indices),
+        curves=[row for row in curves if row["step"] <= model.step or model.which != "last"],
         config=to_plain(config),
-        audit=_audit(model, store, indices, compare_spectrograms)
-        if split != "train" or not own
-        else None,
+        audit=None
+        if split == "train" and own
+        else _audit(model, store, indices, compare_spectrograms),
         skipped=store.skipped,
         synthetic=bool(store.dataset["synthetic"] or model.dataset["synthetic"]),
         command=command,
@@ -107,10 +245,10 @@ def evaluate_model(
 def store_of_arrays(
     model: TrainedModel, file: str | os.PathLike[str], split: str, folder: Path
 ) -> Store:
-    """Makes a store of one file of spectrograms, as a split of its own.
+    """Creates a store of one file of spectrograms, all of it as one split.
 
     Args:
-      model: the model that is to be evaluated on it; gives the front end and the clip length.
+      model: the model to evaluate on it; gives the front end and the clip length.
       file: `.npz` or `.npy`, see `musicgenre.datasets.arrays.load_arrays`.
       split: what the file is, such as "test".
       folder: where the store is written.
@@ -142,27 +280,27 @@ def temperature_source(
     *,
     alone: bool = False,
 ) -> Evaluation | float | None:
-    """Returns what `musicgenre.evaluation.report.measure` takes a temperature from; None for tags and regressions.
+    """Returns the `calibration` for `measure` that --temperature names; None without single labels.
 
     Args:
-      asked: a split, a file of spectrograms (`.npz` or `.npy`), or the temperature itself.
-      evaluation: what is evaluated.
+      asked: see `temperature` of `evaluate_runs`.
+      evaluation: the evaluation that it is for.
       model: its model.
       store: its store.
       folder: where the store of a file is written.
-      alone: the store holds the evaluated split alone; others are those of the store that the model was trained on.
+      alone: the store has only the evaluated split; other splits are those of the training store.
 
     Raises:
       UserError: it is none of these, or cannot be used.
     """
-    fitted = asked in ("train", "valid", "test") or Path(asked).suffix in (".npz", ".npy")
+    fitted = asked in _SPLITS or Path(asked).suffix in (".npz", ".npy")
     try:
         temperature = 1.0 if fitted else float(asked)
     except ValueError:
         temperature = math.nan
     if not 0 < temperature < math.inf:
         raise UserError(
-            f"--temperature={asked}: must be a split, a file named .npz or .npy, or a number above 0."
+            f"--temperature={asked}: must be a split, a .npz or .npy file, or a number above 0."
         )
     if evaluation.task != "single_label":
         return None
@@ -170,23 +308,23 @@ def temperature_source(
         return temperature
     if asked == evaluation.split:
         return evaluation
-    if asked in ("train", "valid", "test"):
-        other = Store.open(training_store(model.workdir)) if alone else store
-        return evaluate_model(model, other, asked, compare_spectrograms=False)
-    return evaluate_model(
-        model, store_of_arrays(model, asked, "valid", folder), "valid", compare_spectrograms=False
-    )
+    other, split = store, asked
+    if asked not in _SPLITS:
+        other, split = store_of_arrays(model, asked, "valid", folder), "valid"
+    elif alone:
+        other = Store.open(training_store(model.workdir))
+    return evaluate_model(model, other, split, compare_spectrograms=False)
 
 
 def training_store(workdir: str | os.PathLike[str]) -> Path:
-    """Returns the store that a run was trained on, wherever the command is run from.
+    """Returns the path of the store that a run was trained on.
 
     Raises:
-      UserError: the run does not say, or a bundle is asked, which never does.
+      UserError: the run has no record of it, as bundles never have.
     """
     if (path := Path(workdir)).is_file():
         raise UserError(
-            f"{path}: a bundle does not say which store it was trained on. Name the one to use: --store=..."
+            f"{path}: a bundle does not name its training store. Name the one to use: --store=..."
         )
     return Path(read_json(Path(workdir) / "train_clips.json", "list of training clips")["store"])
 
@@ -202,19 +340,15 @@ def versions() -> dict[str, str]:
 
 
 def _score_windows(model: TrainedModel, store: Store, indices: np.ndarray) -> np.ndarray:
-    """Returns what the model says of each window that an evaluation takes of each clip, float64 `[clips, windows, classes]`."""
-    spread = Parallel.create()
+    """Returns the predictions for the windows of each clip, float64 `[clips, windows, classes]`."""
+    spread, data = Parallel.create(), model.config.data
 
     def step(saved: Any, x: jax.Array) -> jax.Array:
-        return model.probabilities(
-            model.module.apply(saved["variables"], normalise(x, saved["norm"]), train=False)
-        )
+        inputs = normalise(x, saved["norm"])
+        logits: Any = model.module.apply(saved["variables"], inputs, train=False)
+        return model.probabilities(logits)
 
-    score, placed, data = (
-        spread.score_step(step),
-        spread.place_state(model.model),
-        model.config.data,
-    )
+    score, placed = spread.score_step(step), spread.place_state(model.model)
     batches = eval_batches(
         store,
         indices,
@@ -222,7 +356,7 @@ def _score_windows(model: TrainedModel, store: Store, indices: np.ndarray) -> np
         crop_frames=int(data.crop_frames),
         chunks=int(data.eval_chunks),
     )
-    # A clip's windows follow each other; what fills up the last batch does not count.
+    # A clip's windows follow each other; the padding of the last batch is left out.
     scores = np.concatenate([score(placed, batch["x"])[batch["mask"] > 0] for batch in batches])
     return scores.reshape(len(indices), -1, scores.shape[-1]).astype(np.float64)
 
@@ -231,23 +365,25 @@ def _check_fits(model: TrainedModel, store: Store) -> None:
     if store.features != model.features:
         lines = differences(dataclasses.asdict(store.features), dataclasses.asdict(model.features))
         raise UserError(
-            f"{store.path}: its features are not those that the model was trained on (store -> model): {'; '.join(lines)}. "
-            "Prepare the clips with the model's front end."
+            f"{store.path}: its features differ from those that the model was trained on "
+            f"(store -> model): {'; '.join(lines)}. Prepare the clips with the model's front end."
         )
     if store.layout.frames != model.layout.frames:
         raise UserError(
-            f"{store.path}: {store.layout.frames} frames per clip where the model was trained on {model.layout.frames}."
+            f"{store.path}: {store.layout.frames} frames per clip, but the model was trained on "
+            f"{model.layout.frames}."
         )
     if store.task != model.task:
         raise UserError(f"{store.path}: its task is {store.task}, the model's {model.task}.")
     if unknown := [name for name in store.label_names if name not in model.label_names]:
         raise UserError(
-            f"{store.path}: the model does not know the label {unknown[0]!r}; it knows {', '.join(model.label_names)}."
+            f"{store.path}: the model does not know the label {unknown[0]!r}; it knows "
+            f"{', '.join(model.label_names)}."
         )
 
 
 def _targets(model: TrainedModel, store: Store, indices: np.ndarray) -> np.ndarray:
-    """Returns the truth in the order of the model's labels, which may be more than the store's."""
+    """Returns the truth in the order of the model's labels; the store may have fewer."""
     columns = np.array([model.label_names.index(name) for name in store.label_names])
     targets = store.targets(indices)
     if targets.ndim == 1:
@@ -260,7 +396,7 @@ def _targets(model: TrainedModel, store: Store, indices: np.ndarray) -> np.ndarr
 def _audit(
     model: TrainedModel, store: Store, indices: np.ndarray, compare_spectrograms: bool
 ) -> AuditResult:
-    """Compares the clips with those that this very model was trained on, wherever they are now, as far as they are known."""
+    """Compares the clips with those that this model was trained on, as far as they are known."""
     trained, evaluated = model.trained_on, clips_of(store, indices)
     if compare_spectrograms:
         trained = trained.with_fingerprints()

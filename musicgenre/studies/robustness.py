@@ -1,9 +1,10 @@
-"""A trained model on clips that were changed without changing their genre; see `musicgenre.evaluation.robustness`."""
+"""A trained model on clips that are changed but keep their genre; see `evaluation.robustness`."""
 
+import itertools
 import os
 import re
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -28,16 +29,18 @@ from musicgenre.datasets.base import SPLIT_ALIASES, find_audio
 from musicgenre.datasets.gtzan import GENRES, artist_groups, fault_filtered_lists
 from musicgenre.errors import UserError, did_you_mean
 from musicgenre.evaluation.robustness import Outcome, Robustness
-from musicgenre.inference.windows import BATCH, Network, file_inputs
+from musicgenre.inference.windows import BATCH, Network, stream_windows
 from musicgenre.runs.model import TrainedModel
 from musicgenre.store.loader import chunk_starts
 from musicgenre.studies.evaluate import versions
 
 _GTZAN_ID = re.compile(rf"(?:^|/)((?:{'|'.join(GENRES)})\.\d{{5}})(?!\d)")
 
+PathLike = str | os.PathLike[str]
+
 
 class SoundClip(NamedTuple):
-    """A sound file: what to call it, where it is, its label ("" where none is wanted) and its artist or folder."""
+    """A clip: its name, its file, its label ("" for none) and its artist or folder."""
 
     clip_id: str
     path: Path
@@ -45,55 +48,69 @@ class SoundClip(NamedTuple):
     group: str | None
 
 
-class _Made(NamedTuple):
-    """A clip, changed in every way, as inputs of the network: float16 `[windows, frames, bands]` for each way."""
+# A clip's windows, float16 `[windows, frames, bands]`, and their weights in its mean, `[windows]`.
+Windows = tuple[np.ndarray, np.ndarray]
 
-    clip_id: str
-    path: str
-    group: str | None
-    target: int
-    variants: list[np.ndarray]
-    error: str = ""
+
+class _Probe(NamedTuple):
+    """How clips of one type are read, changed and given to the network."""
+
+    read: Callable[[int], np.ndarray]
+    transforms: Sequence[Transform]
+    missing: Sequence[Missing]
+    equalisers: Sequence[Any]
+    equalise: Callable[[np.ndarray, Any], np.ndarray]
+    windows: Callable[[np.ndarray, TrainedModel], Windows]
+
+    def variants(self, i: int, clip_id: str, seed: int) -> Iterator[np.ndarray]:
+        """Yields a clip unchanged, with every change and under every equaliser."""
+        clip = self.read(i)
+        yield clip
+        for transform in self.transforms:
+            # Random numbers depend only on the seed and the names of the clip and the change.
+            names = (clip_id, transform.name)
+            keys = [zlib.crc32(name.encode("utf-8", "surrogateescape")) for name in names]
+            yield transform.apply(clip, np.random.default_rng([seed, *keys]))
+        for equaliser in self.equalisers:
+            yield self.equalise(clip, equaliser)
 
 
 def find_sounds(
-    places: Iterable[str | os.PathLike[str]], *, split: str = "", labelled: bool = True
+    paths: Iterable[PathLike], *, split: str = "", labelled: bool = True
 ) -> list[SoundClip]:
-    """Returns the sound files that are named or lie below folders, with their labels.
+    """Returns sound files that are named or found in folders, with their labels.
 
     Args:
-      places: files, whose folder's name is the label, or folders `<label>/.../<file>`, which may lie in split folders.
+      paths: files, whose folder's name is the label, or folders `<label>/.../<file>`, which may be
+        inside split folders.
       split: which split to take where a folder has split folders; "" takes all.
       labelled: the folders' names are labels.
 
     Raises:
-      UserError: a place that does not exist, or a folder without sound files (of that split).
+      UserError: a path that does not exist, or a folder without sound files (of that split).
     """
     found = []
-    for place in map(Path, places):
-        if not place.exists():
-            raise UserError(f"{place}: no such file or folder.")
-        if not place.is_dir():
-            label = place.absolute().parent.name
-            found.append(_sound(place, f"{label}/{place.name}", label if labelled else "", None))
+    for top in map(Path, paths):
+        if not top.exists():
+            raise UserError(f"{top}: no such file or folder.")
+        if not top.is_dir():
+            label = top.absolute().parent.name
+            found.append(_sound(top, f"{label}/{top.name}", label if labelled else "", None))
             continue
-        files = find_audio(place)
-        tops = {path.relative_to(place).parts[0].lower() for path in files}
-        given = len(tops) > 1 and all(name in SPLIT_ALIASES for name in tops)
+        relative = {path: path.relative_to(top) for path in find_audio(top)}
+        firsts = {path.parts[0].lower() for path in relative.values()}
+        splits = len(firsts) > 1 and firsts <= SPLIT_ALIASES.keys()
         count = len(found)
-        for path in files:
-            relative = path.relative_to(place)
-            if given and split and SPLIT_ALIASES[relative.parts[0].lower()] != split:
+        for path, name in relative.items():
+            if splits and split and SPLIT_ALIASES[name.parts[0].lower()] != split:
                 continue
-            folders = relative.parts[1 if given else 0 : -1]
-            label = folders[0] if folders else place.absolute().name
+            folders = name.parts[1 if splits else 0 : -1]
+            label = folders[0] if folders else top.absolute().name
             group = "/".join(folders) if len(folders) > 1 else None
-            found.append(_sound(path, relative.as_posix(), label if labelled else "", group))
+            found.append(_sound(path, name.as_posix(), label if labelled else "", group))
         if len(found) == count:
-            raise UserError(
-                f"{place}: no sound files in this folder"
-                + (f" for the split {split!r}." if given and split else ".")
-            )
+            of = f" for the split {split!r}" if splits and split else ""
+            raise UserError(f"{top}: no sound files in this folder{of}.")
     return found
 
 
@@ -108,74 +125,55 @@ def probe_sounds(
     progress: bool = False,
     command: str = "",
 ) -> Robustness:
-    """Runs a model over sound files as they are and changed in every way of `sound_transforms`.
+    """Runs a model over sound files, unchanged and with every change of `sound_transforms`.
 
-    The files are mixed down and resampled for the front end first, as for any model of this package. That is what is changed.
+    The files are first mixed down and resampled for the front end, and then changed.
 
     Args:
       model: a trained model with classes or tags.
       clips: from `find_sounds`.
       tries: random equalisers, see `Robustness.equalised`.
-      seconds: of a longer file its middle is taken; 0 takes all of it.
+      seconds: of a longer file the middle is taken; 0 takes all of it.
       min_seconds: shorter files are skipped.
       seed: of the random equalisers and the noise.
       progress: draw a bar.
-      command: what was typed, for the report.
+      command: the command line, for the report.
 
     Raises:
       UserError: a regression, an unknown label, or no clip that can be used.
     """
     labelled = _labelled(model) and all(clip.label for clip in clips)
-    if labelled:
-        for clip in clips:
-            _check_label(model, str(clip.path), clip.label)
-    spec = model.features
-    transforms, missing = sound_transforms(spec.sample_rate, seed)
-    equalisers = random_equalisers(tries, GENTLE_EQ, seed)
+    rate, resampler = model.features.sample_rate, model.features.resampler
+    length = round(seconds * rate)
 
-    def variants(clip: SoundClip) -> _Made:
-        target = model.label_names.index(clip.label) if labelled else -1
-        try:
-            samples = load_audio(
-                clip.path, spec.sample_rate, min_seconds=min_seconds, resampler=spec.resampler
-            ).samples
-            samples = _middle(samples, round(seconds * spec.sample_rate))
-            made = [samples, *_changed(samples, transforms, clip.clip_id, seed)]
-            made += [equalise(samples, spec.sample_rate, equaliser) for equaliser in equalisers]
-        except UserError as error:
-            return _Made(clip.clip_id, str(clip.path), clip.group, target, [], str(error))
-        return _Made(
-            clip.clip_id,
-            str(clip.path),
-            clip.group,
-            target,
-            [file_inputs(changed, model) for changed in made],
-        )
+    def read(i: int) -> np.ndarray:
+        path = clips[i].path
+        samples = load_audio(path, rate, min_seconds=min_seconds, resampler=resampler).samples
+        start = max(len(samples) - length, 0) // 2 if length else 0
+        return samples[start : start + length] if length else samples
 
-    known = any(clip.clip_id and _gtzan_id(clip.clip_id) for clip in clips)
-    return _scored(
-        model,
-        _in_threads(variants, clips, progress),
-        transforms,
-        missing,
-        tries,
-        labelled=labelled,
-        what="sound files",
-        group_name="artist" if known else "folder",
-        command=command,
+    probe = _Probe(
+        read,
+        *sound_transforms(rate, seed),
+        random_equalisers(tries, GENTLE_EQ, seed),
+        lambda samples, equaliser: equalise(samples, rate, equaliser),
+        sound_windows,
     )
+    known = any(_gtzan_id(clip.clip_id) for clip in clips)
+    unit = "artist" if known else "folder"
+    return _scored(model, clips, probe, labelled, "sound files", unit, seed, progress, command)
 
 
 def probe_arrays(
     model: TrainedModel,
-    file: str | os.PathLike[str],
+    file: PathLike,
     *,
     tries: int = 20,
     seed: int = 0,
     progress: bool = False,
     command: str = "",
 ) -> Robustness:
-    """Runs a model over a file of log-mel spectrograms as they are and changed in every way of `mel_transforms`.
+    """Runs a model over a file of log-mels, unchanged and with every change of `mel_transforms`.
 
     Args:
       model: a trained model with classes or tags, whose front end gives log-mels or MFCCs in dB.
@@ -183,199 +181,159 @@ def probe_arrays(
       tries: random equalisers, see `Robustness.equalised`.
       seed: of the random equalisers and the noise.
       progress: draw a bar.
-      command: what was typed, for the report.
+      command: the command line, for the report.
 
     Raises:
-      UserError: a regression, another front end, a file or labels that cannot be used, or no clip that can be used.
+      UserError: a regression, another front end, a file or labels that cannot be used, or no clip
+        that can be used.
     """
     labelled = _labelled(model)
     path, spec = Path(file), model.features
     if spec.kind not in ("logmel", "mfcc") or spec.compression != "db":
         raise UserError(
-            f"{path}: holds log-mels in dB, but the model takes {spec.describe()}. Test it on sound: --audio=..."
+            f"{path}: holds log-mels in dB, but the model takes {spec.describe()}. "
+            "Test it on sound: --audio=..."
         )
     arrays = open_array_file(path, str(model.config.data.array_layout))
     if (bands := arrays.frames_and_bands[1]) != spec.n_mels:
         raise UserError(f"{path}: {bands} bands, but the model was trained on {spec.n_mels}.")
-    if labelled:
-        for clip_id, label in zip(arrays.clip_ids, arrays.labels, strict=True):
-            _check_label(model, f"{path}, {clip_id}", label)
-    transforms, missing = mel_transforms(spec, seed)
-    gains = [
-        equaliser_gains(equaliser, spec) for equaliser in random_equalisers(tries, GENTLE_EQ, seed)
+    clips = [
+        SoundClip(clip_id, path, label, group)
+        for clip_id, label, group in zip(arrays.clip_ids, arrays.labels, arrays.groups, strict=True)
     ]
-
-    def variants(row: int) -> _Made:
-        clip_id, group = arrays.clip_ids[row], arrays.groups[row]
-        target = model.label_names.index(arrays.labels[row]) if labelled else -1
-        try:
-            db = arrays.spectrogram(row)
-        except UserError as error:
-            return _Made(clip_id, str(path), group, target, [], str(error))
-        made = [db, *_changed(db, transforms, clip_id, seed)]
-        made += [reference(db + gain, spec, float(db.max())) for gain in gains]
-        return _Made(
-            clip_id, str(path), group, target, [array_inputs(changed, model) for changed in made]
-        )
-
-    return _scored(
-        model,
-        _in_threads(variants, range(len(arrays.clip_ids)), progress),
-        transforms,
-        missing,
-        tries,
-        labelled=labelled,
-        what=f"spectrograms of {path.name}",
-        group_name="artist",
-        command=command,
+    gains = [equaliser_gains(own, spec) for own in random_equalisers(tries, GENTLE_EQ, seed)]
+    probe = _Probe(
+        arrays.spectrogram,
+        *mel_transforms(spec, seed),
+        gains,
+        lambda db, gain: reference(db + gain, spec, float(db.max())),
+        array_windows,
     )
+    what = f"spectrograms of {path.name}"
+    return _scored(model, clips, probe, labelled, what, "artist", seed, progress, command)
 
 
-def array_inputs(db: np.ndarray, model: TrainedModel) -> np.ndarray:
-    """Returns what the network takes of one clip's log-mels in dB `[any, mels]`, float16 `[inputs, frames, bands]`.
+def sound_windows(samples: np.ndarray, model: TrainedModel) -> Windows:
+    """Returns the windows of a file's samples `[samples]` and their weights, as for tagging."""
+    windows = list(stream_windows([samples], model.features, model))
+    inputs = np.stack([window.inputs for window in windows])
+    return inputs, np.array([window.weight for window in windows])
 
-    As in an evaluation: one clip of the model's length, or its crops.
-    """
+
+def array_windows(db: np.ndarray, model: TrainedModel) -> Windows:
+    """Returns the windows of one clip's log-mels in dB `[any, mels]`, as in an evaluation."""
     spec, frames = model.features, model.frames
     fitted, length = model.layout.fit(mfcc_from_db(db, spec.n_mfcc) if spec.kind == "mfcc" else db)
-    starts = (
-        chunk_starts(length, frames, int(model.config.data.eval_chunks))
-        if frames < model.layout.frames
-        else [0]
-    )
-    return np.stack([fitted[start : start + frames] for start in starts]).astype(np.float16)
+    windows = int(model.config.data.eval_chunks)
+    whole = frames >= model.layout.frames
+    starts = [0] if whole else chunk_starts(length, frames, windows)
+    inputs = np.stack([fitted[start : start + frames] for start in starts]).astype(np.float16)
+    return inputs, np.ones(len(inputs))
 
 
 def _scored(
     model: TrainedModel,
-    clips: Iterable[_Made],
-    transforms: Sequence[Transform],
-    missing: Sequence[Missing],
-    tries: int,
-    *,
+    clips: Sequence[SoundClip],
+    probe: _Probe,
     labelled: bool,
     what: str,
     group_name: str,
+    seed: int,
+    progress: bool,
     command: str,
 ) -> Robustness:
-    """Runs the network over clips and gathers what the report needs."""
-    network = Network(model)
-    used: list[_Made] = []
-    scores: list[np.ndarray] = []
-    skipped = []
-    for clip in clips:
-        if clip.error:
-            skipped.append(
-                {
-                    "clip_id": _text(clip.clip_id),
-                    "path": _text(clip.path),
-                    "reason": _text(clip.error),
-                }
+    """Scores all variants of the clips and returns the content of the report."""
+    names = list(model.label_names)
+    for clip in clips if labelled else ():
+        if clip.label not in names:
+            raise UserError(
+                f"{clip.path}, {clip.clip_id}: the model does not know the label {clip.label!r}."
+                f"{did_you_mean(clip.label, names)} Sound without labels that it knows can be "
+                "tested with --nolabels."
             )
+
+    def make(i: int) -> list[Windows] | str:
+        try:
+            variants = probe.variants(i, clips[i].clip_id, seed)
+            return [probe.windows(variant, model) for variant in variants]
+        except UserError as error:
+            return str(error)
+
+    network, used, scores, skipped = Network(model), [], [], []
+    for clip, made in zip(clips, _in_threads(make, len(clips), progress), strict=True):
+        if isinstance(made, str):
+            row = {"clip_id": clip.clip_id, "path": str(clip.path), "reason": made}
+            skipped.append({name: _text(value) for name, value in row.items()})
             continue
-        counts = [len(inputs) for inputs in clip.variants]
-        windows = np.concatenate(clip.variants)
-        found = np.concatenate(
-            [network(windows[start : start + BATCH])[0] for start in range(0, len(windows), BATCH)]
-        )
-        parts = np.split(found, np.cumsum(counts)[:-1])
-        scores.append(np.stack([part.mean(axis=0, dtype=np.float64) for part in parts]))
-        used.append(clip._replace(variants=[]))
+        windows = np.concatenate([inputs for inputs, _ in made])
+        batches = [windows[start : start + BATCH] for start in range(0, len(windows), BATCH)]
+        found = np.concatenate([network(batch)[0] for batch in batches])
+        parts = np.split(found.astype(np.float64), np.cumsum([len(x) for x, _ in made])[:-1])
+        means = [
+            np.average(part, axis=0, weights=w) for part, (_, w) in zip(parts, made, strict=True)
+        ]
+        scores.append(np.stack(means))
+        used.append(clip)
     if not used:
         first = f" The first of {len(skipped)}: {skipped[0]['reason']}" if skipped else ""
         raise UserError(f"no clip can be used.{first}")
-    # [1 + transforms + tries, clips, classes]
-    gathered = np.stack(scores, axis=1)
+    gathered = np.stack(scores, axis=1)  # [1 + transforms + tries, clips, classes]
     outcomes = [
         Outcome(transform.name, transform.irrelevant, transform.what, found)
-        for transform, found in zip(transforms, gathered[1:], strict=False)
+        for transform, found in zip(probe.transforms, gathered[1:], strict=False)
     ]
     ids = [_text(clip.clip_id) for clip in used]
-    dataset = model.dataset
+    counts = Counter(clip.label for clip in used)
+    by_label = ", ".join(f"{name} {counts[name]}" for name in names if counts[name])
     name = f"{model.workdir.name} ({model.config.model.name})"
     return Robustness(
-        title=f"Does it listen to the music? {name} on {len(used)} {what}",
+        title=f"Robustness of {name} on {len(used)} {what}",
         facts={
             "model": f"{name}, step {model.step}",
-            "trained on": f"{dataset['name']}, {dataset['protocol']}",
-            "clips": f"{len(used)} {what}"
-            + ("" if labelled else ", without labels")
-            + _by_label(model, used, labelled),
+            "trained on": f"{model.dataset['name']}, {model.dataset['protocol']}",
+            "clips": f"{len(used)} {what}" + (f": {by_label}" if labelled else ", without labels"),
             "front end": model.features.describe(),
         },
         label_names=model.label_names,
         clip_ids=ids,
         groups=[clip.group for clip in used],
         group_name=group_name,
-        targets=np.array([clip.target for clip in used]) if labelled else None,
+        targets=np.array([names.index(clip.label) for clip in used]) if labelled else None,
         before=gathered[0],
         outcomes=outcomes,
         equalised=gathered[1 + len(outcomes) :],
-        equaliser=f"gains of up to {GENTLE_EQ:g} dB an octave band",
-        missing=[{"name": gone.name, "reason": gone.reason} for gone in missing],
+        equaliser=f"gains of up to {GENTLE_EQ:g} dB per octave band",
+        missing=[{"name": gone.name, "reason": gone.reason} for gone in probe.missing],
         skipped=skipped,
         notes=_training_notes(model, ids),
-        synthetic=bool(dataset["synthetic"]),
+        synthetic=bool(model.dataset["synthetic"]),
         command=_text(command),
         versions=versions(),
     )
 
 
-def _changed(
-    clip: np.ndarray, transforms: Iterable[Transform], clip_id: str, seed: int
-) -> Iterator[np.ndarray]:
-    """Yields a clip changed in each way. Chance depends on the seed, the clip's name and the change's alone."""
-    for transform in transforms:
-        names = [
-            zlib.crc32(name.encode("utf-8", "surrogateescape"))
-            for name in (clip_id, transform.name)
-        ]
-        yield transform.apply(clip, np.random.default_rng([seed, *names]))
-
-
-def _in_threads(
-    make: Callable[[Any], _Made], items: Sequence[Any], progress: bool
-) -> Iterator[_Made]:
-    """Yields what `make` makes of each item, in order; the next ones are made while the network works."""
-    threads = min(4, os.cpu_count() or 1)
-    waiting: deque[Future[_Made]] = deque()
-    with (
-        ThreadPoolExecutor(threads) as pool,
-        tqdm(total=len(items), unit="clip", desc="robustness", disable=not progress) as bar,
-    ):
-        try:
-            for item in items:
-                waiting.append(pool.submit(make, item))
-                if len(waiting) > threads:
-                    yield waiting.popleft().result()
-                    bar.update()
-            while waiting:
-                yield waiting.popleft().result()
-                bar.update()
-        finally:
-            for future in waiting:
-                future.cancel()
+def _in_threads(make: Callable[[int], Any], count: int, progress: bool) -> Iterator[Any]:
+    """Yields make(0), make(1), ... in order; the next ones are computed while the caller works."""
+    threads, numbers = min(4, os.cpu_count() or 1), iter(range(count))
+    with ThreadPoolExecutor(threads) as pool:
+        first = itertools.islice(numbers, threads + 1)
+        waiting: deque[Future[Any]] = deque(pool.submit(make, i) for i in first)
+        for _ in tqdm(range(count), unit="clip", desc="robustness", disable=not progress):
+            yield waiting.popleft().result()
+            waiting.extend(pool.submit(make, i) for i in itertools.islice(numbers, 1))
 
 
 def _labelled(model: TrainedModel) -> bool:
-    """Says whether a clip has one label that the model could name.
+    """Returns whether a clip has one label that the model may predict.
 
     Raises:
-      UserError: the model gives numbers, which are no decisions.
+      UserError: the model is a regression.
     """
     if model.task == "regression":
         raise UserError(
             f"{model.workdir}: a regression makes no decisions that a change could alter."
         )
     return model.task == "single_label"
-
-
-def _check_label(model: TrainedModel, where: str, label: str) -> None:
-    if label not in model.label_names:
-        raise UserError(
-            f"{where}: the model does not know the label {label!r}.{did_you_mean(label, model.label_names)} "
-            "Sound without labels that it knows can be tested with --nolabels."
-        )
 
 
 def _sound(path: Path, clip_id: str, label: str, group: str | None) -> SoundClip:
@@ -385,53 +343,25 @@ def _sound(path: Path, clip_id: str, label: str, group: str | None) -> SoundClip
 
 
 def _gtzan_id(name: str) -> str | None:
-    """Returns the GTZAN clip that a name is of, such as "blues.00012" of "blues/blues.00012.au"."""
+    """Returns the GTZAN clip in a name, such as "blues.00012" in "blues/blues.00012.au"."""
     match = _GTZAN_ID.search(name)
     return match[1] if match else None
 
 
-def _middle(samples: np.ndarray, length: int) -> np.ndarray:
-    """Returns the middle `length` samples; all of them where there are fewer, or `length` is 0."""
-    start = max(len(samples) - length, 0) // 2 if length else 0
-    return samples[start : start + length] if length else samples
-
-
-def _by_label(model: TrainedModel, clips: Sequence[_Made], labelled: bool) -> str:
-    """Returns ": blues 1, classical 21"."""
-    if not labelled:
-        return ""
-    counts = np.bincount([clip.target for clip in clips], minlength=len(model.label_names))
-    named = [
-        f"{name} {count}" for name, count in zip(model.label_names, counts, strict=True) if count
-    ]
-    return ": " + ", ".join(named)
-
-
 def _training_notes(model: TrainedModel, clip_ids: Sequence[str]) -> list[str]:
-    """Returns what is known of clips that the model was trained on, whose decisions are surer than those of others."""
-    notes = []
+    """Returns which clips are known to be training clips: decisions on these are more certain."""
     names = [_gtzan_id(clip_id) or clip_id for clip_id in clip_ids]
-    if model.trained_on.unknown:
-        notes.append(
-            "What the model was trained on is not known clip by clip: some of these clips may be among it."
-        )
-    else:
-        trained = set(model.trained_on.clip_ids)
-        own = sum(name in trained for name in names)
-        notes.append(
-            f"{own} of these {len(names)} clips are, by their names, among those that the model was trained on."
-        )
+    note = "The training clips of the model are not known: some of these clips may be among them."
+    if not model.trained_on.unknown:
+        own = len([name for name in names if name in set(model.trained_on.clip_ids)])
+        note = f"By their names, {own} of these {len(names)} clips are training clips of the model."
     lists = fault_filtered_lists()
-    counts = {
-        split: sum(lists.get(name) == split for name in names)
-        for split in ("train", "valid", "test")
-    }
-    if any(counts.values()):
-        named = ", ".join(f"{count} of {split}" for split, count in counts.items() if count)
-        notes.append(f"By their names these clips are on GTZAN's fault-filtered lists: {named}.")
-    return notes
+    counts = Counter(lists[name] for name in names if name in lists)
+    named = [f"{counts[split]} of {split}" for split in ("train", "valid", "test") if counts[split]]
+    on_lists = f"By their names, on GTZAN's fault-filtered lists: {', '.join(named)}."
+    return [note, on_lists] if named else [note]
 
 
 def _text(name: str) -> str:
-    """Returns a name that may be no text, as text."""
+    """Returns a name that may not be valid Unicode as text."""
     return name.encode("utf-8", "replace").decode()

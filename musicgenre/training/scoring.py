@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from musicgenre.evaluation.aggregate import average_by_clip
+from musicgenre.evaluation.metrics import average_by_clip
 from musicgenre.store.loader import eval_batches
 from musicgenre.store.store import Store
 

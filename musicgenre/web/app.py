@@ -1,4 +1,4 @@
-"""The page's server: takes a sound file, says what a model makes of it, and keeps nothing."""
+"""The page's server: receives a sound file, returns the model's predictions, and stores nothing."""
 
 import contextlib
 import dataclasses
@@ -28,16 +28,19 @@ from musicgenre.inference.tagger import Tagger
 from musicgenre.runs.bundle import model_card
 from musicgenre.web.analysis import Abandoned, analyse
 
-# The header that names an upload, percent-encoded. A page of another site cannot send it without being asked for permission
-# (CORS), which nobody gets, so no such page can make this server work.
+# The header that names an upload, percent-encoded. A page of another site cannot send it without
+# permission (CORS), which this server never gives, so no such page can use this server.
 NAME_HEADER = "X-File-Name"
-# The start of the name of the folder of uploads, below the system's folder for temporary files.
+# The start of the name of the folder of uploads, below the system's temporary folder.
 FOLDER_PREFIX = "musicgenre-uploads-"
-# Seconds that a client which is refused is asked to wait.
+# Seconds after which a refused client should try again.
 _RETRY_SECONDS = 5
+# The status of a response to a client that has disconnected.
+_DISCONNECTED = 499
 _HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "img-src 'self' data:; media-src blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "connect-src 'self'; img-src 'self' data:; media-src blob:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
@@ -49,15 +52,13 @@ _HEADERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one upload, and all together, may take.
-
-    The time that a file takes is bounded by its length; there is no other deadline on the work.
+    """Limits of uploads. The length of a file bounds the time it takes; there is no other deadline.
 
     Attributes:
       max_bytes: largest upload.
       max_seconds: longest sound.
-      max_waiting: uploads that are received or wait while another is worked on.
-      upload_seconds: time in which an upload must have arrived.
+      max_waiting: uploads that are received or wait while another is analysed.
+      upload_seconds: time in which an upload must arrive.
     """
 
     max_bytes: int = 200_000_000
@@ -75,20 +76,22 @@ def create_app(
 ) -> FastAPI:
     """Returns the application: the page at `/`, `GET /api/model` and `POST /api/tag`.
 
-    `POST /api/tag` takes the bytes of a sound file as its body and the file's name in the header `X-File-Name`
-    (percent-encoded), and answers with what `musicgenre.web.analysis.analyse` returns. Else it answers with `error`, a text, and
-    the status 400 (no name), 408 (too slow), 413 (too large), 422 (no sound that can be used, or too long), 503 (too many wait;
-    `Retry-After` says for how long) or 507 (the disk is full).
+    `POST /api/tag` takes the bytes of a sound file as its body and the file's name in the header
+    `X-File-Name` (percent-encoded), and returns the result of `musicgenre.web.analysis.analyse`.
+    Otherwise it returns `error`, a text, and the status 400 (no name), 408 (too slow), 413 (too
+    large), 422 (not a usable sound, or too long), 503 (too many waiting; see `Retry-After`) or 507
+    (the disk is full).
 
-    Uploads lie in a folder of their own, which others cannot read, under names of ours, each until it is answered; the folder
-    goes when the server stops.
+    Uploads are stored in a private folder under random names until they are answered. The folder is
+    deleted when the server stops.
 
     Args:
       tagger: the model.
       index: of embeddings of this model, for the nearest files.
       limits: of uploads.
-      hosts: names that this server is called by, besides `localhost` and addresses. A request for another is refused, so that
-        no page can reach it by a name that its owner lets point here (DNS rebinding).
+      hosts: names of this server besides `localhost` and addresses. A request for another host is
+        refused, so that no page can reach this server by a name that its owner directs here (DNS
+        rebinding).
     """
     limits = limits or Limits()
     about = _about(tagger, index, limits)
@@ -120,7 +123,7 @@ def create_app(
     @app.post("/api/tag")
     async def tag(request: Request) -> Response:
         nonlocal here
-        # A refusal goes out at once; the server reads the rest of the upload and throws it away.
+        # A refusal is sent at once; the server reads the rest of the upload and discards it.
         name = _shown(request.headers.get(NAME_HEADER, ""))
         if not name:
             return _error(400, f"the header {NAME_HEADER} must name the file (percent-encoded).")
@@ -140,7 +143,7 @@ def create_app(
 
     async def answer_to(request: Request, path: Path, name: str) -> Response:
         gone = threading.Event()
-        answer = Response(status_code=499)  # for nobody: the client has gone
+        answer = Response(status_code=_DISCONNECTED)
 
         async def leave_with_client(scope: anyio.CancelScope) -> None:
             while (await request.receive())["type"] != "http.disconnect":
@@ -150,20 +153,19 @@ def create_app(
 
         def work() -> Response:
             try:
-                return JSONResponse(
-                    analyse(
-                        tagger,
-                        path,
-                        name,
-                        max_seconds=limits.max_seconds,
-                        index=index,
-                        wanted=lambda: not gone.is_set(),
-                    )
+                found = analyse(
+                    tagger,
+                    path,
+                    name,
+                    max_seconds=limits.max_seconds,
+                    index=index,
+                    wanted=lambda: not gone.is_set(),
                 )
             except UserError as error:
                 return _error(422, str(error).replace(str(path), name))
             except Abandoned:
                 return answer
+            return JSONResponse(found)
 
         try:
             async with anyio.create_task_group() as group:
@@ -181,7 +183,7 @@ def create_app(
 
 
 def is_address(host: str) -> bool:
-    """Says whether a host is an IP address and no name."""
+    """Returns whether a host is an IP address, not a name."""
     try:
         ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
@@ -190,7 +192,7 @@ def is_address(host: str) -> bool:
 
 
 class _Guard:
-    """Refuses requests for other hosts, and tells browsers to load nothing from elsewhere."""
+    """Refuses requests for other hosts, and forbids browsers to load anything from elsewhere."""
 
     def __init__(self, app: ASGIApp, hosts: frozenset[str]) -> None:
         self._app, self._hosts = app, hosts | {"localhost"}
@@ -210,8 +212,7 @@ class _Guard:
             await self._app(scope, receive, send_with_headers)
         else:
             refusal = _error(
-                400,
-                "this server is not called by that name; whoever runs it can allow it with --allow_host.",
+                400, "this server does not accept that host name; start it with --allow_host."
             )
             await refusal(scope, receive, send_with_headers)
 
@@ -224,20 +225,20 @@ def _host(header: str) -> str:
 
 
 def _shown(header: str) -> str:
-    """Returns the name of an upload as it may be shown: the last part of a path, of printable characters, not too long."""
+    """Returns the name of an upload for display: a path's last part, printable and not too long."""
     name = unquote(header, errors="replace").replace("\\", "/").rpartition("/")[2]
     printable = "".join(letter for letter in name if unicodedata.category(letter)[0] != "C")
     return printable.strip()[:200]
 
 
 async def _receive(request: Request, path: Path, name: str, limits: Limits) -> Response | None:
-    """Writes an upload to a file; returns why it is refused, or None."""
-    too_large = f"{name}: larger than the {limits.max_bytes / 1e6:g} MB that this server takes."
+    """Writes an upload to a file; returns the refusal, or None."""
+    too_large = f"{name}: larger than the {limits.max_bytes / 1e6:g} MB that this server accepts."
     try:
         declared = int(request.headers.get("content-length", "0"))
     except ValueError:
         declared = 0
-    # What it says may be wrong, so the bytes are counted, too.
+    # The declared length may be wrong, so the bytes are counted as well.
     if declared > limits.max_bytes:
         return _error(413, too_large)
     received = 0
@@ -252,7 +253,7 @@ async def _receive(request: Request, path: Path, name: str, limits: Limits) -> R
     except TimeoutError:
         return _error(408, f"{name}: did not arrive within {limits.upload_seconds:g} seconds.")
     except ClientDisconnect:
-        return Response(status_code=499)  # for nobody
+        return Response(status_code=_DISCONNECTED)
     except OSError as error:
         return _error(507, f"{name}: this server cannot store it ({error.strerror}).")
     return None
@@ -263,7 +264,7 @@ def _error(status: int, message: str, headers: dict[str, str] | None = None) -> 
 
 
 def _about(tagger: Tagger, index: EmbeddingIndex | None, limits: Limits) -> dict[str, Any]:
-    """Returns what the page says of the model."""
+    """Returns the page's facts about the model."""
     model = tagger.model
     measure, value = model.measure
     return {

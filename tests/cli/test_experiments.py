@@ -1,27 +1,36 @@
+"""The research commands, from synthetic audio to reports, in this process."""
+
+import contextlib
 import csv
+import dataclasses
+import io
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
+from musicgenre.cli.main import main
 from musicgenre.runs.bundle import save_bundle
 from musicgenre.runs.model import load_model
+from musicgenre.runs.provenance import UNKNOWN
 
-ROOT = Path(__file__).resolve().parents[2]
+
+class Done(NamedTuple):
+    """How a command ended and what it printed."""
+
+    code: int
+    out: str
+    err: str
 
 
-def run(script, *arguments, cwd=ROOT):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "experiments" / script), *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def run(*arguments):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(argument) for argument in arguments])
+    return Done(code, out.getvalue(), err.getvalue())
 
 
 def csv_rows(path):
@@ -30,16 +39,17 @@ def csv_rows(path):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return tmp_path_factory.mktemp("mains")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("experiments")
 
 
 @pytest.fixture(scope="module")
-def flags_of_a_small_run(place):
+def small(folder):
+    """The flags of a small experiment."""
     return [
-        f"--config={ROOT}/configs/synthetic.py",
-        f"--config.data.root={place}/audio",
-        f"--config.data.stores_root={place}/stores",
+        "--config=synthetic",
+        f"--config.data.root={folder}/audio",
+        f"--config.data.stores_root={folder}/stores",
         "--config.data.clips_per_style=5",
         "--config.data.seconds=2.0",
         "--config.data.frames=86",
@@ -51,214 +61,165 @@ def flags_of_a_small_run(place):
 
 
 @pytest.fixture(scope="module")
-def trained(place, flags_of_a_small_run):
-    prepared = run("prepare.py", *flags_of_a_small_run, cwd=place)
-    assert prepared.returncode == 0, prepared.stderr
-    assert (
-        "SYNTHETIC" in prepared.stdout
-        and "50 clips (test 10, train 30, valid 10); 50 computed" in prepared.stdout
-    )
-    done = run("train.py", *flags_of_a_small_run, f"--workdir={place}/run", cwd=place)
-    assert done.returncode == 0, done.stderr
-    assert "trained 2 steps; validation accuracy" in done.stdout
-    return place / "run"
+def store(folder, small):
+    done = run("prepare", *small, "--workers=1")
+    assert done.code == 0, done.err
+    assert "SYNTHETIC" in done.out
+    assert "50 clips (test 10, train 30, valid 10); 50 computed" in done.out
+    return next((folder / "stores").iterdir())
 
 
-def test_from_nothing_to_a_report(trained, place):
-    done = run("evaluate.py", f"--workdir={trained}", "--split=test", cwd=place)
-    assert done.returncode == 0, done.stderr
-    assert "SYNTHETIC" in done.stdout and "10 clips" in done.stdout
+@pytest.fixture(scope="module")
+def trained(folder, small, store):
+    done = run("train", *small, f"--workdir={folder}/run")
+    assert done.code == 0, done.err
+    assert "trained 2 steps; validation accuracy" in done.out
+    return folder / "run"
+
+
+def test_a_report_of_one_run(trained):
+    done = run("evaluate", f"--workdir={trained}", "--split=test", "--neighbours=1")
+    assert done.code == 0, done.err
+    assert "SYNTHETIC" in done.out and "10 clips" in done.out
     out = trained / "evaluation-test"
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["n"] == 10 and metrics["synthetic"] and metrics["split"] == "test"
     assert (out / "report.html").stat().st_size > 20_000
     assert len((out / "predictions.csv").read_text().splitlines()) == 11
+    assert (out / "neighbours.json").is_file()
 
 
-def test_prepare_can_trust_the_shards_that_are_there(trained, place, flags_of_a_small_run):
-    copy = place / "copy"
-    shutil.copytree(next((place / "stores").iterdir()), copy)
+def test_prepare_can_trust_existing_shards(folder, store, small):
+    copy = folder / "copy"
+    shutil.copytree(store, copy)
     shard = copy / "shards/00000.npy"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    done = run(
-        "prepare.py", *flags_of_a_small_run, f"--config.data.store={copy}", "--noverify", cwd=place
-    )
-    assert (
-        done.returncode == 0 and "50 clips (test 10, train 30, valid 10); 0 computed" in done.stdout
-    ), done.stderr
+    for flag, computed in (("--noverify", 0), ("--verify", 50)):
+        done = run("prepare", *small, f"--config.data.store={copy}", "--workers=1", flag)
+        assert done.code == 0, done.err
+        assert f"50 clips (test 10, train 30, valid 10); {computed} computed" in done.out
 
 
-def test_several_seeds_have_a_common_report(trained, place, flags_of_a_small_run):
-    done = run(
-        "train.py", *flags_of_a_small_run, "--config.seed=1", f"--workdir={place}/run1", cwd=place
-    )
-    assert done.returncode == 0, done.stderr
-    workdirs = [f"--workdir={trained}", f"--workdir={place}/run1"]
-    done = run(
-        "evaluate.py",
-        *workdirs,
-        "--split=valid",
-        f"--out={place}/seeds",
-        "--temperature=test",
-        cwd=place,
-    )
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((place / "seeds" / "summary.json").read_text())
+def test_several_seeds_have_a_common_report(trained, folder, small):
+    other = f"--workdir={folder}/run1"
+    done = run("train", *small, "--config.seed=1", other)
+    assert done.code == 0, done.err
+    out = folder / "seeds"
+    workdirs = [f"--workdir={trained}", other]
+    done = run("evaluate", *workdirs, "--split=valid", f"--out={out}", "--temperature=test")
+    assert done.code == 0, done.err
+    summary = json.loads((out / "summary.json").read_text())
     assert summary["measures"]["accuracy"]["n"] == 2
-    metrics = json.loads((place / "seeds" / "ensemble" / "metrics.json").read_text())
-    assert (
-        metrics["config"]["seed"] == [0, 1]
-        and metrics["accuracy"] == summary["ensemble"]["accuracy"]
-    )
-    assert f"ensemble of 2 (mean of their scores), valid: {metrics['headline']}" in done.stdout
+    metrics = json.loads((out / "ensemble" / "metrics.json").read_text())
+    assert metrics["config"]["seed"] == [0, 1]
+    assert metrics["accuracy"] == summary["ensemble"]["accuracy"]
+    assert f"ensemble of 2 (mean of their scores), valid: {metrics['headline']}" in done.out
     assert metrics["calibration"]["fitted_on"].startswith("fitted on test (10 clips of ")
-    assert done.stdout.count("temperature ") == 3
-    tables = [
-        csv_rows(place / "seeds" / name / "predictions.csv")
-        for name in ("run0", "run1", "ensemble")
-    ]
-    one, other, both = (float(rows[0]["p_pulsar"]) for rows in tables)
-    assert both == pytest.approx((one + other) / 2, abs=2e-6) and one != other
-    done = run("evaluate.py", f"--workdir={trained}", f"--workdir={place}/run1", cwd=place)
-    assert done.returncode == 2 and "--out" in done.stderr
+    assert done.out.count("temperature ") == 3
+    names = ("run0", "run1", "ensemble")
+    tables = [csv_rows(out / name / "predictions.csv") for name in names]
+    one, two, both = (float(rows[0]["p_pulsar"]) for rows in tables)
+    assert both == pytest.approx((one + two) / 2, abs=2e-6) and one != two
+    done = run("evaluate", *workdirs)
+    assert done.code == 2 and "--out" in done.err
 
 
-def test_predict_tells_the_good_from_the_bad(trained, place):
-    files = sorted((place / "audio").rglob("*.wav"))[:2]
-    bad = place / "bad.wav"
+def test_predict_is_another_name_of_tag(trained, folder, store):
+    good, other = sorted((folder / "audio").rglob("*.wav"))[:2]
+    bad = folder / "bad.wav"
     bad.write_bytes(b"RIFF")
-    good = run("predict.py", f"--workdir={trained}", *files, "--format=json", cwd=place)
-    assert good.returncode == 0, good.stderr
-    assert [entry["path"] for entry in json.loads(good.stdout)] == [str(path) for path in files]
-    assert "SYNTHETIC" in good.stderr
-    mixed = run(
-        "predict.py",
-        f"--workdir={trained}",
-        files[0],
-        bad,
-        f"--out={place}/labels.csv",
-        "--format=csv",
-        cwd=place,
-    )
-    assert (
-        mixed.returncode == 3
-        and "bad.wav" in mixed.stderr
-        and "1 files predicted, 1 failed" in mixed.stderr
-    )
-    assert len((place / "labels.csv").read_text().splitlines()) == 3
-    assert run("predict.py", f"--workdir={trained}", bad, cwd=place).returncode == 2
-    assert "no files" in run("predict.py", f"--workdir={trained}", cwd=place).stderr
+    done = run("predict", f"--workdir={trained}", good, other, "--format=json")
+    assert done.code == 0, done.err
+    assert [entry["path"] for entry in json.loads(done.out)] == [str(good), str(other)]
+    assert "SYNTHETIC" in done.err
+    assert run("tag", f"--model={trained}", good, other, "--format=json") == done
+    table = folder / "labels.csv"
+    mixed = run("predict", f"--workdir={trained}", good, bad, f"--out={table}", "--format=csv")
+    assert mixed.code == 3 and "bad.wav" in mixed.err and "1 file done, 1 failed" in mixed.err
+    assert len(table.read_text().splitlines()) == 3
+    assert run("predict", f"--workdir={trained}", bad).code == 2
+    assert "no files" in run("predict", f"--workdir={trained}").err
 
 
-def test_the_ablation_makes_one_table_and_resumes(trained, place, flags_of_a_small_run):
-    config = place / "sweep.py"
+def test_an_ablation_makes_one_table_and_resumes(folder, small, store):
+    config = folder / "sweep.py"
     config.write_text(
-        "import importlib.util\n"
-        f"spec = importlib.util.spec_from_file_location('synthetic', '{ROOT}/configs/synthetic.py')\n"
-        "module = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(module)\n"
-        "get_config = module.get_config\n"
+        "from musicgenre.configs.synthetic import get_config\n"
         "def sweep():\n    yield 'plain', {}\n    yield 'dropped', {'model.dropout': 0.9}\n"
     )
-    flags = [
-        f"--config={config}",
-        *flags_of_a_small_run[1:],
-        f"--workdir={place}/ablation",
-        "--seeds=2",
-    ]
-    done = run("ablate.py", *flags, cwd=place)
-    assert done.returncode == 0, done.stderr
-    table = (place / "ablation" / "ablation.csv").read_text()
+    out = folder / "ablation"
+    flags = [f"--config={config}", *small[1:], f"--workdir={out}", "--config.epochs=1", "--seeds=2"]
+    done = run("ablate", *flags)
+    assert done.code == 0, done.err
+    table = (out / "ablation.csv").read_text()
     assert len(table.splitlines()) == 3 and "model.dropout=0.9" in table
-    assert (place / "ablation" / "variants.png").stat().st_size > 5_000
-    again = run("ablate.py", *flags, cwd=place)
-    assert again.returncode == 0 and (place / "ablation" / "ablation.csv").read_text() == table
+    assert (out / "variants.png").stat().st_size > 5_000
+    again = run("ablate", *flags)
+    assert again.code == 0 and (out / "ablation.csv").read_text() == table
+    done = run("ablate", *flags, "--only=droped")
+    assert done.code == 2 and "no variant of " in done.err and "'dropped'" in done.err
+
+
+def test_what_is_no_ablation_is_refused(folder, small):
+    done = run("ablate", *small, f"--workdir={folder}/none")
+    assert done.code == 2 and "configs/synthetic.py: has no sweep()." in done.err
+    flags = ["--config=ablations/report_knobs", f"--workdir={folder}/none", "--steps=9"]
+    done = run("ablate", *flags)
+    assert done.code == 2 and "--steps goes with --folds" in done.err
+    assert not (folder / "none").exists()
 
 
 @pytest.mark.parametrize(
-    ("script", "arguments", "message"),
+    ("command", "arguments", "message"),
     [
         (
-            "train.py",
+            "train",
             ["--config.optimizer.learning_rat=1.0"],
             "config.optimizer.learning_rat is not a field.*Did you mean.*learning_rate",
         ),
         (
-            "train.py",
+            "train",
             ["--config.optimzer.name=adam"],
             'the flags cannot be used: .*Did you mean "optimizer" instead of "optimzer"',
         ),
-        ("train.py", ["--config.batch_size=many"], "batch_size"),
+        ("train", ["--config.batch_size=many"], "batch_size"),
         (
-            "train.py",
+            "train",
             ["--config.model.filtres=(3,)"],
             "model.filtres is not a field.*Did you mean 'filters'",
         ),
-        ("train.py", ["--config.optimizer.name=adamm"], "Did you mean 'adam'"),
-        (
-            "train.py",
-            ["--config.data.stores_root=nowhere"],
-            "no finished spectrogram store.*musicgenre prepare",
-        ),
-        ("train.py", ["--config.data.crop_frames=40"], "normalise=band"),
-        (
-            "prepare.py",
-            ["--config.data.dataset=gtzam"],
-            "no data set 'gtzam'. Did you mean 'gtzan'",
-        ),
-        ("prepare.py", ["--config.data.dataset=gtzan", "--config.data.root="], "data.root"),
-        ("prepare.py", ["stray"], "unexpected argument 'stray'"),
+        ("train", ["--config.optimizer.name=adamm"], "Did you mean 'adam'"),
+        ("train", ["--config.data.stores_root=nowhere"], "no finished spectrogram store.*prepare"),
+        ("train", ["--config.data.crop_frames=40"], "normalise=band"),
+        ("train", ["--profile_steps=20"], "--profile_steps=20: needs a first step and a count"),
+        ("prepare", ["--config.data.dataset=gtzam"], "no data set 'gtzam'. Did you mean 'gtzan'"),
+        ("prepare", ["--config.data.dataset=gtzan", "--config.data.root="], "data.root"),
     ],
 )
-def test_mistakes_are_one_clear_line(
-    trained, place, flags_of_a_small_run, script, arguments, message
-):
-    workdir = [f"--workdir={place}/other"] if script == "train.py" else []
-    done = run(script, *flags_of_a_small_run, *workdir, *arguments, cwd=place)
-    assert done.returncode in (1, 2)
-    assert "Traceback" not in done.stderr
-    assert re.search(message, done.stderr), done.stderr
-    assert not (place / "other" / "checkpoints").exists()
+def test_mistakes_are_one_clear_line(folder, small, store, command, arguments, message):
+    workdir = [f"--workdir={folder}/other"] if command == "train" else []
+    done = run(command, *small, *workdir, *arguments)
+    assert done.code == 2 and re.search(message, done.err) and len(done.err.splitlines()) == 1
+    assert not (folder / "other" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize(
-    "script", sorted(path.name for path in (ROOT / "experiments").glob("*.py"))
-)
-def test_help_says_what_it_does_and_how(script):
-    done = run(script, "--help")
-    assert done.returncode == 1  # absl's status for help
-    assert f"python experiments/{script}" in done.stdout
+def test_leakage_can_be_fatal(trained, folder, store):
+    flags = [f"--store={store}", "--fatal_leakage"]
+    done = run("evaluate", f"--workdir={trained}", "--split=valid", *flags)
+    assert done.code == 0, done.err
+    bundle, out = folder / "run.safetensors", folder / "evaluated"
+    save_bundle(dataclasses.replace(load_model(trained), trained_on=UNKNOWN), bundle)
+    done = run("evaluate", f"--workdir={bundle}", f"--out={out}", *flags)
+    assert done.code == 4 and "not known to be" in done.err and (out / "report.html").is_file()
+    assert "training clips unknown: " in done.out and "no leak" not in done.out
 
 
-def test_leakage_can_be_fatal(trained, place):
-    done = run(
-        "evaluate.py",
-        f"--workdir={trained}",
-        f"--store={next((place / 'stores').iterdir())}",
-        "--split=valid",
-        "--fatal_leakage",
-        cwd=place,
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def test_leakage_that_cannot_be_known_is_fatal_too(trained, place):
-    """A bundle does not list its training clips."""
-    bundle, out = place / "run.safetensors", place / "evaluated"
-    save_bundle(load_model(trained), bundle)
-    store = next((place / "stores").iterdir())
-    done = run(
-        "evaluate.py",
-        f"--workdir={bundle}",
-        f"--store={store}",
-        f"--out={out}",
-        "--fatal_leakage",
-        cwd=place,
-    )
-    assert (
-        done.returncode == 4
-        and "not known to be" in done.stderr
-        and (out / "report.html").is_file()
-    )
-    assert "training clips unknown: " in done.stdout and "no leak" not in done.stdout
+def test_figures_are_drawn_and_named(trained, folder, small, tmp_path):
+    done = run("figures", *small[:-1], f"--out={tmp_path}", "--top=2")
+    assert done.code == 0, done.err
+    paths = [line for line in done.out.splitlines() if line.endswith(".png")]
+    assert paths and all(Path(path).is_file() for path in paths)
+    done = run("figures", f"--workdir={trained}", "--config=synthetic")
+    assert done.code == 2 and "give only one of --workdir and --config" in done.err

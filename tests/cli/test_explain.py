@@ -20,7 +20,7 @@ from musicgenre.runs.bundle import save_bundle
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_quickly():
-    """Each network runs a few times only, so that most of the time would go into compiling it well."""
+    """Each network runs a few times only, so optimising its program would take longer."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -58,7 +58,7 @@ def test_a_folder_is_explained_and_its_bad_file_reported(bundle, music, tmp_path
     (music / "a b#1%.wav").rename(music / "other.wav.txt")
     assert run(music, f"--model={bundle}", f"--out={out}", "--cut", "--top=2", "--seconds=1") == 3
     captured = capsys.readouterr()
-    assert "bad.wav: not a sound file" in captured.err and "1 files done, 1 failed" in captured.err
+    assert "bad.wav: not a sound file" in captured.err and "1 file done, 1 failed" in captured.err
     tagger = Tagger.load(bundle)
     label = tagger.tag(music / "c.flac", top=1)[0].label
     assert (
@@ -227,14 +227,14 @@ def test_the_layers_are_listed_without_a_file(bundle, capsys):
         (["--layer=conv2", "--unit=16"], "unit 16: the layer 'conv2' has 16 units, 0 to 15."),
         (
             ["--layer=dense1"],
-            "--layer: layer 'dense1': it has no positions for Grad-CAM to map. Layers with positions: ",
+            "--layer: layer 'dense1': it has no positions for Grad-CAM to map. Layers with posi",
         ),
         (["--unit=1"], "--unit requires --layer"),
         (["--at=-1"], "--at must not be negative, but is -1."),
         (["--at=nan"], "--at must not be negative"),
         (["--at=99"], "99 s is beyond its end; it is 4.0 s long"),
         (["--parts=filters,sounds"], "--parts: 'sounds' is not known. Did you mean 'sound'?"),
-        (["--top=0"], "--top must be at least 1"),
+        (["--top=0"], "--top=0: 0 is not a positive integer"),
         (["--seconds=0"], "--seconds must be positive"),
         (["--out=FILE"], "this is a file; name a folder"),
         (["--out=FILE/x"], "cannot be written"),
@@ -249,7 +249,7 @@ def test_mistakes_are_named(options, message, bundle, music, tmp_path, capsys):
         option.replace("FILE", str(file)).replace("BAD", str(music / "bad.wav"))
         for option in options
     ]
-    # What is found only after a file was explained needs one; its parts that take long are left out.
+    # --clips is read after a file is explained; the slow parts of that are left out.
     parts = (
         []
         if options[0].startswith("--parts")
@@ -282,7 +282,9 @@ def test_times_are_in_minutes_and_seconds(seconds, words):
 
 def test_nothing_to_explain(bundle, capsys):
     assert run(f"--model={bundle}") == 2
-    assert "name at least one sound file or folder" in capsys.readouterr().err
+    assert (
+        "no files: name sound files or folders, or give --list_layers." in capsys.readouterr().err
+    )
 
 
 def test_saliency_has_its_colours_where_its_values_are(tmp_path):
@@ -298,7 +300,7 @@ def test_saliency_has_its_colours_where_its_values_are(tmp_path):
     ]
     explain_plots.saliency(tmp_path / "s.png", sound, panels, "title $x$")
     pixels = np.asarray(Image.open(tmp_path / "s.png").convert("RGB"), int)[:, :-160]
-    # The map is the second of three panels; what speaks for is red and comes first, what speaks against is blue and comes later.
+    # The map is the second of three panels; red evidence comes first, then blue.
     middle = pixels[int(0.42 * len(pixels)) : int(0.70 * len(pixels))]
     red, blue = (np.argwhere((middle[..., i] - middle[..., 2 - i]) > 90) for i in (0, 2))
     assert len(red) > 500 and len(blue) > 500
@@ -319,8 +321,9 @@ def test_many_layers_and_filters_are_thinned_out(tmp_path, monkeypatch):
     explain_plots.filters(tmp_path / "f.png", kernels, "title", across="time", up="bands", most=12)
     (figure, title), (filters, strongest) = drawn
     # 72 rows in three columns, the last of which shows eight of its units.
-    assert title == "title · 72 of 90 layers" and len(figure.axes) == 71 + 8
-    texts = [text.get_text() for text in figure.texts]
+    assert title == "title · 72 of 90 layers" and len(figure.axes) == 72
+    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert len(figure.axes[-1].texts) == 3 + 8
     assert (
         texts[0] == "layer0"
         and "layer89" in texts

@@ -31,8 +31,8 @@ def test_a_model_is_exported_and_the_check_is_printed(bundle, tmp_path, capsys):
     said, errors = capsys.readouterr()
     lines = said.splitlines()
     assert (
-        f"{out}: 0.2 MB; samples [batch, 11025] (0.50 s, mono, 22050 Hz) -> probabilities [batch, 3]"
-        == lines[0]
+        lines[0] == f"{out}: 0.2 MB; samples [batch, 11025] (0.50 s, mono, 22050 Hz) "
+        "-> probabilities [batch, 3]"
     )
     notes = json.loads((tmp_path / "exports" / "tiny.bin.json").read_text())
     assert (

@@ -71,7 +71,7 @@ def test_answers_without_work_import_no_jax():
         (["tag", "x", "--format=xml"], "--format=xml: value should be one of <table|jsonl|"),
         (["embed", "x"], "--out is needed: The .npz file to write."),
         (["evaluate"], "--workdir is needed: A run's folder, a bundle"),
-        (["train", "--config=synthetic"], "--workdir is needed: Folder of the run"),
+        (["train", "--config=synthetic"], "--workdir is needed: The run's folder: config, metrics"),
         (["train", "--workdir=x"], "--config is needed, such as --config=synthetic."),
         (["train", "--workdir=x", "--config.seed=1"], "--config is needed before its fields"),
         (["prepare", "stray"], "unexpected argument 'stray': flags are written --name=value."),

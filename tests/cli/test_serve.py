@@ -39,8 +39,8 @@ def sound(path, seed):
     [
         ("--max_mb=0", "--max_mb must be positive"),
         ("--max-seconds=inf", "--max_seconds must be positive"),
-        ("--max_waiting=-1", "--max_waiting must not be negative"),
-        ("--port=70000", "--port must be between 0 and 65535"),
+        ("--max_waiting=-1", "--max_waiting=-1: -1 is not a non-negative integer"),
+        ("--port=70000", "--port=70000: 70000 is not an integer in the range [0, 65535]"),
         ("--host=no.such.host.invalid", "--host=no.such.host.invalid: no such address"),
         ("--model=nowhere", "nowhere: no such workdir"),
         ("--index=nowhere.index", "nowhere.index"),
@@ -116,7 +116,7 @@ def test_from_the_shell_to_sigterm(bundle, tmp_path, capsys):
     command = [
         sys.executable,
         "-m",
-        "musicgenre.cli.main",
+        "musicgenre",
         "serve",
         "--port=0",
         f"--model={bundle}",
@@ -147,7 +147,8 @@ def test_from_the_shell_to_sigterm(bundle, tmp_path, capsys):
         # Stopped in the middle of an upload.
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(
-                b"POST /api/tag HTTP/1.1\r\nHost: localhost\r\nX-File-Name: a\r\nContent-Length: 9\r\n\r\nhalf"
+                b"POST /api/tag HTTP/1.1\r\nHost: localhost\r\nX-File-Name: a\r\n"
+                b"Content-Length: 9\r\n\r\nhalf"
             )
             while not list(temporary.glob("musicgenre-uploads-*/*")):
                 time.sleep(0.01)

@@ -36,7 +36,7 @@ def made(bundle, tmp_path_factory):
 
 @pytest.fixture
 def place(made, tmp_path, monkeypatch):
-    """The current folder, with a copy of the files and of the index, which knows them where they were made."""
+    """The current folder, with a copy of the files and of the index, which has their old paths."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(made / "music", tmp_path / "music")
     shutil.copy(made / "music.index", tmp_path)
@@ -195,10 +195,10 @@ def test_input_that_cannot_be_used(made, place, bundle, capsys):
         ([song, "--index=text"], "text: not an index of this package"),
         ([song, "--index=empty"], "empty: not an index, which is a single file"),
         (["--add=music", f"--index={song}"], "music/a.wav: not an index"),
-        ([song, "--k=0", *index], "--k must be at least 1, not 0"),
+        ([song, "--k=0", *index], "--k=0: 0 is not a positive integer"),
         ([song, "--out=./music.index", *index], "is the index"),
         (index, "no files: name some"),
-        (["-", "--add=-", *index], "not of both"),
+        (["-", "--add=-", *index], "not both"),
         (["empty", *index], "empty: no sound files in this folder"),
         (["gone.wav", *index], "gone.wav: no such file"),
         (["bad.wav", *index], "bad.wav: not a sound file"),

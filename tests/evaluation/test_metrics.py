@@ -8,6 +8,7 @@ from sklearn import metrics as sk
 
 from musicgenre.errors import UserError
 from musicgenre.evaluation.metrics import (
+    average_by_clip,
     ece_by_chance,
     multi_label_metrics,
     regression_metrics,
@@ -182,7 +183,7 @@ def test_weighted_aucs_agree_with_scikit_learn_on_ties_and_weights():
         ),
         (
             dict(scores=np.where(SCORES == 0.8, 1.5, SCORES)),
-            r"clip 2 has 1.5 for 'b', which lies outside",
+            r"clip 2 has 1.5 for 'b', which is outside",
         ),
         (dict(scores=SCORES / 2), "clip 0 sum to 0.5000"),
         (dict(labels=LABELS[:3]), "labels must have the shape"),
@@ -229,3 +230,12 @@ def test_a_constant_output_is_left_out_of_r2():
     assert got["undefined"] == ["constant"] and got["r2"] == 1.0 and got["mse"] == 0.5
     with pytest.raises(UserError, match="predictions: clip 1 has nan for 'moves'"):
         regression_metrics(truth * [[1, 1], [np.nan, 1], [1, 1]], truth, ("moves", "constant"))
+
+
+def test_the_mean_over_windows_in_any_order():
+    scores = np.array([[0.2, 0.8], [1.0, 0.0], [0.4, 0.6], [0.6, 0.4]], np.float32)
+    average = average_by_clip(scores, np.array([1, 0, 1, 1]), 2)
+    np.testing.assert_allclose(average, [[1, 0], [0.4, 0.6]], rtol=1e-6)
+    assert average.dtype == np.float64
+    with pytest.raises(UserError, match="1 of 3 clips have no window, the first is clip 1"):
+        average_by_clip(scores, np.array([0, 0, 2, 2]), 3)

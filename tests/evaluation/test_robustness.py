@@ -24,7 +24,7 @@ def tested():
     targets = np.array([0, 0, 0, 0, 1, 1])
     return Robustness(
         title="six clips",
-        facts={"model": "made up"},
+        facts={"model": "a toy"},
         label_names=("no", "y|s <b>"),
         clip_ids=[f"clip{i}" for i in range(6)],
         groups=["a", "a", "b", "b", None, None],
@@ -146,7 +146,7 @@ def test_a_synthetic_model_is_called_so(tested, tmp_path):
     ("change", "message"),
     [
         ({"clip_ids": []}, "no clip"),
-        ({"before": np.zeros((6, 3))}, r"as they are\) have the shape \[6, 3\], not \[6, 2\]"),
+        ({"before": np.zeros((6, 3))}, r"unchanged\) are \[6, 3\], not \[6, 2\]"),
         ({"groups": [None]}, "for each of the 6 clips"),
         ({"equalised": np.zeros((3, 5, 2))}, r"\[tries, 6, 2\]"),
     ],

@@ -365,8 +365,8 @@ def test_silence_has_the_features_of_silence():
 
 
 def test_frequency_responses_are_sorted_by_their_peak():
-    taps = np.float32([[1, -1, 0], [1, 0, -1], [2, 2, 0]])
-    decibels, hertz, order = taps.frequency_responses(taps, 8000, bins=5)
+    kernels = np.float32([[1, -1, 0], [1, 0, -1], [2, 2, 0]])
+    decibels, hertz, order = taps.frequency_responses(kernels, 8000, bins=5)
     assert order.tolist() == [2, 1, 0] and hertz.tolist() == [0, 1000, 2000, 3000, 4000]
     assert decibels.argmax(axis=1).tolist() == [0, 2, 4]
     # |1 + exp(-iw)| / 2 is cos(w / 2), at a quarter of the rate cos 45 degrees.
@@ -379,8 +379,8 @@ def tone(seconds, hertz, rate=22050):
     return np.sin(2 * np.pi * hertz * np.arange(int(seconds * rate)) / rate).astype(np.float32)
 
 
-def share(samples, hertz, rate=22050):
-    """The share of a sound's energy within 6 % of a frequency."""
+def energy_near(samples, hertz, rate=22050):
+    """The fraction of a sound's energy within 6 % of a frequency."""
     power = np.abs(np.fft.rfft(samples)) ** 2
     place = np.fft.rfftfreq(len(samples), 1 / rate)
     return power[np.abs(place - hertz) < 0.06 * hertz].sum() / power.sum()
@@ -450,7 +450,8 @@ def test_the_window_is_the_most_probable_or_the_one_that_was_asked_for(base, tmp
     soundfile.write(path, 0.3 * samples, 22050)
     tagger = Tagger(base)
     windows = tagger.taggram(path)
-    mean = windows.probabilities.mean(axis=0)
+    # 387 frames in windows of 64, the last of which adds 3.
+    mean = np.average(windows.probabilities, axis=0, weights=[1] * 6 + [3 / 64])
     for label in (None, 0, 1, 2):
         chosen = moments.choose_window(base, tagger.network, path, label=label)
         assert chosen.label == (int(mean.argmax()) if label is None else label)
@@ -483,7 +484,9 @@ def test_a_mask_leaves_the_band_that_it_is_over(spec):
     samples = 0.4 * tone(1.0, low) + 0.4 * tone(1.0, high)
     features = compute_features(samples, spec)
     both = sonify.invert(features, spec, iterations=4)
-    assert np.isfinite(both).all() and share(both, low) > 0.15 and share(both, high) > 0.15
+    assert (
+        np.isfinite(both).all() and energy_near(both, low) > 0.15 and energy_near(both, high) > 0.15
+    )
     assert abs(len(both) - len(samples)) <= spec.hop_length and np.abs(both).max() == pytest.approx(
         0.9
     )
@@ -498,7 +501,7 @@ def test_a_mask_leaves_the_band_that_it_is_over(spec):
         sonify.invert(features, spec, mask, iterations=4),
         sonify.apply_mask(samples, spec, mask),
     ):
-        assert share(masked, high) > 0.8 and share(masked, low) < 0.01
+        assert energy_near(masked, high) > 0.8 and energy_near(masked, low) < 0.01
     # The sound itself keeps its amplitude and its phase.
     kept = sonify.apply_mask(samples, spec, mask)
     inner = slice(4000, -4000)
@@ -544,8 +547,7 @@ def test_sounds_are_written_as_16_bit_files(tmp_path):
         sonify.write_sound(tmp_path / "file" / "b.wav", np.zeros(3), 8000)
 
 
-def test_the_strongest_are_kept_in_order():
-    heap = []
-    for turn, value in enumerate([3.0, 1.0, 5.0, 5.0, 2.0]):
-        moments.keep_largest(heap, (value, -turn, "x"), 3)
-    assert sorted(heap, reverse=True) == [(5.0, -2, "x"), (5.0, -3, "x"), (3.0, 0, "x")]
+def test_of_equal_activations_the_earlier_is_kept():
+    values = {"a": 3.0, "b": 5.0, "c": 5.0, "d": 2.0}
+    entries = [moments._Entry(value, path, None, -1) for path, value in values.items()]
+    assert [entry.path for entry in moments._largest(entries, 3)] == ["b", "c", "a"]

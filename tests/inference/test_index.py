@@ -116,7 +116,7 @@ def test_a_saved_index_is_the_same_to_the_bit(tmp_path):
         np.array([[1.0, 2], [0, 0]]),
         np.array([[2**40, 1], [2, 1_700_000_000_123_456_789]]),
     )
-    index.model = {"digest": "abc", "source": NO_TEXT}
+    index.model = {"digest": "abc", "source": "café"}
     index.save(tmp_path / "music.index")
     again = EmbeddingIndex.load(tmp_path / "music.index")
     assert again.paths == index.paths and again.model == index.model
@@ -137,11 +137,11 @@ def test_files_that_are_no_index(tmp_path):
             EmbeddingIndex.load(name)
         assert str(name) in str(caught.value)
 
-    refused("no such index. Make it with: musicgenre similar")
+    refused("no such index. Create it with: musicgenre similar")
     refused("not an index, which is a single file", tmp_path)
     for content in (b"", b"not an index", b"\xff" * 100, b"RIFF" * 1000):
         path.write_bytes(content)
-        refused("not an index of this package, or cut short")
+        refused("not a readable index, or cut short")
     random_index().save(path)
     good = path.read_bytes()
     path.write_bytes(good[:-10])
@@ -150,16 +150,16 @@ def test_files_that_are_no_index(tmp_path):
         path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place:][1:])
         refused("damaged: its arrays are not those that were saved")
     save_file({"x": np.zeros(1)}, tmp_path / "model.safetensors", metadata={"musicgenre": "{}"})
-    refused("another safetensors file", tmp_path / "model.safetensors")
+    refused("holds other arrays and no index", tmp_path / "model.safetensors")
     path.write_bytes(good)
     with safe_open(path, "numpy") as file:
         notes = json.loads(file.metadata()["musicgenre_index"])
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for text, message in (
-        (json.dumps(notes | {"schema": 2}), "schema 2 is not the one"),
+        (json.dumps(notes | {"schema": 3}), "does not read schema 3"),
         ("{", "notes cannot be read"),
         ("[]", "notes cannot be read"),
-        (json.dumps(notes | {"model": None}), "notes are incomplete"),
+        (json.dumps(notes | {"model": None}), "notes or arrays are incomplete"),
     ):
         save_file(arrays, path, metadata={"musicgenre_index": text})
         refused(message)

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ from musicgenre.audio.resample import resample
 from musicgenre.datasets.base import Clip
 from musicgenre.errors import UserError
 from musicgenre.inference import windows
+from musicgenre.inference.spectrogram import overview
 from musicgenre.inference.windows import (
+    FileWindows,
     Network,
     file_inputs,
-    overview,
+    score_file,
     score_files,
     stream_power,
     stream_windows,
@@ -63,54 +66,51 @@ def test_a_waveform_is_framed_alike_in_blocks(count, size):
 
 
 @pytest.mark.parametrize(
-    ("hops", "starts", "lengths"),
+    ("hops", "starts", "lengths", "weights"),
     [
-        (10, [0], [11]),  # with the frame that is centred on the end
-        (63, [0], [64]),
-        (64, [0], [64]),
-        (65, [0, 1], [64, 64]),
-        (128, [0, 64], [64, 64]),
-        (200, [0, 64, 128, 136], [64] * 4),
+        (10, [0], [11], [11 / 64]),  # with the frame that is centred on the end
+        (63, [0], [64], [1]),
+        (64, [0], [64], [1]),
+        (65, [0, 1], [64, 64], [1, 1 / 64]),
+        (128, [0, 64], [64, 64], [1, 1]),
+        (200, [0, 64, 128, 136], [64] * 4, [1, 1, 1, 8 / 64]),
     ],
 )
-def test_windows_follow_each_other_and_the_last_ends_with_the_file(hops, starts, lengths):
+def test_windows_are_consecutive_and_the_last_ends_with_the_file(hops, starts, lengths, weights):
     model = tiny_model()
     samples = noise(512 * hops + 100)
     found = list(stream_windows(in_blocks(samples, 5_000), model.features, model))
-    assert [window.start for window in found] == starts and [
-        window.length for window in found
-    ] == lengths
+    assert [window.start for window in found] == starts
+    assert [window.length for window in found] == lengths
+    assert [window.weight for window in found] == weights
     assert {window.inputs.shape for window in found} == {(64, 16)} and found[
         0
     ].inputs.dtype == np.float16
 
 
-def test_a_step_sets_windows_closer():
+def test_a_step_makes_windows_overlap():
     model = tiny_model()
     found = list(stream_windows([noise(512 * 100)], model.features, model, step=10))
     assert [window.start for window in found] == [0, 10, 20, 30, 36]
+    # All count equally but the last, which advances by 6 frames of a step's 10.
+    assert [window.weight for window in found] == [1, 1, 1, 1, 0.6]
     whole = file_inputs(noise(512 * 100), model, step=10)
     np.testing.assert_array_equal(whole[2], found[2].inputs)
     with pytest.raises(UserError, match="65 frames must be at least 1 and at most a window's 64"):
         list(stream_windows([noise(512 * 100)], model.features, model, step=65))
 
 
-def test_a_model_of_crops_takes_those_of_its_evaluation_or_a_row_of_them():
+def test_a_model_of_crops_uses_those_of_its_evaluation_or_consecutive_ones():
     model = tiny_model(data__frames=160, data__crop_frames=60, data__eval_chunks=3)
     samples = noise(512 * 400)  # clips at 0, 160 and 240
-    assert [w.start for w in stream_windows([samples], model.features, model)] == [
-        0,
-        50,
-        100,
-        160,
-        210,
-        260,
-        240,
-        290,
-        340,
-    ]
+    found = list(stream_windows([samples], model.features, model))
+    assert [w.start for w in found] == [0, 50, 100, 160, 210, 260, 240, 290, 340]
+    # The crops of a clip count equally; half of the last clip is new.
+    assert [w.weight for w in found] == [1] * 6 + [0.5] * 3
     row = list(stream_windows([samples], model.features, model, step=60))
     assert [w.start for w in row] == [0, 60, 100, 160, 220, 260, 300, 340]
+    assert [w.weight for w in row] == [1, 1, 40 / 60, 1, 1, 40 / 60, 40 / 60, 40 / 60]
+    assert sum(w.weight for w in row) * 60 == pytest.approx(400)
     # The dB reference is the clip's, not the crop's, as in training.
     power = mel_power(samples, model.features)
     clip = 10 * np.log10(power[:160]) - 10 * np.log10(power[:160].max())
@@ -131,15 +131,42 @@ def test_streamed_probabilities_equal_those_of_the_whole_file(
     )
     model = tiny_model()
     network = Network(model)
-    inputs = file_inputs(load_audio(path, 22050).samples, model)
+    samples = load_audio(path, 22050).samples
+    inputs = file_inputs(samples, model)
     whole = np.concatenate([network(inputs[i : i + 8])[0] for i in range(0, len(inputs), 8)])
     scores = next(score_files(model, [path], network=network, keep_windows=True))
     assert len(scores.windows.starts) == len(inputs)
     np.testing.assert_allclose(scores.windows.probabilities, whole, atol=1e-5)
-    np.testing.assert_allclose(scores.probabilities, whole.mean(axis=0), atol=1e-5)
+    weights = [w.weight for w in stream_windows([samples], model.features, model)]
+    mean = np.average(whole, axis=0, weights=weights)
+    np.testing.assert_allclose(scores.probabilities, mean, atol=1e-5)
     assert scores.windows.ends[-1] == pytest.approx(
         seconds, abs=0.06
     ) and scores.embedding.shape == (16,)
+
+
+@pytest.mark.parametrize(
+    ("hops", "mean"),
+    [
+        (580, (36 + 9 * 40 / 60) / (9 + 40 / 60)),  # such as 29 s in windows of 3 s
+        (540, 36 / 9),  # exactly divisible: every window counts in full
+        (61, (1 / 60) / (1 + 1 / 60)),
+        (60, 0),
+        (30, 0),  # shorter than a window
+    ],
+)
+def test_a_file_is_the_mean_of_its_windows_weighted_by_what_they_add(hops, mean):
+    model = tiny_model(data__frames=60)
+    count = itertools.count()
+
+    def numbered(inputs):
+        numbers = np.float32([[next(count)] for _ in inputs])
+        return numbers, 10 * numbers
+
+    found = score_file(FileWindows("any", model, blocks=[noise(512 * hops)]), numbered)
+    np.testing.assert_allclose(found.probabilities, [mean], rtol=1e-6)
+    np.testing.assert_allclose(found.embedding, [10 * mean], rtol=1e-6)
+    assert found.windows is None and next(count) == -(-hops // 60)
 
 
 def test_no_more_of_a_long_file_is_held_than_a_clip_and_two_blocks():
@@ -157,11 +184,11 @@ def test_no_more_of_a_long_file_is_held_than_a_clip_and_two_blocks():
         made += 1
         held.append(given - 512 * window.start)
     assert made == 400 * 16 / 64
-    # The samples that were taken before a window was there: its own, the transform's reach and what one block brings too many.
+    # A window requires its own samples, the reach of the transform, and the rest of a block.
     assert max(held) <= 512 * 64 + 2048 + 2 * 8_192
 
 
-def test_readers_stop_when_enough_windows_wait(tmp_path, monkeypatch):
+def test_decoding_pauses_while_enough_windows_wait(tmp_path, monkeypatch):
     path = tmp_path / "long.wav"
     soundfile.write(path, noise(512 * 64 * 60), 22050)
     taken = []
@@ -183,18 +210,18 @@ def test_readers_stop_when_enough_windows_wait(tmp_path, monkeypatch):
 
     scores = next(score_files(model, [path], network=slow))
     assert not scores.error and len(seen) == 8
-    # The first call comes with 8 windows; 16 more may wait, one is under way, and blocks may be half used.
+    # The first call has 8 windows; 16 more may wait, one is being made, and a block may be partly used.
     assert max(seen[:2]) <= (16 + 16 + 2) * 512 * 64 + 3 * 4_096
     assert sum(taken) == 512 * 64 * 60
 
 
-def test_a_walk_that_is_left_early_leaves_no_thread_behind(tmp_path):
+def test_closing_the_iterator_early_leaves_no_thread(tmp_path):
     for number in range(6):
         soundfile.write(tmp_path / f"{number}.wav", noise(512 * 64 * 40, number), 22050)
     model = tiny_model()
-    walk = score_files(model, sorted(tmp_path.glob("*.wav")))
-    assert next(walk).path.endswith("0.wav")
-    walk.close()  # would hang here
+    scores = score_files(model, sorted(tmp_path.glob("*.wav")))
+    assert next(scores).path.endswith("0.wav")
+    scores.close()  # would hang here
 
 
 @pytest.mark.parametrize(
@@ -211,7 +238,7 @@ def test_a_walk_that_is_left_early_leaves_no_thread_behind(tmp_path):
         ("cut", "truncated"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said_as_when_it_is_read_whole(tmp_path, content, message):
+def test_a_stream_reports_the_same_errors_as_reading_the_file_at_once(tmp_path, content, message):
     path = tmp_path / "bad.wav"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -232,7 +259,7 @@ def test_what_is_wrong_with_a_file_is_said_as_when_it_is_read_whole(tmp_path, co
 @pytest.mark.parametrize(
     ("rate", "wanted"), [(44_100, 22_050), (8_000, 22_050), (48_000, 16_000), (192_000, 22_050)]
 )
-def test_a_stream_is_resampled_to_the_bit(tmp_path, rate, wanted, resampler):
+def test_resampling_a_stream_is_bit_exact(tmp_path, rate, wanted, resampler):
     path = tmp_path / "any.wav"
     soundfile.write(path, noise(int(2.01 * rate) + 7), rate, subtype="FLOAT")
     blocks = list(stream_audio(path, wanted, block=10_001, resampler=resampler))
@@ -241,8 +268,8 @@ def test_a_stream_is_resampled_to_the_bit(tmp_path, rate, wanted, resampler):
     )
 
 
-def test_a_model_gets_its_own_resampler(tmp_path):
-    """Wherever a file is read for it: scores, the picture of a long file, and a clip of a store."""
+def test_every_reader_of_a_file_uses_the_models_resampler(tmp_path):
+    """The readers are scores, the picture of a long file, and a clip of a store."""
     path = tmp_path / "any.wav"
     samples = noise(44_100 * 2)
     soundfile.write(path, samples, 44_100, subtype="FLOAT")
@@ -264,7 +291,6 @@ def test_a_model_gets_its_own_resampler(tmp_path):
         assert not np.array_equal(made["soxr_hq"], made["kaiser_best"])
 
 
-# Of 1,041 frames the last part, 17, is less than one group.
 @pytest.mark.parametrize("frames", [403, 417])
 def test_an_overview_averages_frames_of_the_whole_file(tmp_path, frames):
     path = tmp_path / "long.wav"

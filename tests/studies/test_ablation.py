@@ -60,7 +60,7 @@ def test_every_variant_is_trained_equally_often():
             "no variant has a split that is made of folds.*data.protocol=artist_kfold",
         ),
         (base_config(), [("plain", {})], "no variant has a split that is made of folds"),
-        (arrays_config(store="one"), VARIANTS, "each fold needs a store of its own"),
+        (arrays_config(store="one"), VARIANTS, "each fold needs its own store"),
         (
             arrays_config(),
             [("typo", {"data.protokol.x": 1})],

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import soundfile
 
-from musicgenre import models
 from musicgenre.audio.features import FeatureSpec, compute_features
 from musicgenre.config import store_path
 from musicgenre.datasets.base import Clip, Dataset
 from musicgenre.errors import UserError
 from musicgenre.evaluation import plots
 from musicgenre.evaluation.report import Evaluation
+from musicgenre.inference.spectrogram import feature_panel, mel_ticks
 from musicgenre.runs.model import load_model
 from musicgenre.store.store import Store
 from musicgenre.studies import figures
@@ -164,7 +164,7 @@ def test_ticks_of_mel_bands_by_hand():
         (15 + 27 * np.log(2) / np.log(6.4)) / step - 1: "2000",
         7.5 / step - 1: "500",
     }
-    ticks = figures.mel_ticks(spec)
+    ticks = mel_ticks(spec)
     for position, text in expected.items():
         near = min(ticks, key=lambda found: abs(found - position))
         assert ticks[near] == text and abs(near - position) < 0.02
@@ -174,63 +174,20 @@ def test_ticks_of_mel_bands_by_hand():
 def test_cepstra_and_waveforms_have_axes_of_their_own(tmp_path, drawn):
     samples = 0.3 * np.random.default_rng(0).standard_normal(22050).astype(np.float32)
     cepstrum = FeatureSpec(kind="mfcc", n_mfcc=13)
-    panel = figures.feature_panel(compute_features(samples, cepstrum), cepstrum)
+    panel = feature_panel(compute_features(samples, cepstrum), cepstrum)
     assert (
         panel.ylabel == "coefficient" and not panel.yticks and panel.limits[0] == -panel.limits[1]
     )
     # The zeroth coefficient, the loudness, does not take all the colours.
     assert np.abs(panel.values[:, 0]).min() > 2 * panel.limits[1]
     wave = FeatureSpec(kind="waveform", hop_length=256)
-    panel = figures.feature_panel(compute_features(samples, wave), wave)
+    panel = feature_panel(compute_features(samples, wave), wave)
     np.testing.assert_array_equal(panel.values, samples[: 22050 // 256 * 256])
     assert panel.seconds == 1 / 22050 and panel.start == 0
     soundfile.write(tmp_path / "a.wav", samples, 22050)
     assert [path.name for path in figures.sound_figures(tmp_path / "a.wav", wave, tmp_path)] == [
         "spectrogram.png"
     ]
-
-
-@pytest.mark.parametrize(
-    ("fields", "frames", "bands"),
-    [
-        ({"name": "conv1d"}, 647, 128),
-        ({"name": "resnet", "blocks": (2, 2, 2, 2)}, 647, 128),
-        ({"name": "fcn"}, 1366, 96),
-        ({"name": "musicnn"}, 187, 96),
-    ],
-)
-def test_networks_are_drawn_readably(tmp_path, monkeypatch, fields, frames, bands):
-    caught = []
-    monkeypatch.setattr(plots, "save", lambda figure, path, title: caught.append((figure, title)))
-    module = models.build(fields, num_classes=50, frames=frames, bands=bands)
-    path, layers = figures.architecture_figure(
-        module, frames, bands, tmp_path, fields["name"], "an experiment"
-    )
-    assert path == tmp_path / f"architecture_{fields['name']}.png"
-    ((figure, title),) = caught
-    total = sum(layer.parameters for layer in layers)
-    assert (
-        title
-        == f"{fields['name']} · input {frames} x {bands} · {total:,} parameters · an experiment"
-    )
-    figure.canvas.draw()
-    texts = [text for text in figure.axes[0].texts if text.get_text()]
-    named = [text.get_text() for text in texts]
-    assert all(any(text.startswith(f"{i}  ") for text in named) for i in range(len(layers)))
-    boxes = [text.get_window_extent() for text in texts]
-    width, height = figure.get_size_inches() * figure.dpi
-    assert all(
-        box.x0 >= 0 and box.x1 <= width and box.y0 >= 0 and box.y1 <= height for box in boxes
-    )
-    for i, one in enumerate(boxes):
-        for j, other in enumerate(boxes[:i]):
-            apart = (
-                one.x0 > other.x1 - 1
-                or other.x0 > one.x1 - 1
-                or one.y0 > other.y1 - 1
-                or other.y0 > one.y1 - 1
-            )
-            assert apart, (named[i], named[j])
 
 
 @pytest.fixture
@@ -254,9 +211,8 @@ def test_the_figures_of_a_run(run, small_config, tmp_path, drawn):
         drawn["confusion.png"].title
         == "Confusion · arrays · files given · test · 9 clips · run, step 12"
     )
-    # Each row of the matrix sums to the three clips of the class.
-    cells = [int(text.get_text().split("\n")[1]) for text in drawn["confusion.png"].axes[0].texts]
-    assert sum(cells) == 9
+    texts = [text.get_text() for text in drawn["confusion.png"].axes[0].texts]
+    assert sum(int(text.split("\n")[1]) for text in texts if text) == 9
     assert [line.get_xdata()[-1] for line in drawn["learning_curves.png"].axes[0].lines] == [
         12,
         12,
@@ -295,8 +251,8 @@ def test_the_labels_of_a_tagged_clip_and_the_numbers_of_a_regression(tmp_path, d
         )
 
     tags = evaluation("multi_label", [[0.9, 0.2, 0.8], [0.1, 0.7, 0.3]], [[1, 0, 1], [0, 0, 0]])
-    assert figures._labels_text(tags, 0) == "true: x, z · likeliest: x (90 %), z (80 %)"
-    assert figures._labels_text(tags, 1) == "true: no tag · likeliest: y (70 %)"
+    assert figures._labels_text(tags, 0) == "true: x, z · most probable: x (90 %), z (80 %)"
+    assert figures._labels_text(tags, 1) == "true: no tag · most probable: y (70 %)"
     assert figures._mistakes_figure(tags, tmp_path, "{} of mine") == tmp_path / "per_class.png"
     assert drawn["per_class.png"].title == "Per tag of mine"
     assert [text.get_text() for text in drawn["per_class.png"].axes[0].texts] == [
@@ -312,7 +268,7 @@ def test_the_labels_of_a_tagged_clip_and_the_numbers_of_a_regression(tmp_path, d
         == "x 0.5 (predicted 0.5), y 2 (predicted 1), z 1 (predicted 2)"
     )
     figures._mistakes_figure(numbers, tmp_path, "{} of mine")
-    assert drawn["per_class.png"].axes[0].get_title().startswith("R2")
+    assert drawn["per_class.png"].axes[0].get_title().startswith("r2 ")
     assert drawn["per_class.png"].axes[0].texts[0].get_text() == "1.00"
 
 
@@ -330,9 +286,7 @@ def test_one_command_draws_all(run, tmp_path):
     table = small_table(tmp_path)
     done = script(f"--workdir={run}", "--split=test", f"--tags={table}", "--model=conv1d")
     assert done.returncode == 0, done.stderr
-    assert (
-        "dense1     Dense    2048 features" in done.stdout and "2,775,818 parameters" in done.stdout
-    )
+    assert "dense1" in done.stdout and "2,775,818 parameters" in done.stdout
     written = [Path(line) for line in done.stdout.splitlines() if line.endswith(".png")]
     assert sorted({path.name for path in written}) == sorted(
         path.name for path in (run / "figures").iterdir()

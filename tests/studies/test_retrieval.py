@@ -56,7 +56,7 @@ def test_the_report_on_a_split(small_config):
     with pytest.raises(UserError, match="no clips in the split 'x'"):
         neighbour_report(model, store, "x")
     store.dataset["task"] = "multi_label"
-    with pytest.raises(UserError, match="needs one label a clip"):
+    with pytest.raises(UserError, match="needs one label per clip"):
         neighbour_report(model, store, "valid")
 
 

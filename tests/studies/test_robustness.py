@@ -11,12 +11,12 @@ from tiny_model import tiny_model
 from musicgenre.audio.perturb_sound import sound_transforms
 from musicgenre.errors import UserError
 from musicgenre.evaluation.robustness import measure
-from musicgenre.inference.predict import predict_files
+from musicgenre.inference.windows import score_files
 from musicgenre.runs.bundle import save_bundle
 from musicgenre.runs.model import load_model
 from musicgenre.runs.provenance import TrainedOn
 from musicgenre.studies.evaluate import evaluate_model, store_of_arrays
-from musicgenre.studies.robustness import array_inputs, find_sounds, probe_arrays, probe_sounds
+from musicgenre.studies.robustness import array_windows, find_sounds, probe_arrays, probe_sounds
 
 ROOT = Path(__file__).resolve().parents[2]
 LABELS = ("low", "middle", "high")
@@ -60,7 +60,7 @@ def test_sounds_as_they_are_get_what_predict_gives(model, music):
     ] and "decoded" in tested.skipped[0]["reason"]
     expected = [
         p.probabilities
-        for p in predict_files(model, [clip.path for clip in clips])
+        for p in score_files(model, [clip.path for clip in clips])
         if p.probabilities is not None
     ]
     np.testing.assert_allclose(tested.before, expected, atol=1e-6)
@@ -149,7 +149,8 @@ def test_a_clip_that_is_no_number_is_skipped(model, small_arrays, tmp_path):
 def test_crops_are_those_of_an_evaluation():
     model = tiny_model(data__frames=100, data__crop_frames=64, data__eval_chunks=3)
     db = np.repeat(np.arange(82.0)[:, None], 16, axis=1)
-    inputs = array_inputs(db, model)
+    inputs, weights = array_windows(db, model)
+    assert weights.tolist() == [1, 1, 1]
     assert inputs.shape == (3, 64, 16) and inputs[:, 0, 0].tolist() == [
         0,
         9,
@@ -191,8 +192,10 @@ def test_a_run_says_which_clips_it_was_trained_on(model, music):
     clips = find_sounds([music])[:2]
     trained_on = TrainedOn(["low/a.wav", "other"], ["", ""], [None, None])
     run = dataclasses.replace(model, trained_on=trained_on)
-    assert probe_sounds(run, clips, tries=0).notes[0].startswith("1 of these 2 clips are")
-    assert "not known clip by clip" in probe_sounds(model, clips, tries=0).notes[0]
+    assert probe_sounds(run, clips, tries=0).notes[0].startswith("By their names, 1 of these 2 ")
+    assert (
+        "training clips of the model are not known" in probe_sounds(model, clips, tries=0).notes[0]
+    )
 
 
 def test_the_command(model, small_arrays, tmp_path):

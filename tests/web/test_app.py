@@ -225,7 +225,7 @@ def test_an_upload_that_is_too_large_stops_before_it_fills_the_disk(tagger, live
             answer = connection.getresponse()
             assert (
                 answer.status == 413
-                and b"song.wav: larger than the 0.2 MB that this server takes" in answer.read()
+                and b"song.wav: larger than the 0.2 MB that this server accepts" in answer.read()
             )
             assert (
                 largest <= 200_000 and (largest > 0) == (parts > 0) and not list(folder.iterdir())

@@ -89,7 +89,7 @@ def test_the_page_in_a_browser(browser, live, tmp_path):
             "bad.mp3: not a sound file that can be decoded (Format not recognised)."
         ]
         assert texts(too_large, "[role=alert]") == [
-            "large.wav: larger than the 5 MB that this server takes."
+            "large.wav: larger than the 5 MB that this server accepts."
         ]
 
         # What is shown is what the model says.
@@ -237,4 +237,4 @@ def test_a_model_of_made_up_audio_is_called_so(browser, live):
         browser.get(f"http://localhost:{port}/")
         warning = browser.find_element(By.ID, "synthetic")
         WebDriverWait(browser, 10, poll_frequency=0.05).until(lambda _: warning.is_displayed())
-        assert warning.text.startswith("SYNTHETIC: this model was trained on made-up audio.")
+        assert warning.text.startswith("SYNTHETIC: this model was trained on synthetic audio.")

@@ -1,7 +1,7 @@
-// The page: sends files one after the other, and draws what the server says of each. Names and labels are only ever set as text.
+// Sends files to the server one after the other and draws its results. Names and labels are always set as text.
 
 const BARS = 10; // labels with a bar before "Show all"
-const ROWS = 12; // labels with a row over time: those with the highest peaks
+const ROWS = 12; // most labels with a row over time, those with the highest peaks
 const ROW_HEIGHT = 24; // CSS pixels, .names span
 const ROW_GAP = 2;
 // Matplotlib's magma in nine steps, for the spectrogram.
@@ -45,13 +45,13 @@ async function loadModel() {
   const response = await fetch("api/model");
   if (!response.ok) throw new Error(`the server answered ${response.status}`);
   about = await response.json();
-  const what = { single_label: "labels, one of them for each file", multi_label: "tags", regression: "outputs" }[about.task];
+  const what = { single_label: "labels, one per file", multi_label: "tags", regression: "outputs" }[about.task];
   const { measure } = about;
   const value = measure && (measure.name === "accuracy" ? `${(100 * measure.value).toFixed(1)} %` : measure.value.toFixed(3));
   const measured = measure && `${measure.name.replaceAll("_", " ")} ${value} on its ${measure.split} split`;
   document.getElementById("summary").textContent =
-    `What a trained network hears in your music: ${about.network}, ${about.labels.length} ${what}; ` +
-    `${measured || "how often it is right has not been measured"}.`;
+    `Genres and tags of your music, predicted by ${about.network}, ${about.labels.length} ${what}; ` +
+    `${measured || "its accuracy has not been measured"}.`;
   document.getElementById("synthetic").hidden = !about.synthetic;
   document.getElementById("limits").textContent =
     `wav, flac, mp3, ogg, opus, aiff or au; up to ${size(about.max_bytes)} and ${duration(about.max_seconds)} each.`;
@@ -63,7 +63,7 @@ function size(bytes) {
   return bytes >= 1e6 ? `${+(bytes / 1e6).toFixed(1)} MB` : `${+(bytes / 1e3).toFixed(1)} kB`;
 }
 
-// As much Markdown as a model card has: headings, lists, paragraphs, `code`, **strong**.
+// The Markdown of model cards: headings, lists, paragraphs, `code`, **strong**.
 function markdown(text) {
   const blocks = [];
   let list = null;
@@ -149,14 +149,14 @@ async function handle(item) {
   try {
     if (!about) await loadModel();
     if (item.file.size > about.max_bytes)
-      throw new Error(`${item.file.name}: larger than the ${size(about.max_bytes)} that this server takes.`);
+      throw new Error(`${item.file.name}: larger than the ${size(about.max_bytes)} that this server accepts.`);
     let answer = await send(item);
     while (answer.status === 503 && !item.removed.signal.aborted) {
       item.status.textContent = "the server is busy; trying again soon …";
       await new Promise((resolve) => setTimeout(resolve, 1000 * (Number(answer.retry) || 5)));
       answer = await send(item);
     }
-    if (answer.status !== 200) throw new Error(answer.json?.error ?? `the server failed (${answer.status}); its terminal says why.`);
+    if (answer.status !== 200) throw new Error(answer.json?.error ?? `the server failed (${answer.status}); see its terminal for the reason.`);
     item.bar.hidden = true;
     show(item, answer.json);
   } catch (error) {
@@ -171,7 +171,7 @@ async function handle(item) {
   item.stop.setAttribute("aria-label", `Remove ${item.file.name}`);
 }
 
-// fetch() does not tell how much has been sent.
+// fetch() does not report upload progress.
 function send(item) {
   return new Promise((resolve, reject) => {
     const request = new XMLHttpRequest();
@@ -187,7 +187,7 @@ function send(item) {
     });
     request.upload.addEventListener("load", () => {
       item.bar.removeAttribute("value");
-      item.status.textContent = "listening …";
+      item.status.textContent = "analysing …";
     });
     request.addEventListener("load", () =>
       resolve({ status: request.status, json: request.response, retry: request.getResponseHeader("Retry-After") }),
@@ -201,7 +201,7 @@ function send(item) {
   });
 }
 
-/* What the server said */
+/* Results */
 
 function show(item, answer) {
   item.status.textContent = clock(answer.seconds);
@@ -248,20 +248,20 @@ function neighbours(found) {
       ),
     );
   }
-  return make("section", {}, make("h3", { textContent: "Most similar files of the index (cosine similarity)" }), list);
+  return make("section", {}, make("h3", { textContent: "Most similar indexed files (cosine similarity)" }), list);
 }
 
 function timeline(item, answer) {
   const { taggram, spectrogram, seconds } = answer;
   const peaks = taggram.labels.map((_, index) => Math.max(...taggram.probabilities.map((row) => row[index])));
-  const places = taggram.labels.map((label) => answer.labels.findIndex((entry) => entry.label === label));
+  const ranks = taggram.labels.map((label) => answer.labels.findIndex((entry) => entry.label === label));
   const rows = taggram.labels
     .map((_, index) => index)
     .sort((a, b) => peaks[b] - peaks[a])
     .slice(0, ROWS)
-    .sort((a, b) => places[a] - places[b]);
+    .sort((a, b) => ranks[a] - ranks[b]);
   const limits = about.task === "regression" ? [Math.min(...taggram.probabilities.flat()), Math.max(...taggram.probabilities.flat())] : [0, 1];
-  // Each moment has the colour of the window whose middle is nearest.
+  // Each time has the colour of the window whose middle is nearest.
   const middles = taggram.starts.map((start, index) => (start + taggram.ends[index]) / 2);
   const edges = [0, ...middles.slice(1).map((middle, index) => (middle + middles[index]) / 2), seconds];
 
@@ -271,7 +271,7 @@ function timeline(item, answer) {
   const head = make("div", { className: "head", hidden: true });
   const plots = make("div", { className: "plots" }, levels, cells, head);
   plots.setAttribute("role", "img");
-  plots.setAttribute("aria-label", "Spectrogram, and the labels over time below it. The same as numbers: see the table below.");
+  plots.setAttribute("aria-label", "Spectrogram, and the labels over time below it. The table below has the same values.");
   const hertz = make("div", { className: "hertz" });
   for (const [position, value] of spectrogram.ticks) {
     const tick = make("span", { textContent: value >= 1000 ? `${value / 1000} kHz` : `${value} Hz` });
@@ -316,9 +316,9 @@ function timeline(item, answer) {
   const rest = () => {
     const span = duration(about.window_seconds);
     const one = taggram.starts.length === 1;
-    readout.replaceChildren(scale(limits, one ? `the model hears ${span} at once: one window` : `the ${span} around each moment`));
+    readout.replaceChildren(scale(limits, one ? `the file is one window of ${span}` : `each column covers ${span}`));
   };
-  const place = (event) => {
+  const timeOf = (event) => {
     const box = plots.getBoundingClientRect();
     return Math.min(Math.max((event.clientX - box.left) / box.width, 0), 1) * seconds;
   };
@@ -327,10 +327,10 @@ function timeline(item, answer) {
     head.style.left = `${(100 * time) / seconds}%`;
     at(time);
   });
-  plots.addEventListener("pointermove", (event) => at(place(event)));
+  plots.addEventListener("pointermove", (event) => at(timeOf(event)));
   plots.addEventListener("pointerleave", () => (player.currentTime ? at(player.currentTime) : rest()));
   plots.addEventListener("click", (event) => {
-    if (!player.hidden) player.currentTime = place(event);
+    if (!player.hidden) player.currentTime = timeOf(event);
   });
   rest();
   return [figure, player];
@@ -341,7 +341,7 @@ function scale(limits, text) {
   return make("div", { className: "scale quiet" }, make("span", {}, low, make("i"), high), text);
 }
 
-// The player of the file that was chosen, which this page has already; the server keeps no sound.
+// Plays the chosen file from this page; the server stores no sound.
 function sound(item, seconds, moved) {
   const address = URL.createObjectURL(item.file);
   const player = make("audio", { controls: true, preload: "metadata", src: address });
@@ -353,7 +353,7 @@ function sound(item, seconds, moved) {
   player.addEventListener("error", () => {
     if (item.removed.signal.aborted) return;
     player.hidden = true;
-    player.before(make("p", { className: "quiet", textContent: "This browser cannot play files of this kind." }));
+    player.before(make("p", { className: "quiet", textContent: "This browser cannot play files of this type." }));
   });
   const tell = () => moved(Math.min(player.currentTime, seconds));
   const follow = () => {
@@ -365,7 +365,7 @@ function sound(item, seconds, moved) {
   return player;
 }
 
-// The spectrogram at one pixel a cell.
+// The spectrogram with one pixel per cell.
 function picture(spectrogram) {
   const { columns, bands } = spectrogram;
   const bytes = Uint8Array.from(atob(spectrogram.levels), (letter) => letter.charCodeAt(0));
@@ -374,19 +374,19 @@ function picture(spectrogram) {
   const pixels = context.createImageData(columns, bands);
   for (let column = 0; column < columns; column++) {
     for (let band = 0; band < bands; band++) {
-      const place = 4 * ((bands - 1 - band) * columns + column);
+      const offset = 4 * ((bands - 1 - band) * columns + column);
       const [red, green, blue] = mixed(MAGMA, bytes[column * bands + band] / 255);
-      pixels.data.set([red, green, blue, 255], place);
+      pixels.data.set([red, green, blue, 255], offset);
     }
   }
   context.putImageData(pixels, 0, 0);
   return canvas;
 }
 
-function mixed(colours, share) {
-  const place = Math.min(Math.max(share, 0), 1) * (colours.length - 1);
-  const index = Math.min(Math.floor(place), colours.length - 2);
-  return colours[index].map((value, channel) => value + (place - index) * (colours[index + 1][channel] - value));
+function mixed(colours, fraction) {
+  const position = Math.min(Math.max(fraction, 0), 1) * (colours.length - 1);
+  const index = Math.min(Math.floor(position), colours.length - 2);
+  return colours[index].map((value, channel) => value + (position - index) * (colours[index + 1][channel] - value));
 }
 
 function sized(canvas) {
@@ -414,8 +414,8 @@ function drawCells(canvas, probabilities, rows, edges, seconds, [low, high]) {
   const gap = (ROW_GAP * height) / ROW_HEIGHT;
   rows.forEach((row, line) => {
     probabilities.forEach((values, index) => {
-      const share = (values[row] - low) / (high - low || 1);
-      context.fillStyle = `rgb(${mixed(colours, share).map(Math.round).join(" ")})`;
+      const fraction = (values[row] - low) / (high - low || 1);
+      context.fillStyle = `rgb(${mixed(colours, fraction).map(Math.round).join(" ")})`;
       const left = Math.round(edges[index] * scale);
       context.fillRect(left, line * height, Math.round(edges[index + 1] * scale) - left, height - gap);
     });
@@ -435,17 +435,17 @@ function drawTimes(box, seconds) {
   box.replaceChildren(...ticks);
 }
 
-// Of ticks that would touch, the upper one stays.
+// If ticks would touch, the upper one stays.
 function thin(box) {
   let above = -Infinity;
   for (const tick of box.children) {
-    const place = tick.offsetTop;
-    tick.style.visibility = place - above < 13 ? "hidden" : "";
-    if (!tick.style.visibility) above = place;
+    const top = tick.offsetTop;
+    tick.style.visibility = top - above < 13 ? "hidden" : "";
+    if (!tick.style.visibility) above = top;
   }
 }
 
-// The same for those who cannot see the pictures.
+// The values of the pictures as a table, for screen readers.
 function numbers(answer) {
   const { taggram } = answer;
   const box = make("details", {}, make("summary", { textContent: "As numbers" }));
@@ -461,7 +461,7 @@ function numbers(answer) {
           {},
           make("td", { textContent: clock(start, 1) }),
           make("td", { textContent: clock(taggram.ends[index], 1) }),
-          ...order.map((place) => make("td", { textContent: shown(taggram.probabilities[index][place]) })),
+          ...order.map((column) => make("td", { textContent: shown(taggram.probabilities[index][column]) })),
         ),
       );
       const table = make("table", {}, make("caption", { className: "quiet", textContent: `Labels over time of ${answer.file}` }));
@@ -483,20 +483,20 @@ input.addEventListener("change", () => {
   add(input.files);
   input.value = "";
 });
-for (const kind of ["dragenter", "dragover"]) {
-  document.addEventListener(kind, (event) => {
+for (const type of ["dragenter", "dragover"]) {
+  document.addEventListener(type, (event) => {
     event.preventDefault();
     document.body.classList.add("dragging");
   });
 }
-for (const kind of ["dragleave", "drop"]) {
-  document.addEventListener(kind, (event) => {
+for (const type of ["dragleave", "drop"]) {
+  document.addEventListener(type, (event) => {
     event.preventDefault();
-    if (kind === "drop" || !event.relatedTarget) document.body.classList.remove("dragging");
-    if (kind === "drop") add(event.dataTransfer.files);
+    if (type === "drop" || !event.relatedTarget) document.body.classList.remove("dragging");
+    if (type === "drop") add(event.dataTransfer.files);
   });
 }
 
 loadModel().catch((error) => {
-  document.getElementById("summary").textContent = `The model cannot be asked: ${error.message}.`;
+  document.getElementById("summary").textContent = `The model cannot be reached: ${error.message}.`;
 });
