@@ -15,6 +15,7 @@ from sklearn.neighbors import NearestNeighbors
 from tiny_model import tiny_model
 
 from musicgenre.errors import UserError
+from musicgenre.files import read_arrays, write_arrays
 from musicgenre.inference.index import EmbeddingIndex, Update, model_digest
 from musicgenre.inference.tagger import Tagger
 from musicgenre.runs.bundle import save_bundle
@@ -127,6 +128,24 @@ def test_a_saved_index_is_the_same_to_the_bit(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["again.index", "music.index"]
     EmbeddingIndex(model={"digest": "abc"}).save(tmp_path / "empty.index")
     assert len(EmbeddingIndex.load(tmp_path / "empty.index")) == 0
+
+
+def test_an_index_of_version_0_1_is_searched_and_embedded_again_by_an_update(
+    tagger, sounds, tmp_path
+):
+    path = tmp_path / "music.index"
+    index = EmbeddingIndex.of(tagger.model)
+    index.update(tagger, sounds[:2], save_to=path)
+    assert index.outdated == 0
+    arrays, notes = read_arrays(path, key="musicgenre_index", schemas=(2,), what="", remedy="")
+    write_arrays(path, arrays, notes | {"schema": 1}, key="musicgenre_index")
+    old = EmbeddingIndex.load(path)
+    assert old.outdated == 2 and old.stored(sounds[0]) is None
+    assert [near.path for near in old.search(tagger.embed(sounds[0]), 1)] == sounds[:1]
+    assert old.update(tagger, sounds[:1], save_to=path) == Update(0, 1, 0, 0, 0)
+    assert EmbeddingIndex.load(path).outdated == 1
+    assert old.update(tagger, sounds[:2], save_to=path) == Update(0, 1, 1, 0, 0)
+    assert EmbeddingIndex.load(path).outdated == 0
 
 
 def test_files_that_are_no_index(tmp_path):
