@@ -194,7 +194,7 @@ def _activation_row(axes: Axes, name: str, values: np.ndarray, labels: Sequence[
     axes.spines[:].set(color="#d1d5db", linewidth=0.6)
     lines = (short(name, 30), " x ".join(map(str, values.shape)), f"{low:.3g} … {top:.3g}")
     for line, text in enumerate(lines):
-        where = {"transform": axes.transAxes, "fontsize": 7.5, "va": "center"}
+        where: dict[str, Any] = {"transform": axes.transAxes, "fontsize": 7.5, "va": "center"}
         axes.text(-0.31, 0.8 - 0.32 * line, text, color=MUTED if line else INK, **where)
     if values.ndim == 1:
         steps = np.append(values, values[-1])

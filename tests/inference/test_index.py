@@ -111,7 +111,7 @@ def test_arrays_that_make_no_index():
         EmbeddingIndex(["a"], np.array([[np.inf, 1]]))
 
 
-def test_a_saved_index_is_the_same_to_the_bit(tmp_path):
+def test_a_saved_index_is_bit_exact(tmp_path):
     index = EmbeddingIndex(
         [NO_TEXT, "/music/line\nbreak, ü.mp3"],
         np.array([[1.0, 2], [0, 0]]),
@@ -165,8 +165,8 @@ def test_files_that_are_no_index(tmp_path):
     good = path.read_bytes()
     path.write_bytes(good[:-10])
     refused("cut short")
-    for place in (-5, len(good) // 2):
-        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place:][1:])
+    for offset in (-5, len(good) // 2):
+        path.write_bytes(good[:offset] + bytes([good[offset] ^ 1]) + good[offset:][1:])
         refused("damaged: its arrays are not those that were saved")
     save_file({"x": np.zeros(1)}, tmp_path / "model.safetensors", metadata={"musicgenre": "{}"})
     refused("holds other arrays and no index", tmp_path / "model.safetensors")
@@ -213,7 +213,7 @@ def test_the_digest_knows_a_model_again_and_no_other(model, tmp_path):
     index.check_model(load_model(tmp_path / "a.safetensors"))
     with pytest.raises(
         UserError,
-        match=r"the index: made with another model, run \(conv1d; low, middle, high/est\).*low, high/est, m",
+        match=r"made with another model, run \(conv1d; low, middle, high/est\).*low, high/est, m",
     ):
         index.check_model(others[2])
     with pytest.raises(UserError, match=r"another model, unknown \(\?; \?\)"):
@@ -233,7 +233,7 @@ def test_an_update_embeds_only_what_is_new_or_has_changed(tagger, tmp_path):
     before = index.embeddings.copy()
     assert index.update(tagger, files, [tmp_path]) == Update(0, 0, 3, 0, 0)
     np.testing.assert_array_equal(index.embeddings, before)
-    # One of another length, one of the same length with another time, one that was not there, one that has gone.
+    # Another length; the same length with another time; a new file; a deleted file.
     sound(tmp_path / "0.wav", 7, seconds=2)
     same = os.stat(files[1])
     sound(tmp_path / "1.wav", 8)
@@ -267,7 +267,8 @@ def test_only_what_is_certainly_gone_is_taken_out(tagger, tmp_path):
     index.update(tagger, files)
     for file in (b, c, d):
         os.remove(file)
-    # `disk` gives no file, so it may not be mounted; `here-too` is not below `here`; `odd` is there, though no search finds it.
+    # `disk` has no file, so it may not be mounted; `here-too` is not below `here`; `odd` exists,
+    # though a search for sound files does not find it.
     assert index.update(tagger, [a], [tmp_path / "here", tmp_path / "disk"]) == Update(
         0, 0, 1, 1, 0
     )
