@@ -78,6 +78,12 @@ def main(words: list[str]) -> int:
     index.check_model(tagger.model)
     if added:
         _update(index, tagger, added, tally)
+    elif index.outdated:
+        print(
+            f"{path}: version 0.1 embedded {index.outdated} of {len(index)} files, which differs "
+            "slightly for long ones; embed them again with --add.",
+            file=sys.stderr,
+        )
     if queries:
         if not len(index):
             raise UserError(f"{path}: the index is empty; add files with --add=<folder>.")

@@ -306,7 +306,7 @@ class Explanation:
         sections: Sequence[Section],
         facts: Mapping[str, str] | None = None,
     ) -> None:
-        """Writes a page; one with facts of its own belongs to a file."""
+        """Writes a page; further facts mark the page of a file."""
         text = _template().render(
             title=title,
             facts=self._facts | dict(facts or {}),
@@ -492,11 +492,9 @@ class Explanation:
         for moment in moments:
             words = self._words(moment.layer, moment.unit)
             rank = ranks[words] = ranks.get(words, 0) + 1
-            times = (f"{value:.3f}" for value in (moment.time, moment.start, moment.end))
-            rows.append(
-                [moment.layer, moment.unit, words, rank, moment.path, *times]
-                + [f"{moment.activation:.6g}"]
-            )
+            numbers = [f"{value:.3f}" for value in (moment.time, moment.start, moment.end)]
+            numbers.append(f"{moment.activation:.6g}")
+            rows.append([moment.layer, moment.unit, words, rank, moment.path, *numbers])
             value = f"{moment.activation:.4g}"
             cell = [words, str(rank), _text(moment.path), clock(moment.time), value]
             if self.options.cut:
@@ -519,8 +517,8 @@ class Explanation:
         )
         columns = ["unit", "rank", "file", "time (min:s)", "activation", "sound"]
         columns = columns if self.options.cut else columns[:-1]
-        numbers = len(columns) - 3
-        return Section("Strongest moments", [text], [], columns, cells, numbers), lines
+        heading = "Strongest moments"
+        return Section(heading, [text], [], columns, cells, len(columns) - 3), lines
 
 
 def layer_table(explainer: Explainer) -> str:

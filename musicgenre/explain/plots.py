@@ -194,16 +194,8 @@ def _activation_row(axes: Axes, name: str, values: np.ndarray, labels: Sequence[
     axes.spines[:].set(color="#d1d5db", linewidth=0.6)
     lines = (short(name, 30), " x ".join(map(str, values.shape)), f"{low:.3g} … {top:.3g}")
     for line, text in enumerate(lines):
-        style = {"color": MUTED, "weight": "normal"} if line else {"color": INK, "weight": "bold"}
-        axes.text(
-            -0.31,
-            0.8 - 0.32 * line,
-            text,
-            transform=axes.transAxes,
-            fontsize=7.5,
-            va="center",
-            **style,
-        )
+        where: dict[str, Any] = {"transform": axes.transAxes, "fontsize": 7.5, "va": "center"}
+        axes.text(-0.31, 0.8 - 0.32 * line, text, color=MUTED if line else INK, **where)
     if values.ndim == 1:
         steps = np.append(values, values[-1])
         axes.fill_between(np.arange(len(steps)), steps, step="post", color=BLUE, linewidth=0)
@@ -286,14 +278,15 @@ def saliency(
 
 def _over(panel: MapPanel) -> tuple[Normalize, np.ndarray, Any]:
     """Returns a map's scale, its colours `[frames, bands, 4]` and its colour map."""
-    values, colour_map, opacity = panel.values, _FOR, 0.8
+    values, colour_map = panel.values, _SIGNED if panel.signed else _FOR
     if panel.signed:
-        values, colour_map, opacity = scipy.ndimage.gaussian_filter(values, 1), _SIGNED, 1.0
+        values = scipy.ndimage.gaussian_filter(values, 1)
     limit = _limit(values, 0.995)
     norm = Normalize(-limit if panel.signed else 0, limit)
     colours = colour_map(norm(values))
     # Weak evidence, and a map without signs, leave the spectrogram visible.
-    colours[..., 3] = opacity * np.clip(np.abs(values) / limit, 0, 1) ** 0.6
+    opacity = np.clip(np.abs(values) / limit, 0, 1) ** 0.6
+    colours[..., 3] = opacity if panel.signed else 0.8 * opacity
     return norm, colours, colour_map
 
 

@@ -7,6 +7,7 @@ import librosa
 import numpy as np
 import scipy.ndimage
 import soundfile
+from librosa.filters import mel as mel_filter_bank
 
 from musicgenre.audio.features import FeatureSpec
 from musicgenre.errors import UserError
@@ -101,7 +102,7 @@ def apply_mask(samples: np.ndarray, spec: FeatureSpec, mask: np.ndarray) -> np.n
     if spec.kind == "waveform":
         return (samples * np.resize(mask.ravel(), len(samples))).astype(np.float32)
     if spec.kind != "stft":
-        weights = librosa.filters.mel(
+        weights = mel_filter_bank(
             sr=spec.sample_rate,
             n_fft=spec.n_fft,
             n_mels=spec.n_mels,

@@ -215,9 +215,7 @@ class Explainer:
         found = self._backward(
             self._saved, jnp.asarray(inputs, jnp.float32), units, layer=layer, over=over
         )
-        return Gradients(
-            *(None if part is None else np.asarray(part, np.float32) for part in found)
-        )
+        return Gradients(*jax.tree.map(lambda part: np.asarray(part, np.float32), found))
 
     def _run(
         self,
@@ -246,7 +244,7 @@ class Explainer:
             return jax.tree.unflatten(tree, [leaves[0] + shift, *leaves[1:]])
 
         x = normalise(x, saved["norm"])
-        if over == INPUT:
+        if over == INPUT and shift is not None:
             x = x + shift
         with nn.intercept_methods(intercept):
             logits, sown = self.model.module.apply(

@@ -178,7 +178,7 @@ class EmbeddingIndex:
             )
             raise UserError(
                 f"{self.source or 'the index'}: made with another model, {made}, than the given "
-                f"{given}. Embeddings of two models cannot be compared: pass the index's model with "
+                f"{given}. Their embeddings cannot be compared: pass the index's model with "
                 "--model, or create another index with --add."
             )
 
@@ -223,7 +223,7 @@ class EmbeddingIndex:
         ]
 
     def stored(self, path: PathLike) -> np.ndarray | None:
-        """Returns a file's embedding, float32 `[d]`, or None if it is not indexed or has changed."""
+        """Returns a file's embedding, float32 `[d]`; None if it is not indexed or has changed."""
         row = self._rows.get(os.path.abspath(path))
         if row is None or _stat(path) != tuple(self.stats[row].tolist()):
             return None

@@ -126,7 +126,7 @@ class Network:
             try:
                 logits, embedding = apply_model(module, saved["variables"], normalised)
             except KeyError:  # a user's network that sows no embedding
-                logits = module.apply(saved["variables"], normalised, train=False)
+                logits = jnp.asarray(module.apply(saved["variables"], normalised, train=False))
                 embedding = jnp.zeros((len(x), 0))
             return model.probabilities(logits), embedding
 

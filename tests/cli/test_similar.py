@@ -190,11 +190,11 @@ def test_input_that_cannot_be_used(made, place, bundle, capsys):
     for arguments, message in (
         (
             [song, "--index=gone.index"],
-            "gone.index: no such index. Make it with: musicgenre similar --index=gone.index --add=",
+            "gone.index: no such index. Create it with: musicgenre similar --index=gone.index",
         ),
-        ([song, "--index=text"], "text: not an index of this package"),
+        ([song, "--index=text"], "text: not a readable index"),
         ([song, "--index=empty"], "empty: not an index, which is a single file"),
-        (["--add=music", f"--index={song}"], "music/a.wav: not an index"),
+        (["--add=music", f"--index={song}"], "music/a.wav: not a readable index"),
         ([song, "--k=0", *index], "--k=0: 0 is not a positive integer"),
         ([song, "--out=./music.index", *index], "is the index"),
         (index, "no files: name some"),

@@ -15,6 +15,7 @@ from sklearn.neighbors import NearestNeighbors
 from tiny_model import tiny_model
 
 from musicgenre.errors import UserError
+from musicgenre.files import read_arrays, write_arrays
 from musicgenre.inference.index import EmbeddingIndex, Update, model_digest
 from musicgenre.inference.tagger import Tagger
 from musicgenre.runs.bundle import save_bundle
@@ -110,7 +111,7 @@ def test_arrays_that_make_no_index():
         EmbeddingIndex(["a"], np.array([[np.inf, 1]]))
 
 
-def test_a_saved_index_is_the_same_to_the_bit(tmp_path):
+def test_a_saved_index_is_bit_exact(tmp_path):
     index = EmbeddingIndex(
         [NO_TEXT, "/music/line\nbreak, ü.mp3"],
         np.array([[1.0, 2], [0, 0]]),
@@ -127,6 +128,24 @@ def test_a_saved_index_is_the_same_to_the_bit(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["again.index", "music.index"]
     EmbeddingIndex(model={"digest": "abc"}).save(tmp_path / "empty.index")
     assert len(EmbeddingIndex.load(tmp_path / "empty.index")) == 0
+
+
+def test_an_index_of_version_0_1_is_searched_and_embedded_again_by_an_update(
+    tagger, sounds, tmp_path
+):
+    path = tmp_path / "music.index"
+    index = EmbeddingIndex.of(tagger.model)
+    index.update(tagger, sounds[:2], save_to=path)
+    assert index.outdated == 0
+    arrays, notes = read_arrays(path, key="musicgenre_index", schemas=(2,), what="", remedy="")
+    write_arrays(path, arrays, notes | {"schema": 1}, key="musicgenre_index")
+    old = EmbeddingIndex.load(path)
+    assert old.outdated == 2 and old.stored(sounds[0]) is None
+    assert [near.path for near in old.search(tagger.embed(sounds[0]), 1)] == sounds[:1]
+    assert old.update(tagger, sounds[:1], save_to=path) == Update(0, 1, 0, 0, 0)
+    assert EmbeddingIndex.load(path).outdated == 1
+    assert old.update(tagger, sounds[:2], save_to=path) == Update(0, 1, 1, 0, 0)
+    assert EmbeddingIndex.load(path).outdated == 0
 
 
 def test_files_that_are_no_index(tmp_path):
@@ -146,8 +165,8 @@ def test_files_that_are_no_index(tmp_path):
     good = path.read_bytes()
     path.write_bytes(good[:-10])
     refused("cut short")
-    for place in (-5, len(good) // 2):
-        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place:][1:])
+    for offset in (-5, len(good) // 2):
+        path.write_bytes(good[:offset] + bytes([good[offset] ^ 1]) + good[offset:][1:])
         refused("damaged: its arrays are not those that were saved")
     save_file({"x": np.zeros(1)}, tmp_path / "model.safetensors", metadata={"musicgenre": "{}"})
     refused("holds other arrays and no index", tmp_path / "model.safetensors")
@@ -194,7 +213,7 @@ def test_the_digest_knows_a_model_again_and_no_other(model, tmp_path):
     index.check_model(load_model(tmp_path / "a.safetensors"))
     with pytest.raises(
         UserError,
-        match=r"the index: made with another model, run \(conv1d; low, middle, high/est\).*low, high/est, m",
+        match=r"made with another model, run \(conv1d; low, middle, high/est\).*low, high/est, m",
     ):
         index.check_model(others[2])
     with pytest.raises(UserError, match=r"another model, unknown \(\?; \?\)"):
@@ -214,7 +233,7 @@ def test_an_update_embeds_only_what_is_new_or_has_changed(tagger, tmp_path):
     before = index.embeddings.copy()
     assert index.update(tagger, files, [tmp_path]) == Update(0, 0, 3, 0, 0)
     np.testing.assert_array_equal(index.embeddings, before)
-    # One of another length, one of the same length with another time, one that was not there, one that has gone.
+    # Another length; the same length with another time; a new file; a deleted file.
     sound(tmp_path / "0.wav", 7, seconds=2)
     same = os.stat(files[1])
     sound(tmp_path / "1.wav", 8)
@@ -248,7 +267,8 @@ def test_only_what_is_certainly_gone_is_taken_out(tagger, tmp_path):
     index.update(tagger, files)
     for file in (b, c, d):
         os.remove(file)
-    # `disk` gives no file, so it may not be mounted; `here-too` is not below `here`; `odd` is there, though no search finds it.
+    # `disk` has no file, so it may not be mounted; `here-too` is not below `here`; `odd` exists,
+    # though a search for sound files does not find it.
     assert index.update(tagger, [a], [tmp_path / "here", tmp_path / "disk"]) == Update(
         0, 0, 1, 1, 0
     )

@@ -49,7 +49,7 @@ def test_a_taggram_covers_the_file_and_its_weighted_mean_is_the_tags(tagger, tmp
     np.testing.assert_allclose(found.starts[:2], [0, window])
     assert found.starts[-1] == pytest.approx(4.0 - window, abs=512 / 22050)
     assert np.all(found.ends <= 4.0) and found.ends[-1] == pytest.approx(4.0, abs=512 / 22050)
-    # 172 frames in windows of 64, the last of which adds 44.
+    # 172 frames in windows of 64; the last adds 44.
     weights = [1, 1, 44 / 64]
     mean = np.average(found.probabilities, axis=0, weights=weights)
     mean = dict(zip(tagger.labels, mean, strict=True))

@@ -210,7 +210,7 @@ def test_decoding_pauses_while_enough_windows_wait(tmp_path, monkeypatch):
 
     scores = next(score_files(model, [path], network=slow))
     assert not scores.error and len(seen) == 8
-    # The first call has 8 windows; 16 more may wait, one is being made, and a block may be partly used.
+    # The first call has 8 windows; 16 more may wait, one is being made, a block may be half used.
     assert max(seen[:2]) <= (16 + 16 + 2) * 512 * 64 + 3 * 4_096
     assert sum(taken) == 512 * 64 * 60
 

@@ -83,8 +83,8 @@ def test_a_bundle_is_evaluated_and_never_said_to_have_no_leak(small_config, tmp_
         tmp_path / "tiny.safetensors",
     )
     model = load_model(tmp_path / "tiny.safetensors")
-    path = store_path(small_config)
-    evaluation = evaluate_model(model, Store.open(path), "valid")
+    place = store_path(small_config)
+    evaluation = evaluate_model(model, Store.open(place), "valid")
     # The store's labels are low, middle and high; the model's have another order.
     assert evaluation.targets.tolist() == [1, 2, 0] * 3 and evaluation.scores.shape == (9, 3)
     assert evaluation.title == "tiny.safetensors: conv1d on arrays" and evaluation.curves == []
@@ -103,10 +103,7 @@ def test_a_bundle_is_evaluated_and_never_said_to_have_no_leak(small_config, tmp_
     # The store's training split need not be the one that the model was trained on.
     trained = evaluate_model(model, Store.open(path), "train")
     assert trained.audit.unknown and trained.notes == []
-    with pytest.raises(
-        UserError,
-        match=r"tiny.safetensors: a bundle does not name its training store\. .* --store=",
-    ):
+    with pytest.raises(UserError, match=r"a bundle does not name its training store\. .* --store="):
         training_store(tmp_path / "tiny.safetensors")
 
 
@@ -120,7 +117,7 @@ def test_each_window_is_scored_with_the_temperature(small_config, tmp_path):
     store = Store.open(store_path(small_config))
     plain = evaluate_model(model, store, "valid")
     assert plain.windows.shape == (9, 3, 3) and plain.temperature == 1
-    # As training scores clips: 27 windows in 7 batches, the last of them padded.
+    # As training scores clips: 27 windows in 7 batches, the last of them filled up.
     score = jax.jit(make_score_step(model.module, model.task))
     expected = score_clips(
         score, model.model, store, store.indices("valid"), batch_size=4, crop_frames=60, chunks=3

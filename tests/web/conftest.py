@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture
 def live():
-    """A function that serves an application on a free port of this machine, as a context; gives the port."""
+    """A context manager that serves an application on a free local port, and yields the port."""
     uvicorn = pytest.importorskip("uvicorn", reason="the extra demo is not installed")
 
     @contextlib.contextmanager

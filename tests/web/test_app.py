@@ -330,7 +330,7 @@ def test_every_answer_tells_the_browser_to_load_nothing_from_elsewhere(tagger):
                 answer.headers["x-frame-options"] == "DENY"
                 and answer.headers["cache-control"] == "no-store"
             )
-        # Nor does the page name another place.
+        # Nor does the page name another host.
         text = "".join(answer.text for answer in answers[:3]).replace(
             "http://www.w3.org/2000/svg", ""
         )
@@ -350,7 +350,7 @@ def test_the_model_says_what_it_is(tagger):
     assert about["measure"] == {"name": "accuracy", "value": 0.5, "split": "validation"}
     assert about["window_seconds"] == 64 * 512 / 22050 and about["neighbours"] is False
     assert (about["max_bytes"], about["max_seconds"]) == (5_000_000, 90)
-    # A run has no card of its own.
+    # A run has no card.
     assert (
         "- Labels in the order of the outputs: low, middle, high/est" in about["card"]
         and "private" not in about["card"]
@@ -428,7 +428,10 @@ def test_what_fails_unforeseen_leaves_no_file_and_lets_the_next_in(tagger, monke
 
 def start_upload(port, length, body):
     connection = socket.create_connection(("127.0.0.1", port), timeout=10)
-    head = f"POST /api/tag HTTP/1.1\r\nHost: localhost\r\n{NAME_HEADER}: song.wav\r\nContent-Length: {length}\r\n\r\n"
+    head = (
+        f"POST /api/tag HTTP/1.1\r\nHost: localhost\r\n{NAME_HEADER}: song.wav\r\n"
+        f"Content-Length: {length}\r\n\r\n"
+    )
     connection.sendall(head.encode() + body)
     return connection
 

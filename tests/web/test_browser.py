@@ -107,7 +107,8 @@ def test_the_page_in_a_browser(browser, live, tmp_path):
         first, second, last = browser.execute_script(
             """const canvas = document.querySelector(".cells"), context = canvas.getContext("2d");
             const row = context.getImageData(0, 5, canvas.width, 1).data;
-            return [0.01, 0.5, 0.99].map((x) => [...row.slice(4 * Math.floor(x * canvas.width))].slice(0, 3));"""
+            const at = (x) => [...row.slice(4 * Math.floor(x * canvas.width))].slice(0, 3);
+            return [0.01, 0.5, 0.99].map(at);"""
         )
         low, high = np.array([0xF1, 0xEE, 0xF8]), np.array([0x3F, 0x1F, 0x9E])
         row = tagger.labels.index(tags[0].label)
@@ -125,7 +126,7 @@ def test_the_page_in_a_browser(browser, live, tmp_path):
         ] > 600
         assert texts(good, ".names span") == [tag.label for tag in tags]
 
-        # The player's place is shown over both, and followed.
+        # The player's position is shown over both, and followed.
         browser.execute_script("document.querySelector('audio').currentTime = 10")
         wait.until(lambda _: "0:10.0: " in good.text)
         head = good.find_element(By.CSS_SELECTOR, ".head").rect
