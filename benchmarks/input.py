@@ -36,8 +36,9 @@ from musicgenre.store.loader import normalisation, train_batches
 from musicgenre.store.prepare import CLIPS_PER_SHARD, prepare_store
 from musicgenre.store.store import Store
 from musicgenre.training.augment import Augmentation
-from musicgenre.training.fit import MOST_STEPS_IN_FLIGHT, resident_clips
-from musicgenre.training.parallel import Feed, Parallel
+from musicgenre.training.feed import Feed, resident_clips
+from musicgenre.training.fit import MOST_STEPS_IN_FLIGHT
+from musicgenre.training.parallel import Parallel
 from musicgenre.training.state import create_state
 from musicgenre.training.step import make_train_step
 

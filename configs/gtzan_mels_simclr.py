@@ -17,7 +17,6 @@ def get_config() -> ConfigDict:
     config = gtzan_mels_conv1d.get_config()
     config.data.normalise = "band"
     config.data.crop_frames = 128
-    config.data.eval_chunks = 5
     config.model = ConfigDict({"name": "resnet", "module": "", "filters": 16})
     config.augment.time_stretch = 0.1
     config.augment.pitch_shift = 3.0

@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
     """Returns what the variants change: the network, crops and augmentation of the pretraining, with labels."""
     config = gtzan_mels_simclr.get_config()
     config.batch_size = 32
+    config.data.eval_chunks = 5
     config.epochs = 50
     return config
 

@@ -1,4 +1,4 @@
-"""One file an architecture, a registry and shared layers."""
+"""Networks: one file per architecture, a registry and shared layers."""
 
 from musicgenre.models.apply import apply_model, normalise, probabilities
 from musicgenre.models.registry import (

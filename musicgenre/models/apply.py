@@ -31,7 +31,10 @@ def apply_model(
 
 
 def probabilities(logits: jax.Array, task: str) -> jax.Array:
-    """Returns softmax (single_label) or sigmoid (multi_label) scores, or a regression's outputs, float32 `[batch, classes]`."""
+    """Returns scores, float32 `[batch, classes]`, of logits of that shape.
+
+    They are softmax ("single_label"), sigmoid ("multi_label") or the logits themselves ("regression").
+    """
     if task == "regression":
         return logits
     return jax.nn.softmax(logits) if task == "single_label" else jax.nn.sigmoid(logits)

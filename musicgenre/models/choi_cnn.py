@@ -1,13 +1,14 @@
-"""The three convolutional networks that the CRNN was held against (Choi et al. 2017), each in the same sizes.
+"""The three convolutional networks that the CRNN was compared with (Choi et al. 2017).
 
-Their names say what the convolutions see: `k` one or two dimensions of the kernels, `c` one or two directions of movement.
-They share one form, [convolution, normalisation, ELU, max-pool, dropout] several times, then dense layers on what is left.
+In their names, `k` counts the dimensions of the kernels and `c` the directions in which they move.
+All repeat [convolution, normalisation, ELU, max-pool, dropout] and end in dense layers.
 
-Source: K. Choi, G. Fazekas, M. Sandler, K. Cho, "Convolutional recurrent neural networks for music classification", 2017,
-arXiv:1609.04243. Its tables could not be opened. Kernels, pools and the widths of k2c1 and k2c2 are given from memory
-(unverified); their counts come out at the paper's sizes. The widths of k1c2 are chosen so that its counts do.
+Source: K. Choi, G. Fazekas, M. Sandler, K. Cho, "Convolutional recurrent neural networks for music
+classification", 2017, arXiv:1609.04243. Its tables could not be opened. Kernels, pools and the widths
+of k2c1 and k2c2 are given from memory (unverified); their parameter counts match the paper's sizes.
+The widths of k1c2 are chosen so that its counts do.
 
-`CHOI_SIZES` holds the paper's sizes, in parameters, as fields to change:
+`CHOI_SIZES` holds the fields of each size, named by its number of parameters:
 
     config.model.update(CHOI_SIZES["k2c1"]["0.25M"])
 """
@@ -21,10 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from musicgenre.errors import UserError
-from musicgenre.models.layers import batch_norm, check_lengths, max_pool
+from musicgenre.models.layers import batch_norm, check_lengths, dense_layers, max_pool, output_layer
 from musicgenre.models.registry import InputLimits, register
-
-_SIZES = ("0.1M", "0.25M", "0.5M", "1M", "3M")
 
 
 def _k1c2(half: int, width: int) -> dict[str, Any]:
@@ -35,55 +34,44 @@ def _k2c1(half: int, width: int) -> dict[str, Any]:
     return {"filters": (half, half, half, width, width), "dense": (width, width)}
 
 
-def _k2c2(first: int, second: int, fourth: int, fifth: int) -> dict[str, Any]:
-    return {"filters": (first, second, second, fourth, fifth)}
-
-
-# Fields of each network in each size, for 1366 frames x 96 bands and 50 outputs. The sizes are met within 4 %.
+# Fields for 1366 frames x 96 bands and 50 outputs. The counts are within 4 % of the sizes.
 CHOI_SIZES: dict[str, dict[str, dict[str, Any]]] = {
-    "k1c2": dict(
-        zip(
-            _SIZES,
-            (_k1c2(15, 31), _k1c2(24, 49), _k1c2(35, 69), _k1c2(49, 98), _k1c2(85, 170)),
-            strict=True,
-        )
-    ),
-    "k2c1": dict(
-        zip(
-            _SIZES,
-            (_k2c1(43, 87), _k2c1(72, 145), _k2c1(106, 212), _k2c1(152, 304), _k2c1(265, 535)),
-            strict=True,
-        )
-    ),
-    "k2c2": dict(
-        zip(
-            _SIZES,
-            (
-                _k2c2(20, 41, 62, 83),
-                _k2c2(33, 66, 100, 133),
-                _k2c2(47, 95, 142, 190),
-                _k2c2(67, 135, 203, 271),
-                _k2c2(118, 236, 355, 473),
-            ),
-            strict=True,
-        )
-    ),
+    "k1c2": {
+        "0.1M": _k1c2(15, 31),
+        "0.25M": _k1c2(24, 49),
+        "0.5M": _k1c2(35, 69),
+        "1M": _k1c2(49, 98),
+        "3M": _k1c2(85, 170),
+    },
+    "k2c1": {
+        "0.1M": _k2c1(43, 87),
+        "0.25M": _k2c1(72, 145),
+        "0.5M": _k2c1(106, 212),
+        "1M": _k2c1(152, 304),
+        "3M": _k2c1(265, 535),
+    },
+    "k2c2": {
+        "0.1M": {"filters": (20, 41, 41, 62, 83)},
+        "0.25M": {"filters": (33, 66, 66, 100, 133)},
+        "0.5M": {"filters": (47, 95, 95, 142, 190)},
+        "1M": {"filters": (67, 135, 135, 203, 271)},
+        "3M": {"filters": (118, 236, 236, 355, 473)},
+    },
 }
 
 
 class ChoiCNN(nn.Module):
-    """The form that the three networks share; they differ in their fields' defaults.
+    """The form of the three networks, which differ in their fields' defaults.
 
-    What the pools leave is laid out flat for the dense layers, so that the frames and bands of the first input hold for
-    good, but any number above the least can be chosen.
+    The dense layers take what the pools leave, so a trained network keeps its frames and bands.
 
     Attributes:
       num_classes: outputs.
       filters: filters of each convolution; their number is the number of layers.
-      width: frames that a filter sees.
-      kernel_bands: bands that a filter of each convolution sees; 0 is all there are, which leaves one.
+      width: frames that a filter covers.
+      kernel_bands: bands that a filter of each convolution covers; 0 is all, which leaves one.
       time_pools: frames of the max-pool after each convolution.
-      band_pools: bands of the same.
+      band_pools: bands of the max-pool after each convolution.
       dense: units of the hidden dense layers.
       conv_dropout: rate after each max-pool.
       dropout: rate after each hidden dense layer.
@@ -106,24 +94,20 @@ class ChoiCNN(nn.Module):
         """The fewest frames and bands that leave one position.
 
         Raises:
-          UserError: the fields that describe the convolutions differ in length, or one sees all bands and a later pool takes
-            several.
+          UserError: the fields of the convolutions differ in length, or a pool takes several bands
+            after a filter that covers all.
         """
-        check_lengths(
-            cls.__name__.lower(), fields, "filters", "kernel_bands", "time_pools", "band_pools"
-        )
+        layers = ("filters", "kernel_bands", "time_pools", "band_pools")
+        check_lengths(cls.__name__.lower(), fields, *layers)
+        kernels, pools = tuple(fields["kernel_bands"]), tuple(fields["band_pools"])
         bands = 1
-        for kernel, pool in zip(
-            reversed(fields["kernel_bands"]), reversed(fields["band_pools"]), strict=True
-        ):
+        for kernel, pool in zip(reversed(kernels), reversed(pools), strict=True):
             bands *= pool
-            if kernel == 0:
-                if bands > 1:
-                    raise UserError(
-                        "model.band_pools must be 1 from the convolution on that sees all bands (0 in model.kernel_bands): "
-                        f"model.kernel_bands={tuple(fields['kernel_bands'])}, model.band_pools={tuple(fields['band_pools'])}."
-                    )
-                bands = 1
+            if kernel == 0 and bands > 1:
+                raise UserError(
+                    "model.band_pools must be 1 from the convolution on that covers all bands (0 in "
+                    f"model.kernel_bands): model.kernel_bands={kernels}, model.band_pools={pools}."
+                )
         return InputLimits(min_frames=math.prod(fields["time_pools"]), min_bands=bands)
 
     @nn.compact
@@ -133,7 +117,7 @@ class ChoiCNN(nn.Module):
         x = x.astype(self.dtype)[..., None]
         layers = zip(self.filters, self.kernel_bands, self.time_pools, self.band_pools, strict=True)
         for i, (filters, kernel, frames, bands) in enumerate(layers, start=1):
-            x = nn.Conv(
+            conv = nn.Conv(
                 filters,
                 (self.width, kernel or x.shape[2]),
                 padding="SAME" if kernel else (((self.width - 1) // 2, self.width // 2), (0, 0)),
@@ -141,28 +125,21 @@ class ChoiCNN(nn.Module):
                 kernel_init=init,
                 dtype=self.dtype,
                 name=f"conv{i}",
-            )(x)
-            x = nn.elu(batch_norm(train, self.dtype, name=f"norm{i}")(x))
+            )
+            x = nn.elu(batch_norm(train, self.dtype, name=f"norm{i}")(conv(x)))
             x = max_pool(x, (frames, bands))
             x = nn.Dropout(self.conv_dropout, deterministic=not train, name=f"dropout{i}")(x)
         x = x.reshape(x.shape[0], -1)
-        for i, units in enumerate(self.dense, start=1):
-            x = nn.elu(nn.Dense(units, kernel_init=init, dtype=self.dtype, name=f"dense{i}")(x))
-            if i < len(self.dense):
-                x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        self.sow("intermediates", "embedding", x)
-        if self.dense:
-            x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return nn.Dense(self.num_classes, kernel_init=init, dtype=self.dtype, name="head")(
-            x
-        ).astype(jnp.float32)
+        x = dense_layers(self, x, train, self.dense, init, activation=nn.elu)
+        return output_layer(self, x, init)
 
 
 @register("k1c2")
 class K1C2(ChoiCNN):
-    """One-dimensional kernels over time, which move over frames and bands; then two dense layers. 499,615 parameters.
+    """One-dimensional kernels over time that move over frames and bands; 499,615 parameters.
 
-    No pool goes over the bands, so each band has a feature of its own until the dense layers. Fields: see `ChoiCNN`.
+    No pool goes over the bands, so each band keeps its own features until the dense layers. Fields:
+    see `ChoiCNN`.
     """
 
     filters: tuple[int, ...] = (35, 35, 69, 69)
@@ -174,9 +151,9 @@ class K1C2(ChoiCNN):
 
 @register("k2c1")
 class K2C1(ChoiCNN):
-    """A first kernel over all bands, which moves over time only; then one-dimensional ones, two dense layers. 502,702 parameters.
+    """A first kernel over all bands that moves over time, then one-dimensional ones.
 
-    Fields: see `ChoiCNN`.
+    It has 502,702 parameters. Fields: see `ChoiCNN`.
     """
 
     filters: tuple[int, ...] = (106, 106, 106, 212, 212)
@@ -188,9 +165,9 @@ class K2C1(ChoiCNN):
 
 @register("k2c2")
 class K2C2(ChoiCNN):
-    """Two-dimensional kernels that move over frames and bands, after FCN-5, without dense layers. 496,751 parameters.
+    """Two-dimensional kernels over frames and bands, after FCN-5, without dense layers.
 
-    Fields: see `ChoiCNN`.
+    It has 496,751 parameters. Fields: see `ChoiCNN`.
     """
 
     filters: tuple[int, ...] = (47, 95, 95, 142, 190)

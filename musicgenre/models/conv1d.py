@@ -1,4 +1,4 @@
-"""The report's network for GTZAN (section 4, figure 5): convolutions over time with the mel bands as channels."""
+"""The report's network for GTZAN (section 4, figure 5): convolutions over time, bands as channels."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,9 +11,10 @@ from musicgenre.errors import UserError, did_you_mean
 from musicgenre.models.layers import (
     avg_pool_time,
     batch_norm,
-    dense_head,
+    dense_layers,
     global_max,
     max_pool_time,
+    output_layer,
 )
 from musicgenre.models.registry import InputLimits, register
 
@@ -22,24 +23,27 @@ _POOLINGS = ("flatten", "mean", "mean_max", "attention")
 
 @register("conv1d")
 class Conv1D(nn.Module):
-    """Three times [convolution, ReLU, max-pool], then a pool over what is left of time, and a dense head.
+    """Three times [convolution, ReLU, max-pool], a pool over the remaining frames, and dense layers.
 
-    The defaults are the report's sizes, after Dieleman's network (Spotify, 2014). Its pool, `flatten`, ties the head to a number
-    of frames. The other ones go over all frames: the same parameters serve crops and clips of any length.
+    The defaults are the report's sizes, after Dieleman's network (Spotify, 2014). Its pool, `flatten`,
+    ties the head to a number of frames. With the other pools the same parameters serve inputs of any
+    length.
 
-    Attention weights frames by the softmax over time of one linear score (after Raffel and Ellis 2015, arXiv:1512.08756, without
-    its tanh). The score starts at 0, where it is the mean; the weights are sown as `frame_weights`, float32 `[batch, frames]`.
+    Attention weights frames by the softmax over time of one linear score (after Raffel and Ellis 2015,
+    arXiv:1512.08756, without its tanh). The score starts at 0, which makes it the mean; the weights
+    are sown as `frame_weights`, float32 `[batch, frames]`.
 
     Attributes:
       num_classes: outputs.
       filters: filters of each convolution; their number is the number of layers.
-      width: frames that a filter sees.
-      widths: if there are any, each layer has filters of these widths side by side, an equal share of each, instead of `width`.
+      width: frames that a filter covers.
+      widths: if not empty, each layer has an equal number of filters of each of these widths.
       stride: frames from one position of a filter to the next.
       pool: frames of the max-pool after each convolution.
-      pooling: what becomes of the frames that are left. "flatten": maxima and means of windows of `final_pool` frames, one window
-        after the other; "mean", "mean_max" (the maxima, then the means) or "attention" over all frames.
-      final_pool: frames of the last max-pool and mean-pool of `flatten`, which lie side by side; 0 pools over all that is left.
+      pooling: how the remaining frames are pooled. "flatten": maxima and means of windows of
+        `final_pool` frames, one window after the other; "mean", "mean_max" (the maxima, then the
+        means) or "attention" over all frames.
+      final_pool: frames of the last max-pool and mean-pool of `flatten`; 0 is all frames.
       dense: units of the hidden dense layers.
       dropout: rate after each hidden dense layer.
       batch_norm: normalise before each ReLU; the report found no gain, so it is off.
@@ -63,31 +67,32 @@ class Conv1D(nn.Module):
 
     @staticmethod
     def input_limits(fields: Mapping[str, Any]) -> InputLimits:
-        """The fewest frames that leave one for the last pool, or one window where it has windows.
+        """The fewest frames that leave one for the last pool, or one window of `flatten`.
 
         Raises:
-          UserError: `pooling` is unknown, a width is not a number of frames or is there twice, or the filters of a layer do not
-            divide by the number of widths.
+          UserError: `pooling` is unknown, a width is not a number of frames or occurs twice, or the
+            filters of a layer do not divide by the number of widths.
         """
         if (pooling := fields["pooling"]) not in _POOLINGS:
             raise UserError(
                 f"model.pooling of 'conv1d': {pooling!r} is not known."
                 + did_you_mean(pooling, _POOLINGS)
             )
-        if widths := tuple(fields["widths"]):
-            if any(type(width) is not int or width < 1 for width in widths) or len(
-                set(widths)
-            ) < len(widths):
-                raise UserError(
-                    f"model.widths of 'conv1d' takes different numbers of frames, from 1 on, not {widths}."
-                )
-            if uneven := [filters for filters in fields["filters"] if filters % len(widths)]:
-                raise UserError(
-                    f"model.filters of 'conv1d' must divide by the number of model.widths={widths}: {uneven[0]} filters do not."
-                )
+        widths = tuple(fields["widths"])
+        valid = [width for width in set(widths) if type(width) is int and width >= 1]
+        if len(valid) < len(widths):
+            raise UserError(
+                "model.widths of 'conv1d' takes different numbers of frames, each at least 1, "
+                f"not {widths}."
+            )
+        if uneven := [count for count in fields["filters"] if widths and count % len(widths)]:
+            raise UserError(
+                f"model.filters of 'conv1d' must divide by the number of model.widths={widths}: "
+                f"{uneven[0]} filters do not."
+            )
         frames = (fields["final_pool"] or 1) if pooling == "flatten" else 1
         for _ in fields["filters"]:
-            # SAME convolution: ceil(frames / stride) positions; the pool keeps whole windows only.
+            # SAME convolution: ceil(frames / stride) positions; the pool keeps complete windows only.
             frames = (frames * fields["pool"] - 1) * fields["stride"] + 1
         return InputLimits(min_frames=frames)
 
@@ -99,7 +104,7 @@ class Conv1D(nn.Module):
         for i, filters in enumerate(self.filters, start=1):
             scales = []
             for width in self.widths or (self.width,):
-                # A bias before batch normalisation has no effect but to collect Adam's rounding noise.
+                # Adam would amplify rounding noise in a bias before batch normalisation.
                 conv = nn.Conv(
                     filters // max(len(self.widths), 1),
                     (width,),
@@ -115,7 +120,8 @@ class Conv1D(nn.Module):
             if self.batch_norm:
                 x = batch_norm(train, self.dtype, name=f"norm{i}")(x)
             x = max_pool_time(nn.relu(x), self.pool)
-        return dense_head(self, self._pooled(x), train)
+        x = dense_layers(self, self._pooled(x), train, self.dense, init)
+        return output_layer(self, x, init, self.dropout if self.output_dropout and train else 0.0)
 
     @nn.nowrap
     def _pooled(self, x: jax.Array) -> jax.Array:
@@ -125,13 +131,10 @@ class Conv1D(nn.Module):
         if self.pooling == "mean_max":
             return jnp.concatenate([global_max(x), x.mean(axis=1)], axis=-1)
         if self.pooling == "attention":
-            # A bias would move every score alike, which the softmax takes out again.
+            # The softmax would cancel a bias.
+            zeros = nn.initializers.zeros
             score = nn.Dense(
-                1,
-                use_bias=False,
-                kernel_init=nn.initializers.zeros,
-                dtype=self.dtype,
-                name="attention",
+                1, use_bias=False, kernel_init=zeros, dtype=self.dtype, name="attention"
             )(x)
             weights = nn.softmax(score.astype(jnp.float32), axis=1)
             self.sow("intermediates", "frame_weights", weights[:, :, 0])

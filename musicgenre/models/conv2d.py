@@ -1,4 +1,4 @@
-"""The report's Conv1D made two-dimensional, to hold 1D against 2D: everything else is as alike as it can be."""
+"""A two-dimensional version of the report's Conv1D, to compare 1D with 2D convolutions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,25 +7,26 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from musicgenre.models.layers import avg_pool_time, batch_norm, dense_head, max_pool
+from musicgenre.models.layers import avg_pool_time, batch_norm, dense_layers, max_pool, output_layer
 from musicgenre.models.registry import InputLimits, register
 
 
 @register("conv2d")
 class Conv2D(nn.Module):
-    """Three times [convolution, ReLU, max-pool] over frames and bands, then maximum and mean side by side, and a dense head.
+    """Three times [convolution, ReLU, max-pool] over frames and bands, pools, and dense layers.
 
-    Filters, strides and pools are squares of Conv1D's lengths, and the last pools take the same frames and all bands. With
-    these filters it has within 0.5 % as many parameters as Conv1D: for 128 bands and 10 outputs 2,784,186 at 647 frames and
-    1,735,610 at 387 (Conv1D: 2,775,818 and 1,727,242).
+    Filters, strides and pools are squares of Conv1D's lengths, and the last pools, a maximum and a
+    mean, take the same frames and all bands. Its parameters are within 0.5 % of Conv1D's: for 128
+    bands and 10 outputs 2,784,186 at 647 frames and 1,735,610 at 387 (Conv1D: 2,775,818 and
+    1,727,242).
 
     Attributes:
       num_classes: outputs.
       filters: filters of each convolution; their number is the number of layers.
-      width: frames and bands that a filter sees.
+      width: frames and bands that a filter covers.
       stride: frames and bands from one position of a filter to the next.
       pool: frames and bands of the max-pool after each convolution.
-      final_pool: frames of the last max-pool and mean-pool, which lie side by side; 0 pools over all that is left.
+      final_pool: frames of the last max-pool and mean-pool; 0 is all frames.
       dense: units of the hidden dense layers.
       dropout: rate after each hidden dense layer.
       batch_norm: normalise before each ReLU.
@@ -47,10 +48,10 @@ class Conv2D(nn.Module):
 
     @staticmethod
     def input_limits(fields: Mapping[str, Any]) -> InputLimits:
-        """The fewest frames that leave one window for the last pools, and the fewest bands that leave one."""
+        """The fewest frames that leave one window for the last pools, and the fewest bands."""
         frames, bands = fields["final_pool"] or 1, 1
         for _ in fields["filters"]:
-            # SAME convolution: ceil(extent / stride) positions; the pool keeps whole windows only.
+            # SAME convolution: ceil(extent / stride) positions; the pool keeps complete windows only.
             frames = (frames * fields["pool"] - 1) * fields["stride"] + 1
             bands = (bands * fields["pool"] - 1) * fields["stride"] + 1
         return InputLimits(min_frames=frames, min_bands=bands)
@@ -61,7 +62,7 @@ class Conv2D(nn.Module):
         init = nn.initializers.glorot_normal()
         x = x.astype(self.dtype)[..., None]
         for i, filters in enumerate(self.filters, start=1):
-            x = nn.Conv(
+            conv = nn.Conv(
                 filters,
                 (self.width, self.width),
                 (self.stride, self.stride),
@@ -70,12 +71,13 @@ class Conv2D(nn.Module):
                 kernel_init=init,
                 dtype=self.dtype,
                 name=f"conv{i}",
-            )(x)
+            )
+            x = conv(x)
             if self.batch_norm:
                 x = batch_norm(train, self.dtype, name=f"norm{i}")(x)
             x = max_pool(nn.relu(x), (self.pool, self.pool))
         window, bands = self.final_pool or x.shape[1], x.shape[2]
         maxima = max_pool(x, (window, bands)).squeeze(2)
         x = jnp.concatenate([maxima, avg_pool_time(x.mean(axis=2), window)], axis=-1)
-        x = x.reshape(x.shape[0], -1)
-        return dense_head(self, x, train)
+        x = dense_layers(self, x.reshape(x.shape[0], -1), train, self.dense, init)
+        return output_layer(self, x, init, self.dropout if self.output_dropout and train else 0.0)

@@ -1,9 +1,11 @@
-"""The convolutional recurrent network (Choi et al. 2017): four convolutions, then two gated recurrent layers over the frames.
+"""The convolutional recurrent network (Choi et al. 2017): four convolutions, two recurrent layers.
 
-Source: K. Choi, G. Fazekas, M. Sandler, K. Cho, "Convolutional recurrent neural networks for music classification", 2017,
-arXiv:1609.04243, and the authors' public Keras 1 code, which settles what the paper leaves open.
+Source: K. Choi, G. Fazekas, M. Sandler, K. Cho, "Convolutional recurrent neural networks for music
+classification", 2017, arXiv:1609.04243, and the authors' public Keras 1 code, which settles what the
+paper leaves open.
 
-`CRNN_SIZES` holds the paper's sizes, in parameters, as fields to change; see `choi_cnn` for the networks that it compares.
+`CRNN_SIZES` holds the fields of each of the paper's sizes, named by its number of parameters; see
+`choi_cnn` for the networks that the paper compares.
 
     config.model.update(CRNN_SIZES["0.5M"])
 """
@@ -17,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from musicgenre.errors import UserError, did_you_mean
-from musicgenre.models.layers import Conv, batch_norm, check_lengths, max_pool
+from musicgenre.models.layers import Conv, batch_norm, check_lengths, max_pool, output_layer
 from musicgenre.models.registry import InputLimits, register
 
 # Frames of the public code's input. Its input normalisation has a scale for each of them.
@@ -29,8 +31,8 @@ def _size(first: int, width: int) -> dict[str, Any]:
     return {"filters": (first, width, width, width), "units": (first, first)}
 
 
-# Fields of each size, for 1366 frames x 96 bands and 50 outputs, from memory of the paper's table (unverified). Their
-# counts come out at its sizes within 1 %.
+# Fields for 1366 frames x 96 bands and 50 outputs, from memory of the paper's table (unverified).
+# Their counts are within 1 % of its sizes.
 CRNN_SIZES: dict[str, dict[str, Any]] = {
     "0.1M": _size(30, 60),
     "0.25M": _size(48, 96),
@@ -41,11 +43,12 @@ CRNN_SIZES: dict[str, dict[str, Any]] = {
 
 
 class GRU(nn.Module):
-    """A gated recurrent layer as in Keras 1: one bias a gate, and the reset gate before the recurrent product.
+    """A gated recurrent layer as in Keras 1: one bias per gate, reset before the recurrent product.
 
     Of the input `x` and the state `h`: `z = s(x Wz + h Uz + bz)`, `r = s(x Wr + h Ur + br)`,
-    `c = tanh(x Wh + (r h) Uh + bh)`, and the new state is `z h + (1 - z) c`. `s` is Keras's hard sigmoid, `0.2 a + 0.5` between
-    0 and 1. It has `3 (inputs units + units^2 + units)` parameters; `nn.GRUCell` has further biases and a smooth sigmoid.
+    `c = tanh(x Wh + (r h) Uh + bh)`, and the new state is `z h + (1 - z) c`. `s` is Keras's hard
+    sigmoid, `0.2 a + 0.5` between 0 and 1. It has `3 (inputs units + units^2 + units)` parameters;
+    `nn.GRUCell` has more biases and a smooth sigmoid.
 
     Attributes:
       units: size of the state.
@@ -57,14 +60,11 @@ class GRU(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns the state after every frame, `[batch, frames, units]`, of `x` `[batch, frames, inputs]`."""
+        """Returns every frame's state, `[batch, frames, units]`, of `x` `[batch, frames, inputs]`."""
         inputs, units = x.shape[-1], self.units
-        kernel = self.param(
-            "kernel", _by_gate(nn.initializers.glorot_uniform()), (inputs, 3 * units)
-        )
-        recurrent = self.param(
-            "recurrent_kernel", _by_gate(nn.initializers.orthogonal()), (units, 3 * units)
-        )
+        glorot, orthogonal = nn.initializers.glorot_uniform(), nn.initializers.orthogonal()
+        kernel = self.param("kernel", _by_gate(glorot), (inputs, 3 * units))
+        recurrent = self.param("recurrent_kernel", _by_gate(orthogonal), (units, 3 * units))
         bias = self.param("bias", nn.initializers.zeros, (3 * units,))
         x, kernel, recurrent, bias = nn.dtypes.promote_dtype(
             x, kernel, recurrent, bias, dtype=self.dtype
@@ -83,13 +83,11 @@ class GRU(nn.Module):
 
 
 def _by_gate(init: Any) -> Any:
-    """An initialiser of three gates' kernels side by side, each drawn on its own."""
+    """Returns an initialiser of three gates' kernels next to each other, drawn separately."""
 
     def draw(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
-        inputs, width = shape
-        return jnp.concatenate(
-            [init(one, (inputs, width // 3), dtype) for one in jax.random.split(key, 3)], axis=1
-        )
+        shape = (shape[0], shape[1] // 3)
+        return jnp.concatenate([init(k, shape, dtype) for k in jax.random.split(key, 3)], axis=1)
 
     return draw
 
@@ -100,24 +98,24 @@ def _hard_sigmoid(a: jax.Array) -> jax.Array:
 
 @register("crnn")
 class CRNN(nn.Module):
-    """Four times [convolution, normalisation, ELU, max-pool, dropout], recurrent layers over the frames, and the head.
+    """Four times [convolution, normalisation, ELU, max-pool, dropout], recurrent layers, and the head.
 
-    The pools leave 15 frames x 1 band x 128 filters of 1366 frames x 96 bands (29.1 s at 12 kHz, hop 256). What is left of the
-    bands goes side by side into each frame, so that higher inputs fit as well.
+    The pools leave 15 frames x 1 band x 128 filters of 1366 frames x 96 bands (29.1 s at 12 kHz, hop
+    256). Remaining bands are concatenated in each frame, so more bands can be used.
 
     With 50 outputs it has 396,338 parameters, and with `conv_bias` the 396,786 of the public code.
 
     Attributes:
       num_classes: outputs.
       pad: frames of zeros before and after the clip, each.
-      input_norm: "time" normalises each frame of the padded input over clips and bands and then scales it, as the public code
-        does; the scales belong to their frames, so that it takes 1366 of them and no other number. "band" normalises
-        each band before the padding, and "none" nothing; both take any number of frames.
+      input_norm: "time" normalises each frame of the padded input over clips and bands and then scales
+        it, as the public code does; the scales belong to their frames, so it takes exactly 1366. "band"
+        normalises each band before the padding, and "none" nothing; both take any number of frames.
       filters: filters of each convolution; their number is the number of layers.
       time_pools: frames of the max-pool after each convolution.
-      band_pools: bands of the same.
-      conv_bias: give the convolutions the public code's biases. Normalisation takes them out again: they have no effect but
-        to collect Adam's rounding noise.
+      band_pools: bands of the max-pool after each convolution.
+      conv_bias: give the convolutions the public code's biases. Normalisation cancels them, and Adam
+        amplifies their rounding noise.
       units: units of each recurrent layer; the last state of the last one is the embedding.
       conv_dropout: rate after each max-pool.
       dropout: rate before the head.
@@ -138,10 +136,10 @@ class CRNN(nn.Module):
 
     @staticmethod
     def input_limits(fields: Mapping[str, Any]) -> InputLimits:
-        """1366 frames, or the fewest that leave one after padding; and the fewest bands that leave one.
+        """1366 frames, or the fewest that leave one after padding; the fewest bands that leave one.
 
         Raises:
-          UserError: `input_norm` is unknown, or the fields that describe the convolutions differ in length.
+          UserError: `input_norm` is unknown, or the fields of the convolutions differ in length.
         """
         check_lengths("crnn", fields, "filters", "time_pools", "band_pools")
         if (norm := fields["input_norm"]) not in _INPUT_NORMS:
@@ -166,16 +164,15 @@ class CRNN(nn.Module):
         x = x.astype(self.dtype)[..., None]
         pools = zip(self.filters, self.time_pools, self.band_pools, strict=True)
         for i, (filters, frames, bands) in enumerate(pools, start=1):
-            x = Conv(
+            conv = Conv(
                 filters,
-                3,
                 train=train,
                 use_bias=self.conv_bias,
                 kernel_init=init,
                 dtype=self.dtype,
                 name=f"conv{i}",
-            )(x)
-            x = nn.elu(batch_norm(train, self.dtype, name=f"norm{i}")(x))
+            )
+            x = nn.elu(batch_norm(train, self.dtype, name=f"norm{i}")(conv(x)))
             x = max_pool(x, (frames, bands))
             x = nn.Dropout(self.conv_dropout, deterministic=not train, name=f"dropout{i}")(x)
         x = x.reshape(*x.shape[:2], -1)
@@ -184,6 +181,4 @@ class CRNN(nn.Module):
         x = x[:, -1]
         self.sow("intermediates", "embedding", x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return nn.Dense(self.num_classes, kernel_init=init, dtype=self.dtype, name="head")(
-            x
-        ).astype(jnp.float32)
+        return output_layer(self, x, init)

@@ -1,8 +1,9 @@
-"""Fully convolutional networks (Choi et al. 2016): 3 x 3 convolutions, and max-pools that leave one position.
+"""Fully convolutional networks (Choi et al. 2016): 3 x 3 convolutions and max-pools.
 
-Source: K. Choi, G. Fazekas, M. Sandler, "Automatic tagging using deep convolutional neural networks", 2016, arXiv:1606.00298.
+Source: K. Choi, G. Fazekas, M. Sandler, "Automatic tagging using deep convolutional neural networks",
+2016, arXiv:1606.00298.
 
-`FCN_SIZES` holds the paper's other depths, as fields to change. In a config and in a sweep:
+`FCN_SIZES` holds the fields of the paper's other depths. In a config and in a sweep:
 
     config.model.update(FCN_SIZES["fcn5"])
     yield "fcn5", {f"model.{field}": value for field, value in FCN_SIZES["fcn5"].items()}
@@ -16,7 +17,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from musicgenre.models.layers import Conv, batch_norm, check_lengths, global_max, max_pool
+from musicgenre.models.layers import (
+    Conv,
+    batch_norm,
+    check_lengths,
+    global_max,
+    max_pool,
+    output_layer,
+)
 from musicgenre.models.registry import InputLimits, register
 
 _FIVE = {
@@ -25,9 +33,10 @@ _FIVE = {
     "band_pools": (2, 2, 2, 3, 4),
 }
 
-# Fields of each size. All but the last leave 1 x 1 of 1366 frames x 96 bands. FCN-4 is published with the sizes below, and
-# the five pools of FCN-5 to 7 are those of the author's public code. The rest, FCN-3 and the filters of FCN-5 to 7, is given
-# from memory of the paper's tables (unverified). FCN-6 and 7 add convolutions of 1 x 1 to FCN-5.
+# Fields of each size. All but the last leave 1 x 1 of 1366 frames x 96 bands. FCN-4 is published with
+# the sizes below, and the five pools of FCN-5 to 7 are those of the author's public code. The rest,
+# FCN-3 and the filters of FCN-5 to 7, is given from memory of the paper's tables (unverified). FCN-6
+# and 7 add 1 x 1 convolutions to FCN-5.
 FCN_SIZES: dict[str, dict[str, Any]] = {
     "fcn3": {
         "filters": (256, 768, 2048),
@@ -44,7 +53,8 @@ FCN_SIZES: dict[str, dict[str, Any]] = {
     "fcn5": _FIVE | {"pointwise": ()},
     "fcn6": _FIVE | {"pointwise": (1024,)},
     "fcn7": _FIVE | {"pointwise": (1024, 1024)},
-    # For the report's own front end: 1 x 1 of 628 frames x 128 bands. Its filters are FCN-4's; the report does not state any.
+    # For the report's own front end: 1 x 1 of 628 frames x 128 bands. Its filters are FCN-4's, since
+    # the report does not state any.
     "report": {
         "filters": (128, 384, 768, 2048),
         "time_pools": (4, 5, 5, 6),
@@ -56,22 +66,23 @@ FCN_SIZES: dict[str, dict[str, Any]] = {
 
 @register("fcn")
 class FCN(nn.Module):
-    """Several times [convolution, normalisation, ReLU, max-pool, dropout], the maximum over what is left, and the head.
+    """Repeats [convolution, normalisation, ReLU, max-pool, dropout]; a global maximum and the head.
 
-    The defaults are FCN-4 for 1366 frames x 96 bands (29.1 s at 12 kHz, hop 256), which leave 1 x 1. With 50 outputs it has
-    17,362,610 parameters (the paper's 17.37 million count the convolutions' biases, idle before normalisation, too).
+    The defaults are FCN-4 for 1366 frames x 96 bands (29.1 s at 12 kHz, hop 256), which leave 1 x 1.
+    With 50 outputs it has 17,362,610 parameters (the paper's 17.37 million also count the biases of the
+    convolutions, which normalisation cancels).
 
-    A longer or higher input leaves more positions. The maximum over them is then taken, as if the last max-pool covered
-    them all, so that the layers and their parameters are the same for every input.
+    A longer input or more bands leave more positions, and the maximum over them is taken, as if the
+    last max-pool covered them all. The parameters are the same for every input.
 
     Attributes:
       num_classes: outputs.
       filters: filters of each convolution; their number is the number of layers.
       time_pools: frames of the max-pool after each convolution.
-      band_pools: bands of the same.
-      pointwise: filters of each convolution of 1 x 1 at the end (FCN-6 and FCN-7).
-      width: frames and bands that a filter sees.
-      dropout: rate after each max-pool and after each convolution of 1 x 1.
+      band_pools: bands of the max-pool after each convolution.
+      pointwise: filters of each 1 x 1 convolution at the end (FCN-6 and FCN-7).
+      width: frames and bands that a filter covers.
+      dropout: rate after each max-pool and after each 1 x 1 convolution.
       dtype: compute type.
     """
 
@@ -89,40 +100,27 @@ class FCN(nn.Module):
         """The fewest frames and bands that leave one position.
 
         Raises:
-          UserError: the fields that describe the layers differ in length.
+          UserError: the fields of the layers differ in length.
         """
         check_lengths("fcn", fields, "filters", "time_pools", "band_pools")
-        return InputLimits(
-            min_frames=math.prod(fields["time_pools"]), min_bands=math.prod(fields["band_pools"])
-        )
+        return InputLimits(math.prod(fields["time_pools"]), math.prod(fields["band_pools"]))
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Returns logits, float32 `[batch, num_classes]`, of `x` `[batch, frames, bands]`."""
-        init = nn.initializers.glorot_uniform()
+        options = {"kernel_init": nn.initializers.glorot_uniform(), "dtype": self.dtype}
         x = x.astype(self.dtype)[..., None]
         pools = zip(self.filters, self.time_pools, self.band_pools, strict=True)
         for i, (filters, frames, bands) in enumerate(pools, start=1):
-            x = Conv(
-                filters,
-                self.width,
-                train=train,
-                kernel_init=init,
-                dtype=self.dtype,
-                name=f"conv{i}",
-            )(x)
+            x = Conv(filters, self.width, train=train, name=f"conv{i}", **options)(x)
             x = batch_norm(train, self.dtype, name=f"norm{i}")(x, relu=True)
             x = max_pool(x, (frames, bands))
             if i == len(self.filters):
                 x = global_max(x)
             x = nn.Dropout(self.dropout, deterministic=not train, name=f"dropout{i}")(x)
         for i, filters in enumerate(self.pointwise, start=len(self.filters) + 1):
-            x = nn.Dense(
-                filters, use_bias=False, kernel_init=init, dtype=self.dtype, name=f"conv{i}"
-            )(x)
+            x = nn.Dense(filters, use_bias=False, name=f"conv{i}", **options)(x)
             x = batch_norm(train, self.dtype, name=f"norm{i}")(x, relu=True)
             x = nn.Dropout(self.dropout, deterministic=not train, name=f"dropout{i}")(x)
         self.sow("intermediates", "embedding", x)
-        return nn.Dense(self.num_classes, kernel_init=init, dtype=self.dtype, name="head")(
-            x
-        ).astype(jnp.float32)
+        return output_layer(self, x, options["kernel_init"])

@@ -1,4 +1,4 @@
-"""The feed-forward network that a stack of restricted Boltzmann machines unrolls into (Feng 2014, after Hinton 2006)."""
+"""The feed-forward network of unrolled restricted Boltzmann machines (Feng 2014, after Hinton 2006)."""
 
 from typing import Any
 
@@ -6,14 +6,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from musicgenre.models.layers import dense_layers, output_layer
 from musicgenre.models.registry import register
 
 
 @register("rbm")
 class UnrolledRBMs(nn.Module):
-    """Sigmoid layers over the flattened input; each one's output is the hidden probabilities of one machine.
+    """Sigmoid layers on the flattened input; each outputs the hidden probabilities of one machine.
 
-    `musicgenre.training.objectives.rbm` learns the layers without labels; without that this is a plain sigmoid network.
+    `musicgenre.training.objectives.rbm` pretrains the layers without labels; otherwise this is a plain
+    sigmoid network.
 
     Attributes:
       num_classes: outputs.
@@ -32,13 +34,5 @@ class UnrolledRBMs(nn.Module):
         """Returns logits, float32 `[batch, num_classes]`, of `x` `[batch, frames, bands]`."""
         init = nn.initializers.glorot_normal()
         x = x.reshape(x.shape[0], -1).astype(self.dtype)
-        hidden = x
-        for i, units in enumerate(self.layers):
-            hidden = nn.sigmoid(
-                nn.Dense(units, kernel_init=init, dtype=self.dtype, name=f"layer{i + 1}")(x)
-            )
-            x = nn.Dropout(self.dropout, deterministic=not train)(hidden)
-        self.sow("intermediates", "embedding", hidden)
-        return nn.Dense(self.num_classes, kernel_init=init, dtype=self.dtype, name="head")(
-            x
-        ).astype(jnp.float32)
+        x = dense_layers(self, x, train, self.layers, init, activation=nn.sigmoid, name="layer")
+        return output_layer(self, x, init)

@@ -1,7 +1,7 @@
 """The short-chunk networks (Won et al. 2020): seven small convolutions over 3.7 s, plain or residual.
 
-Source: M. Won, A. Ferraro, D. Bogdanov, X. Serra, "Evaluation of CNN-based automatic music tagging models", 2020,
-arXiv:2006.00751, and the authors' public code, which settles what the paper leaves open.
+Source: M. Won, A. Ferraro, D. Bogdanov, X. Serra, "Evaluation of CNN-based automatic music tagging
+models", 2020, arXiv:2006.00751, and the authors' public code, which settles what the paper leaves open.
 """
 
 from collections.abc import Mapping
@@ -18,21 +18,24 @@ from musicgenre.models.layers import (
     convolve_together,
     global_max,
     max_pool,
+    output_layer,
 )
 from musicgenre.models.registry import InputLimits, register
 
 
 @register("short_chunk")
 class ShortChunk(nn.Module):
-    """Seven layers that halve frames and bands, the maximum over what is left, a dense layer, and the head.
+    """Seven layers that halve frames and bands, a global maximum, a dense layer, and the head.
 
-    A plain layer is [convolution, normalisation, ReLU, max-pool 2]. A residual one is [convolution of stride 2, normalisation,
-    ReLU, convolution, normalisation] plus [convolution of stride 2, normalisation], then ReLU. All convolutions are 3 x 3. A
-    pool drops an odd frame at the end, a stride keeps it.
+    A plain layer is [convolution, normalisation, ReLU, max-pool 2]. A residual one is [convolution of
+    stride 2, normalisation, ReLU, convolution, normalisation] plus [convolution of stride 2,
+    normalisation], then ReLU. All convolutions are 3 x 3. A pool drops an odd last frame, a stride keeps
+    it.
 
-    It is meant for 231 frames x 128 bands (3.69 s at 16 kHz, n_fft 512, hop 256), of which it leaves 1 x 1 (residual: 2 x 1).
-    With 50 outputs it has 3,685,042 parameters, residual 12,098,354; the public code's 3.69 and 12.1 million count what
-    normalisation makes idle, too: biases before it, and the scale and offset of the input.
+    It is meant for 231 frames x 128 bands (3.69 s at 16 kHz, n_fft 512, hop 256), of which it leaves
+    1 x 1 (residual: 2 x 1). With 50 outputs it has 3,685,042 parameters, residual 12,098,354; the public
+    code's 3.69 and 12.1 million also count parameters that normalisation cancels: biases before it, and
+    the scale and offset of the input.
 
     Attributes:
       num_classes: outputs.
@@ -40,7 +43,8 @@ class ShortChunk(nn.Module):
       residual: residual layers.
       dense: units of the hidden dense layer.
       dropout: rate before the head.
-      input_norm: normalise the whole input with one mean and deviation, those of the batch or in use their running means.
+      input_norm: normalise the input with one mean and standard deviation, those of the batch in
+        training and their running means in use.
       dtype: compute type.
     """
 
@@ -54,20 +58,14 @@ class ShortChunk(nn.Module):
 
     @staticmethod
     def input_limits(fields: Mapping[str, Any]) -> InputLimits:
-        """The fewest frames and bands that leave one position: a pool halves down, a stride up."""
+        """The fewest frames and bands that leave one position: a pool rounds down, a stride up."""
         least = 1 if fields["residual"] else 2 ** len(fields["filters"])
         return InputLimits(min_frames=least, min_bands=least)
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Returns logits, float32 `[batch, num_classes]`, of `x` `[batch, frames, bands]`."""
-
-        def conv(filters: int, name: str, stride: int = 1) -> Conv:
-            # One zero on every side whatever the size, as in the public code; SAME would put none before an even axis.
-            init = nn.initializers.he_normal()
-            return Conv(
-                filters, stride=stride, train=train, kernel_init=init, dtype=self.dtype, name=name
-            )
+        options = {"kernel_init": nn.initializers.he_normal(), "dtype": self.dtype, "train": train}
 
         def norm(name: str) -> BatchNorm:
             return batch_norm(train, self.dtype, name=f"{name}_norm")
@@ -80,16 +78,16 @@ class ShortChunk(nn.Module):
         for i, filters in enumerate(self.filters, start=1):
             name = f"conv{i}"
             if self.residual:
-                y, x = convolve_together(
-                    x, conv(filters, f"{name}a", 2), conv(filters, f"{name}_shortcut", 2)
-                )
-                y = conv(filters, f"{name}b")(norm(f"{name}a")(y, relu=True))
+                first = Conv(filters, stride=2, name=f"{name}a", **options)
+                shortcut = Conv(filters, stride=2, name=f"{name}_shortcut", **options)
+                y, x = convolve_together(x, first, shortcut)
+                y = Conv(filters, name=f"{name}b", **options)(norm(f"{name}a")(y, relu=True))
                 x = norm(f"{name}b")(y, plus=norm(f"{name}_shortcut")(x), relu=True)
             else:
-                x = max_pool(norm(name)(conv(filters, name)(x), relu=True), (2, 2))
-        x = global_max(x)
-        x = nn.Dense(self.dense, use_bias=False, dtype=self.dtype, name="dense")(x)
+                x = Conv(filters, name=name, **options)(x)
+                x = max_pool(norm(name)(x, relu=True), (2, 2))
+        x = nn.Dense(self.dense, use_bias=False, dtype=self.dtype, name="dense")(global_max(x))
         x = norm("dense")(x, relu=True)
         self.sow("intermediates", "embedding", x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x).astype(jnp.float32)
+        return output_layer(self, x)

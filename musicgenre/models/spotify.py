@@ -1,10 +1,11 @@
-"""Dieleman's network at Spotify (2014): convolutions over time, three global pools side by side, dense layers.
+"""Dieleman's network at Spotify (2014): convolutions over time, three global pools, dense layers.
 
-Source: S. Dieleman, "Recommending music on Spotify with deep learning", blog post of 5 August 2014. Its text gives the input
-(599 frames x 128 mel bands), four convolutions of width 4, the pools of 4 and 2 frames between them, the three global pools,
-two dense layers of 2,048 units with dropout, and 40 outputs trained by mean squared error. The post shows the filters and the
-padding in a figure only: 256 filters in the first layer are confirmed by its text, the others and VALID padding (the default
-of Theano, in which the network was written) are unverified.
+Source: S. Dieleman, "Recommending music on Spotify with deep learning", blog post of 5 August 2014.
+Its text gives the input (599 frames x 128 mel bands), four convolutions of width 4, the pools of 4 and
+2 frames between them, the three global pools, two dense layers of 2,048 units with dropout, and 40
+outputs trained by mean squared error. The post shows the filters and the padding in a figure only: its
+text confirms 256 filters in the first layer; the others and VALID padding (the default of Theano, in
+which the network was written) are unverified.
 """
 
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from musicgenre.models.layers import global_max, max_pool_time
+from musicgenre.models.layers import dense_layers, global_max, max_pool_time, output_layer
 from musicgenre.models.registry import InputLimits, register
 
 
@@ -22,26 +23,27 @@ from musicgenre.models.registry import InputLimits, register
 def l2_pool(x: jax.Array) -> jax.Array:
     """Euclidean norm over time, `[batch, frames, channels]` to float32 `[batch, channels]`.
 
-    Where a channel is zero in every frame, as after a ReLU that never fires, the gradient is 0; the derivative of the square
-    root would make it not a number.
+    The gradient is 0 where a channel is 0 in every frame, as after a ReLU that never fires; the
+    derivative of the square root would make it NaN.
     """
     power = jnp.square(x.astype(jnp.float32)).sum(axis=1)
-    heard = power > 0
-    # The inner choice keeps the square root away from 0, whose infinite derivative would survive the outer one.
-    return jnp.where(heard, jnp.sqrt(jnp.where(heard, power, 1.0)), 0.0)
+    active = power > 0
+    # The inner `where` keeps the square root away from 0, where its infinite derivative would survive
+    # the outer one.
+    return jnp.where(active, jnp.sqrt(jnp.where(active, power, 1.0)), 0.0)
 
 
 @register("spotify")
 class Spotify(nn.Module):
-    """Convolutions with max-pools between them, then mean, maximum and L2 norm over all time, and dense layers.
+    """Convolutions and max-pools, then mean, maximum and L2 norm over time, and dense layers.
 
-    With 599 frames x 128 bands and 40 outputs it has 8,607,016 parameters. The task is the loss's: latent factors as a
-    regression, as in the post, or classes or tags.
+    With 599 frames x 128 bands and 40 outputs it has 8,607,016 parameters. It serves any task: latent
+    factors by regression, as in the post, or classes or tags.
 
     Attributes:
       num_classes: outputs.
       filters: filters of each convolution; their number is the number of layers.
-      width: frames that a filter sees.
+      width: frames that a filter covers.
       first_pool: frames of the max-pool between the first and the second convolution.
       pool: frames of the max-pools between the others; none follows the last.
       dense: units of the hidden dense layers.
@@ -72,26 +74,12 @@ class Spotify(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Returns logits, float32 `[batch, num_classes]`, of `x` `[batch, frames, bands]`."""
         init = nn.initializers.glorot_normal()
+        options = {"padding": "VALID", "kernel_init": init, "dtype": self.dtype}
         x = x.astype(self.dtype)
         for i, filters in enumerate(self.filters):
-            conv = nn.Conv(
-                filters,
-                (self.width,),
-                padding="VALID",
-                kernel_init=init,
-                dtype=self.dtype,
-                name=f"conv{i + 1}",
-            )
-            x = nn.relu(conv(x))
+            x = nn.relu(nn.Conv(filters, (self.width,), name=f"conv{i + 1}", **options)(x))
             if i + 1 < len(self.filters):
                 x = max_pool_time(x, self.pool if i else self.first_pool)
         x = jnp.concatenate([x.mean(axis=1), global_max(x), l2_pool(x).astype(self.dtype)], axis=-1)
-        embedding = x
-        for i, units in enumerate(self.dense):
-            embedding = nn.relu(
-                nn.Dense(units, kernel_init=init, dtype=self.dtype, name=f"dense{i + 1}")(x)
-            )
-            x = nn.Dropout(self.dropout, deterministic=not train)(embedding)
-        self.sow("intermediates", "embedding", embedding)
-        x = nn.Dense(self.num_classes, kernel_init=init, dtype=self.dtype, name="head")(x)
-        return x.astype(jnp.float32)
+        x = dense_layers(self, x, train, self.dense, init)
+        return output_layer(self, x, init)

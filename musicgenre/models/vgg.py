@@ -1,20 +1,20 @@
-"""The VGG-like network that musicnn compares itself with: five small convolutions over 3 s, then the head.
+"""The VGG-like network that musicnn is compared with: five small convolutions over 3 s, then the head.
 
-Source: the public code of J. Pons, X. Serra, "musicnn: pre-trained convolutional neural networks for music audio tagging",
-arXiv:1909.06654 (jordipons/musicnn, `models.py`), which follows K. Simonyan, A. Zisserman, arXiv:1409.1556, and K. Choi et al.,
-arXiv:1606.00298. The computation is that code's to the letter, so that its weights fit: each ReLU comes before its batch
-normalisation, whose epsilon is .001, and the first pool, of 4 frames x 1 band and stride 2 x 2, keeps every second band and
-leaves out the others.
+Source: the public code of J. Pons, X. Serra, "musicnn: pre-trained convolutional neural networks for
+music audio tagging", arXiv:1909.06654 (jordipons/musicnn, `models.py`), which follows K. Simonyan,
+A. Zisserman, arXiv:1409.1556, and K. Choi et al., arXiv:1606.00298. The computation is exactly that
+code's, so that its weights fit: each ReLU comes before its batch normalisation, whose epsilon is .001,
+and the first pool, of 4 frames x 1 band and stride 2 x 2, skips every second band.
 
-The variables of its checkpoints (MTT_vgg and MSD_vgg) correspond thus:
+The variables of its checkpoints (MTT_vgg and MSD_vgg) correspond as follows:
 
-    original (kernel, bias)     here        original (gamma, beta, moving_*)            here
-    -                           -           batch_normalization                         input_norm
-    1CNN ... 5CNN               conv1 ...   batch_normalization_1 ... _5                conv1_norm ... conv5_norm
-    dense                       head        -                                           -
+    original (kernel, bias)     here        original (gamma, beta, moving_*)        here
+    -                           -           batch_normalization                     input_norm
+    1CNN ... 5CNN               conv1 ...   batch_normalization_1 ... _5            conv1_norm ...
+    dense                       head        -                                       -
 
-`kernel` and `bias` keep their names and shapes; `gamma` is `scale` and `beta` is `bias` in `params`; `moving_mean` is `mean` and
-`moving_variance` is `var` in `batch_stats`.
+`kernel` and `bias` keep their names and shapes; `gamma` is `scale` and `beta` is `bias` in `params`;
+`moving_mean` is `mean` and `moving_variance` is `var` in `batch_stats`.
 """
 
 from collections.abc import Mapping
@@ -24,16 +24,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from musicgenre.models.layers import max_pool
+from musicgenre.models.layers import max_pool, musicnn_norm, output_layer
 from musicgenre.models.registry import InputLimits, register
 
 
 @register("vgg")
 class Vgg(nn.Module):
-    """Five layers of [3 x 3 convolution, ReLU, normalisation, max-pool, dropout] and the head on all that is left.
+    """Five times [3 x 3 convolution, ReLU, normalisation, max-pool, dropout], and the head.
 
-    The pools take 4 x 1 (stride 2 x 2), 2 x 2 three times, and 4 x 4. Of the original's 187 frames x 96 bands they leave 2 x 1;
-    with 50 outputs it then has 605,748 parameters. A net of another number of frames has another head.
+    The pools take 4 x 1 (stride 2 x 2), 2 x 2 three times, and 4 x 4. Of the original's 187 frames x 96
+    bands they leave 2 x 1; with 50 outputs that makes 605,748 parameters. The head depends on the
+    number of frames.
 
     The embedding is the original's "pool5" feature, its frames one after the other.
 
@@ -53,34 +54,19 @@ class Vgg(nn.Module):
 
     @staticmethod
     def input_limits(fields: Mapping[str, Any]) -> InputLimits:
-        """The fewest frames and bands that leave one position: 4 before the last pool, 32 after the first."""
+        """The fewest frames and bands that leave one position."""
+        # The last pool takes 4, so the first has to leave 32.
         return InputLimits(min_frames=66, min_bands=63)
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Returns logits, float32 `[batch, num_classes]`, of `x` `[batch, frames, bands]`."""
         init = nn.initializers.glorot_uniform()
-
-        def norm(x: jax.Array, name: str) -> jax.Array:
-            return nn.BatchNorm(
-                use_running_average=not train,
-                momentum=0.99,
-                epsilon=1e-3,
-                dtype=self.dtype,
-                name=name,
-            )(x)
-
-        x = norm(x[..., None], "input_norm")
+        options = {"padding": "SAME", "kernel_init": init, "dtype": self.dtype}
+        x = musicnn_norm(x[..., None], train, self.dtype, "input_norm")
         for i in range(1, 6):
-            conv = nn.Conv(
-                self.filters,
-                (3, 3),
-                padding="SAME",
-                kernel_init=init,
-                dtype=self.dtype,
-                name=f"conv{i}",
-            )
-            x = norm(nn.relu(conv(x)), f"conv{i}_norm")
+            x = nn.relu(nn.Conv(self.filters, (3, 3), name=f"conv{i}", **options)(x))
+            x = musicnn_norm(x, train, self.dtype, f"conv{i}_norm")
             if i == 1:
                 x = nn.max_pool(x, window_shape=(4, 1), strides=(2, 2))
             else:
@@ -90,6 +76,4 @@ class Vgg(nn.Module):
         x = x.reshape(x.shape[0], -1)
         self.sow("intermediates", "embedding", x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return nn.Dense(self.num_classes, kernel_init=init, dtype=self.dtype, name="head")(
-            x
-        ).astype(jnp.float32)
+        return output_layer(self, x, init)

@@ -19,23 +19,12 @@ from musicgenre.runs.provenance import KEY, PREFIX, SCHEMA, TrainedOn, read_bund
 # Models that come with the package: <name>.safetensors.
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 SUFFIX = ".safetensors"
-_NOTES = (
-    "config",
-    "label_names",
-    "task",
-    "features",
-    "layout",
-    "dataset",
-    "step",
-    "which",
-    "metric",
-    "measure",
-    "card",
-)
+_NOTES = ["config", "label_names", "task", "features", "layout", "dataset"]
+_NOTES += ["step", "which", "metric", "measure", "card"]
 
 
 class Bundle(NamedTuple):
-    """The content of a bundle: notes, the model's `variables` and `norm`, and its training clips."""
+    """A bundle's notes, the model's `variables` and `norm`, and its training clips."""
 
     notes: dict[str, Any]
     value: dict[str, Any]
@@ -52,9 +41,8 @@ def save_bundle(
 ) -> None:
     """Writes a model to one file, atomically.
 
-    Paths on this machine (the data set's folder, the stores, the run that training started from) are
-    left out. The ids, hashes, groups and fingerprints of its training clips are included; see
-    `musicgenre.runs.provenance`.
+    Paths on this machine are left out. The ids, hashes, groups and fingerprints of the training
+    clips are included; see `musicgenre.runs.provenance`.
 
     Args:
       model: a trained model.
@@ -106,8 +94,8 @@ def read_bundle(path: Path) -> Bundle:
     """Reads a file of `save_bundle`; `musicgenre.runs.model.load_model` builds the model from it.
 
     Raises:
-      UserError: the file is missing, is not a model or of a newer version, is damaged, or its arrays
-        do not fit its network.
+      UserError: the file is missing, damaged, not a model or of a newer version, or its arrays do
+        not fit its network.
     """
     arrays, notes = read_bundle_arrays(path)
     if missing := [name for name in _NOTES if name not in notes]:
@@ -153,8 +141,8 @@ def model_card(model: TrainedModel, remarks: str = "") -> str:
         lines.append(f"- Temperature: {model.temperature:.4g}, which divides the logits")
     lines += [
         f"- Labels in the order of the outputs: {', '.join(model.label_names)}",
-        "- Limits: it knows only these labels and assigns one of them to any sound, speech and noise "
-        "included. The measure holds for music like that of its data set.",
+        "- Limits: it knows only these labels and assigns one of them to any sound, even speech or "
+        "noise. The measure holds for music like that of its data set.",
     ]
     return "\n".join(lines) + "\n" + (f"\n{remarks.strip()}\n" if remarks.strip() else "")
 
@@ -166,7 +154,8 @@ def _fitted(path: Path, arrays: Mapping[str, np.ndarray], expected: Any) -> dict
         name = min(names)
         problem = "is missing" if name in wanted else "does not belong to the network"
         raise UserError(
-            f"{path}: the array {name!r} {problem}. This version's network differs from the saved one."
+            f"{path}: the array {name!r} {problem}. "
+            "This version's network differs from the saved one."
         )
     for name, shape in wanted.items():
         if arrays[name].shape != shape.shape:

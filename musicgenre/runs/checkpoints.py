@@ -1,14 +1,14 @@
-"""Checkpoints with Orbax: the latest two and the best, each with all that is needed to go on or to be used."""
+"""Orbax checkpoints: the latest two and the best, each complete enough to resume or to be used."""
 
 import dataclasses
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import grain
 import grain.checkpoint
-import grain.python as grain_python
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
@@ -18,35 +18,13 @@ from orbax.checkpoint import checkpoint_managers
 from musicgenre.errors import UserError
 from musicgenre.runs.processes import ProcessLost, is_lost
 
-# What one step holds: the model (variables and normalisation, enough to use it), the rest of the state, the Grain iterator,
-# and notes as JSON (config, labels, features, measures).
+# The model (variables and normalisation), the rest of the state, the Grain iterator, JSON notes.
 ITEMS = ("model", "train", "data", "meta")
-
-
-class State(Protocol):
-    """What a run changes: `musicgenre.training.state.TrainState`."""
-
-    @property
-    def step(self) -> Any:
-        """Steps done."""
-        ...
-
-    def model(self) -> dict[str, Any]:
-        """Returns what is needed to use the model."""
-        ...
-
-    def rest(self) -> dict[str, Any]:
-        """Returns what resuming needs besides the model."""
-        ...
-
-    def joined(self, model: dict[str, Any], rest: dict[str, Any]) -> Any:
-        """Returns the state whose `model()` and `rest()` these are."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What a checkpoint gave back: the state (or the model alone) and the notes saved with it."""
+    """A restored checkpoint: its step, the state (or the model alone), and its notes."""
 
     step: int
     value: Any
@@ -54,11 +32,11 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of one run, below `<workdir>/checkpoints`.
+    """The checkpoints of one run.
 
     Args:
-      folder: where they lie.
-      lower_is_better: how the measure that the best is chosen by is to be read.
+      folder: `<workdir>/checkpoints`.
+      lower_is_better: the best checkpoint has the lowest measure.
     """
 
     def __init__(self, folder: Path, *, lower_is_better: bool = False) -> None:
@@ -71,41 +49,34 @@ class Checkpoints:
         def measure(metrics: Any) -> float:
             return float(metrics["measure"])
 
-        mode = "min" if self._lower_is_better else "max"
-        # Two of the latest: should one be cut short, the one before is there.
-        policy = checkpoint_managers.AnyPreservationPolicy(
-            [
-                checkpoint_managers.LatestN(n=2),
-                checkpoint_managers.BestN(
-                    n=1,
-                    get_metric_fn=measure,
-                    reverse=self._lower_is_better,
-                    keep_checkpoints_without_metrics=False,
-                ),
-            ]
+        best = checkpoint_managers.BestN(
+            n=1,
+            get_metric_fn=measure,
+            reverse=self._lower_is_better,
+            keep_checkpoints_without_metrics=False,
         )
+        # Two of the latest: if one is damaged, the one before it can be restored.
+        latest = checkpoint_managers.LatestN(n=2)
         options = ocp.CheckpointManagerOptions(
             best_fn=measure,
-            best_mode=mode,
-            preservation_policy=policy,
+            best_mode="min" if self._lower_is_better else "max",
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy([latest, best]),
             create=True,
             cleanup_tmp_directories=True,
         )
         return ocp.CheckpointManager(self._folder, options=options, item_names=ITEMS)
 
-    def save(
-        self, state: State, iterator: Any, meta: dict[str, Any], measure: float | None
-    ) -> None:
+    def save(self, state: Any, iterator: Any, meta: dict[str, Any], measure: float | None) -> None:
         """Saves a step in the background.
 
         Args:
-          state: the state after the step.
-          iterator: Grain's iterator at the same place.
+          state: the `musicgenre.training.state.TrainState` after the step.
+          iterator: the Grain iterator after the step.
           meta: JSON values.
-          measure: what the best checkpoint is chosen by; None where there is no validation split.
+          measure: selects the best checkpoint; None without a validation split.
 
         Raises:
-          UserError: an earlier save failed (the disk is full, say); what was saved before is whole.
+          UserError: an earlier save failed, such as on a full disk; older checkpoints are intact.
         """
         items = ocp.args.Composite(
             model=ocp.args.StandardSave(state.model()),
@@ -113,95 +84,80 @@ class Checkpoints:
             data=grain.checkpoint.CheckpointSave(iterator),
             meta=ocp.args.JsonSave(meta),
         )
+        metrics = None if measure is None else {"measure": measure}
         try:
-            self._manager.save(
-                int(state.step),
-                args=items,
-                metrics=None if measure is None else {"measure": measure},
-                force=True,
-            )
+            self._manager.save(int(state.step), args=items, metrics=metrics, force=True)
         except (OSError, ValueError) as error:
             raise self._save_failed(error) from error
 
     def wait(self) -> None:
-        """Waits until everything is on disk. Raises UserError where that failed."""
+        """Waits until everything is on disk. Raises UserError if that failed."""
         try:
             self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
             raise self._save_failed(error) from error
 
     def abandon(self) -> None:
-        """Has `close` not wait for a save that is under way: the other processes, which have a part in it, are gone."""
+        """Makes `close` abandon a pending save, because a peer process has died."""
         self._abandoned = True
 
     def close(self) -> None:
         """Waits and releases the manager's threads."""
-        if self._abandoned:
-            return
-        self.wait()
-        self._manager.close()
+        if not self._abandoned:
+            self.wait()
+            self._manager.close()
 
     def steps(self) -> list[int]:
-        """Returns the steps that are on disk, in order."""
+        """Returns the steps on disk in ascending order."""
         return sorted(self._manager.all_steps())
 
-    def restore_latest(self, state: State, iterator: Any) -> Restored | None:
-        """Restores the latest checkpoint that can be read.
+    def restore_latest(self, state: Any, iterator: Any) -> Restored | None:
+        """Restores the latest readable checkpoint.
 
-        One that cannot is moved to `<workdir>/damaged/`, with a warning, and the one before is tried.
+        Unreadable ones are moved to `<workdir>/damaged/` with a warning. The checkpoint may come
+        from another number of devices or processes, and from another `--parallel`.
 
         Args:
-          state: a state of the same shape, placed on the devices as the restored one is to be.
-          iterator: Grain's iterator, set to the place of the checkpoint.
-
-        The checkpoint may be of another number of devices or processes, and of another `--parallel`.
+          state: a state of the same shapes, with the placement that the restored one should have.
+          iterator: the Grain iterator; it is set to the checkpoint's position.
 
         Returns:
-          The state and notes, or None where no checkpoint is there.
+          The state and notes, or None if there is no checkpoint.
 
         Raises:
-          UserError: there are checkpoints, but none of them can be read.
+          UserError: there are checkpoints, but none can be read.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, (state.model(), state.rest()))
         steps = self.steps()
         for step in reversed(steps):
+            items = ocp.args.Composite(
+                model=ocp.args.StandardRestore(abstract[0]),
+                train=ocp.args.StandardRestore(abstract[1]),
+                meta=ocp.args.JsonRestore(),
+            )
             try:
-                items = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        model=ocp.args.StandardRestore(abstract[0]),
-                        train=ocp.args.StandardRestore(abstract[1]),
-                        meta=ocp.args.JsonRestore(),
-                    ),
-                )
+                restored = self._manager.restore(step, args=items)
                 _restore_iterator(self._folder / str(step) / "data", iterator)
-            except (
-                Exception
-            ) as error:  # Orbax and TensorStore raise many kinds for a file that is cut short.
+            except Exception as error:  # Orbax and TensorStore raise many types for damaged files
                 self._set_aside(step, error)
                 continue
-            return Restored(step, state.joined(items.model, items.train), items.meta)
+            return Restored(step, state.joined(restored.model, restored.train), restored.meta)
         if steps:
             raise UserError(
-                f"{self._folder}: none of the checkpoints ({', '.join(map(str, steps))}) can be read; they were "
-                f"moved to {self._folder.parent / 'damaged'}. Train again in another --workdir."
+                f"{self._folder}: none of the checkpoints ({', '.join(map(str, steps))}) can be "
+                f"read; they were moved to {self._folder.parent / 'damaged'}. "
+                "Train again in another --workdir."
             )
         return None
 
     def _set_aside(self, step: int, error: Exception) -> None:
         damaged = self._folder.parent / "damaged"
         damaged.mkdir(exist_ok=True)
-        target = damaged / str(step)
-        number = 1
+        target, number = damaged / str(step), 1
         while target.exists():
             number += 1
             target = damaged / f"{step}-{number}"
-        logging.warning(
-            "the checkpoint of step %d cannot be read (%s); it is moved to %s and the one before is tried",
-            step,
-            _first_line(error),
-            target,
-        )
+        _warn_unreadable(step, error, f"; it is moved to {target} and the one before is tried")
         self._manager.close()
         if jax.process_index() == 0:
             shutil.move(self._folder / str(step), target)
@@ -213,78 +169,63 @@ class Checkpoints:
         if is_lost(error):
             return ProcessLost(error)
         return UserError(
-            f"{self._folder}: the checkpoint could not be written ({_first_line(error)}). Free some space and run "
-            "the same command again: it goes on from the last whole checkpoint."
+            f"{self._folder}: the checkpoint could not be written ({_first_line(error)}). Free some "
+            "space and repeat the command: it resumes from the last complete checkpoint."
         )
 
 
 def _restore_iterator(folder: Path, iterator: Any) -> None:
-    """Sets an iterator to the place that Grain saved: it is the same on every process, of however many there were."""
+    """Sets an iterator to the position that Grain saved, which is the same on every process."""
     text = min(folder.glob("process_*-of-*.json")).read_bytes()
-    iterator.set_state(
-        json.loads(text) if isinstance(iterator, grain_python.DatasetIterator) else text
-    )
+    iterator.set_state(json.loads(text) if isinstance(iterator, grain.DatasetIterator) else text)
     iterator.start_prefetch()
 
 
 def read_model(
     folder: Path, which: str, abstract_model: Callable[[dict[str, Any]], Any]
 ) -> Restored:
-    """Reads the model alone out of a run's checkpoint.
+    """Reads only the model from a run's checkpoint.
 
     Args:
       folder: `<workdir>/checkpoints`.
-      which: "best", "last" or a step as a number. Should the last one be unreadable, the one before is taken, with a
-        warning.
-      abstract_model: the notes of a checkpoint -> the shapes of its `TrainState.model()`.
+      which: "best", "last" or a step. If the last one is unreadable, the one before it is read,
+        with a warning.
+      abstract_model: maps a checkpoint's notes to the shapes of its `TrainState.model()`.
 
     Returns:
       The step, the model (`variables` and `norm`) and the notes.
 
     Raises:
-      UserError: no checkpoint is there, not this one, or it cannot be read.
+      UserError: there is no such checkpoint, or it cannot be read.
     """
-    steps = (
-        sorted((int(path.name) for path in folder.glob("*") if path.name.isdigit()), reverse=True)
-        if folder.is_dir()
-        else []
-    )
+    steps = sorted((int(p.name) for p in folder.glob("*") if p.name.isdigit()), reverse=True)
     if not steps:
         raise UserError(
             f"{folder.parent}: no checkpoint found there. Train first: "
-            f"experiments/train.py --config=... --workdir={folder.parent}"
+            f"musicgenre train --config=... --workdir={folder.parent}"
         )
     options = ocp.CheckpointManagerOptions(create=False)
-    manager = ocp.CheckpointManager(folder.absolute(), options=options, item_names=ITEMS)
-    try:
-        metas: dict[int, dict[str, Any]] = {}
+    metas: dict[int, dict[str, Any]] = {}
+    with ocp.CheckpointManager(folder.absolute(), options=options, item_names=ITEMS) as manager:
         for step in steps:
             try:
-                metas[step] = manager.restore(
-                    step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-                ).meta
+                items = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+                metas[step] = items.meta
             except Exception as error:  # see restore_latest
-                logging.warning(
-                    "the checkpoint of step %d cannot be read (%s)", step, _first_line(error)
-                )
+                _warn_unreadable(step, error)
         for step in _candidates(which, metas):
             try:
-                target = jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract_model(metas[step]))
-                items = manager.restore(
-                    step, args=ocp.args.Composite(model=ocp.args.StandardRestore(target))
-                )
+                shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract_model(metas[step]))
+                model = ocp.args.StandardRestore(shapes)
+                items = manager.restore(step, args=ocp.args.Composite(model=model))
                 return Restored(step, items.model, metas[step])
             except UserError:
                 raise
             except Exception as error:  # see restore_latest
-                logging.warning(
-                    "the checkpoint of step %d cannot be read (%s)", step, _first_line(error)
-                )
-    finally:
-        manager.close()
+                _warn_unreadable(step, error)
     raise UserError(
-        f"{folder}: no readable checkpoint {which!r}. There are the steps {', '.join(map(str, sorted(steps)))}; use 'last', "
-        "'best' (where a validation split was measured) or one of them."
+        f"{folder}: no readable checkpoint {which!r}. Choose 'last', 'best' (if a validation split "
+        f"was measured) or one of the steps {', '.join(map(str, steps[::-1]))}."
     )
 
 
@@ -300,6 +241,11 @@ def _candidates(which: str, metas: dict[int, dict[str, Any]]) -> list[int]:
         ]
         return [max(measured)[1]] if measured else []
     return [step for step in metas if str(step) == which]
+
+
+def _warn_unreadable(step: int, error: Exception, action: str = "") -> None:
+    reason = _first_line(error)
+    logging.warning("the checkpoint of step %d cannot be read (%s)%s", step, reason, action)
 
 
 def _first_line(error: Exception) -> str:

@@ -89,34 +89,16 @@ class TrainedModel:
         )
 
 
-def model_of_notes(
-    notes: Mapping[str, Any],
-    variables: Any,
-    *,
-    workdir: Path,
-    step: int,
-    which: str,
-    measure: tuple[str, float | None],
-    trained_on: TrainedOn = UNKNOWN,
-    card: str = "",
-) -> TrainedModel:
+def model_of_notes(notes: Mapping[str, Any], variables: Any, **fields: Any) -> TrainedModel:
     """Returns a model from saved notes and the content of `TrainState.model()`.
 
     Args:
       notes: see `run_notes`; `temperature` may be among them.
       variables: `variables` and `norm`.
-      workdir: see `TrainedModel`, like the rest.
-      step: of the checkpoint.
-      which: the checkpoint as it was requested.
-      measure: name and value.
-      trained_on: its training clips.
-      card: Markdown.
+      **fields: the fields of `TrainedModel` that the notes do not have: `workdir`, `step`, `which`,
+        `measure`, and optionally `trained_on` and `card`.
     """
     return TrainedModel(
-        workdir=workdir,
-        step=step,
-        which=which,
-        measure=measure,
         config=from_plain(notes["config"]),
         module=saved_module(notes),
         model=variables,
@@ -125,14 +107,13 @@ def model_of_notes(
         features=FeatureSpec.from_dict(notes["features"]),
         layout=ClipLayout(**notes["layout"]),
         dataset=notes["dataset"],
-        card=card,
         temperature=float(notes.get("temperature", 1.0)),
-        trained_on=trained_on,
+        **fields,
     )
 
 
 def run_notes(config: ConfigDict, store: Store) -> dict[str, Any]:
-    """Returns a checkpoint's notes on its run, with which the model can be used without the store."""
+    """Returns the notes with which a checkpoint's model can be used without the store."""
     return {
         "config": to_plain(config),
         "label_names": list(store.label_names),
@@ -143,38 +124,38 @@ def run_notes(config: ConfigDict, store: Store) -> dict[str, Any]:
     }
 
 
-def saved_module(meta: Mapping[str, Any]) -> nn.Module:
-    """Builds the module that a checkpoint's notes describe."""
-    frames, bands = saved_input(meta)
+def saved_module(notes: Mapping[str, Any]) -> nn.Module:
+    """Builds the module that saved notes describe."""
+    frames, bands = _input_shape(notes)
     return models.build(
-        from_plain(meta["config"]["model"]).to_dict(),
-        num_classes=len(meta["label_names"]),
+        from_plain(notes["config"]["model"]).to_dict(),
+        num_classes=len(notes["label_names"]),
         frames=frames,
         bands=bands,
-        kind=FeatureSpec.from_dict(meta["features"]).kind,
-        dtype=meta["config"]["dtype"],
+        kind=FeatureSpec.from_dict(notes["features"]).kind,
+        dtype=notes["config"]["dtype"],
     )
 
 
-def saved_input(meta: Mapping[str, Any]) -> tuple[int, int]:
-    """Returns the frames and bands of one input of the network."""
-    frames = meta["config"]["data"]["crop_frames"] or meta["layout"]["frames"]
-    return frames, FeatureSpec.from_dict(meta["features"]).bands
-
-
-def saved_shapes(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the shapes of what `TrainState.model()` of that run holds, for this machine's first device."""
-    frames, bands = saved_input(meta)
-    module = saved_module(meta)
+def saved_shapes(notes: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the shapes of the saved `TrainState.model()`, for this machine's first device."""
+    frames, bands = _input_shape(notes)
+    module = saved_module(notes)
     x = jax.ShapeDtypeStruct((1, frames, bands), jnp.float32)
     variables = dict(
         jax.eval_shape(lambda key, x: module.init(key, x, train=False), jax.random.key(0), x)
     )
     variables.pop("intermediates", None)
-    norm_shape = (frames if meta["config"]["data"]["normalise"] == "position" else 1, bands)
+    norm_shape = (frames if notes["config"]["data"]["normalise"] == "position" else 1, bands)
     norm = {name: jax.ShapeDtypeStruct(norm_shape, jnp.float32) for name in ("mean", "std")}
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         {"variables": variables, "norm": norm},
     )
+
+
+def _input_shape(notes: Mapping[str, Any]) -> tuple[int, int]:
+    """Returns the frames and bands of one input of the network."""
+    frames = notes["config"]["data"]["crop_frames"] or notes["layout"]["frames"]
+    return frames, FeatureSpec.from_dict(notes["features"]).bands

@@ -37,8 +37,8 @@ class TrainedOn:
       unknown: whose clips are not known; "" if all are.
       sources: stores that held the clips when the model was trained, and bundles with their
         fingerprints.
-      fingerprints: from `fingerprints` or `compact`, `[clips, d]`; None if they are not known, as for
-        a workdir until `with_fingerprints` computes them.
+      fingerprints: from `fingerprints` or `compact`, `[clips, d]`; None if they are not known, as
+        for a workdir until `with_fingerprints` computes them.
     """
 
     clip_ids: Sequence[str] = ()

@@ -1,4 +1,4 @@
-"""The folder of a run: who may use it, its record of training clips, and how a signal ends it."""
+"""A run's folder: which run owns it, its training clips, and how a signal ends the run."""
 
 import contextlib
 import json
@@ -26,36 +26,41 @@ class Interrupted(Exception):
 
     def __init__(self, signal_number: int, step: int) -> None:
         super().__init__(
-            f"stopped by {signal.Signals(signal_number).name} after step {step}; the same command goes on from there"
+            f"stopped by {signal.Signals(signal_number).name} after step {step}; "
+            "the same command resumes from there"
         )
         self.signal_number = signal_number
 
 
 def check_store(config: ConfigDict, store: Store) -> None:
-    """Raises UserError where the store was not made as the config says."""
+    """Raises UserError if the store was not prepared with the config's front end and frames."""
     wanted = feature_spec(config)
     if store.features != wanted:
         lines = differences(store.features.to_dict(), wanted.to_dict())
         raise UserError(
-            f"{store.path}: the store's features are not the config's (store -> config): {'; '.join(lines)}. "
-            "Prepare another store, or change --config.features."
+            f"{store.path}: the store's features are not the config's (store -> config): "
+            f"{'; '.join(lines)}. Prepare another store, or change --config.features."
         )
     if store.layout.frames != config.data.frames:
         raise UserError(
-            f"{store.path}: the store has {store.layout.frames} frames per clip, config.data.frames says {config.data.frames}."
+            f"{store.path}: the store has {store.layout.frames} frames per clip, "
+            f"config.data.frames is {config.data.frames}."
         )
 
 
 def claim_workdir(
     workdir: Path, config: ConfigDict, store: Store, teachers: Iterable[TrainedOn] = ()
 ) -> None:
-    """Records what the run is, or raises UserError if the folder holds another run.
+    """Claims a folder for a run: records its config and training clips.
 
     Args:
       workdir: the run's folder.
       config: its config.
       store: its store.
       teachers: what the teachers of a new run were trained on.
+
+    Raises:
+      UserError: the folder holds another run, or the model of `config.init_from` cannot be read.
     """
     plain = to_plain(config)
     path = workdir / "config.json"
@@ -63,18 +68,19 @@ def claim_workdir(
     if path.is_file():
         there = completed(read_json(path, "run configuration"))
         if there["model"].get("name") == plain["model"]["name"]:
-            # The fields that its network has got since, at their defaults.
+            # Fields that the network has gained since then are at their defaults.
             named = {name: plain["model"][name] for name in ("name", "module")}
             there["model"] = to_plain(ConfigDict(models.resolve(named))) | there["model"]
         if changed := differences(there, plain):
             raise UserError(
-                f"{workdir}: holds a run with another config (there -> now): {'; '.join(changed)}. Choose another --workdir, "
-                "or give the same config to go on."
+                f"{workdir}: holds a run with another config (there -> now): {'; '.join(changed)}. "
+                "Choose another --workdir, or give the same config to resume."
             )
         trained = read_json(workdir / CLIPS_FILE, "list of training clips")
         if (trained["clip_id"], trained["sha256"]) != (own.clip_ids, own.hashes):
             raise UserError(
-                f"{workdir}: the store's training clips have changed since this run began. Choose another --workdir."
+                f"{workdir}: the store's training clips have changed since this run began. "
+                "Choose another --workdir."
             )
         return
     record = own.to_json() | {"store": own.sources[0]}
@@ -103,14 +109,14 @@ class _Signals:
 
     def received(self, step: int) -> int | None:
         if jax.process_count() > 1:
-            # Orbax's and JAX's own agreement: every process learns the step at which all of them save.
+            # Orbax and JAX agree on this, so all processes save at the same step.
             return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
         return self._number
 
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[_Signals]:
-    """Catches SIGINT and SIGTERM while the loop runs (in the main thread; elsewhere they are left alone)."""
+    """Catches SIGINT and SIGTERM while the loop runs in the main thread of a single process."""
     signals = _Signals()
     if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
         yield signals

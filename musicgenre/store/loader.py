@@ -35,6 +35,7 @@ class _MakeBatch:
     process_count: int
     stride: int = 1
     teacher: np.ndarray | None = None
+    named: bool = False
     _kept: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def __call__(self, step: int) -> Batch:
@@ -63,6 +64,8 @@ class _MakeBatch:
             batch["length"] = np.minimum(usable - first, self.window).astype(np.int32)
         if self.resident:
             return batch | {"clip": places.astype(np.int32), "start": first.astype(np.int32)}
+        if self.named:
+            batch["clip"] = places.astype(np.int32)
         return batch | {"x": self.store.gather(clips, first, self.window)}
 
     def _draw(self, first_step: int) -> np.ndarray:
@@ -140,6 +143,7 @@ def train_batches(
     window_frames: int = 0,
     resident: bool = False,
     teacher: np.ndarray | None = None,
+    named: bool = False,
     split: str = "train",
     process_index: int = 0,
     process_count: int = 1,
@@ -159,6 +163,7 @@ def train_batches(
       window_frames: frames to read around each crop, for a step that cuts it out itself (time stretch); 0 reads the crop.
       resident: the clips are on the devices: say which ones and where the crops begin instead of reading them.
       teacher: what else goes with each clip of the split, float32 `[clips of the split, classes]`, such as what teachers say.
+      named: name each batch's clips in `clip`, as with `resident`, though they are read.
       split: the split to train on.
       process_index: which slice of each batch is this process's.
       process_count: processes that share each batch.
@@ -203,6 +208,7 @@ def train_batches(
         *share,
         max(workers, 1),
         teacher,
+        named,
     )
     # Read where it is asked for, which `musicgenre.training.parallel.Feed` does while the device is at work. Handing batches
     # over from a reading thread takes longer than reading most of them, and the memory of those that wait is not reused.

@@ -1,40 +1,47 @@
-"""One step over many devices: jit with sharding by default, pmap or a cut-up state by choice. All give one device's result.
+"""One step over many devices: jit over a mesh, pmap, or fsdp. All give one device's result.
 
-The cut-up state ("fsdp", as in fully sharded data parallelism; Rajbhandari et al. 2020, "ZeRO", stage 3) keeps one part of each
-large array on each device: parameters, their average and the optimiser's state. A step puts a layer's parameters together where
-it uses them, and each device updates its own part.
+"fsdp" (fully sharded data parallelism; Rajbhandari et al. 2020, "ZeRO", stage 3) shards each large
+array of the state over the devices: parameters, their average and the optimiser's state. A step
+gathers a layer's parameters where it uses them, and each device updates its own shard.
+
+Networks know nothing of devices. Under jit, batch normalisation sees the global batch; under pmap an
+interceptor gives every `nn.BatchNorm` that runs the name of the device axis.
 """
 
+import contextlib
 import dataclasses
-import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from musicgenre.errors import UserError
+from musicgenre.models import fast_conv
+from musicgenre.models.nnx_network import NNXNetwork
 from musicgenre.store.loader import Batch
 from musicgenre.training.step import StepFunction
 
 AXIS = "data"
-# The largest share of a device's memory that resident clips may take; on CPU devices, of the machine's, by all copies together.
-DEVICE_SHARE, HOST_SHARE = 0.5, 0.25
+# The largest fraction of a device's memory for resident clips; on CPU devices, of the machine's
+# memory for all copies together.
+DEVICE_FRACTION, HOST_FRACTION = 0.5, 0.25
 KINDS = ("jit", "pmap", "fsdp")
-# Numbers in the smallest array that "fsdp" cuts up: less is not worth a message to the other devices.
-CUT_FROM = 65_536
+# Size of the smallest array that "fsdp" shards: less is not worth a message to the other devices.
+SHARD_FROM = 65_536
 
 
 @dataclasses.dataclass(frozen=True)
 class Parallel:
-    """How a step is spread over devices: the state on each of them, or cut up, and the batch cut along its first axis.
+    """How a step runs on several devices: each has its rows of the batch.
 
     Attributes:
-      kind: of KINDS: "jit" and "pmap" have the state on every device, "fsdp" has its large arrays cut up.
+      kind: "jit" and "pmap" replicate the state, "fsdp" shards its large arrays.
       mesh: all devices of all processes in one row.
     """
 
@@ -43,11 +50,7 @@ class Parallel:
 
     @classmethod
     def create(cls, kind: str = "jit", devices: list[Any] | None = None) -> "Parallel":
-        """Takes the given devices, or all there are.
-
-        Raises:
-          UserError: the kind is unknown.
-        """
+        """Returns the mesh of the given devices, or of all. Raises UserError for an unknown kind."""
         if kind not in KINDS:
             raise UserError(f"--parallel must be one of {', '.join(KINDS)}, not {kind!r}.")
         devices = jax.devices() if devices is None else devices
@@ -64,36 +67,37 @@ class Parallel:
 
     @property
     def replicated(self) -> NamedSharding:
-        """A whole copy on each device."""
+        """A full copy on each device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
     def sharded(self) -> NamedSharding:
-        """Cut along the first axis."""
+        """Sharded along the first axis."""
         return NamedSharding(self.mesh, PartitionSpec(AXIS))
 
     def check_batch_size(self, batch_size: int, accumulate: int = 1) -> None:
-        """Raises UserError where a batch cannot be cut into equal parts."""
+        """Raises UserError if a batch does not divide into equal parts."""
         parts = self.mesh.size * accumulate
         if batch_size % parts:
             raise UserError(
-                f"config.batch_size={batch_size} does not divide by {self.mesh.size} devices x "
+                f"config.batch_size={batch_size} is not divisible by {self.mesh.size} devices x "
                 f"optimizer.accumulate={accumulate}; use a multiple of {parts}."
             )
 
     def round_up(self, batch_size: int) -> int:
-        """Returns the next batch size that divides by the devices."""
+        """Returns the next batch size that is a multiple of the devices."""
         return -(-batch_size // self.mesh.size) * self.mesh.size
 
     def state_shardings(self, state: Any) -> Any:
-        """Returns where each array of a state lies: on every device or, of "fsdp"'s large ones, a part on each.
+        """Returns the sharding of each array of a state.
 
-        They are cut along the longest axis that divides by the devices; where none does, each device has the whole.
+        "fsdp" shards large arrays along the longest axis that the devices divide. Everything else
+        is replicated.
         """
 
         def of(array: Any) -> NamedSharding:
             axes = [axis for axis in range(array.ndim) if array.shape[axis] % self.mesh.size == 0]
-            if self.kind != "fsdp" or array.size < CUT_FROM or not axes:
+            if self.kind != "fsdp" or array.size < SHARD_FROM or not axes:
                 return self.replicated
             longest = max(axes, key=lambda axis: array.shape[axis])
             return NamedSharding(self.mesh, PartitionSpec(*[None] * longest, AXIS))
@@ -101,29 +105,30 @@ class Parallel:
         return jax.tree.map(of, state)
 
     def gather(self, tree: Any) -> Any:
-        """Inside a compiled function, has each device hold whole arrays; their gradients are whole, too.
+        """Inside a compiled function, replicates sharded arrays, and so their gradients.
 
-        Left to itself, XLA gathers some activations instead, and each device then computes some channels of the whole batch.
+        XLA alone would gather some activations instead, so that each device computes a few
+        channels of the global batch.
         """
         return (
             jax.lax.with_sharding_constraint(tree, self.replicated) if self.kind == "fsdp" else tree
         )
 
     def place_state(self, state: Any) -> Any:
-        """Puts a state onto the devices, see `state_shardings`."""
+        """Copies a state to the devices, see `state_shardings`."""
         return jax.device_put(state, self.state_shardings(state))
 
     def create_state(self, create: Callable[[], Any]) -> Any:
-        """Has `create` make a state, and returns it placed as by `place_state`.
+        """Returns the state that `create` makes, placed as by `place_state`.
 
-        Each device makes its own parts of "fsdp"'s, so that none has to hold the whole.
+        Under "fsdp" each device makes its own shards, so that none holds the full state.
         """
         if self.kind != "fsdp":
             return self.place_state(create())
         return jax.jit(create, out_shardings=self.state_shardings(jax.eval_shape(create)))()
 
     def place_batch(self, batch: Batch) -> dict[str, Any]:
-        """Puts this process's slice of a batch onto its devices."""
+        """Copies this process's slice of a batch to its devices."""
         if self.kind == "pmap":
             local = len(self.mesh.local_devices)
             return {
@@ -135,7 +140,7 @@ class Parallel:
         }
 
     def place_batches(self, batches: Sequence[Batch]) -> dict[str, Any]:
-        """Puts this process's slices of several batches onto its devices, for a step of `make_many_steps`."""
+        """Copies this process's slices of several batches, for a step of `make_many_steps`."""
         stacked = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
         if self.kind == "pmap":
             local = len(self.mesh.local_devices)
@@ -150,20 +155,20 @@ class Parallel:
         }
 
     def has_room(self, size: int) -> bool:
-        """Returns whether every device, of all processes, can hold `size` bytes within its share of memory."""
+        """Returns whether `size` bytes fit into the memory for clips of every device of all processes."""
         local = self.mesh.local_devices
         if local[0].platform == "cpu":
-            fits = size * len(local) <= HOST_SHARE * _host_memory()
+            fits = size * len(local) <= HOST_FRACTION * _host_memory()
         else:
             limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in local]
-            fits = size <= DEVICE_SHARE * min(limits)
+            fits = size <= DEVICE_FRACTION * min(limits)
         if jax.process_count() > 1:
             # All must run the same program.
             fits = bool(multihost_utils.process_allgather(np.array(fits)).all())
         return fits
 
     def place_whole(self, array: np.ndarray) -> jax.Array:
-        """Copies an array, the same on every process, to every device."""
+        """Copies an array, equal on every process, to every device."""
         # device_put would send it from process to process to compare it.
         return jax.make_array_from_callback(
             array.shape, self.replicated, lambda index: array[index]
@@ -172,39 +177,47 @@ class Parallel:
     def train_step(
         self, step: StepFunction, *, resident: bool = False, stacked: bool = False
     ) -> Callable[..., Any]:
-        """Compiles a train step; the state's buffers are given up to the new state.
+        """Compiles a train step. It donates the state's buffers to the new state.
 
         Args:
           step: takes a state and a batch.
           resident: it also takes clips, from `place_whole`.
           stacked: it takes batches from `place_batches`.
         """
+        one_cpu = self.mesh.size == 1 and self.mesh.devices.flat[0].platform == "cpu"
+
+        def traced_step(state: Any, *batch: Any) -> tuple[Any, Any]:
+            with contextlib.ExitStack() as stack:
+                fast_conv.set_enabled(one_cpu)
+                stack.callback(fast_conv.set_enabled, False)
+                if self.kind == "pmap":
+                    stack.enter_context(nn.intercept_methods(_synchronise))
+                state, metrics = step(state, *batch)
+            if self.kind == "fsdp":
+                state = jax.lax.with_sharding_constraint(state, self.state_shardings(state))
+            return state, metrics
+
         if self.kind == "pmap":
             return jax.pmap(
-                step,
+                traced_step,
                 axis_name=AXIS,
                 in_axes=(None, 0, None) if resident else (None, 0),
                 out_axes=(None, None),
                 donate_argnums=(0,),
                 devices=list(self.mesh.devices.flat),
             )
-
-        def placed_step(state: Any, *batch: Any) -> tuple[Any, Any]:
-            state, metrics = step(state, *batch)
-            return jax.lax.with_sharding_constraint(state, self.state_shardings(state)), metrics
-
         batch = NamedSharding(self.mesh, PartitionSpec(None, AXIS)) if stacked else self.sharded
-        # A cut-up state says itself where it lies.
-        before, after = (None, None) if self.kind == "fsdp" else (self.replicated, self.replicated)
+        # A sharded state brings its own shardings.
+        placed = None if self.kind == "fsdp" else self.replicated
         return jax.jit(
-            placed_step if self.kind == "fsdp" else step,
-            in_shardings=(before, batch, self.replicated) if resident else (before, batch),
-            out_shardings=(after, self.replicated),
+            traced_step,
+            in_shardings=(placed, batch, self.replicated) if resident else (placed, batch),
+            out_shardings=(placed, self.replicated),
             donate_argnums=(0,),
         )
 
     def score_step(self, step: Callable[..., Any]) -> Callable[[Any, np.ndarray], np.ndarray]:
-        """Compiles a scoring step that takes this process's rows `[b, ...]` and returns theirs, on the host."""
+        """Compiles a scoring step. It takes and returns this process's rows `[b, ...]`, on the host."""
         compiled = jax.jit(
             lambda model, x: step(self.gather(model), x),
             in_shardings=(None if self.kind == "fsdp" else self.replicated, self.sharded),
@@ -222,66 +235,18 @@ class Parallel:
         return score
 
 
-class Feed:
-    """Training batches on the devices, the next ones placed while the step before them runs.
-
-    Its state, for the checkpoint, is the Grain iterator's as if nothing had been read ahead.
-
-    Args:
-      iterator: Grain's, from `train_batches`.
-      spread: places the batches.
-      stacked: batches are placed together, for a step of `make_many_steps`.
-    """
-
-    def __init__(
-        self, iterator: Iterator[Batch], spread: Parallel, *, stacked: bool = False
-    ) -> None:
-        self._iterator: Any = iterator
-        self._spread = spread
-        self._stacked = stacked
-        self._ahead: Any = None
-        self._ahead_count = 0
-        self._state_before: Any = None
-
-    def next(self, count: int = 1) -> dict[str, Any]:
-        """Returns the next batch, or with `stacked` the next `count` of them."""
-        if self._ahead_count not in (0, count):
-            self._iterator.set_state(self._state_before)
-            self._ahead_count = 0
-        if self._ahead_count == 0:
-            return self._place(count)
-        batch: dict[str, Any] = self._ahead
-        self._ahead, self._ahead_count = None, 0
-        return batch
-
-    def prepare(self, count: int = 1) -> None:
-        """Reads what the next call of `next` returns, and sends it on its way to the devices."""
-        self._state_before = self._iterator.get_state()
-        self._ahead, self._ahead_count = self._place(count), count
-
-    def _place(self, count: int) -> dict[str, Any]:
-        if self._stacked:
-            return self._spread.place_batches([next(self._iterator) for _ in range(count)])
-        return self._spread.place_batch(next(self._iterator))
-
-    def get_state(self) -> bytes:
-        """Returns the place in the data as JSON; Grain's checkpoints call this."""
-        return json.dumps(
-            self._state_before if self._ahead_count else self._iterator.get_state(), indent=4
-        ).encode()
-
-    def set_state(self, state: bytes) -> None:
-        """Goes to the place of `get_state`; Grain's checkpoints call this."""
-        self._ahead, self._ahead_count = None, 0
-        self._iterator.set_state(json.loads(state))
-
-    def start_prefetch(self) -> None:
-        """Has the iterator read ahead on the host; Grain's checkpoints call this."""
-        self._iterator.start_prefetch()
+def _synchronise(
+    function: Any, arguments: Any, keywords: Any, context: nn.module.InterceptorContext
+) -> Any:
+    """Averages the statistics of batch normalisation over the devices of a pmap."""
+    if isinstance(context.module, nn.BatchNorm | NNXNetwork):
+        # Linen modules are frozen dataclasses; this instance belongs to the trace alone.
+        object.__setattr__(context.module, "axis_name", AXIS)
+    return function(*arguments, **keywords)
 
 
 def _host_memory() -> int:
-    """Bytes of memory that this machine, or the container around the process, has."""
+    """Returns the bytes of memory of this machine, or of the container around the process."""
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for file in (
         Path("/sys/fs/cgroup/memory.max"),

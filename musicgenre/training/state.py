@@ -92,3 +92,10 @@ def create_state(
         average,
         {key: jnp.asarray(value) for key, value in norm.items()},
     )
+
+
+def average(ema: Any, params: Any, decay: float) -> Any:
+    """Returns the moving average `ema` after one more step, or None where there is none."""
+    if ema is None:
+        return None
+    return jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)

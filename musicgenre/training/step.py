@@ -12,7 +12,7 @@ import optax
 from musicgenre.models.apply import normalise, probabilities
 from musicgenre.training.augment import Augmentation, following, gather_windows
 from musicgenre.training.losses import clip_losses, soft_losses
-from musicgenre.training.state import TrainState
+from musicgenre.training.state import TrainState, average
 
 Metrics = dict[str, jax.Array]
 # (state, batch) or, where clips are resident, (state, batch, clips) -> (state, metrics).
@@ -149,18 +149,13 @@ def make_train_step(
         metrics["grad_norm"] = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = state.ema
-        if ema is not None:
-            ema = jax.tree.map(
-                lambda old, new: ema_decay * old + (1.0 - ema_decay) * new, ema, params
-            )
         new = dataclasses.replace(
             state,
             step=state.step + 1,
             params=params,
             collections=collections,
             opt_state=opt_state,
-            ema=ema,
+            ema=average(state.ema, params, ema_decay),
         )
         return new, metrics
 

@@ -83,6 +83,11 @@ class Telemetry:
             {name: f"{value:.4g}" for name, value in values.items()}, refresh=False
         )
 
+    def say(self, line: str) -> None:
+        """Prints a line, unless it is empty, above the bar."""
+        if self._active and line:
+            tqdm.write(line)
+
     def close(self) -> None:
         """Closes the bar and the TensorBoard file."""
         self._bar.close()

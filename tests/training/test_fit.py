@@ -20,7 +20,9 @@ from musicgenre.store.loader import normalisation, train_batches
 from musicgenre.store.store import Store
 from musicgenre.training import fit as loop
 from musicgenre.training import parallel
-from musicgenre.training.parallel import Feed, Parallel
+from musicgenre.training.feed import Feed, resident_clips
+from musicgenre.training.objectives import supervised
+from musicgenre.training.parallel import Parallel
 from musicgenre.training.telemetry import Telemetry, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,6 +94,7 @@ flags.FLAGS.mark_as_parsed(); logging.set_verbosity(logging.ERROR)
 import contextlib
 import json
 from musicgenre.config import from_plain
+from musicgenre.runs import workdir
 from musicgenre.training import fit as loop
 config = from_plain(json.load(open(sys.argv[1])))
 die = int(sys.argv[3])
@@ -231,14 +234,14 @@ def test_only_clips_that_fit_are_put_on_the_device(small_config, monkeypatch):
     spread, clips = Parallel.create("jit", jax.devices()[:1]), store.indices("train")
     size = 24 * 64 * 16 * 2  # float16
     monkeypatch.setattr(parallel, "_host_memory", lambda: 4 * size)
-    placed = loop.resident_clips(spread, store, clips, "auto")
+    placed = resident_clips(spread, store, clips, "auto")
     assert placed.nbytes == size
     np.testing.assert_array_equal(placed, store.gather(clips))
     monkeypatch.setattr(parallel, "_host_memory", lambda: 4 * size - 1)
-    assert loop.resident_clips(spread, store, clips, "auto") is None
-    assert loop.resident_clips(spread, store, clips, "always").nbytes == size
+    assert resident_clips(spread, store, clips, "auto") is None
+    assert resident_clips(spread, store, clips, "always").nbytes == size
     monkeypatch.undo()
-    assert loop.resident_clips(spread, store, clips, "never") is None
+    assert resident_clips(spread, store, clips, "never") is None
     assert 2**28 < parallel._host_memory() < 2**50
 
     def full(self, array):
@@ -248,7 +251,7 @@ def test_only_clips_that_fit_are_put_on_the_device(small_config, monkeypatch):
     with pytest.raises(
         UserError, match=r"on_device='always': the 24 training clips .* do not fit.*on_device=never"
     ):
-        loop.resident_clips(spread, store, clips, "always")
+        resident_clips(spread, store, clips, "always")
 
 
 def test_reading_ahead_does_not_show_in_the_state(small_config):
@@ -362,9 +365,11 @@ def test_a_loss_that_is_no_number_stops_the_run(small_config, tmp_path):
 
 
 def test_a_measure_that_the_split_does_not_have_is_refused(small_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "validation_measures", lambda *_: {"loss": 1.0, "macro_f1": 0.5})
+    monkeypatch.setattr(
+        supervised, "validation_measures", lambda *_: {"loss": 1.0, "macro_f1": 0.5}
+    )
     with pytest.raises(
-        UserError, match=r"select_metric='accuracy' cannot be measured.*take one of loss, macro_f1"
+        UserError, match=r"select_metric='accuracy' cannot be measured.*use one of loss, macro_f1"
     ):
         loop.train(small_config, tmp_path / "run", progress=False)
 
@@ -385,7 +390,7 @@ def test_the_best_checkpoint_is_kept_beside_the_latest(small_config, tmp_path, m
     def measures(*_):
         return {"loss": 1.0, "accuracy": next(measured)}
 
-    monkeypatch.setattr(loop, "validation_measures", measures)
+    monkeypatch.setattr(supervised, "validation_measures", measures)
     result = loop.train(changed(small_config, epochs=6), tmp_path / "run", progress=False)
     assert (result.best, result.best_step, result.last) == (0.9, 6, 0.1)
     assert sorted(

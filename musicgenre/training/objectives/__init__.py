@@ -1,1 +1,219 @@
-"""What a run learns from: labels, views of one clip, reconstructions, teachers."""
+"""Objectives: what a run learns from. `musicgenre.training.fit` runs the loop, an objective the rest.
+
+Three come with this package: `supervised` (labels, and teachers where there are any), `simclr` and
+`contrastive_divergence`. A module of your own adds one for `config.pretrain.method`:
+
+    @register("masked")
+    class Masked(Objective):
+        ...
+"""
+
+import abc
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import flax.linen as nn
+import numpy as np
+from ml_collections import ConfigDict
+
+from musicgenre import models
+from musicgenre.config import base_config, flatten
+from musicgenre.errors import UserError, did_you_mean
+from musicgenre.registry import Registry
+from musicgenre.runs.provenance import TrainedOn
+from musicgenre.store.loader import normalisation
+from musicgenre.store.store import Store
+from musicgenre.training.parallel import Parallel
+from musicgenre.training.state import TrainState
+from musicgenre.training.step import StepFunction
+
+# Sections and fields that the loop and the store obey, whatever the objective.
+COMMON = (
+    "seed", "module", "data", "features", "model", "batch_size", "eval_every", "log_every",
+    "steps_per_call",
+)  # fmt: skip
+_OBJECTIVES: Registry[type["Objective"]] = Registry("objective", "musicgenre.objectives")
+O = TypeVar("O", bound="type[Objective]")  # noqa: E741
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What an objective works on: a checked config with resolved model fields, its store and devices."""
+
+    config: ConfigDict
+    store: Store
+    workdir: Path
+    spread: Parallel
+
+    @property
+    def frames(self) -> int:
+        """Frames of the network's input."""
+        return int(self.config.data.crop_frames or self.store.layout.frames)
+
+    @property
+    def clips(self) -> np.ndarray:
+        """The training clips, indices into the store."""
+        return self.store.indices("train")
+
+    @property
+    def epoch_steps(self) -> int:
+        """Steps per epoch."""
+        return math.ceil(len(self.clips) / self.config.batch_size)
+
+    def module(self) -> nn.Module:
+        """Builds the network."""
+        return models.build(
+            self.config.model.to_dict(),
+            num_classes=len(self.store.label_names),
+            frames=self.frames,
+            bands=self.store.bands,
+            kind=self.store.features.kind,
+            dtype=self.config.dtype,
+        )
+
+    def norm(self) -> dict[str, Any]:
+        """Measures the input's normalisation on the training clips."""
+        data = self.config.data
+        return normalisation(self.store, data.normalise, clips=data.normalise_clips)
+
+
+class Objective(abc.ABC):
+    """One way of learning. An instance belongs to one run.
+
+    A class states which config fields it obeys. Of all others, only those in `ignores`, which the
+    other command of a pair reads from the same file, may differ from their defaults.
+
+    Attributes:
+      name: its name in the registry.
+      stage: "train" or "pretrain".
+      obeys: sections and fields of the config beside `COMMON`.
+      ignores: sections and fields that belong to the other command.
+      refuses: fields, within those that it obeys, that it cannot honour, each with the reason.
+      fields: its own fields in `config.pretrain`, with their defaults.
+      pmap: `--parallel=pmap` is possible.
+      watched: the metric that ends the run if it becomes NaN or infinite.
+      remedy: what to set then, after "a smaller".
+      metric: the measure that the best checkpoint is selected by; None selects none.
+      taught_on: what the teachers of a new run were trained on, for its record.
+    """
+
+    name: ClassVar[str] = ""
+    stage: ClassVar[str] = "pretrain"
+    obeys: ClassVar[tuple[str, ...]] = ()
+    ignores: ClassVar[tuple[str, ...]] = ()
+    refuses: ClassVar[Mapping[str, str]] = {}
+    fields: ClassVar[Mapping[str, Any]] = {}
+    pmap: ClassVar[bool] = True
+    watched: ClassVar[str] = "loss"
+    remedy: ClassVar[str] = "--config.optimizer.learning_rate, or --config.optimizer.clip_norm=1"
+    metric: str | None = None
+    taught_on: Sequence[TrainedOn] = ()
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    @property
+    @abc.abstractmethod
+    def stage_steps(self) -> int:
+        """Steps of each stage."""
+
+    @property
+    def stages(self) -> int:
+        """How many stages there are, each with a step function of its own."""
+        return 1
+
+    @abc.abstractmethod
+    def create_state(self, resumes: bool) -> TrainState:
+        """Returns the first state on the devices; with `resumes`, of its shapes alone."""
+
+    @abc.abstractmethod
+    def batches(self, resident: bool, resumes: bool) -> Any:
+        """Returns Grain's iterator, of clip numbers alone where the clips are `resident`."""
+
+    @abc.abstractmethod
+    def step(self, stage: int) -> StepFunction:
+        """Returns the pure step of a stage: `(state, batch[, clips]) -> (state, metrics)`."""
+
+    @abc.abstractmethod
+    def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
+        """Measures a state after `step`; the result is empty without a validation split."""
+
+    def logs(self, step: int) -> bool:
+        """Returns whether the means of the metrics so far are written after a step."""
+        return step % self.run.config.log_every == 0 or step % self.stage_steps == 0
+
+    def evaluates(self, step: int) -> bool:
+        """Returns whether a step is followed by an evaluation and a checkpoint."""
+        epochs = self.run.epoch_steps * self.run.config.eval_every
+        return step % epochs == 0 or step % self.stage_steps == 0
+
+    @abc.abstractmethod
+    def rows(
+        self, step: int, means: dict[str, float], measures: dict[str, float]
+    ) -> list[dict[str, float]]:
+        """Notes how a step went, and returns its rows of `metrics.jsonl`.
+
+        Args:
+          step: steps done.
+          means: of the metrics since the last such step; empty where `logs` is False.
+          measures: from `evaluate`; empty where the step is not evaluated.
+        """
+
+    def epoch_line(self, step: int) -> str:
+        """Returns a line to print after a logged step; "" prints none."""
+        return ""
+
+    def notes(self) -> dict[str, Any]:
+        """Returns JSON values to be saved with each checkpoint."""
+        return {}
+
+    def restore(self, notes: Mapping[str, Any]) -> None:
+        """Takes up the `notes` of a checkpoint."""
+
+    def measures(self) -> tuple[dict[str, float], ...]:
+        """Returns the measures at the end of each stage so far."""
+        return ()
+
+    def summary(self, step: int) -> str:
+        """Returns how pretraining went, for people."""
+        return f"pretrained in {step} steps"
+
+
+def register(name: str) -> Callable[[O], O]:
+    """Returns a class decorator that makes an objective available as `config.pretrain.method`."""
+
+    def add(cls: O) -> O:
+        cls.name = name
+        return _OBJECTIVES.add(name, cls)
+
+    return add
+
+
+def get(name: str) -> type[Objective]:
+    """Returns an objective by name. Raises UserError where there is none."""
+    return _OBJECTIVES.get(name)
+
+
+def check_fields(config: ConfigDict, objective: type[Objective]) -> None:
+    """Raises UserError for a field that an objective does not obey and that is not at its default."""
+    defaults = dict(flatten(base_config()))
+    own = {f"pretrain.{name}": value for name, value in objective.fields.items()}
+    known = (*COMMON, *objective.obeys, *objective.ignores, *own)
+    for name, value in flatten(config):
+        if name in defaults and value == defaults[name]:
+            continue
+        if name in objective.refuses:
+            raise UserError(f"config.{name}={value!r}: {objective.refuses[name]}")
+        if name not in defaults and name.startswith("pretrain.") and name not in own:
+            raise UserError(
+                f"config.{name} is not a field of the objective {objective.name!r}."
+                + did_you_mean(name, [*own, *(n for n in defaults if n.startswith("pretrain."))])
+            )
+        if not any(name == field or name.startswith(f"{field}.") for field in known):
+            raise UserError(
+                f"config.{name}={value!r} has no effect on the objective {objective.name!r}: "
+                f"leave it at {defaults.get(name)!r}."
+            )

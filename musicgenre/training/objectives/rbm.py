@@ -1,43 +1,33 @@
-"""Restricted Boltzmann machines: contrastive divergence as a pure step, and a stack of them as a network's pretraining.
+"""Restricted Boltzmann machines: contrastive divergence, and a stack of them as pretraining.
 
 A machine has visible units v and hidden units h in {0, 1}. With binary v its energy is
-E(v, h) = -a.v - b.h - v.W.h; with Gaussian v of unit variance, E(v, h) = |v - a|^2 / 2 - b.h - v.W.h (Hinton, "A practical
-guide to training restricted Boltzmann machines", 2010). A stack is learnt from below: the first machine sees the normalised
-features, each next one the hidden probabilities of the machines below (Hinton, Osindero, Teh 2006; for genres Feng 2014).
+E(v, h) = -a.v - b.h - v.W.h; with Gaussian v of unit variance,
+E(v, h) = |v - a|^2 / 2 - b.h - v.W.h (Hinton, "A practical guide to training restricted Boltzmann
+machines", 2010). A stack is trained from below: the first machine sees the normalised features,
+each next one the hidden probabilities of the machine below (Hinton, Osindero, Teh 2006; for genres
+Feng 2014).
 """
 
-import contextlib
 import dataclasses
-import math
-import os
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
-from ml_collections import ConfigDict
 
-from musicgenre import models
-from musicgenre.config import base_config, check_config, store_path
 from musicgenre.errors import UserError
 from musicgenre.models.apply import normalise
 from musicgenre.models.rbm import UnrolledRBMs
-from musicgenre.runs.checkpoints import Checkpoints
-from musicgenre.runs.notes import run_notes
-from musicgenre.runs.workdir import Interrupted, catch_signals, check_store, claim_workdir
-from musicgenre.store.loader import normalisation, train_batches
-from musicgenre.store.store import Store
-from musicgenre.training.augment import Augmentation
-from musicgenre.training.fit import MOST_STEPS_IN_FLIGHT
-from musicgenre.training.parallel import Parallel
+from musicgenre.store.loader import train_batches
+from musicgenre.training.augment import gather_windows
+from musicgenre.training.objectives import Objective, Run, register
 from musicgenre.training.scoring import score_clips
 from musicgenre.training.state import TrainState, create_state
 from musicgenre.training.step import Metrics, StepFunction
-from musicgenre.training.telemetry import Telemetry
+
+NAME = "contrastive_divergence"
 
 
 @jax.tree_util.register_dataclass
@@ -153,23 +143,33 @@ def cd_optimizer(
 
 
 def make_cd_step(
-    optimizer: optax.GradientTransformation, *, seed: int, cd_steps: int = 1
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    cd_steps: int = 1,
+    axis_name: str | None = None,
 ) -> Callable[[CDState, jax.Array], tuple[CDState, Metrics]]:
-    """Returns `cd_step(state, visible) -> (state, metrics)`, pure, to be jitted.
+    """Returns `cd_step(state, visible) -> (state, metrics)`, pure, to be jitted or pmapped.
 
     Args:
       optimizer: see `cd_optimizer`.
       seed: the chains' key at a step is `fold_in(key(seed), step)`.
       cd_steps: k of CD-k.
+      axis_name: the device axis under pmap, where each device draws for itself.
 
-    The step takes `visible` `[batch, visible]`; its metric is the mean `reconstruction_error` before the update.
+    The step takes `visible` `[batch, visible]`; its metric is the mean `reconstruction_error`
+    before the update.
     """
 
     def cd_step(state: CDState, visible: jax.Array) -> tuple[CDState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
+        if axis_name is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         gradient = cd_gradient(state.rbm, visible, key, cd_steps)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.rbm)
         metrics = {"reconstruction_error": reconstruction_errors(state.rbm, visible).mean()}
+        if axis_name is not None:
+            gradient, metrics = jax.lax.pmean((gradient, metrics), axis_name)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.rbm)
         return CDState(state.step + 1, optax.apply_updates(state.rbm, updates), opt_state), metrics
 
     return cd_step
@@ -192,22 +192,45 @@ def visible_of(state: TrainState, layer: int, x: jax.Array) -> jax.Array:
 
 
 def make_layer_step(
-    optimizer: optax.GradientTransformation, layer: int, *, seed: int, cd_steps: int = 1
+    optimizer: optax.GradientTransformation,
+    layer: int,
+    *,
+    seed: int,
+    cd_steps: int = 1,
+    frames: int = 0,
+    axis_name: str | None = None,
+    gather: Callable[[Any], Any] = lambda tree: tree,
 ) -> StepFunction:
-    """Returns `layer_step(state, batch) -> (state, metrics)`, a `cd_step` of one machine of a stack; see `make_cd_step`."""
-    cd_step = make_cd_step(optimizer, seed=seed, cd_steps=cd_steps)
+    """Returns `layer_step(state, batch, clips=None) -> (state, metrics)`: a `cd_step` of one machine.
 
-    def layer_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        old = CDState(state.step, machine(state, layer), state.opt_state[layer]["optimizer"])
-        new, metrics = cd_step(old, visible_of(state, layer, batch["x"]))
+    Args:
+      optimizer: see `cd_optimizer`.
+      layer: the machine, 0 is the lowest.
+      seed: see `make_cd_step`.
+      cd_steps: see `make_cd_step`.
+      frames: frames of a window of resident clips.
+      axis_name: see `make_cd_step`.
+      gather: `Parallel.gather`.
+    """
+    cd_step = make_cd_step(optimizer, seed=seed, cd_steps=cd_steps, axis_name=axis_name)
+
+    def layer_step(
+        state: TrainState, batch: Any, clips: jax.Array | None = None
+    ) -> tuple[TrainState, Metrics]:
+        if clips is None:
+            x = batch["x"]
+        else:
+            x = gather_windows(clips, batch["clip"], batch["start"], frames)
+        full = dataclasses.replace(state, params=gather(state.params))
+        old = CDState(state.step, machine(full, layer), state.opt_state[layer]["optimizer"])
+        new, metrics = cd_step(old, visible_of(full, layer, x))
         params = state.params | {
             f"layer{layer + 1}": {"kernel": new.rbm.weights, "bias": new.rbm.hidden_bias}
         }
         own = {"visible_bias": new.rbm.visible_bias, "optimizer": new.opt_state}
         opt_state = (*state.opt_state[:layer], own, *state.opt_state[layer + 1 :])
-        return dataclasses.replace(
-            state, step=new.step, params=params, opt_state=opt_state
-        ), metrics
+        new_state = dataclasses.replace(state, step=new.step, params=params, opt_state=opt_state)
+        return new_state, metrics
 
     return layer_step
 
@@ -260,220 +283,152 @@ def create_stack(
     return dataclasses.replace(state, params=params, opt_state=tuple(rest))
 
 
-@dataclasses.dataclass(frozen=True)
-class PretrainResult:
-    """How pretraining ended: its last step and, for each machine, the measures at its end (see `pretrain`)."""
+@register(NAME)
+class ContrastiveDivergence(Objective):
+    """Learns the layers of the model "rbm", one stage per layer, in float32.
 
-    workdir: Path
-    step: int
-    layers: tuple[dict[str, float], ...]
-
-    def line(self) -> str:
-        """One line for people."""
-        split = "valid" if "valid_reconstruction_error" in self.layers[0] else "train"
-        errors = (
-            f"layer{i} {measures[f'{split}_reconstruction_error']:.4f}"
-            for i, measures in enumerate(self.layers, 1)
-        )
-        return (
-            f"{self.workdir}: pretrained {len(self.layers)} layers in {self.step} steps; reconstruction error on {split}: "
-            f"{', '.join(errors)}. To fine-tune: experiments/train.py --config.init_from={self.workdir}"
-        )
-
-
-def pretrain(
-    config: ConfigDict,
-    workdir: str | os.PathLike[str],
-    *,
-    progress: bool = True,
-    devices: list[Any] | None = None,
-) -> PretrainResult:
-    """Learns the layers of the model "rbm" without labels, or goes on with it: the same call resumes, bit for bit.
-
-    The workdir has the form of `musicgenre.training.fit.train`'s; its checkpoint holds the network with a head that is
-    only initialised. Everything is computed in float32. At the end of every `config.eval_every` epochs, and of every layer,
-    a row of `metrics.jsonl` gets the layer's `train_` and `valid_` `free_energy` and `reconstruction_error` (the training
-    clips being as many as those of the validation split) and `free_energy_gap`, valid minus train: it grows when the machine
-    learns the training clips by heart.
-
-    Args:
-      config: from `musicgenre.config.base_config`; the section `pretrain` holds this function's own settings.
-      workdir: the run's folder; gets `config.json`, `train_clips.json`, `metrics.jsonl` and `checkpoints/`.
-      progress: draw a progress bar.
-      devices: devices to use; all if None.
-
-    Returns:
-      How it ended.
-
-    Raises:
-      UserError: the config or the store cannot be used, the model has no machines, the workdir holds another run, or the
-        reconstruction error became NaN or infinite.
-      Interrupted: SIGINT or SIGTERM came; everything up to it is saved.
+    Every `config.eval_every` epochs, and at the end of a layer, a row of `metrics.jsonl` gets the
+    layer's `train_` and `valid_` `free_energy` and `reconstruction_error` (of as many training
+    clips as the validation split has) and `free_energy_gap`, valid minus train, which grows as the
+    machine overfits.
     """
-    workdir = Path(workdir)
-    check_config(config)
-    config = config.copy_and_resolve_references()
-    config.model = ConfigDict(models.resolve(config.model.to_dict()))
-    if config.model.name != "rbm" or not config.model.layers:
-        raise UserError(
-            f"config.model.name={config.model.name!r} has no restricted Boltzmann machines to pretrain: set "
-            "--config.model.name=rbm, with at least one number of units in --config.model.layers. Any network is pretrained by "
-            "--config.pretrain.method=simclr."
-        )
-    store = Store.open(store_path(config))
-    check_store(config, store)
-    frames = config.data.crop_frames or store.layout.frames
-    module = models.build(
-        config.model.to_dict(),
-        num_classes=len(store.label_names),
-        frames=frames,
-        bands=store.bands,
-        kind=store.features.kind,
-        dtype=config.dtype,
-    )
-    if config.init_from:
-        raise UserError(
-            "config.init_from has no effect on pretraining: give it to experiments/train.py."
-        )
-    if config.distill.teachers:
-        raise UserError(
-            "config.distill has no effect on pretraining: give it to experiments/train.py."
-        )
-    if Augmentation.from_config(config, frames) is not None:
-        raise UserError("config.augment has no effect on pretraining: leave it off.")
-    defaults = base_config().pretrain
-    for name in ("temperature", "projection"):
-        if config.pretrain[name] != defaults[name]:
+
+    obeys = (
+        "pretrain.method", "pretrain.epochs", "pretrain.learning_rate", "pretrain.momentum",
+        "pretrain.weight_decay", "pretrain.cd_steps",
+    )  # fmt: skip
+    ignores = ("epochs", "optimizer")
+    watched = "reconstruction_error"
+    remedy = "--config.pretrain.learning_rate"
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        model, settings, clips = run.config.model, run.config.pretrain, run.clips
+        if model.name != "rbm" or not model.layers:
             raise UserError(
-                f"config.pretrain.{name} is for --config.pretrain.method=simclr and has no effect here: leave it."
+                f"config.model.name={model.name!r} has no restricted Boltzmann machines to "
+                "pretrain: set --config.model.name=rbm, with at least one number of units in "
+                "--config.model.layers. --config.pretrain.method=simclr pretrains any network."
             )
-    # The mark keeps `train` with the same config out of this folder, whose checkpoints it could not go on from.
-    claim_workdir(workdir, ConfigDict({**config.to_dict(), "stage": "pretrain"}), store)
-
-    settings = config.pretrain
-    spread = Parallel.create("jit", devices)
-    spread.check_batch_size(config.batch_size)
-    train_clips = store.indices("train")
-    monitored = {"train": train_clips}
-    if "valid" in store.splits:
-        valid_clips = store.indices("valid")
-        chosen = np.linspace(
-            0, len(train_clips) - 1, min(len(train_clips), len(valid_clips))
-        ).astype(int)
-        monitored = {"train": train_clips[chosen], "valid": valid_clips}
-    epoch_steps = math.ceil(len(train_clips) / config.batch_size)
-    layer_steps = epoch_steps * settings.epochs
-    total_steps = layer_steps * len(module.layers)
-    optimizer = cd_optimizer(settings.learning_rate, settings.momentum, settings.weight_decay)
-    state = spread.place_state(
-        create_stack(
-            module,
-            optimizer,
-            normalisation(store, config.data.normalise, clips=config.data.normalise_clips),
-            seed=config.seed,
-            frames=frames,
-            bands=store.bands,
+        self._module: Any = run.module()
+        self._optimizer = cd_optimizer(
+            settings.learning_rate, settings.momentum, settings.weight_decay
         )
-    )
-    iterator = train_batches(
-        store,
-        batch_size=config.batch_size,
-        steps=total_steps,
-        seed=config.seed,
-        crop_frames=config.data.crop_frames,
-        workers=config.data.workers,
-    )
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    step, finished = 0, list[dict[str, float]]()
-    if restored := checkpoints.restore_latest(state, iterator):
-        state, step, finished = restored.value, restored.step, restored.meta["pretrained"]
-        logging.info("going on from step %d of %d", step, total_steps)
-    telemetry = Telemetry(
-        workdir, step, total_steps, progress and step < total_steps, name="pretrain"
-    )
-    # No measure compares checkpoints of different layers, so there is no best one.
-    notes = run_notes(config, store) | {
-        "metric": "reconstruction_error",
-        "lower_is_better": True,
-        "measure": None,
-    }
+        self._clips = {"train": clips}
+        if "valid" in run.store.splits:
+            valid = run.store.indices("valid")
+            count = min(len(clips), len(valid))
+            chosen = np.linspace(0, len(clips) - 1, count).astype(int)
+            self._clips = {"train": clips[chosen], "valid": valid}
+        self._finished: list[dict[str, float]] = []
 
-    def evaluate(monitor: Callable[..., np.ndarray]) -> dict[str, float]:
+    @property
+    def stages(self) -> int:
+        """One stage per layer."""
+        return len(self._module.layers)
+
+    @property
+    def stage_steps(self) -> int:
+        """Steps of each layer."""
+        return self.run.epoch_steps * int(self.run.config.pretrain.epochs)
+
+    def create_state(self, resumes: bool) -> TrainState:
+        """Returns fresh machines."""
+        norm = self.run.norm()
+        return self.run.spread.create_state(
+            lambda: create_stack(
+                self._module,
+                self._optimizer,
+                norm,
+                seed=self.run.config.seed,
+                frames=self.run.frames,
+                bands=self.run.store.bands,
+            )
+        )
+
+    def batches(self, resident: bool, resumes: bool) -> Any:
+        """Returns the iterator over windows of the clips."""
+        config = self.run.config
+        return train_batches(
+            self.run.store,
+            batch_size=config.batch_size,
+            steps=self.stages * self.stage_steps,
+            seed=config.seed,
+            crop_frames=config.data.crop_frames,
+            resident=resident,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            workers=config.data.workers,
+        )
+
+    def step(self, stage: int) -> StepFunction:
+        """Returns the step of a layer."""
+        return make_layer_step(
+            self._optimizer,
+            stage,
+            seed=self.run.config.seed,
+            cd_steps=self.run.config.pretrain.cd_steps,
+            frames=self.run.frames,
+            axis_name=self.run.spread.axis_name,
+            gather=self.run.spread.gather,
+        )
+
+    def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
+        """Returns the measures of the layer that a step belongs to."""
+        config, spread = self.run.config, self.run.spread
+        monitor = spread.score_step(make_monitor_step(self._layer(step) - 1))
         measures: dict[str, float] = {}
-        for split, clips in monitored.items():
+        for split, clips in self._clips.items():
             values = score_clips(
                 monitor,
                 state,
-                store,
+                self.run.store,
                 clips,
                 batch_size=spread.round_up(config.batch_size),
                 crop_frames=config.data.crop_frames,
                 chunks=config.data.eval_chunks,
             )
             energy, error = values.mean(axis=0, dtype=np.float64)
-            measures |= {
-                f"{split}_free_energy": float(energy),
-                f"{split}_reconstruction_error": float(error),
-            }
-        if "valid" in monitored:
-            measures["free_energy_gap"] = (
-                measures["valid_free_energy"] - measures["train_free_energy"]
-            )
+            measures[f"{split}_free_energy"] = float(energy)
+            measures[f"{split}_reconstruction_error"] = float(error)
+        if "valid" in self._clips:
+            gap = measures["valid_free_energy"] - measures["train_free_energy"]
+            measures["free_energy_gap"] = gap
+        if step % self.stage_steps == 0:
+            self._finished = [*self._finished, measures]
         return measures
 
-    pending: list[tuple[int, Metrics]] = []
-    seen: list[float] = []
+    def _layer(self, step: int) -> int:
+        """Returns the layer, from 1, that was trained in a step."""
+        return (step - 1) // self.stage_steps + 1
 
-    def settle() -> None:
-        """Waits for the steps in flight and stops at an error that is not a number."""
-        for number, metrics in pending:
-            error = float(metrics["reconstruction_error"])
-            if not math.isfinite(error):
-                raise UserError(
-                    f"{workdir}: the reconstruction error became {error} at step {number}. The checkpoints before it are whole. "
-                    "Try a smaller --config.pretrain.learning_rate in another --workdir."
-                )
-            seen.append(error)
-        pending.clear()
+    def rows(
+        self, step: int, means: dict[str, float], measures: dict[str, float]
+    ) -> list[dict[str, float]]:
+        """Returns a row of training metrics and one of measures."""
+        train = {f"batch_{name}": value for name, value in means.items()}
+        return [{"layer": self._layer(step), **row} for row in (train, measures) if row]
 
-    def save() -> None:
-        checkpoints.save(state, iterator, notes | {"pretrained": finished}, None)
+    def notes(self) -> dict[str, Any]:
+        """Returns each finished layer's measures. No checkpoint counts as the best."""
+        return {"metric": self.watched, "lower_is_better": True, "pretrained": self._finished}
 
-    with contextlib.closing(telemetry), contextlib.closing(checkpoints), catch_signals() as signals:
-        while step < total_steps:
-            layer = step // layer_steps
-            layer_step = spread.train_step(
-                make_layer_step(optimizer, layer, seed=config.seed, cd_steps=settings.cd_steps)
-            )
-            monitor = spread.score_step(make_monitor_step(layer))
-            while step < (layer + 1) * layer_steps:
-                state, metrics = layer_step(state, spread.place_batch(next(iterator)))
-                step += 1
-                saved = False
-                pending.append((step, metrics))
-                if len(pending) >= MOST_STEPS_IN_FLIGHT:
-                    settle()
-                layer_ends = step % layer_steps == 0
-                if step % config.log_every == 0 or layer_ends:
-                    settle()
-                    telemetry.write(
-                        step, layer=layer + 1, batch_reconstruction_error=float(np.mean(seen))
-                    )
-                    telemetry.progress(step, layer=layer + 1, reconstruction_error=seen[-1])
-                    seen.clear()
-                if step % (epoch_steps * config.eval_every) == 0 or layer_ends:
-                    settle()
-                    measures = evaluate(monitor)
-                    telemetry.write(step, layer=layer + 1, **measures)
-                    if layer_ends:
-                        finished = [*finished, measures]
-                    save()
-                    saved = True
-                if (number := signals.received(step)) is not None:
-                    if not saved:
-                        settle()
-                        save()
-                    checkpoints.wait()
-                    raise Interrupted(number, step)
-        checkpoints.wait()
-    return PretrainResult(workdir, step, tuple(finished))
+    def restore(self, notes: Mapping[str, Any]) -> None:
+        """Takes up the measures of finished layers."""
+        self._finished = notes["pretrained"]
+
+    def measures(self) -> tuple[dict[str, float], ...]:
+        """Returns the measures at the end of each layer."""
+        return tuple(self._finished)
+
+    def summary(self, step: int) -> str:
+        """Returns the reconstruction errors, for people."""
+        split = "valid" if "valid" in self._clips else "train"
+        errors = (
+            f"layer{i} {measures[f'{split}_reconstruction_error']:.4f}"
+            for i, measures in enumerate(self._finished, 1)
+        )
+        return (
+            f"pretrained {self.stages} layers in {step} steps; reconstruction error on {split}: "
+            f"{', '.join(errors)}"
+        )

@@ -1,21 +1,19 @@
-"""Contrastive learning without labels: two views of a clip are to be told from the views of all other clips of the batch.
+"""SimCLR: contrastive learning from two views of each clip, without labels.
 
-Sources: T. Chen, S. Kornblith, M. Norouzi, G. Hinton, "A simple framework for contrastive learning of visual representations"
-(SimCLR), 2020, arXiv:2002.05709; for music J. Spijkervet, J. A. Burgoyne, "Contrastive learning of musical representations"
-(CLMR), 2021, arXiv:2103.09410. A view here is a random crop of `data.crop_frames` frames that undergoes the config's `augment`:
+A view is a random window of `data.crop_frames` frames that undergoes the config's `augment`:
 
-    clip -> two crops, each augmented for itself -> normalisation -> network -> embedding -> projection -> NT-Xent
+    clip -> two windows, each augmented -> normalisation -> network -> embedding -> projection
+    -> NT-Xent
 
-The projection is thrown away afterwards, and the network's head is never trained. This has nothing to do with contrastive
-divergence, the rule of restricted Boltzmann machines (`musicgenre.training.objectives.rbm`).
+The projection is dropped afterwards, and the network's head is never trained.
+
+Sources: T. Chen, S. Kornblith, M. Norouzi, G. Hinton, "A simple framework for contrastive learning
+of visual representations" (SimCLR), 2020, arXiv:2002.05709; for music J. Spijkervet, J. A. Burgoyne,
+"Contrastive learning of musical representations" (CLMR), 2021, arXiv:2103.09410.
 """
 
-import contextlib
 import dataclasses
-import math
-import os
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -23,30 +21,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
-from ml_collections import ConfigDict
 
 from musicgenre import models
-from musicgenre.config import base_config, check_config, store_path
 from musicgenre.errors import UserError
 from musicgenre.models.apply import normalise
-from musicgenre.runs.checkpoints import Checkpoints
-from musicgenre.runs.notes import run_notes
-from musicgenre.runs.workdir import Interrupted, catch_signals, check_store, claim_workdir
-from musicgenre.store.loader import normalisation, train_batches
-from musicgenre.store.store import Store
+from musicgenre.store.loader import train_batches
 from musicgenre.training.augment import Augmentation, gather_windows
-from musicgenre.training.fit import MOST_STEPS_IN_FLIGHT, resident_clips
+from musicgenre.training.objectives import Objective, Run, register
 from musicgenre.training.optimisers import learning_rate_schedule, make_optimizer
-from musicgenre.training.parallel import Parallel
-from musicgenre.training.state import TrainState, create_state
+from musicgenre.training.state import TrainState, average, create_state
 from musicgenre.training.step import Metrics, StepFunction
-from musicgenre.training.telemetry import Telemetry
 
-# What keys are folded with, apart from the step's other draws: of the crops, of the projection, of the measured clips' views.
+NAME = "simclr"
+# Folded into a step's key for the windows, and into the run's for the projection and the views of
+# measured clips.
 _CROP_KEY, _PROJECTION_KEY, _MEASURE_KEY = 0xC409, 0x960E, 0x3EA5
-# Fields of `pretrain` that only contrastive divergence takes.
-_NOT_OURS = ("learning_rate", "momentum", "weight_decay", "cd_steps")
 
 
 class Projection(nn.Module):
@@ -212,6 +201,7 @@ def make_simclr_step(
     projection: int,
     augmentation: Augmentation | None,
     ema_decay: float = 0.0,
+    gather: Callable[[Any], Any] = lambda tree: tree,
 ) -> StepFunction:
     """Returns `simclr_step(state, batch, clips=None) -> (state, metrics)`, pure, to be jitted.
 
@@ -234,6 +224,7 @@ def make_simclr_step(
     def loss_function(
         params: Any, state: TrainState, batch: Any, x: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, Any]:
+        params = gather(params)
         _, updated = module.apply(
             {"params": params["network"], **state.collections},
             normalise(x, state.norm),
@@ -259,18 +250,13 @@ def make_simclr_step(
         )
         updates, opt_state = optimizer.update(grads, state.opt_state["optimizer"], before)
         after: Any = optax.apply_updates(before, updates)
-        ema = state.ema
-        if ema is not None:
-            ema = jax.tree.map(
-                lambda old, new: ema_decay * old + (1.0 - ema_decay) * new, ema, after["network"]
-            )
         new = dataclasses.replace(
             state,
             step=state.step + 1,
             params=after["network"],
             collections=collections,
             opt_state={"projection": after["projection"], "optimizer": opt_state},
-            ema=ema,
+            ema=average(state.ema, after["network"], ema_decay),
         )
         return new, metrics
 
@@ -304,297 +290,190 @@ def make_measure_step(
     return measure_step
 
 
-@dataclasses.dataclass(frozen=True)
-class PretrainResult:
-    """How pretraining ended: its last step, and the measures of its last epoch (see `pretrain`)."""
+@register(NAME)
+class SimCLR(Objective):
+    """Learns a network up to its embedding by NT-Xent, with the config's optimiser and average.
 
-    workdir: Path
-    step: int
-    measures: dict[str, float]
-
-    def line(self) -> str:
-        """One line for people."""
-        return (
-            f"{self.workdir}: pretrained in {self.step} steps; {_shown(self.measures)}. "
-            f"To fine-tune: experiments/train.py --config.init_from={self.workdir}"
-        )
-
-
-def pretrain(
-    config: ConfigDict,
-    workdir: str | os.PathLike[str],
-    *,
-    progress: bool = True,
-    say: Callable[[str], None] | None = None,
-    devices: list[Any] | None = None,
-) -> PretrainResult:
-    """Learns a network up to its embedding without labels, or goes on with it: the same call resumes, bit for bit.
-
-    The workdir has the form of `musicgenre.training.fit.train`'s; its checkpoint holds the network with a head that is
-    only initialised, for `config.init_from` of a training. The optimiser, its schedule and the average of the parameters are
-    those of the sections that training has; the whole clips are read, in this process, and cropped on the device.
-
-    At the end of every epoch a row of `metrics.jsonl` gets `train_loss` and `train_nearest`, the mean of its steps, and every
-    `config.eval_every` epochs also `valid_loss` and `valid_nearest`, of the validation clips in batches of the same size (all
-    of them at once where they are fewer) with the network as it is used after training. `nearest` is the share of views whose
-    nearest of the batch is the other one of their clip.
-
-    Args:
-      config: from `musicgenre.config.base_config`; the section `pretrain` holds this function's own settings.
-      workdir: the run's folder; gets `config.json`, `train_clips.json`, `metrics.jsonl` and `checkpoints/`.
-      progress: draw a progress bar.
-      say: is given one line for each epoch.
-      devices: devices to use; all if None.
-
-    Returns:
-      How it ended.
-
-    Raises:
-      UserError: the config or the store cannot be used, the two views of a clip would be the same, the workdir holds another
-        run, or the loss became NaN or infinite.
-      Interrupted: SIGINT or SIGTERM came; everything up to it is saved.
+    At the end of every epoch a row of `metrics.jsonl` gets the means `train_loss` and
+    `train_nearest`, and every `config.eval_every` epochs also `valid_loss` and `valid_nearest` of
+    the validation clips, in batches of the same size (or of all of them, where they are fewer).
+    `nearest` is the fraction of views whose nearest view is the other one of their clip.
     """
-    workdir = Path(workdir)
-    check_config(config)
-    config = config.copy_and_resolve_references()
-    config.model = ConfigDict(models.resolve(config.model.to_dict()))
-    store = Store.open(store_path(config))
-    check_store(config, store)
-    frames = config.data.crop_frames or store.layout.frames
-    augmentation = Augmentation.from_config(config, frames)
-    train_clips = store.indices("train")
-    _check_fields(config, store, augmentation, len(train_clips))
-    module = models.build(
-        config.model.to_dict(),
-        num_classes=len(store.label_names),
-        frames=frames,
-        bands=store.bands,
-        kind=store.features.kind,
-        dtype=config.dtype,
-    )
-    # The mark keeps `train` with the same config out of this folder, whose checkpoints it could not go on from.
-    claim_workdir(workdir, ConfigDict({**config.to_dict(), "stage": "pretrain"}), store)
 
-    settings = config.pretrain
-    spread = Parallel.create("jit", devices)
-    spread.check_batch_size(config.batch_size)
-    epoch_steps = math.ceil(len(train_clips) / config.batch_size)
-    total_steps = epoch_steps * settings.epochs
-    optimizer = make_optimizer(config.optimizer, total_steps)
-    schedule = learning_rate_schedule(config.optimizer, total_steps)
-    how: dict[str, Any] = {
-        "seed": config.seed,
-        "frames": frames,
-        "temperature": settings.temperature,
-        "projection": settings.projection,
-        "augmentation": augmentation,
+    obeys = (
+        "augment", "dtype", "optimizer", "ema_decay", "pretrain.method", "pretrain.epochs",
+        "pretrain.temperature", "pretrain.projection",
+    )  # fmt: skip
+    ignores = ("epochs",)
+    refuses: Mapping[str, str] = {
+        "optimizer.accumulate": "each view is compared with its full batch, which cannot be split. "
+        "Set it to 1, and a smaller --config.batch_size if memory does not suffice.",
+        "optimizer.layer_decay": "has no effect on pretraining: give it to experiments/train.py.",
+        "optimizer.transferred_rate": "has no effect on pretraining: give it to "
+        "experiments/train.py.",
+        "augment.mixup": "makes one clip of two, which then share views: set it to 0.",
+        "augment.cutmix": "makes one clip of two, which then share views: set it to 0.",
+        "data.eval_chunks": "views are drawn at random from each clip: leave it at 1, and give it "
+        "to experiments/train.py.",
     }
-    clips = resident_clips(spread, store, train_clips, config.data.on_device)
-    simclr_step = spread.train_step(
-        make_simclr_step(module, optimizer, ema_decay=config.ema_decay, **how),
-        resident=clips is not None,
-    )
-    measure_step = jax.jit(
-        make_measure_step(module, **how),
-        in_shardings=(spread.replicated, spread.replicated, spread.sharded, spread.replicated),
-        out_shardings=spread.replicated,
-    )
-    state = spread.place_state(
-        create_learner(
-            module,
-            optimizer,
-            normalisation(store, config.data.normalise, clips=config.data.normalise_clips),
-            seed=config.seed,
-            frames=frames,
-            bands=store.bands,
-            projection=settings.projection,
-            ema=config.ema_decay > 0,
-        )
-    )
-    # Which clips a step takes and how much of each can be used; the crops are drawn on the device.
-    iterator = train_batches(
-        store,
-        batch_size=config.batch_size,
-        steps=total_steps,
-        seed=config.seed,
-        crop_frames=config.data.crop_frames,
-        window_frames=store.layout.frames,
-        resident=True,
-    )
+    pmap = False
 
-    def next_batch() -> dict[str, Any]:
-        drawn = next(iterator)
-        batch = {"clip": drawn["clip"], "length": drawn["length"]}
-        if clips is None:
-            batch["x"] = store.gather(train_clips[drawn["clip"]])
-        return spread.place_batch(batch)
-
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    step, measures = 0, dict[str, float]()
-    # Sums over the steps of the epoch so far, which a stop in the middle of it must not lose.
-    sums = {"loss": 0.0, "nearest": 0.0, "steps": 0}
-    if restored := checkpoints.restore_latest(state, iterator):
-        state, step = restored.value, restored.step
-        measures, sums = restored.meta["pretrained"], restored.meta["epoch"]
-        logging.info("going on from step %d of %d", step, total_steps)
-    telemetry = Telemetry(
-        workdir, step, total_steps, progress and step < total_steps, name="pretrain"
-    )
-    # What is learnt is not what is wanted in the end, so no checkpoint counts as the best.
-    notes = run_notes(config, store) | {
-        "metric": "nearest",
-        "lower_is_better": False,
-        "measure": None,
-    }
-    pending: list[tuple[int, Metrics]] = []
-
-    def settle() -> None:
-        """Waits for the steps in flight and stops at a loss that is not a number."""
-        for number, metrics in pending:
-            values = {name: float(value) for name, value in metrics.items()}
-            if not math.isfinite(values["loss"]):
-                raise UserError(
-                    f"{workdir}: the loss became {values['loss']} at step {number}. The checkpoints before it are whole. Try a "
-                    "smaller --config.optimizer.learning_rate, or --config.optimizer.clip_norm=1, in another --workdir."
-                )
-            for name, value in values.items():
-                sums[name] += value
-            sums["steps"] += 1
-        pending.clear()
-
-    def save() -> None:
-        checkpoints.save(state, iterator, notes | {"pretrained": measures, "epoch": sums}, None)
-
-    with contextlib.closing(telemetry), contextlib.closing(checkpoints), catch_signals() as signals:
-        while step < total_steps:
-            state, metrics = simclr_step(state, next_batch(), *(() if clips is None else (clips,)))
-            step += 1
-            saved = False
-            pending.append((step, metrics))
-            epoch_ends = step % epoch_steps == 0
-            if len(pending) >= MOST_STEPS_IN_FLIGHT or step % config.log_every == 0 or epoch_ends:
-                settle()
-                means = {
-                    f"train_{name}": sums[name] / sums["steps"] for name in ("loss", "nearest")
-                }
-                telemetry.progress(step, **means)
-            if epoch_ends:
-                epoch = step // epoch_steps
-                evaluates = epoch % config.eval_every == 0 or step == total_steps
-                measures = means | {"train_chance": 1 / (2 * config.batch_size - 1)}
-                if evaluates and "valid" in store.splits:
-                    measures |= _valid_measures(measure_step, state, store, spread, config)
-                sums = {"loss": 0.0, "nearest": 0.0, "steps": 0}
-                telemetry.write(
-                    step, epoch=epoch, **measures, learning_rate=float(schedule(step - 1))
-                )
-                if say is not None:
-                    say(f"epoch {epoch} of {settings.epochs}: {_shown(measures)}")
-                if evaluates:
-                    save()
-                    saved = True
-            if (number := signals.received(step)) is not None:
-                if not saved:
-                    settle()
-                    save()
-                checkpoints.wait()
-                raise Interrupted(number, step)
-        checkpoints.wait()
-    return PretrainResult(workdir, step, measures)
-
-
-def _check_fields(
-    config: ConfigDict, store: Store, augmentation: Augmentation | None, clips: int
-) -> None:
-    """Raises UserError for fields that this kind of pretraining cannot follow, or that leave it nothing to learn."""
-    defaults = base_config().pretrain
-    for name in _NOT_OURS:
-        if config.pretrain[name] != defaults[name]:
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        config, store = run.config, run.store
+        augmentation = Augmentation.from_config(config, run.frames)
+        if augmentation is None and run.frames == store.layout.frames:
             raise UserError(
-                f"config.pretrain.{name} is for contrastive divergence and has no effect here: set the fields of "
-                "--config.optimizer instead."
+                "the two views of a clip would be the same: set --config.data.crop_frames below "
+                f"the {run.frames} frames of a clip, or fields of --config.augment."
             )
-    of_training = {
-        "init_from": config.init_from != "",
-        "distill.teachers": len(config.distill.teachers) > 0,
-        "optimizer.layer_decay": config.optimizer.layer_decay != 1,
-    }
-    for name, there in of_training.items():
-        if there:
+        if config.batch_size < 2:
             raise UserError(
-                f"config.{name} has no effect on pretraining: give it to experiments/train.py."
+                "config.batch_size=1 leaves no other clip to compare with: set 2 or more."
             )
-    if config.optimizer.accumulate > 1:
-        raise UserError(
-            f"config.optimizer.accumulate={config.optimizer.accumulate}: each view is compared with all of its batch, which "
-            "cannot be cut into parts here. Set it to 1, and a smaller --config.batch_size if memory does not suffice."
-        )
-    for name in ("mixup", "cutmix"):
-        if config.augment[name]:
+        if config.batch_size > len(run.clips):
             raise UserError(
-                f"config.augment.{name} makes one clip of two, which then have views in common: set it to 0 for pretraining."
+                f"config.batch_size={config.batch_size} is more than the {len(run.clips)} training "
+                "clips that a batch compares."
             )
-    if augmentation is None and config.data.crop_frames in (0, store.layout.frames):
-        raise UserError(
-            "the two views of a clip would be the same: set --config.data.crop_frames below the "
-            f"{store.layout.frames} frames of a clip, or fields of --config.augment."
-        )
-    if config.batch_size < 2:
-        raise UserError(
-            "config.batch_size=1 leaves no other clip to tell a view from: it must be at least 2."
-        )
-    if config.batch_size > clips:
-        raise UserError(
-            f"config.batch_size={config.batch_size} is more than the {clips} training clips, whose views are to be told apart."
-        )
-
-
-def _valid_measures(
-    measure_step: Callable[..., jax.Array],
-    state: TrainState,
-    store: Store,
-    spread: Parallel,
-    config: ConfigDict,
-) -> dict[str, float]:
-    """Returns the validation clips' `valid_loss`, `valid_nearest` and `valid_chance`, each clip counted once."""
-    clips = store.indices("valid")
-    size = min(config.batch_size, len(clips))
-    filled = spread.round_up(size)
-    values = []
-    for number, first in enumerate(range(0, len(clips), size)):
-        # The last batch is filled up with the first clips, so that every view is compared with equally many.
-        places = np.arange(first, first + size) % len(clips)
-        chosen = clips[np.pad(places, (0, filled - size))]
-        lengths = np.maximum(store.lengths[chosen], config.data.crop_frames or store.layout.frames)
-        batch = {
-            "x": store.gather(chosen),
-            "clip": np.pad(places, (0, filled - size), constant_values=-1).astype(np.int32),
-            "length": lengths.astype(np.int32),
+        self._module = run.module()
+        self._optimizer = make_optimizer(config.optimizer, self.stage_steps)
+        self._schedule = learning_rate_schedule(config.optimizer, self.stage_steps)
+        self._settings: dict[str, Any] = {
+            "seed": config.seed,
+            "frames": run.frames,
+            "temperature": config.pretrain.temperature,
+            "projection": config.pretrain.projection,
+            "augmentation": augmentation,
         }
-        measured = measure_step(
-            state.model(),
-            state.opt_state["projection"],
-            spread.place_batch(batch),
-            jnp.int32(number),
+        self._measure = jax.jit(
+            make_measure_step(self._module, **self._settings),
+            in_shardings=(None, None, run.spread.sharded, run.spread.replicated),
+            out_shardings=run.spread.replicated,
         )
-        values.append(np.asarray(measured)[: min(size, len(clips) - first)])
-    loss, nearest = np.concatenate(values).mean(axis=0, dtype=np.float64)
-    return {
-        "valid_loss": float(loss),
-        "valid_nearest": float(nearest),
-        "valid_chance": 1 / (2 * size - 1),
-    }
+        self._measures: dict[str, float] = {}
 
+    @property
+    def stage_steps(self) -> int:
+        """Steps of the run."""
+        return self.run.epoch_steps * int(self.run.config.pretrain.epochs)
 
-def _shown(measures: dict[str, float]) -> str:
-    """Returns the measures of an epoch for people."""
-    parts = []
-    for split in ("train", "valid"):
-        if f"{split}_loss" in measures:
-            loss, nearest, chance = (
-                measures[f"{split}_{name}"] for name in ("loss", "nearest", "chance")
+    def create_state(self, resumes: bool) -> TrainState:
+        """Returns a fresh network and projection."""
+        config, norm = self.run.config, self.run.norm()
+        return self.run.spread.create_state(
+            lambda: create_learner(
+                self._module,
+                self._optimizer,
+                norm,
+                seed=config.seed,
+                frames=self.run.frames,
+                bands=self.run.store.bands,
+                projection=config.pretrain.projection,
+                ema=config.ema_decay > 0,
             )
-            parts.append(
-                f"{split} loss {loss:.3f}, other view nearest {nearest:.1%} (chance {chance:.1%})"
+        )
+
+    def batches(self, resident: bool, resumes: bool) -> Any:
+        """Returns the iterator over full clips, whose windows the step draws."""
+        config, store = self.run.config, self.run.store
+        return train_batches(
+            store,
+            batch_size=config.batch_size,
+            steps=self.stage_steps,
+            seed=config.seed,
+            crop_frames=config.data.crop_frames,
+            window_frames=store.layout.frames,
+            resident=resident,
+            named=True,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            workers=config.data.workers,
+        )
+
+    def step(self, stage: int) -> StepFunction:
+        """Returns the step."""
+        return make_simclr_step(
+            self._module,
+            self._optimizer,
+            ema_decay=self.run.config.ema_decay,
+            gather=self.run.spread.gather,
+            **self._settings,
+        )
+
+    def logs(self, step: int) -> bool:
+        """Returns whether an epoch ends after a step."""
+        return step % self.run.epoch_steps == 0
+
+    def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
+        """Returns the measures of the validation clips, each counted once."""
+        config, store, spread = self.run.config, self.run.store, self.run.spread
+        if "valid" not in store.splits:
+            return {}
+        clips = store.indices("valid")
+        size = min(config.batch_size, len(clips))
+        filled = spread.round_up(size)
+        rows = filled // jax.process_count()
+        mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+        values = []
+        for number, first in enumerate(range(0, len(clips), size)):
+            # The first clips fill the last batch, so that every view has as many to compare with.
+            index = np.arange(first, first + size) % len(clips)
+            chosen = clips[np.pad(index, (0, filled - size))][mine]
+            index = np.pad(index, (0, filled - size), constant_values=-1)[mine]
+            batch = {
+                "x": store.gather(chosen),
+                "clip": index.astype(np.int32),
+                "length": np.maximum(store.lengths[chosen], self.run.frames).astype(np.int32),
+            }
+            measured = self._measure(
+                state.model(),
+                state.opt_state["projection"],
+                spread.place_batch(batch),
+                jnp.int32(number),
             )
-    return "; ".join(parts)
+            values.append(np.asarray(measured)[: min(size, len(clips) - first)])
+        loss, nearest = np.concatenate(values).mean(axis=0, dtype=np.float64)
+        return {"loss": float(loss), "nearest": float(nearest), "chance": 1 / (2 * size - 1)}
+
+    def rows(
+        self, step: int, means: dict[str, float], measures: dict[str, float]
+    ) -> list[dict[str, float]]:
+        """Returns the row of an epoch."""
+        chance = 1 / (2 * self.run.config.batch_size - 1)
+        train = {f"train_{name}": value for name, value in {**means, "chance": chance}.items()}
+        self._measures = train | {f"valid_{name}": value for name, value in measures.items()}
+        rate = float(self._schedule(step - 1))
+        epoch = step // self.run.epoch_steps
+        return [{"epoch": epoch, **self._measures, "learning_rate": rate}]
+
+    def epoch_line(self, step: int) -> str:
+        """Returns the measures of an epoch."""
+        epoch, epochs = step // self.run.epoch_steps, self.run.config.pretrain.epochs
+        return f"epoch {epoch} of {epochs}: {self._shown()}"
+
+    def notes(self) -> dict[str, Any]:
+        """Returns the measures of the last epoch. No checkpoint counts as the best."""
+        return {"metric": "nearest", "lower_is_better": False, "pretrained": self._measures}
+
+    def restore(self, notes: Mapping[str, Any]) -> None:
+        """Takes up the measures of the last epoch."""
+        self._measures = notes["pretrained"]
+
+    def measures(self) -> tuple[dict[str, float], ...]:
+        """Returns the measures of the last epoch."""
+        return (self._measures,)
+
+    def summary(self, step: int) -> str:
+        """Returns the measures of the last epoch, for people."""
+        return f"pretrained in {step} steps; {self._shown()}"
+
+    def _shown(self) -> str:
+        measures = self._measures
+        return "; ".join(
+            f"{split} loss {measures[f'{split}_loss']:.3f}, "
+            f"other view nearest {measures[f'{split}_nearest']:.1%} "
+            f"(chance {measures[f'{split}_chance']:.1%})"
+            for split in ("train", "valid")
+            if f"{split}_loss" in measures
+        )

@@ -1,9 +1,6 @@
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -270,55 +267,6 @@ def test_the_loss_is_the_cross_entropy_against_labels_and_teachers(task, mixed):
         *_, in_parts, parts = soft_step(task, teacher, augmentation=augmentation, accumulate=3)
         np.testing.assert_allclose(in_parts["loss"], value, rtol=1e-5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), parts, expected)
-
-
-DEVICES = """
-import flax.linen as nn, jax, jax.numpy as jnp, numpy as np, optax
-from musicgenre.training.augment import Augmentation
-from musicgenre.training.parallel import Parallel
-from musicgenre.training.state import create_state
-from musicgenre.training.step import make_train_step
-
-class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x, train=False):
-        return nn.Dense(3, name="head")(jnp.abs(x).mean(axis=1))
-
-norm = {"mean": np.full((1, 8), -40.0, np.float32), "std": np.full((1, 8), 10.0, np.float32)}
-generator = np.random.default_rng(0)
-batch = {
-    "x": -40 + 10 * generator.standard_normal((8, 40, 8), np.float32), "y": np.arange(8, dtype=np.int32) % 3,
-    "mask": np.ones(8, np.float32), "teacher": generator.dirichlet(np.ones(3), 8).astype(np.float32),
-}
-learnt = []
-for kind, devices in (("jit", 1), ("pmap", 2)):
-    spread = Parallel.create(kind, jax.devices()[:devices])
-    optimizer = optax.sgd(0.1)
-    step = make_train_step(Net(), optimizer, seed=0, class_weights=jnp.ones(3), teachers_weight=0.8,
-        augmentation=Augmentation(40, mixup=0.7), axis_name=spread.axis_name)
-    state = spread.place_state(create_state(Net(), optimizer, norm, seed=0, frames=40, bands=8, ema=False))
-    state, metrics = spread.train_step(step)(state, spread.place_batch(batch))
-    learnt.append((float(metrics["loss"]), jax.tree.map(np.asarray, state.params)))
-jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), *learnt)
-print("equal")
-"""
-
-
-def test_several_devices_learn_the_same_from_teachers():
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_PLATFORMS": "cpu",
-    }
-    run = subprocess.run(
-        [sys.executable, "-c", DEVICES],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.stdout == "equal\n", run.stderr
 
 
 def test_batches_have_the_rows_of_their_clips(place):

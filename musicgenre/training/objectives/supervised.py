@@ -1,0 +1,198 @@
+"""Learning from labels, and with `config.distill` from teachers' predictions as well."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from musicgenre.errors import UserError
+from musicgenre.evaluation.metrics import (
+    multi_label_metrics,
+    regression_metrics,
+    single_label_metrics,
+)
+from musicgenre.store.loader import train_batches
+from musicgenre.training.augment import Augmentation, window_frames
+from musicgenre.training.losses import balanced_weights
+from musicgenre.training.objectives import Objective, Run, register
+from musicgenre.training.objectives.distillation import NOTES, distils, read_teachers, soft_targets
+from musicgenre.training.optimisers import learning_rate_schedule, make_optimizer
+from musicgenre.training.scoring import score_clips
+from musicgenre.training.state import TrainState, create_state
+from musicgenre.training.step import StepFunction, make_score_step, make_train_step
+from musicgenre.training.transfer import layer_order, layer_rates, start_from
+
+# What the best checkpoint is selected by where config.select_metric is empty.
+_METRICS = {"single_label": "accuracy", "multi_label": "macro_roc_auc", "regression": "r2"}
+
+
+@register("supervised")
+class Supervised(Objective):
+    """Trains a network on labels: the objective of `musicgenre.training.fit.train`."""
+
+    stage = "train"
+    obeys = (
+        "augment", "init_from", "epochs", "dtype", "optimizer", "loss", "distill", "ema_decay",
+        "select_metric", "patience",
+    )  # fmt: skip
+    ignores = ("pretrain",)
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        config, store = run.config, run.store
+        if store.task == "regression":
+            if config.loss.class_weights == "balanced":
+                raise UserError(
+                    "config.loss.class_weights='balanced' has no meaning for a regression."
+                )
+            if config.loss.name == "cross_entropy":
+                raise UserError(
+                    "config.loss.name='cross_entropy' has no meaning for a regression: use 'mse'."
+                )
+        self._teachers = None
+        # A resumed run needs its teachers' predictions, which are saved, and not the teachers.
+        if distils(config) and not (run.workdir / NOTES).is_file():
+            self._teachers = read_teachers(config, store)
+            self.taught_on = [teacher.trained_on for teacher in self._teachers]
+        self.metric = config.select_metric or _METRICS[store.task]
+        self._module = run.module()
+        self._layers = layer_order(self._module, run.frames, store.bands)
+        rates = layer_rates(
+            self._layers,
+            transferred=bool(config.init_from),
+            transferred_rate=config.optimizer.transferred_rate,
+            layer_decay=config.optimizer.layer_decay,
+        )
+        self._optimizer = make_optimizer(config.optimizer, self.stage_steps, rates)
+        self._schedule = learning_rate_schedule(config.optimizer, self.stage_steps)
+        self._window = window_frames(run.frames, store.layout.frames, config.augment.time_stretch)
+        self._score = run.spread.score_step(make_score_step(self._module, store.task))
+
+    @property
+    def stage_steps(self) -> int:
+        """Steps of the run."""
+        return self.run.epoch_steps * int(self.run.config.epochs)
+
+    def create_state(self, resumes: bool) -> TrainState:
+        """Returns a fresh state, or one that starts from the layers of `config.init_from`."""
+        config, store, spread = self.run.config, self.run.store, self.run.spread
+        norm = self.run.norm()
+
+        def create() -> TrainState:
+            return create_state(
+                self._module,
+                self._optimizer,
+                norm,
+                seed=config.seed,
+                frames=self.run.frames,
+                bands=store.bands,
+                ema=config.ema_decay > 0,
+            )
+
+        if not config.init_from or resumes:
+            return spread.create_state(create)
+        model = config.model.to_dict()
+        state = start_from(
+            create(), self._layers, config.init_from, model=model, features=store.features
+        )
+        return spread.place_state(state)
+
+    def batches(self, resident: bool, resumes: bool) -> Any:
+        """Returns the iterator over training batches."""
+        config, store = self.run.config, self.run.store
+        targets = None
+        if distils(config):
+            teachers = None if resumes else self._teachers
+            targets = soft_targets(config, store, self.run.workdir, self.run.spread, teachers)
+        return train_batches(
+            store,
+            batch_size=config.batch_size,
+            steps=self.stage_steps,
+            seed=config.seed,
+            crop_frames=config.data.crop_frames,
+            window_frames=self._window if config.augment.time_stretch else 0,
+            resident=resident,
+            teacher=targets,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            workers=config.data.workers,
+        )
+
+    def step(self, stage: int) -> StepFunction:
+        """Returns the training step."""
+        config, store, spread = self.run.config, self.run.store, self.run.spread
+        weights = np.ones(len(store.label_names), np.float32)
+        if config.loss.class_weights == "balanced":
+            weights = balanced_weights(store.targets(self.run.clips), len(store.label_names))
+        return make_train_step(
+            self._module,
+            self._optimizer,
+            seed=config.seed,
+            class_weights=jnp.asarray(weights),
+            task=store.task,
+            loss=config.loss.name,
+            label_smoothing=config.loss.label_smoothing,
+            teachers_weight=config.distill.weight,
+            ema_decay=config.ema_decay,
+            accumulate=config.optimizer.accumulate,
+            axis_name=spread.axis_name,
+            augmentation=Augmentation.from_config(config, self.run.frames),
+            window_frames=self._window,
+            gather=spread.gather,
+        )
+
+    def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
+        """Returns the validation measures."""
+        config, store = self.run.config, self.run.store
+        if "valid" not in store.splits:
+            return {}
+        clips = store.indices("valid")
+        scores = score_clips(
+            self._score,
+            state.model(),
+            store,
+            clips,
+            batch_size=self.run.spread.round_up(config.batch_size),
+            crop_frames=config.data.crop_frames,
+            chunks=config.data.eval_chunks,
+        )
+        return validation_measures(scores, store.targets(clips), store.label_names, store.task)
+
+    def rows(
+        self, step: int, means: dict[str, float], measures: dict[str, float]
+    ) -> list[dict[str, float]]:
+        """Returns a row of training metrics and one of validation measures."""
+        train = {f"train_{name}": value for name, value in means.items()}
+        if train:
+            train["learning_rate"] = float(self._schedule(step - 1))
+        return [train, {f"valid_{name}": value for name, value in measures.items()}]
+
+
+def validation_measures(
+    scores: np.ndarray, targets: np.ndarray, label_names: tuple[str, ...], task: str
+) -> dict[str, float]:
+    """Returns the measures that a run is followed by.
+
+    Args:
+      scores: probabilities, or a regression's outputs, `[clips, classes]`.
+      targets: class numbers `[clips]`; 0/1 tags or numbers `[clips, classes]`.
+      label_names: `[classes]`.
+      task: "single_label", "multi_label" or "regression".
+    """
+    measured: Mapping[str, Any]
+    if task == "single_label":
+        measured = single_label_metrics(scores, targets, label_names)
+        names = ["accuracy", "macro_f1", "macro_roc_auc", "macro_pr_auc"]
+        loss = measured["nll"]
+    elif task == "multi_label":
+        measured = multi_label_metrics(scores, targets, label_names)
+        names = ["macro_f1", "macro_roc_auc", "macro_pr_auc"]
+        clipped = np.clip(scores, 1e-7, 1 - 1e-7)
+        loss = float(-(targets * np.log(clipped) + (1 - targets) * np.log1p(-clipped)).mean())
+    else:
+        measured = regression_metrics(scores, targets, label_names)
+        names = ["r2", "mse", "correlation"]
+        loss = measured["mse"]
+    return {"loss": loss} | {name: measured[name] for name in names if measured[name] is not None}
