@@ -230,7 +230,7 @@ def _import_beam() -> ModuleType:
     except ImportError as error:
         raise UserError(
             f"Apache Beam cannot be imported ({error}). Install it with pip install 'musicgenre[scale]', or run "
-            "experiments/prepare.py, which needs none and uses all cores of this machine."
+            "musicgenre prepare, which needs none and uses all cores of this machine."
         ) from error
     finally:
         root.setLevel(level)

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 
 import jax
 
-from musicgenre.errors import UserError
+from musicgenre.errors import LOST_PROCESS, UserError
 from musicgenre.runs.processes import AGAIN, ProcessLost, is_lost
 
 # Exit code of a process that had to stop because another one did.
-LOST = 4
+LOST = LOST_PROCESS
 # Process 0 is the meeting place, without which JAX aborts the others: it leaves last, so that each can say why it ends.
 _LEADER_WAITS = 2.0
 # JAX ends processes that miss another one from within C++, where no Python can say a word. This one reads nothing then.

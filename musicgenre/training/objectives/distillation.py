@@ -108,7 +108,7 @@ def soft_targets(
     if by_all:
         logging.warning(
             "config.distill: every teacher trained, or may have trained, on %d of the %d training clips, of which they then say "
-            "little more than the labels. Teachers of different folds (experiments/ablate.py --folds=5) leave none",
+            "little more than the labels. Teachers of different folds (musicgenre ablate --folds=5) leave none",
             by_all,
             len(clips),
         )
