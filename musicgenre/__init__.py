@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0.dev0"
 __all__ = ["Tagger", "__version__"]
 
-# In the wheel `configs` and `experiments` are subpackages; in a clone they are in the parent folder.
+# The wheel has `configs` and `experiments` as subpackages; a clone, in the parent folder.
 if not (Path(__file__).parent / "configs").is_dir():
     __path__.append(str(Path(__file__).resolve().parent.parent))
 

@@ -1,4 +1,4 @@
-"""The genre in a sound file's own tags, read and written with mutagen; the original stays whole whatever fails."""
+"""The genre in a sound file's own tags, read and written with mutagen."""
 
 import os
 import shutil
@@ -14,33 +14,33 @@ from musicgenre.files import replacing
 
 
 def read_genre(path: str | os.PathLike[str]) -> list[str]:
-    """Returns the genres that a file's tags name.
+    """Returns the genres in a file's tags.
 
     Raises:
-      UserError: the file is missing, or of a format that has no such tags.
+      UserError: the file is missing, or its format has no genre tag.
     """
-    return _genres(_opened(Path(path)))
+    return _genres(_open(Path(path)))
 
 
 def write_genre(path: str | os.PathLike[str], genres: Sequence[str]) -> None:
     """Sets the genres in a file's tags.
 
-    A copy beside the file is changed, read back, and takes its place only then. A link stays a link.
+    A copy of the file is changed and read back, and then replaces the file. A link stays a link.
 
     Args:
       path: mp3, flac, ogg, opus, wav or aiff.
-      genres: what replaces the old ones.
+      genres: replace the file's genres.
 
     Raises:
-      UserError: the format has no such tags, or the file cannot be written; it is as it was before.
+      UserError: the format has no genre tag, or the file cannot be written; it is unchanged.
     """
     path = Path(os.path.realpath(path))
-    # By its name and not by the copy's, which has another ending.
-    kind = type(_opened(path))
+    # mutagen goes by the file's ending, and the copy has another one.
+    file_type = type(_open(path))
     with replacing(path) as temporary:
         shutil.copy2(path, temporary)
         try:
-            file = kind(temporary)
+            file = file_type(temporary)
             if file.tags is None:
                 file.add_tags()
             if isinstance(file.tags, ID3):
@@ -48,18 +48,19 @@ def write_genre(path: str | os.PathLike[str], genres: Sequence[str]) -> None:
             else:
                 file.tags["GENRE"] = list(genres)
             file.save()
-            kept = _genres(kind(temporary))
+            kept = _genres(file_type(temporary))
         except mutagen.MutagenError as error:
             raise UserError(
                 f"{path}: its tags cannot be written ({error}); the file is unchanged."
             ) from error
         if kept != list(genres):
             raise UserError(
-                f"{path}: its tags do not keep the genre {', '.join(genres)}; the file is unchanged."
+                f"{path}: its tags do not keep the genre {', '.join(genres)}; the file is "
+                "unchanged."
             )
 
 
-def _opened(path: Path) -> Any:
+def _open(path: Path) -> Any:
     try:
         file = mutagen.File(path)
     except mutagen.MutagenError as error:

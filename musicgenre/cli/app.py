@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from musicgenre import __version__
 from musicgenre.errors import USER_ERROR, UserError
 
 # What absl's and the config library's parsers raise.
@@ -123,6 +124,9 @@ def execute(command: Any, program: Sequence[str], words: Sequence[str]) -> int:
         options = list(itertools.takewhile(lambda word: word != "--", words))
         if any(word in ("--help", "-h", "--helpfull", "--helpshort") for word in options):
             print(help_text(command))
+            return 0
+        if "--version" in options:
+            print(f"musicgenre {__version__}")
             return 0
         rest = _parse(command, words)
         logging.use_absl_handler()

@@ -63,8 +63,7 @@ def _overview() -> str:
         lines += ["", f"{group}:"]
         for name in names.split():
             spec = importlib.util.find_spec(modules[name])
-            if spec is None or spec.origin is None:
-                continue
+            assert spec is not None and spec.origin is not None
             text = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
             lines.append(f"  {name:16}{text.splitlines()[0]}")
     return "\n".join(lines)

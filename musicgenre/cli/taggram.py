@@ -8,6 +8,7 @@ For each file, `<out>/<name>.taggram.npz` (`label` [labels], `start`, `end` in s
 """
 
 import csv
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,52 +97,29 @@ def _write(path: Path, tagger: "Tagger", scores: "FileScores", windows: "WindowS
             for start, end, row in rows:
                 writer.writerow([f"{start:.3f}", f"{end:.3f}", *(f"{value:.6f}" for value in row)])
     else:
-        draw_taggram(path, tagger, scores.path, windows, top=_TOP.value)
+        _draw(path, tagger, scores.path, windows)
 
 
-def draw_taggram(
-    path: Path, tagger: "Tagger", sound: str, windows: "WindowScores", *, top: int = 15
-) -> None:
-    """Draws a file's spectrogram and its labels over time.
-
-    Args:
-      path: PNG file.
-      tagger: gives labels, task and front end.
-      sound: the sound file, which is read once more.
-      windows: its scores.
-      top: labels that are shown.
-
-    Raises:
-      UserError: the sound file cannot be used.
-    """
+def _draw(path: Path, tagger: "Tagger", sound: str, windows: "WindowScores") -> None:
+    """Draws a file's spectrogram, for which it is read again, and its labels over time."""
     from musicgenre.audio.features import to_db
     from musicgenre.evaluation import plots
-    from musicgenre.inference.spectrogram import mel_ticks, overview, overview_spec
+    from musicgenre.inference.spectrogram import feature_panel, overview, overview_spec
 
-    spec = overview_spec(tagger.model.features)
-    power, seconds = overview(sound, spec, min_seconds=tagger.min_seconds)
-    panel = plots.TimePanel(
-        to_db(power, spec),
-        seconds,
-        -spec.hop_length / spec.sample_rate / 2,
-        "mel spectrogram",
-        "frequency (Hz)",
-        mel_ticks(spec),
-        "dB",
-        (-80.0, 0.0),
-    )
-    name = Path(sound).name.encode("utf-8", "replace").decode()
-    synthetic = "SYNTHETIC · " if tagger.model.dataset.get("synthetic") else ""
-    title = (
-        f"{synthetic}{name} · {tagger.model.config.model.name} on {tagger.model.dataset['name']}"
-    )
+    model = tagger.model
+    spec = overview_spec(model.features)
+    power, step = overview(sound, spec, min_seconds=tagger.min_seconds)
+    panel = dataclasses.replace(feature_panel(to_db(power, spec), spec), seconds=step)
     figure = plots.taggram(
         panel,
         windows.starts,
         windows.ends,
         windows.probabilities,
         tagger.labels,
-        most=top,
-        unit="value" if tagger.model.task == "regression" else "probability",
+        most=_TOP.value,
+        unit="value" if model.task == "regression" else "probability",
     )
+    name = Path(sound).name.encode("utf-8", "replace").decode()
+    synthetic = "SYNTHETIC · " if model.dataset.get("synthetic") else ""
+    title = f"{synthetic}{name} · {model.config.model.name} on {model.dataset['name']}"
     plots.save(figure, path, title, palette=True)

@@ -72,7 +72,7 @@ class PretrainResult:
         """One line for people."""
         return (
             f"{self.workdir}: {self.summary}. "
-            f"To fine-tune: experiments/train.py --config.init_from={self.workdir}"
+            f"To fine-tune: musicgenre train --config.init_from={self.workdir}"
         )
 
 

@@ -102,6 +102,8 @@ def test_a_script_is_the_command(capsys, tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("error: --workdir is needed")
     done = in_a_process("-m", "musicgenre", "--version", cwd=tmp_path)
     assert done.stdout == f"musicgenre {__version__}\n"
+    assert main(["train", "--version"]) == 0
+    assert capsys.readouterr().out == done.stdout
 
 
 def test_dashes_repeated_values_and_flags_after_arguments_are_understood():

@@ -1,6 +1,6 @@
 """The installed package: the wheel holds all of the tree and works from an empty folder.
 
-`make wheel-demo` does the same in a fresh environment with its dependencies.
+`make wheel-test` does the same in a fresh environment with its dependencies.
 """
 
 import os

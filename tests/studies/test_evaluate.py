@@ -83,8 +83,8 @@ def test_a_bundle_is_evaluated_and_never_said_to_have_no_leak(small_config, tmp_
         tmp_path / "tiny.safetensors",
     )
     model = load_model(tmp_path / "tiny.safetensors")
-    place = store_path(small_config)
-    evaluation = evaluate_model(model, Store.open(place), "valid")
+    path = store_path(small_config)
+    evaluation = evaluate_model(model, Store.open(path), "valid")
     # The store's labels are low, middle and high; the model's have another order.
     assert evaluation.targets.tolist() == [1, 2, 0] * 3 and evaluation.scores.shape == (9, 3)
     assert evaluation.title == "tiny.safetensors: conv1d on arrays" and evaluation.curves == []

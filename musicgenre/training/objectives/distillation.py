@@ -111,7 +111,7 @@ def soft_targets(
         logging.warning(
             "config.distill: every teacher trained, or may have trained, on %d of the %d training "
             "clips, so their predictions are little more than the labels. Teachers of different "
-            "folds (experiments/ablate.py --folds=5) leave none",
+            "folds (musicgenre ablate --folds=5) leave none",
             by_all,
             len(clips),
         )
