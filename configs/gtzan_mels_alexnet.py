@@ -15,6 +15,7 @@ No result: only one epoch was run, to show that it works.
 """
 
 from ml_collections import ConfigDict
+
 from musicgenre.configs import gtzan_mels_conv1d
 
 

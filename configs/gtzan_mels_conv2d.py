@@ -20,6 +20,7 @@ The test list (290 clips) was not evaluated.
 """
 
 from ml_collections import ConfigDict
+
 from musicgenre.configs import gtzan_mels_conv1d
 
 

@@ -24,6 +24,7 @@ were tried. Three other settings, pretrained against not, same seeds: --config.p
 """
 
 from ml_collections import ConfigDict
+
 from musicgenre.configs import gtzan_mels_conv1d
 
 

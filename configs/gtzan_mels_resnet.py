@@ -25,8 +25,8 @@ have not been trained, and the test list (290 clips) was not evaluated.
 """
 
 from ml_collections import ConfigDict
-from musicgenre.configs import gtzan_mels_conv1d
 
+from musicgenre.configs import gtzan_mels_conv1d
 from musicgenre.errors import UserError, did_you_mean
 from musicgenre.models.resnet import RESNET_SIZES
 

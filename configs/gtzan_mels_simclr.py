@@ -12,6 +12,7 @@ What this is worth with labels: configs/ablations/gtzan_pretrained.py.
 """
 
 from ml_collections import ConfigDict
+
 from musicgenre.configs import gtzan_mels_conv1d
 
 

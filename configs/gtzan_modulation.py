@@ -37,6 +37,7 @@ scripts measured. The test list (290 clips) was not evaluated.
 """
 
 from ml_collections import ConfigDict
+
 from musicgenre.configs import gtzan_mels_conv1d
 
 

@@ -15,6 +15,7 @@ No result: MTAT's audio was not available.
 """
 
 from ml_collections import ConfigDict
+
 from musicgenre.configs import mtat_musicnn
 
 

@@ -29,6 +29,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
+
 from musicgenre.configs import gtzan_modulation
 
 ALL = tuple(f"runs/gtzan_modulation/no_limits/seed{seed}" for seed in range(5))

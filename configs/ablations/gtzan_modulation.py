@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
+
 from musicgenre.configs import gtzan_modulation
 
 # The recipe before band limits joined its augmentation.

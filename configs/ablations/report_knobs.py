@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
+
 from musicgenre.configs import gtzan_mels_conv1d
 
 

@@ -270,8 +270,7 @@ class SimCLR(Objective):
         "optimizer.accumulate": "each view is compared with its full batch, which cannot be split. "
         "Set it to 1, and a smaller --config.batch_size if memory does not suffice.",
         "optimizer.layer_decay": "has no effect on pretraining: give it to musicgenre train.",
-        "optimizer.transferred_rate": "has no effect on pretraining: give it to "
-        "musicgenre train.",
+        "optimizer.transferred_rate": "has no effect on pretraining: give it to musicgenre train.",
         "augment.mixup": "makes one clip of two, which then share views: set it to 0.",
         "augment.cutmix": "makes one clip of two, which then share views: set it to 0.",
         "data.eval_chunks": "views are drawn at random from each clip: leave it at 1, and give it "
