@@ -8,7 +8,7 @@ from musicgenre.evaluation.intervals import wilson
 
 
 def sure_of_the_first(clips, right):
-    """Clips with one window each, all predicted as class 0 with 0.9; the first `right` are of it."""
+    """Clips with one window each, all predicted as class 0 with 0.9; the first `right` are."""
     return np.tile([[[0.9, 0.1]]], (clips, 1, 1)), np.where(np.arange(clips) < right, 0, 1)
 
 

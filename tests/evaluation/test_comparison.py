@@ -119,7 +119,7 @@ def test_summary_over_seeds(tmp_path):
         [0.2515862, 0.7484138], abs=1e-6
     )
     assert saved["left_out"] == ["macro_roc_auc"]
-    # The artists' means are (4 + 5 + 5) / 15 and 1 / 15, and some bootstraps draw one of them twice.
+    # The artists' means are (4 + 5 + 5) / 15 and 1 / 15; a bootstrap may draw one of them twice.
     assert saved["over_clips"]["bootstrap"] == pytest.approx([1 / 15, 14 / 15])
     assert saved["over_clips"]["bootstrap_unit"] == "artist"
     assert (

@@ -64,8 +64,8 @@ def test_single_label_by_hand():
 
 
 def test_calibration_error_by_hand():
-    # Highest probabilities .7 (right), .4 (wrong), .8 (right), .7 (wrong): the two of .7 are in one bin,
-    # right half of the time, so the error is (|.5 - .7| * 2 + |0 - .4| + |1 - .8|) / 4.
+    # Highest probabilities .7 (right), .4 (wrong), .8 (right), .7 (wrong): the two of .7 share a
+    # bin, right half of the time, so the error is (|.5 - .7| * 2 + |0 - .4| + |1 - .8|) / 4.
     measured = single_label_metrics(SCORES, LABELS, NAMES)
     assert measured["ece"] == pytest.approx((0.4 + 0.4 + 0.2) / 4)
     bins = measured["reliability"]

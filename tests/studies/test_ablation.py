@@ -151,7 +151,7 @@ def test_one_table_of_accuracy_and_leaks_over_the_folds(by_artists, tmp_path):
 
 
 def test_a_clip_that_several_trainings_held_out_counts_as_their_mean(tmp_path):
-    """Two trainings of a fixed split: one clip is right in both, one in one of them, one in none."""
+    """Two trainings of a fixed split: one clip is right in both, one in one, one in none."""
     held_out = [
         [
             {"clip_id": name, "group": group, "label": "a", "predicted": predicted}
