@@ -350,10 +350,10 @@ def label_distribution(
         look: dict[str, Any] = {"fontsize": 8.5 if few else 7, "rotation": 0 if few else 90}
         look |= {"color": MUTED, "padding": 3}
         axes.bar_label(bars, [f"{total:,}" for total in table.sum(axis=0)], **look)
-        axes.margins(y=0.12)
     slanted: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(range(n), names, fontsize=size, **(slanted if few else {"rotation": 90}))
-    axes.set(xlim=(-0.7, n - 0.3), ylabel="clips")
+    highest = max(1, int(table.sum(axis=0).max()))
+    axes.set(xlim=(-0.7, n - 0.3), ylim=(0, 1.12 * highest), ylabel="clips")
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     style_axes(axes, "y")

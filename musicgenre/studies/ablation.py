@@ -219,7 +219,7 @@ def run_folds(
         split without folds), with the predictions for the held-out clips in `held_out.csv`.
       seeds: seeds on each fold.
       folds: how many, see `expand`.
-      steps: length of each training to within half an epoch, whatever its number of clips; 0 uses
+      steps: length of each training to within half an epoch, for any number of clips; 0 uses
         `config.epochs`.
       progress: draw progress bars.
 

@@ -103,9 +103,9 @@ def evaluate_runs(
             evaluation = evaluate_model(model, clips, split, command=command)
             source = None
             if temperature:
-                place = Path(scratch, f"temperature{number}")
+                files = Path(scratch, f"temperature{number}")
                 source = temperature_source(
-                    temperature, evaluation, model, clips, place, alone=bool(arrays)
+                    temperature, evaluation, model, clips, files, alone=bool(arrays)
                 )
                 if source is None:
                     lines.append(f"--temperature has no effect: the task is {evaluation.task}.")

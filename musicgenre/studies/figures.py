@@ -178,7 +178,7 @@ def run_figures(
         figure = plots.learning_curves(
             evaluation.curves, metric=main_measures(model.task)[0], evaluated_step=model.step
         )
-        # The curves are those of training and its validation, whatever is evaluated here.
+        # The curves are those of training and its validation split, not of the evaluated split.
         about = f"{model.dataset['name']} · {model.dataset['protocol']} · {run}"
         title = f"{_synthetic(model.dataset['synthetic'])}Learning curves · {about}"
         paths.append(_saved(figure, out, "learning_curves", title))

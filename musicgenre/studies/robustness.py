@@ -225,8 +225,8 @@ def array_windows(db: np.ndarray, model: TrainedModel) -> Windows:
     spec, frames = model.features, model.frames
     fitted, length = model.layout.fit(mfcc_from_db(db, spec.n_mfcc) if spec.kind == "mfcc" else db)
     windows = int(model.config.data.eval_chunks)
-    whole = frames >= model.layout.frames
-    starts = [0] if whole else chunk_starts(length, frames, windows)
+    complete = frames >= model.layout.frames
+    starts = [0] if complete else chunk_starts(length, frames, windows)
     inputs = np.stack([fitted[start : start + frames] for start in starts]).astype(np.float16)
     return inputs, np.ones(len(inputs))
 

@@ -8,7 +8,7 @@ from musicgenre.evaluation.intervals import wilson
 
 
 def sure_of_the_first(clips, right):
-    """Clips of two classes, one window each, all taken for class 0 with a probability of 0.9; so many are of it."""
+    """Clips with one window each, all predicted as class 0 with 0.9; the first `right` are."""
     return np.tile([[[0.9, 0.1]]], (clips, 1, 1)), np.where(np.arange(clips) < right, 0, 1)
 
 
@@ -75,7 +75,7 @@ def test_folds():
 
 def test_accuracy_against_coverage_by_hand():
     found = risk_coverage(np.array([0.6, 0.9, 0.7, 0.8]), np.array([0, 1, 1, 0]))
-    # The surest first: right, wrong, right, wrong.
+    # The most confident first: right, wrong, right, wrong.
     assert found["curve"]["coverage"] == [0.25, 0.5, 0.75, 1]
     assert found["curve"]["accuracy"] == pytest.approx([1, 1 / 2, 2 / 3, 1 / 2])
     assert found["aurc"] == pytest.approx((0 + 1 / 2 + 1 / 3 + 1 / 2) / 4)

@@ -46,7 +46,7 @@ def test_single_label_by_hand():
     assert measured["macro_precision"] == 0.75
     assert measured["macro_f1"] == pytest.approx((1 / 2 + 2 / 3) / 2)
     assert measured["nll"] == pytest.approx(-np.mean(np.log([0.7, 0.35, 0.8, 0.05])))
-    # Squared differences, clip by clip: .09 + .04 + .01; .16 + .4225 + .0625; .01 + .04 + .01; .9025 + .0625 + .49.
+    # Squared differences of the first clip: .09 + .04 + .01; of the second: .16 + .4225 + .0625.
     assert measured["brier"] == pytest.approx((0.14 + 0.645 + 0.06 + 1.455) / 4)
     assert measured["undefined"] == ["c"]
     assert measured["undefined_count"] == 1
@@ -64,8 +64,8 @@ def test_single_label_by_hand():
 
 
 def test_calibration_error_by_hand():
-    # Highest probabilities .7 (right), .4 (wrong), .8 (right), .7 (wrong): the two of .7 share a bin and are
-    # right half of the time, so the error is (|.5 - .7| * 2 + |0 - .4| + |1 - .8|) / 4.
+    # Highest probabilities .7 (right), .4 (wrong), .8 (right), .7 (wrong): the two of .7 share a
+    # bin, right half of the time, so the error is (|.5 - .7| * 2 + |0 - .4| + |1 - .8|) / 4.
     measured = single_label_metrics(SCORES, LABELS, NAMES)
     assert measured["ece"] == pytest.approx((0.4 + 0.4 + 0.2) / 4)
     bins = measured["reliability"]
@@ -77,7 +77,8 @@ def test_calibration_error_by_hand():
 
 
 def test_few_clips_show_a_calibration_error_by_chance():
-    # Of one clip of 0.5 it is 0.5 whether it is right or not; of n in one bin it is the mean deviation of a binomial share.
+    # For one clip of 0.5 it is 0.5, right or wrong; for n clips in one bin, the mean absolute
+    # deviation of a binomial proportion.
     assert ece_by_chance(np.array([0.5])) == 0.5
     assert ece_by_chance(np.full(400, 0.5)) == pytest.approx(
         np.sqrt(2 * 0.25 / (np.pi * 400)), rel=0.15

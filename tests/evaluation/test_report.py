@@ -21,7 +21,7 @@ NASTY = "<script>alert(1)</script>"
 
 
 def single(**changes):
-    """Ten clips of two classes, eight of them right; the most confident mistake is the clip with the nasty name."""
+    """Ten clips of two classes, eight right; the most confident mistake has the nasty name."""
     labels = np.array([0, 1] * 5)
     right = np.where(np.arange(10) < 8, 0.8, 0.3)
     right[9] = 0.05
@@ -192,7 +192,8 @@ def test_a_temperature_fitted_on_the_evaluated_clips_says_so(tmp_path):
     assert (tmp_path / "reliability_after.png").is_file() and page.count("data:image/png") == 7
     said = calibration_line(metrics)
     assert said.startswith(
-        f"temperature {found['temperature']:.3f}, fitted on valid (10 clips of gtzan): calibration error before "
+        f"temperature {found['temperature']:.3f}, fitted on valid (10 clips of gtzan): calibration "
+        "error before "
     )
     # All other measures are without it.
     plain = quick(single())

@@ -12,7 +12,7 @@ def on_circle(*degrees):
 
 
 def test_worked_by_hand_with_and_without_groups():
-    # Neighbours, nearest first: 0: 1 2 3 4; 1: 0 2 3 4; 2: 1 0 3 4; 3: 4 2 1 0; 4: 3 2 1 0. Lengths do not matter.
+    # Neighbours, nearest first: 0: 1 2 3 4; 1: 0 2 3 4; 2: 1 0 3 4; 3: 4 2 1 0; 4: 3 2 1 0.
     embeddings = on_circle(0, 10, 25, 60, 90) * np.array([[1], [5], [0.1], [2], [1]])
     labels = np.array([0, 0, 1, 1, 1])
     found = precision_at_k(embeddings, labels, 2)
@@ -23,7 +23,7 @@ def test_worked_by_hand_with_and_without_groups():
     assert found["per_class"]["precision"] == pytest.approx([0.5, 2 / 3]) and found["per_class"][
         "n"
     ] == [2, 3]
-    # At random: 1 of the 4 others for the class 0, 2 of 4 for the class 1. At best one of the two for the class 0.
+    # At random: 1 of 4 others for class 0, 2 of 4 for class 1. At best one of the two for class 0.
     assert found["chance"] == pytest.approx((2 * 0.25 + 3 * 0.5) / 5) and found["per_class"][
         "ceiling"
     ] == [0.5, 1]

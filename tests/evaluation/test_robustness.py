@@ -20,7 +20,7 @@ def scores(*decisions, sure=0.8):
 
 @pytest.fixture
 def tested():
-    """Six clips, four of them right. One change turns three of these and one wrong one, another only makes all less sure."""
+    """Six clips, four right. One change turns three of these and a wrong one; one turns none."""
     targets = np.array([0, 0, 0, 0, 1, 1])
     return Robustness(
         title="six clips",

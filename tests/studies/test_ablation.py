@@ -75,7 +75,7 @@ def test_folds_that_cannot_be_are_one_clear_line(config, variants, message):
 
 @pytest.fixture
 def by_artists(small_config, small_arrays):
-    """The small config on clips by eleven artists, three clips each, one of each class; the last artist is not known."""
+    """Clips by eleven artists, three each, one of each class; the last artist is not known."""
     folder = small_arrays / "by artist"
     folder.mkdir()
     for split, first in (("train", 0), ("valid", 8)):
@@ -93,8 +93,8 @@ def by_artists(small_config, small_arrays):
 
 
 def test_one_table_of_accuracy_and_leaks_over_the_folds(by_artists, tmp_path):
-    place = tmp_path / "ablation"
-    [row] = run_folds(by_artists, VARIANTS[:1], place, [0], 2, steps=9, progress=False)
+    out = tmp_path / "ablation"
+    [row] = run_folds(by_artists, VARIANTS[:1], out, [0], 2, steps=9, progress=False)
 
     # In each of two folds there are 33 segments to train on, which are 5 steps an epoch.
     assert (row.folds, row.trainings, row.steps, row.trained) == (2, 2, (10, 10), 33)
@@ -118,7 +118,7 @@ def test_one_table_of_accuracy_and_leaks_over_the_folds(by_artists, tmp_path):
     # The accuracy is that of the predictions, and of the training's own last evaluation.
     right, groups = [], []
     for number in range(2):
-        run = place / "segments" / f"fold{number}" / "seed0"
+        run = out / "segments" / f"fold{number}" / "seed0"
         with open(run / "held_out.csv", newline="") as file:
             lines = list(csv.DictReader(file))
         values = [line["label"] == line["predicted"] for line in lines]
@@ -130,7 +130,7 @@ def test_one_table_of_accuracy_and_leaks_over_the_folds(by_artists, tmp_path):
     assert row.std == pytest.approx(np.std(row.values, ddof=1))
     assert row.interval == pytest.approx(bootstrap_mean(np.array(right), groups))
 
-    with open(place / "ablation.csv", newline="") as file:
+    with open(out / "ablation.csv", newline="") as file:
         [cells] = csv.DictReader(file)
     assert (
         cells["variant"] == "segments"
@@ -140,18 +140,18 @@ def test_one_table_of_accuracy_and_leaks_over_the_folds(by_artists, tmp_path):
         leaked["same clip"]
     )
     share = f"{100 * leaked['same clip'] / 66:.1f} %"
-    assert share in (place / "ablation.md").read_text().splitlines()[2]
-    assert (place / "variants.png").stat().st_size > 10_000
+    assert share in (out / "ablation.md").read_text().splitlines()[2]
+    assert (out / "variants.png").stat().st_size > 10_000
 
     # The same call trains and scores nothing again.
-    files = {path: path.stat().st_mtime_ns for path in place.rglob("held_out.csv")}
+    files = {path: path.stat().st_mtime_ns for path in out.rglob("held_out.csv")}
     assert len(files) == 2
-    assert run_folds(by_artists, VARIANTS[:1], place, [0], 2, steps=9, progress=False) == [row]
+    assert run_folds(by_artists, VARIANTS[:1], out, [0], 2, steps=9, progress=False) == [row]
     assert {path: path.stat().st_mtime_ns for path in files} == files
 
 
 def test_a_clip_that_several_trainings_held_out_counts_as_their_mean(tmp_path):
-    """Worked by hand: two trainings of a fixed split, of which one clip is right in both, one in one, one in none."""
+    """Two trainings of a fixed split: one clip is right in both, one in one, one in none."""
     held_out = [
         [
             {"clip_id": name, "group": group, "label": "a", "predicted": predicted}

@@ -45,7 +45,7 @@ def heights(axes):
 
 
 def small_table(folder):
-    """Three tags in an order of their own, of four clips."""
+    """Three tags of four clips, not in the order of their frequency."""
     rows = ['"clip_id"\t"slow"\t"guitar"\t"no voice"\t"mp3_path"']
     for i, tags in enumerate(("1\t1\t0", "0\t1\t0", "1\t1\t0", "0\t0\t1")):
         rows.append(f"{i}\t{tags}\t{i}/artist-album-01-title-{i}-29.mp3")
@@ -95,7 +95,7 @@ def test_clips_per_class_and_split(tmp_path, drawn):
         tmp_path / "labels.png"
     ]
     axes = drawn["labels.png"].axes[0]
-    # Classes stay in the order of the model's outputs; train lies below test.
+    # Classes stay in the order of the model's outputs; train is below test.
     assert labels(axes) == ["x", "y", "z"] and heights(axes) == [1, 0, 2, 0, 1, 0]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
         "train, 3 clips",
@@ -156,7 +156,7 @@ def test_a_tone_lies_at_its_frequency(tmp_path, drawn, kind):
 
 
 def test_ticks_of_mel_bands_by_hand():
-    """Slaney's scale: 15 mels at 1000 Hz, and log(6.4) / 27 for each above, so that the top, 8000 Hz, has 45.245."""
+    """Slaney's scale: 15 mels at 1000 Hz and log(6.4) / 27 for each above: 8000 Hz has 45.245."""
     spec = FeatureSpec(sample_rate=16000, n_mels=40)
     step = (15 + 27 * np.log(8) / np.log(6.4)) / 41
     expected = {

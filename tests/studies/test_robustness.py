@@ -67,7 +67,7 @@ def test_sounds_as_they_are_get_what_predict_gives(model, music):
     assert tested.equalised.shape == (2, 3, 3)
     outcomes = {outcome.name: outcome for outcome in tested.outcomes}
     assert len(outcomes) == len(sound_transforms(22050)[0]) == len(tested.outcomes)
-    # A level is no matter for dB below the clip's maximum; a filter is, and the tries begin with the gentle equalisers.
+    # The level does not change dB below the maximum; a filter does. The first tries are gentle.
     np.testing.assert_allclose(outcomes["level -20 dB"].scores, tested.before, atol=1e-3)
     assert np.abs(outcomes["nothing above 4000 Hz"].scores - tested.before).max() > 0.01
     np.testing.assert_allclose(
