@@ -189,7 +189,7 @@ class Objective(abc.ABC):
 
     def measures(self) -> tuple[dict[str, float], ...]:
         """Returns the measures at the end of each stage so far."""
-        return tuple(self.progress)
+        return tuple(self.progress or ())
 
     def summary(self, step: int) -> str:
         """Returns how pretraining went, for people."""
