@@ -135,10 +135,6 @@ def test_fields_that_do_not_belong_together(fields, message):
         models.build(NARROW | fields, num_classes=3, frames=100, bands=100)
 
 
-def test_bfloat16(check_bfloat16):
-    check_bfloat16(NARROW, 64, 60)
-
-
 def test_dropout_acts_on_the_dense_layers_in_training_only(lively, apply):
     module = models.build(NARROW | {"dense": (64, 64)}, num_classes=3, frames=57, bands=57)
     x = np.random.default_rng(1).standard_normal((2, 57, 57), np.float32)

@@ -74,11 +74,3 @@ def test_too_small_an_input_is_refused_with_both_shapes(check_runs):
         build(235, 42)
     check_runs(build(235, 43, filters=(2, 2, 2), dense=(4,)), (2, 235, 43), (2, 10))
     check_runs(build(43, 43, filters=(2, 2, 2), final_pool=0, dense=()), (2, 43, 43), (2, 10))
-
-
-def test_batch_norm_convolutions_have_no_bias(variable_shapes):
-    variables = variable_shapes(build(batch_norm=True), 387, 128)
-    assert "bias" not in variables["params"]["conv1"] and set(variables) == {
-        "params",
-        "batch_stats",
-    }

@@ -221,7 +221,7 @@ def test_a_users_own_module(tmp_path, monkeypatch):
         ("head", "Dense", (3,), 15),
     ]
     assert layers[1].settings == {"width": 4} and layers[2].inputs == ((4,),)
-    models.registry._MODELS.pop("own_layers")
+    models.registry._MODELS._items.pop("own_layers")
     sys.modules.pop("own_layers")
 
 

@@ -320,7 +320,7 @@ def test_the_smallest_inputs_run_and_one_below_is_refused(check_runs):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"windows": (64, 32)}, "one value for each layer"),
+        ({"windows": (64, 32)}, "one value per layer"),
         ({"windows": (64, 32, 31)}, r"model.windows=\(64, 32, 31\) of 'modulation' must be even"),
         ({"regions": (4, 4, 0)}, "model.regions"),
         ({"rate_edges": (1, 2)}, r"model.rate_edges=\(1, 2\) of 'modulation' must rise from 0"),

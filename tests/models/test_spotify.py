@@ -1,7 +1,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from musicgenre import models
@@ -102,19 +101,3 @@ def test_fewest_frames(check_runs):
     check_runs(models.build(NARROW, num_classes=3, frames=103, bands=1), (2, 103, 1), (2, 3))
     with pytest.raises(UserError, match=r"at least 103 frames.*102 frames x 1 bands"):
         models.build(NARROW, num_classes=3, frames=102, bands=1)
-
-
-def test_bfloat16(check_bfloat16):
-    check_bfloat16(NARROW, 110, 6)
-
-
-def test_it_learns_the_factors_of_one_batch(lively, learn):
-    """Six clips of noise, four numbers each, by mean squared error."""
-    model = NARROW | {"filters": (8, 8, 8, 8), "dense": (32, 32), "dropout": 0.0}
-    module = models.build(model, num_classes=4, frames=110, bands=6)
-    x = np.random.default_rng(1).standard_normal((6, 110, 6), np.float32)
-    targets = np.random.default_rng(2).standard_normal((6, 4), np.float32)
-    losses = learn(
-        module, lively(module, 110, 6), x, targets, optax.squared_error, rate=3e-3, steps=150
-    ).losses
-    assert losses[0] > 0.5 and losses[-1] < 0.01
