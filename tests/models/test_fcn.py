@@ -92,7 +92,7 @@ def test_fields_of_the_layers_have_one_length():
 
 
 def test_the_network_is_the_one_described(filled, apply, numpy_conv, numpy_norm):
-    """A small one, worked with NumPy: four positions are left, of which each filter's maximum counts."""
+    """A small one, worked with NumPy; the maximum of its four positions counts."""
     module = build(
         14, 5, num_classes=2, filters=(3, 2), time_pools=(2, 3), band_pools=(2, 1), pointwise=(4,)
     )

@@ -48,8 +48,9 @@ def product_and_gradients(conv, x, kernel, stride, dy):
     return y, *gradients(dy)
 
 
-# Batch, frames, bands, channels, filters, size, stride: Winograd with a clip a turn, with several and with all; stride 2 at odd
-# and at even sizes; too few positions for Winograd; one channel; 1 x 1; other sizes.
+# Batch, frames, bands, channels, filters, size, stride: Winograd with a clip a turn, with several
+# and with all; stride 2 at odd and at even sizes; too few positions for Winograd; one channel; 1 x
+# 1; other sizes.
 CASES = [
     (2, 47, 35, 128, 128, 3, 1),
     (6, 15, 18, 24, 16, 3, 1),
@@ -108,7 +109,7 @@ def test_several_kernels_are_one_after_the_other():
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("plus", [True, False])
 def test_the_fast_normalisation_is_flax_s(enabled, relu, plus):
-    """Values, running statistics and all gradients at a real width, in float32 against nn.BatchNorm in float64."""
+    """Values, statistics and gradients in float32 against nn.BatchNorm in float64."""
     x, added = (
         drawn(2, 23, 15, 128) * 2 + 0.5,
         np.random.default_rng(1).standard_normal((2, 23, 15, 128)),
@@ -205,7 +206,7 @@ class Block(nn.Module):
 
 
 def test_a_layer_is_nn_conv_with_batch_normalisation_under_jit(enabled):
-    """The gradients of two layers of 128 channels at odd sizes, in float32, against nn.Conv in float64."""
+    """Two layers of 128 channels at odd sizes in float32 against nn.Conv in float64."""
     x = drawn(2, 45, 29, 1)
 
     def loss(conv, params, x):
@@ -227,7 +228,7 @@ def test_a_layer_is_nn_conv_with_batch_normalisation_under_jit(enabled):
 
 @pytest.fixture
 def fast_calls(monkeypatch):
-    """The strides of the fast convolutions, one for each kernel, and "norm" for the normalisations."""
+    """The strides of the fast convolutions' kernels, and "norm" for the normalisations."""
     calls = []
 
     def convs(x, kernels, stride):
@@ -299,7 +300,7 @@ def test_convolutions_together_are_each_of_them(enabled, train):
 def test_the_two_dimensional_networks_train_with_it(
     enabled, fast_calls, model, frames, bands, count
 ):
-    """Convolutions and normalisations; those of an input's frames or of all its numbers stay Flax's."""
+    """Convolutions and normalisations; the input's normalisation stays Flax's."""
     module = models.build(model, num_classes=3, frames=frames, bands=bands)
     key = jax.random.key(0)
     jax.eval_shape(
@@ -380,7 +381,7 @@ def test_of_equal_maxima_the_first_gets_the_gradient(window):
 def test_gradients_over_frames_and_bands_equal_flax_after_batch_norm_at_real_width(
     frames, bands, window
 ):
-    """At 128 channels, where a reduction over a reshaped axis goes wrong under jit; None: global maximum."""
+    """At 128 channels, where a reshaped reduction goes wrong; None is the global maximum."""
     whole = (frames, bands)
     ours = global_max if window is None else lambda v: max_pool(v, window)
     flax = (

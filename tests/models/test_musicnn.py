@@ -41,7 +41,7 @@ def test_the_originals_sizes(layer_shapes, variable_shapes):
 
 
 def test_shapes_and_number_of_the_published_weights(variable_shapes, count):
-    """Shapes of the variables of the public checkpoint MTT_musicnn; the sum of them is worked by hand."""
+    """Shapes of the public checkpoint MTT_musicnn; their sum is worked by hand."""
     variables = variable_shapes(
         models.build({"name": "musicnn"}, num_classes=50, frames=187, bands=96), 187, 96
     )
@@ -71,7 +71,7 @@ def test_shapes_and_number_of_the_published_weights(variable_shapes, count):
 
 
 def test_the_network_is_the_originals(lively, apply, numpy_norm):
-    """The whole network worked with NumPy in double precision, from the description of the original code."""
+    """Worked with NumPy in double precision, from the description of the original code."""
     frames, bands = 9, 10
     module = models.build(NARROW, num_classes=2, frames=frames, bands=bands)
     x = np.random.default_rng(0).standard_normal((1, frames, bands), np.float32)
@@ -83,7 +83,7 @@ def test_the_network_is_the_originals(lively, apply, numpy_norm):
         return numpy_norm(x, double, name, epsilon=1e-3)
 
     def convolve(x, name):
-        """[frames, bands, channels]: time padded so that its length stays, the longer half behind; bands not padded."""
+        """Convolves `[frames, bands, channels]`; time is padded, more at the end, bands are not."""
         kernel = p[name]["kernel"]
         width, height = kernel.shape[:2]
         x = np.pad(x, (((width - 1) // 2, width // 2), (0, 0), (0, 0)))

@@ -66,7 +66,7 @@ def test_an_installed_packages_network_is_found_by_its_name(folder, decorated):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-plugin\nVersion: 1.0\n")
     points = "[musicgenre.models]\nmy_net = my_plugin:MyNet\nmy_broken = my_missing:Net\n"
     (info / "entry_points.txt").write_text(points)
-    with pytest.raises(UserError, match="no model 'my_nte'. Did you mean 'my_net'"):
+    with pytest.raises(UserError, match=r"no model 'my_nte'\. Did you mean 'my_net'"):
         models.resolve({"name": "my_nte"})
     assert "my_plugin" not in sys.modules
     module = models.build({"name": "my_net", "width": 2}, num_classes=3, frames=10, bands=5)

@@ -7,7 +7,8 @@ from musicgenre import models
 from musicgenre.errors import UserError
 from musicgenre.models.resnet import RESNET_SIZES
 
-# torchvision's parameters with 3 channels and 1000 classes. Here the first convolution has one channel.
+# torchvision's parameters with 3 channels and 1000 classes. Here the first convolution has one
+# channel.
 PUBLISHED = {
     "resnet18": 11_689_512,
     "resnet34": 21_797_672,
@@ -30,8 +31,9 @@ def test_the_published_counts(name, parameter_count):
         build(num_classes=1000, preactivation=False, **RESNET_SIZES[name]), 64, 64
     )
     assert original + TWO_CHANNELS == PUBLISHED[name]
-    # An identity unit normalises its input instead of its output, and the last output is normalised at the end, so that
-    # only the normalisation of the shortcuts falls away: those of three stages, for bottlenecks of the first one as well.
+    # An identity unit normalises its input instead of its output, and the last output is normalised
+    # at the end, so that only the normalisation of the shortcuts falls away: those of three stages,
+    # for bottlenecks of the first one as well.
     shortcuts = (256, 512, 1024, 2048) if RESNET_SIZES[name]["bottleneck"] else (128, 256, 512)
     assert original - parameter_count(
         build(num_classes=1000, **RESNET_SIZES[name]), 64, 64

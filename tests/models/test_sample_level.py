@@ -18,7 +18,7 @@ TINY = {
 
 
 def test_the_papers_sizes(layer_shapes, variable_shapes):
-    """Each convolution sees what the pool before it leaves: 59,049 / 3 = 19,683, and a third of it each time."""
+    """Lengths are 59,049 / 3 = 19,683, and a third after each pool."""
     module = models.build(FULL, num_classes=50, frames=81, bands=729)
     layers, params = layer_shapes(module, 81, 729), variable_shapes(module, 81, 729)["params"]
     filters = (128, 128, 128, 256, 256, 256, 256, 256, 256, 512, 512)
@@ -54,7 +54,7 @@ def test_squeeze_and_excitation_counted_by_hand(parameter_count):
 @pytest.mark.parametrize("squeeze_excite", [False, True])
 @pytest.mark.parametrize("samples", [27, 60])
 def test_the_network_is_the_one_described(squeeze_excite, samples, lively, apply, numpy_norm):
-    """Worked with NumPy; 60 samples leave two positions, whose mean is taken, and six samples that are dropped."""
+    """Worked with NumPy; 60 samples leave the mean of two positions and drop six."""
     module = models.build(
         TINY | {"squeeze_excite": squeeze_excite}, num_classes=2, frames=samples, bands=1
     )

@@ -11,7 +11,7 @@ NARROW = {"name": "spotify", "filters": (4, 4, 4, 6), "dense": (8, 8)}
 
 
 def test_the_posts_sizes(layer_shapes, variable_shapes):
-    """599 frames: (599 - 3) // 4 = 149, (149 - 3) // 2 = 73, (73 - 3) // 2 = 35, 35 - 3 = 32; 3 x 512 = 1536 pooled values."""
+    """(599 - 3) // 4 = 149, (149 - 3) // 2 = 73, (73 - 3) // 2 = 35, 35 - 3 = 32."""
     module = models.build({"name": "spotify"}, num_classes=40, frames=599, bands=128)
     layers, params = layer_shapes(module, 599, 128), variable_shapes(module, 599, 128)["params"]
     assert {name: layers[name] for name in params} == {
@@ -97,7 +97,7 @@ def test_dead_filters_leave_every_gradient_finite(lively):
 
 
 def test_fewest_frames(check_runs):
-    """One position of the last filter: 4, then (4 x 2 + 3) = 11, (11 x 2 + 3) = 25, (25 x 4 + 3) = 103."""
+    """One last position: 4, then 4 x 2 + 3 = 11, 11 x 2 + 3 = 25, 25 x 4 + 3 = 103."""
     check_runs(models.build(NARROW, num_classes=3, frames=103, bands=1), (2, 103, 1), (2, 3))
     with pytest.raises(UserError, match=r"at least 103 frames.*102 frames x 1 bands"):
         models.build(NARROW, num_classes=3, frames=102, bands=1)

@@ -31,7 +31,7 @@ def test_the_originals_sizes(layer_shapes, variable_shapes, count):
 
 
 def test_the_network_is_the_originals(apply, filled, numpy_norm, numpy_conv):
-    """The whole network worked with NumPy in double precision, from the description of the original code."""
+    """Worked with NumPy in double precision, from the description of the original code."""
     frames, bands = 98, 65
     module = models.build(NARROW, num_classes=3, frames=frames, bands=bands)
     variables = filled(module, frames, bands)
@@ -60,7 +60,7 @@ def test_the_network_is_the_originals(apply, filled, numpy_norm, numpy_conv):
 
 
 def test_frames_of_the_embedding_follow_each_other(apply, filled):
-    """Two frames of the last pool: the first half of the embedding is that of the first half of the clip."""
+    """The first half of the embedding is that of the first half of the clip."""
     module = models.build(NARROW, num_classes=3, frames=187, bands=96)
     variables = filled(module, 187, 96)
     x = np.random.default_rng(0).standard_normal((1, 187, 96), np.float32)
@@ -81,7 +81,7 @@ def test_fewest_frames_and_bands(check_runs):
 
 
 def test_dropout_is_where_the_original_has_it(filled):
-    """All values dropped after each pool, the fifth layer sees none; all dropped before the head, only its bias is left."""
+    """Dropping all after each pool or before the head leaves biases only."""
     x = np.random.default_rng(0).standard_normal((2, 66, 63), np.float32)
 
     def run(layer_dropout, dropout):
