@@ -46,6 +46,17 @@ def commands(text):
             yield words[1:]
 
 
+@pytest.fixture(autouse=True)
+def registries(monkeypatch):
+    """What a page registers is forgotten after it."""
+    from musicgenre.datasets import registry as datasets
+    from musicgenre.models import registered, registry
+
+    registered()
+    for names in (registry._MODELS, datasets._READERS):
+        monkeypatch.setattr(names, "_items", dict(names._items))
+
+
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """A current folder with the synthetic music that the pages speak of."""
