@@ -24,7 +24,7 @@ def music(seed, frames=FRAMES):
 
 
 def disguised(spectrogram, shift):
-    """The same recording 6 dB softer, with a tilt of 8 dB, noise, and some frames cut from its start."""
+    """The same recording 6 dB softer, with a tilt of 8 dB, noise, and a later start."""
     generator = np.random.default_rng(99)
     moved = np.concatenate([spectrogram[shift:], spectrogram[:shift][::-1]])
     return (
@@ -206,8 +206,8 @@ def test_training_clips_that_are_not_known_are_never_no_leak():
         few, AuditSide(["c"], ["3"], ["y"]), unknown="its source does not list them"
     ).summary()
     assert (
-        some[1]
-        == "nothing found among the training clips that are known: 2 evaluated clips against 1 trained on"
+        some[1] == "nothing found among the training clips that are known: "
+        "2 evaluated clips against 1 trained on"
     )
     leak = audit(
         few, AuditSide(["c"], ["2"], ["y"]), unknown="its source does not list them"

@@ -29,28 +29,37 @@ needs_stablehlo = pytest.mark.skipif(
     reason="needs pip install 'musicgenre[export]' (flatbuffers)",
 )
 
-# Run each program over all signals at once and over the first alone; what was imported is the last line.
-RUN_ONNX = """
+# Run each program on all signals at once and on the first alone; print the imported packages.
+_PRINT = """
+packages = {"jax", "flax", "librosa", "musicgenre", "onnxruntime"}
+print(sorted({module.partition(".")[0] for module in sys.modules} & packages))
+"""
+RUN_ONNX = (
+    """
 import sys, numpy as np, onnxruntime
 for name in sys.argv[1:]:
     session = onnxruntime.InferenceSession(name + ".onnx", providers=["CPUExecutionProvider"])
     x = np.load(name + ".npy")
-    [three], [one] = session.run(None, {"samples": x}), session.run(["probabilities"], {"samples": x[:1]})
+    [three] = session.run(None, {"samples": x})
+    [one] = session.run(["probabilities"], {"samples": x[:1]})
     np.save(name + ".out.npy", np.concatenate([three, one]))
-print(sorted({module.partition(".")[0] for module in sys.modules} & {"jax", "flax", "librosa", "musicgenre", "onnxruntime"}))
 """
-RUN_STABLEHLO = """
+    + _PRINT
+)
+RUN_STABLEHLO = (
+    """
 import sys, numpy as np, jax.export
 for name in sys.argv[1:]:
     call = jax.export.deserialize(bytearray(open(name + ".stablehlo", "rb").read())).call
     x = np.load(name + ".npy")
     np.save(name + ".out.npy", np.concatenate([call(x), call(x[:1])]))
-print(sorted({module.partition(".")[0] for module in sys.modules} & {"jax", "flax", "librosa", "musicgenre", "onnxruntime"}))
 """
+    + _PRINT
+)
 
 
 def models():
-    """The packaged model, and tiny ones of every task, kind and compression, with whole clips and crops."""
+    """The packaged model, and tiny ones with tags, crops, MFCCs and another compression."""
     return {
         "gtzan": load_model("gtzan"),
         "tags": tiny_model(
@@ -68,7 +77,7 @@ def models():
 
 
 def check_in_another_process(folder, form, code, imported):
-    """Exports every model, runs all programs in one fresh process, and compares them with `Tagger.tag` of files on disk."""
+    """Exports every model, runs all programs in one fresh process, and compares with `Tagger`."""
     expected = {}
     for name, model in models().items():
         exported = export.export_model(model, folder / f"{name}.{form}")
@@ -110,7 +119,7 @@ def test_stablehlo_in_a_process_with_jax_alone(tmp_path):
 
 
 def test_the_real_clips_get_the_tags_of_tagger(real_data, tmp_path):
-    """The first 30.01 s of each. Measured: at most 5e-6 by either transform; 1.6e-4 without the rounding to float16."""
+    """Measured on 30.01 s: at most 5e-6 by either transform; 1.6e-4 without rounding to float16."""
     model = load_model("gtzan")
     samples = export.input_samples(model)
     assert samples == 387 * 1710

@@ -39,7 +39,7 @@ SIZES = {
     "mid_filters": 4,
     "dense": 5,
 }
-# The original's name of each layer's variables, and the axes that its kernel has where those here differ.
+# The name of each layer here, by the original's name of its variables.
 MUSICNN = {
     "conv2d": "timbral1",
     "conv2d_1": "timbral2",
@@ -371,7 +371,7 @@ def test_what_is_no_wheel_of_musicnn(package, wheel, tmp_path, monkeypatch):
 
 
 def test_names_in_a_wheel_lead_nowhere(wheel, tmp_path):
-    """A member that climbs out is never written anywhere, and one of two with the same name is not guessed."""
+    """A member outside the package is never written; two members of one name are refused."""
     evil = tmp_path / "deep" / "evil.whl"
     evil.parent.mkdir()
     evil.write_bytes(wheel.read_bytes())
@@ -389,13 +389,13 @@ def test_names_in_a_wheel_lead_nowhere(wheel, tmp_path):
         Source(evil)
 
 
+JORAM = "joram-moments_of_clarity-08-solipsism-59-88"
 CLIPS = {
-    "joram-moments_of_clarity-08-solipsism-59-88": "mtat/joram-moments_of_clarity-08-solipsism-59-88.mp3",
+    JORAM: f"mtat/{JORAM}.mp3",
     "blues.00000": "gtzan_audio/blues/blues.00000.au",
     "classical.00000": "gtzan_audio/classical/classical.00000.au",
     "metal.00000": "gtzan_audio/metal/metal.00000.au",
 }
-JORAM = "joram-moments_of_clarity-08-solipsism-59-88"
 
 
 @pytest.fixture(scope="module")
@@ -421,13 +421,15 @@ def top(scores, number=5):
 def test_the_published_weights_give_the_originals_scores(real_data, published, name):
     """Taggram and features that the original computed on four clips.
 
-    With its rounding of the power to float16 they are equal to rounding, where no rate had to be changed; without the rounding,
-    which this front end leaves out, and as a file is tagged, with features in float16, to a few 1e-4.
+    With its rounding of the power to float16 they are equal up to rounding errors, unless the clip
+    was resampled. Without it, as in this front end, and with float16 features, as a file is tagged,
+    they differ by a few 1e-4.
     """
     model = read_model(published, name)
     spec = model.features
     assert spec.describe() == (
-        "logmel 96 bands, 16000 Hz by kaiser_best, n_fft 512, hop 256, 0-8000 Hz, log10(10000 x + 1) of the power"
+        "logmel 96 bands, 16000 Hz by kaiser_best, n_fft 512, hop 256, 0-8000 Hz, "
+        "log10(10000 x + 1) of the power"
     )
     apply = jax.jit(models.apply_model, static_argnums=0)
 
@@ -445,7 +447,8 @@ def test_the_published_weights_give_the_originals_scores(real_data, published, n
             distance = np.abs(np.asarray(embedding)[0] - reference["penultimate"][0]).max()
         difference = np.abs(scores - reference["taggram"])
         print(
-            f"{name} {clip:20.20s} {features:24s} {difference.max():.1e} {difference.mean():.1e} {distance:.1e}"
+            f"{name} {clip:20.20s} {features:24s} {difference.max():.1e} "
+            f"{difference.mean():.1e} {distance:.1e}"
         )
         return difference.max(), distance, top(scores) == top(reference["taggram"])
 
@@ -477,7 +480,7 @@ def test_the_published_weights_give_the_originals_scores(real_data, published, n
 
 
 def test_the_tags_that_the_documentation_shows(real_data, published, tmp_path):
-    """The first ten tags that musicnn's own page lists for this clip, from the bundle and as any file is tagged."""
+    """The first ten tags that musicnn's own page lists for this clip, from the bundle."""
     (path,) = import_models(published, ["MTT_musicnn"], tmp_path)
     labels = [tag.label for tag in Tagger.load(path).tag(real_data / CLIPS[JORAM], top=10)]
     assert labels[:5] == ["techno", "electronic", "synth", "fast", "beat"]

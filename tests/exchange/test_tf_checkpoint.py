@@ -13,7 +13,7 @@ def read(name):
 
 
 def variables():
-    """Variables of several types, shapes and lengths of shared names, with what Adam keeps of them."""
+    """Variables of several types, shapes and shared name prefixes, with Adam's state."""
     generator = np.random.default_rng(0)
     values = {
         "beta1_power": np.float32(0.9),
@@ -83,7 +83,7 @@ def test_bytes_worked_by_hand():
 
 
 def test_no_damage_goes_unseen(tmp_path):
-    """Any byte of the index changed, or its end missing: an error, or (in padding) the same entries."""
+    """A changed byte or a missing end is an error, or (in padding) leaves the entries equal."""
     tf.write_checkpoint(
         tmp_path,
         {"a/kernel": np.ones((2, 2), np.float32), "a/bias": np.ones(2, np.float32)},
@@ -104,7 +104,7 @@ def test_no_damage_goes_unseen(tmp_path):
             unseen += 1
         with pytest.raises(UserError):
             parse_index(index[:place], "index")
-    # The block of metadata, which is empty, and what points to it, are not read; nor is the padding of the footer.
+    # Not read: the empty metadata block, its handle, and the padding of the footer.
     assert unseen <= 2 * (8 + 5 + 2 + 36)
 
 

@@ -230,7 +230,7 @@ def test_stores_that_do_not_fit_are_refused(model, small_config):
 
 
 def test_no_run_is_a_clear_error(tmp_path):
-    with pytest.raises(UserError, match=r"none: no such workdir.*train\.py"):
+    with pytest.raises(UserError, match=r"none: no such workdir.*musicgenre train"):
         load_model(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no checkpoint found"):

@@ -14,7 +14,7 @@ from musicgenre.studies.evaluate import store_of_arrays
 from musicgenre.training.step import make_score_step
 
 
-def test_the_packaged_model_says_what_it_is():
+def test_the_card_of_the_packaged_model_states_data_and_results():
     model = load_model("gtzan")
     assert "gtzan" in packaged_models() and model.workdir.stat().st_size < 6.5e6
     assert model.label_names == GENRES and (model.frames, model.features.hop_length) == (387, 1710)
