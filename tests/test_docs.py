@@ -38,15 +38,15 @@ def test_the_readme_network_of_ones_own(tmp_path: Path) -> None:
     )
     assert code
     scope: dict[str, object] = {"__name__": "my_pkg.my_net"}
-    before = dict(registry._MODELS)
+    before = dict(registry._MODELS._items)
     try:
         exec(code[1], scope)
         module = registry.build({"name": "my_net", "width": 8}, num_classes=3, frames=20, bands=16)
         logits, _ = module.init_with_output(jax.random.key(0), jnp.zeros((2, 20, 16)))
         assert logits.shape == (2, 3)
     finally:
-        registry._MODELS.clear()
-        registry._MODELS.update(before)
+        registry._MODELS._items.clear()
+        registry._MODELS._items.update(before)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
