@@ -38,7 +38,7 @@ from musicgenre.store.prepare import CLIPS_PER_SHARD, prepare_store
 from musicgenre.store.store import Store
 from musicgenre.training.augment import Augmentation
 from musicgenre.training.feed import Feed, resident_clips
-from musicgenre.training.fit import MOST_STEPS_IN_FLIGHT
+from musicgenre.training.loop import MOST_STEPS_IN_FLIGHT
 from musicgenre.training.parallel import Parallel
 from musicgenre.training.state import create_state
 from musicgenre.training.step import make_train_step

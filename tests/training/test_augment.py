@@ -156,9 +156,9 @@ def test_each_end_is_limited_on_its_own_and_as_far_as_its_share():
     )
     got = np.asarray(limit(flat, jax.random.key(0), NORM)["x"])
     assert (got == got[:, :1]).all() and got.max() == 0.0 and got.min() == -6.0
-    # Of eight bands the upper four and the lower two can be touched, and no edge ever lies further in.
-    # A band loses level where its end is limited, which is half of the time, and the edge lies further in than it: evenly from 0
-    # to 4 bands at the top, from 0 to 2 at the bottom.
+    # Of eight bands the upper four and the lower two can change; no edge is further in.
+    # Half of the time an end is limited. A band loses level where the edge is further in: uniformly
+    # from 0 to 4 bands at the top, from 0 to 2 at the bottom.
     lost = (got[:, 0] < 0).mean(axis=0)
     np.testing.assert_allclose(lost, [1 / 2, 1 / 4, 0, 0, 1 / 8, 2 / 8, 3 / 8, 1 / 2], atol=0.06)
     np.testing.assert_allclose((got[:, 0, [0, 7]] < 0).all(axis=1).mean(), 1 / 4, atol=0.05)

@@ -21,8 +21,8 @@ from musicgenre.training.telemetry import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Devices are forced before jax starts, so the runs have a process of their own. A plain SGD step shows a wrong gradient;
-# dropout is off because under pmap each device draws its own mask.
+# Devices are forced before jax starts, so the runs have their own process. A plain SGD step shows a
+# wrong gradient; dropout is off because under pmap each device draws its own mask.
 MAIN = """
 import sys, json
 import jax
@@ -39,7 +39,9 @@ received = workdir._Signals.received
 for run in json.load(open(path)):
     devices = jax.devices()[: run["devices"]]
     parallel.SHARD_FROM = 64
-    workdir._Signals.received = (lambda self, step: 15 if step == run["stop"] else None) if run["stop"] else received
+    workdir._Signals.received = received
+    if run["stop"]:
+        workdir._Signals.received = lambda self, step: 15 if step == run["stop"] else None
     config = from_plain(run["config"])
     function = loop.pretrain if config.pretrain.method else loop.train
     try:
@@ -48,7 +50,7 @@ for run in json.load(open(path)):
         assert run["stop"]
 """
 
-# What a cut-up state takes on one of eight devices, and which collectives its step needs.
+# The memory of a sharded state on one of eight devices, and the collectives of its step.
 MEMORY = """
 import flax.linen as nn, jax.numpy as jnp, numpy as np, optax
 from musicgenre import models
@@ -70,11 +72,14 @@ batch = {"x": x, "y": np.arange(8, dtype=np.int32) % 3, "mask": np.ones(8, np.fl
 found, params = {}, []
 for kind in ("jit", "fsdp"):
     spread = parallel.Parallel.create(kind)
-    step = make_train_step(Net(), optimizer, seed=0, class_weights=jnp.ones(3), accumulate=1, ema_decay=0.9, gather=spread.gather)
+    step = make_train_step(
+        Net(), optimizer, seed=0, class_weights=jnp.ones(3), ema_decay=0.9, gather=spread.gather
+    )
     create = lambda: create_state(Net(), optimizer, norm, seed=0, frames=12, bands=8, ema=True)
     state, whole = spread.create_state(create), create()
-    same = [np.array_equal(one, other) for one, other in zip(*map(jax.tree.leaves, (state, whole)), strict=True)]
-    places = [leaf.sharding == place for leaf, place in zip(*map(jax.tree.leaves, (state, spread.state_shardings(whole))))]
+    leaves, shardings = jax.tree.leaves(state), jax.tree.leaves(spread.state_shardings(whole))
+    same = [np.array_equal(*pair) for pair in zip(leaves, jax.tree.leaves(whole), strict=True)]
+    places = [leaf.sharding == place for leaf, place in zip(leaves, shardings, strict=True)]
     placed = spread.place_batch(batch)
     compiled = spread.train_step(step).lower(state, placed).compile()
     for _ in range(3):
@@ -87,14 +92,19 @@ for kind in ("jit", "fsdp"):
         "created": all(same) and all(places),
     }
     if kind == "fsdp":
-        made = jax.jit(create, out_shardings=spread.state_shardings(whole)).lower().compile().memory_analysis()
+        making = jax.jit(create, out_shardings=spread.state_shardings(whole))
+        made = making.lower().compile().memory_analysis()
         found["making"] = made.temp_size_in_bytes + made.output_size_in_bytes
     params.append(jax.tree.map(np.asarray, (state.params, state.ema)))
-found["apart"] = max(float(abs(one - other).max()) for one, other in zip(*map(jax.tree.leaves, params)))
+pairs = zip(*map(jax.tree.leaves, params), strict=True)
+found["apart"] = max(float(abs(one - other).max()) for one, other in pairs)
 
 module = models.build({"name": "fcn"}, num_classes=50, frames=1366, bands=96)
-fcn = jax.eval_shape(lambda: create_state(module, optimizer, norm, seed=0, frames=1366, bands=96, ema=False))
-sizes = jax.tree.map(lambda leaf, place: np.prod(place.shard_shape(leaf.shape)), fcn, spread.state_shardings(fcn))
+fcn = jax.eval_shape(
+    lambda: create_state(module, optimizer, norm, seed=0, frames=1366, bands=96, ema=False)
+)
+shard_size = lambda leaf, place: np.prod(place.shard_shape(leaf.shape))
+sizes = jax.tree.map(shard_size, fcn, spread.state_shardings(fcn))
 found["fcn"] = [sum(leaf.size for leaf in jax.tree.leaves(fcn)), int(sum(jax.tree.leaves(sizes)))]
 print(json.dumps(found))
 """
@@ -124,9 +134,12 @@ for kind, devices in (("jit", 1), ("pmap", 2)):
         Small(), optax.sgd(0.1), seed=0, class_weights=jnp.ones(3), teachers_weight=0.8,
         augmentation=Augmentation(40, mixup=0.7), axis_name=spread.axis_name,
     )
-    create = lambda: create_state(Small(), optax.sgd(0.1), norm, seed=0, frames=40, bands=8, ema=False)
+    create = lambda: create_state(
+        Small(), optax.sgd(0.1), norm, seed=0, frames=40, bands=8, ema=False
+    )
     state, metrics = spread.train_step(step)(spread.create_state(create), spread.place_batch(batch))
-    learnt.append((float(metrics["loss"]), jax.tree.map(np.asarray, (state.params, state.collections))))
+    values = (metrics["loss"], state.params, state.collections)
+    learnt.append(jax.tree.map(np.asarray, values))
 jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), *learnt)
 print("equal")
 """
@@ -177,7 +190,7 @@ def free_port():
 
 @pytest.fixture
 def config(small_config):
-    """Crops and augmentation are on: what a clip undergoes must not depend on the device that it is on.
+    """Crops and augmentation are on: what a clip undergoes must not depend on its device.
 
     Two chunks of each of the 9 validation clips are 18 rows, which no number of devices divides.
     """
@@ -227,7 +240,7 @@ def test_many_devices_give_the_single_devices_result(config, tmp_path):
         ("four", fed(config, "never"), "jit", 4, 0),
         ("jit", fed(config, "always", 2), "jit", 8, 0),
         ("pmap", fed(config, "always", 2), "pmap", 8, 0),
-        # One run, with its parameters cut up over eight devices, then on one, then on eight again.
+        # One run, sharded over eight devices, then on one, then on eight again.
         ("moved", fed(config, "always"), "fsdp", 8, 1),
         ("moved", fed(config, "always"), "jit", 1, 2),
         ("moved", fed(config, "always"), "fsdp", 8, 0),
@@ -238,6 +251,8 @@ def test_many_devices_give_the_single_devices_result(config, tmp_path):
         "pretrain.method": "simclr",
         "pretrain.epochs": 2,
         "pretrain.projection": 16,
+        "augment.time_stretch": 0.0,
+        "augment.time_masks": 0,
         "batch_size": 12,
     }
     divergence = {
@@ -273,8 +288,8 @@ def test_many_devices_give_the_single_devices_result(config, tmp_path):
         assert_close(tmp_path / "one", tmp_path / name)
 
     found = json.loads(output.splitlines()[-2])
-    # In numbers: the big kernel is 3 x 3 x 64 x 512, everything else 640 + 512 + 1,539; the parameters, their average and Adam's
-    # two moments have all of it. Beside them: norm's 16, and three counters of steps.
+    # The big kernel has 3 x 3 x 64 x 512 numbers, everything else 640 + 512 + 1,539. Parameters,
+    # average and Adam's two moments each have these; then norm's 16, and the counters of steps.
     big, small = 294_912, 2_691
     assert found["jit"] == {
         "bytes": 4 * (4 * (big + small) + 16 + 2),
@@ -286,7 +301,7 @@ def test_many_devices_give_the_single_devices_result(config, tmp_path):
         "gathers": 1,
         "created": True,
     }
-    # What one device has while it makes its parts of the state, results and all, is less than the big kernel once, in bytes.
+    # While it makes its shards, a device needs fewer bytes than one copy of the big kernel.
     assert found["making"] < 4 * big
     assert found["apart"] < 1e-6
     # FCN-4: 17.4 M parameters, three times with Adam; its small arrays are a thousandth of it.
@@ -315,8 +330,8 @@ def test_two_processes_give_the_single_processs_result(config, tmp_path):
     assert_close(tmp_path / "one", tmp_path / "moved")
 
 
-# A user's module, which the config names: it cuts arrays up from 64 numbers, and lets process 1 die as if its machine had gone,
-# in the second step after the first checkpoint.
+# A user's module, which the config names: it shards arrays from 64 numbers, and lets process 1 die
+# as if its machine had gone, in the second step after the first checkpoint.
 DYING = """
 import os, pathlib, signal, sys, time
 import jax
@@ -400,7 +415,8 @@ def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(
         and "another process has ended" in last
     )
     assert last.endswith(
-        "Start all processes again with the same commands: the run resumes from the last complete checkpoint."
+        "Start all processes again with the same commands: "
+        "the run resumes from the last complete checkpoint."
     )
     assert said[1].splitlines()[-1].startswith("error: process 1 of 2 was ended from outside")
 

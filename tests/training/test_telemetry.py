@@ -19,7 +19,8 @@ from musicgenre.training.telemetry import Profiler
         ),
         (
             range(100, 100),
-            "--profile_steps=20,5: no trace will be written; this call trains none: the run has its 100 steps",
+            "--profile_steps=20,5: no trace will be written; "
+            "this call trains none: the run has its 100 steps",
         ),
     ],
 )

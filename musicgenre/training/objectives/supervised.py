@@ -40,6 +40,7 @@ class Supervised(Objective):
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         config, store = run.config, run.store
+        run.spread.check_batch_size(config.batch_size, config.optimizer.accumulate)
         if store.task == "regression":
             if config.loss.class_weights == "balanced":
                 raise UserError(

@@ -72,7 +72,7 @@ def same(one, other):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with 12 + 6 clips of three genres, and two networks that were each trained on one half of the 12."""
+    """A folder with 12 + 6 clips of three genres, and a network trained on each half of the 12."""
     place = tmp_path_factory.mktemp("distill")
     generator = np.random.default_rng(0)
     for split, count in (("train", 12), ("valid", 6)):
@@ -188,10 +188,10 @@ def test_a_clip_is_taught_by_those_that_did_not_train_on_it():
             [[0.3, 0.7]] * 3,
         ]
     )
-    #                of clip 0 teacher 0 alone, of clip 1 teachers 1 and 2, of clip 2 all, for every one has seen it
+    # Clip 0 has teacher 0 alone, clip 1 teachers 1 and 2, clip 2 all, since every one has seen it.
     seen = np.array([[False, True, True], [True, False, True], [True, False, True]])
     np.testing.assert_allclose(cross_fitted(scores, seen), [[0.9, 0.1], [0.35, 0.65], [0.5, 0.5]])
-    # A clip is known by its name or by what is in it; where a teacher's clips are not known, it may be any.
+    # A clip is known by its id or its content; a teacher of unknown clips may have seen any.
     teacher = TrainedOn(["a"], ["#1"], [None])
     clips = (["a", "b", "c", "d"], ["#2", "#1", "#3", ""])
     assert teacher.has_seen(*clips).tolist() == [True, True, False, False]
@@ -392,7 +392,7 @@ def test_a_stopped_run_goes_on_to_the_bit_without_its_teachers(place, tmp_path, 
 
 
 def test_the_audit_counts_what_the_teachers_saw(place, tmp_path, caplog):
-    """A student of one half, taught by one of its own half and by one of the other, which saw the clips it is measured on."""
+    """One of the teachers of a student has seen the clips that the student is evaluated on."""
     half = {
         "data.protocol": "random_kfold",
         "data.folds": 2,
@@ -409,7 +409,7 @@ def test_the_audit_counts_what_the_teachers_saw(place, tmp_path, caplog):
     assert audit.trained == 12 and [(found.kind, found.clips) for found in audit.findings] == [
         ("same clip", 6)
     ]
-    # As a teacher it hands on what it was taught; the teacher of its own half has learnt nothing else.
+    # As a teacher it counts its own teachers' clips; the teacher of its own half adds none.
     again = read_teachers(
         changed(config, distill__teachers=(str(tmp_path / "leaky"), halves(place)[0])), store
     )
@@ -512,10 +512,10 @@ def test_teachers_that_do_not_fit_are_named(place, tmp_path, monkeypatch):
     for name, model in models_of.items():
         save_bundle(model, tmp_path / f"{name}.safetensors")
     for source, message in {
-        "genres.safetensors": "'genres.safetensors' has other labels, in their order .there -> here.: low, high, ",
-        "frames.safetensors": "'frames.safetensors' has other frames per clip .there -> here.: 80 -> 64",
-        "front.safetensors": "'front.safetensors' was trained on other features .there -> here.: top_db: 60.0 -> 80.0",
-        "tags.safetensors": "'tags.safetensors' has other task .there -> here.: multi_label -> single_label",
+        "genres.safetensors": "'genres.safetensors' has other labels, in their .*: low, high, ",
+        "frames.safetensors": "'frames.safetensors' has other frames per clip .*: 80 -> 64",
+        "front.safetensors": "'front.safetensors' was trained on other .*: top_db: 60.0 -> 80.0",
+        "tags.safetensors": "'tags.safetensors' has other task .*: multi_label -> single_label",
         "nowhere": "config.distill.teachers: 'nowhere': no such workdir, bundle or packaged model",
         "gtzam": "Did you mean 'gtzan'",
         str(place): "no checkpoint found there",

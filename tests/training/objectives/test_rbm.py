@@ -101,7 +101,7 @@ def test_visible_conditionals_are_those_of_the_energy():
     np.testing.assert_allclose(
         visible_means(rbm, states(3)), joint.T @ states(4) / joint.sum(axis=0)[:, None], rtol=1e-5
     )
-    # A Gaussian visible unit, on a grid of its values: mean and the unit variance that the sampling draws with.
+    # A Gaussian visible unit, on a grid of its values: the mean, and the unit variance of samples.
     rbm = some_rbm(1, 3, gaussian=True)
     grid = np.linspace(-12, 12, 4001)[:, None]
     joint = np.exp(-energies(rbm, grid, states(3)))

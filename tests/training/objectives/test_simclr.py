@@ -66,7 +66,7 @@ def test_the_loss_is_the_definition():
 
 
 def test_losses_by_hand():
-    """Two clips at right angles: every view has its other one at a cosine of 1, and the other clip's two at 0."""
+    """Two orthogonal clips: the other view at a cosine of 1, the other clip's two at 0."""
     z = jnp.array([[3.0, 0], [1, 0], [0, 2], [0, 5]])
     losses, nearest = nt_xent(z, clips(2), 1.0)
     np.testing.assert_allclose(losses, np.log(1 + 2 / np.e), rtol=1e-6)
@@ -244,7 +244,7 @@ def test_a_network_without_embedding_is_refused():
 
 @pytest.fixture
 def config(small_config, small_arrays, prepared):
-    """Clips that each have a spectrum of their own under noise, as heard through any equaliser's tilt and at any level."""
+    """Clips with a different spectrum each, under noise and at any level."""
     generator = np.random.default_rng(1)
     folder = small_arrays / "spectra"
     folder.mkdir()
@@ -418,7 +418,7 @@ def test_each_validation_clip_counts_once(config, batch_size, size):
 
 
 def test_without_a_validation_split_and_for_another_network(config, tmp_path, prepared):
-    """A stack of Boltzmann machines by its other name, a sigmoid network, learns in this way where it is told to."""
+    """The method chooses the objective: a stack of Boltzmann machines, a sigmoid network, too."""
     config.data.files.valid = ""
     config.model = ConfigDict({"name": "rbm", "module": "", "layers": (12,)})
     config.pretrain.method = "simclr"
