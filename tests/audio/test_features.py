@@ -130,12 +130,12 @@ def test_frames_that_need_no_zeros_are_those_that_do(monkeypatch, hop):
     """Frames taken in parts of several sizes equal one transform of a padded copy."""
     spec = FeatureSpec(kind="stft", n_fft=256, hop_length=hop)
     samples = np.random.default_rng(0).standard_normal(4000)
-    whole = stft_power(samples, spec)
+    full = stft_power(samples, spec)
     expected = np.abs(librosa.stft(samples.astype(np.float32), n_fft=256, hop_length=hop)).T ** 2
-    np.testing.assert_allclose(whole, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(full, expected, rtol=1e-5, atol=1e-5)
     monkeypatch.setattr(features, "_PART", 3)
     monkeypatch.setattr(features, "_BLOCK", 6)
-    np.testing.assert_array_equal(stft_power(samples, spec), whole)
+    np.testing.assert_array_equal(stft_power(samples, spec), full)
 
 
 BANKS = [
@@ -184,12 +184,12 @@ def test_bands_that_hear_nothing_are_told():
 )
 def test_groups_of_bands_leave_nothing_out(spec):
     """Together they are the filter bank, although some bands of a short transform are empty."""
-    whole = features.mel_filters(spec)
-    together = np.zeros_like(whole)
+    full = features.mel_filters(spec)
+    together = np.zeros_like(full)
     for bands, bins, filters in features._mel_groups(spec):
         together[bins, bands] += filters
-    np.testing.assert_array_equal(together, whole)
-    assert sum(filters.size for _, _, filters in features._mel_groups(spec)) < 0.6 * whole.size
+    np.testing.assert_array_equal(together, full)
+    assert sum(filters.size for _, _, filters in features._mel_groups(spec)) < 0.6 * full.size
 
 
 def test_mfcc_equals_librosa():

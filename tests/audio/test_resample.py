@@ -21,7 +21,7 @@ def sine(frequency, rate, count):
     ],
 )
 def test_kaiser_best_gives_the_values_of_resampy(rate, wanted, count, expected):
-    """Those of resampy 0.4.3 at ratios for which the steps through its table are whole numbers."""
+    """Those of resampy 0.4.3 at ratios for which the steps through its table are integers."""
     n = np.arange(400)
     resampled = resample(np.where(n % 7 < 3, 1.0, -1.0) * (n % 5) / 4, rate, wanted, "kaiser_best")
     assert len(resampled) == count and resampled.dtype == np.float32
@@ -75,11 +75,11 @@ def test_kaiser_best_keeps_a_sine_and_removes_what_folds_back(rate, wanted):
 def test_a_stream_gives_the_same_bits(resampler, rate, wanted, size):
     samples = noise(20_007)
     blocks = (samples[start : start + size] for start in range(0, len(samples), size))
-    whole = resample(samples, rate, wanted, resampler)
+    expected = resample(samples, rate, wanted, resampler)
     np.testing.assert_array_equal(
-        np.concatenate(list(resample_stream(blocks, rate, wanted, resampler))), whole
+        np.concatenate(list(resample_stream(blocks, rate, wanted, resampler))), expected
     )
-    assert len(whole) == (
+    assert len(expected) == (
         20_007 * wanted // rate if resampler == "kaiser_best" else -(-20_007 * wanted // rate)
     )
 

@@ -41,7 +41,7 @@ def test_a_model_is_exported_and_the_check_is_printed(bundle, tmp_path, capsys):
     )
     assert (
         notes["format"] == "stablehlo"
-        and notes["card"].startswith("# conv1d on made_up")
+        and notes["card"].startswith("# conv1d on example")
         and not errors
     )
     assert len(lines) == 3 and sorted(path.name for path in out.parent.iterdir()) == [

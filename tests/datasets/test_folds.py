@@ -85,15 +85,15 @@ def test_folds_that_cannot_be():
 
 
 def test_folds_are_made_of_the_files_that_are_given_and_the_test_file_stays(two_files):
-    whole = [load(two_files, "random_kfold", folds=3, fold=fold) for fold in range(3)]
-    assert whole[1].protocol == "random_kfold fold 1 of 3, seed 42"
+    splits = [load(two_files, "random_kfold", folds=3, fold=fold) for fold in range(3)]
+    assert splits[1].protocol == "random_kfold fold 1 of 3, seed 42"
     assert all(
         {clip_id for clip_id, split in split_of(d).items() if split == "test"}
         == {"clip12", "clip13"}
-        for d in whole
+        for d in splits
     )
     held_out = [
-        clip_id for d in whole for clip_id, split in split_of(d).items() if split == "valid"
+        clip_id for d in splits for clip_id, split in split_of(d).items() if split == "valid"
     ]
     assert sorted(held_out) == sorted(f"clip{i}" for i in range(12))
     by_artist = load(two_files, "artist_kfold", "train", folds=2)
@@ -156,7 +156,7 @@ def test_segments_of_a_clip_by_nobody_known_belong_together(two_files):
 
 
 def test_a_config_says_which_folds_and_each_has_a_store_of_its_own(two_files):
-    places, held_out = set(), []
+    paths, held_out = set(), []
     for protocol, fold in (
         ("fault_filtered", 0),
         ("random_kfold", 0),
@@ -174,10 +174,10 @@ def test_a_config_says_which_folds_and_each_has_a_store_of_its_own(two_files):
             }
         )
         config.data.files.update({"train": "train.npz", "valid": "valid.npz"})
-        places.add(store_path(config))
+        paths.add(store_path(config))
         splits = split_of(load_dataset(dataset_options(config)))
         held_out.append({clip_id for clip_id, split in splits.items() if split == "valid"})
-    assert len(places) == 4
+    assert len(paths) == 4
     assert held_out[0] == {"clip8", "clip9", "clip10", "clip11"}  # as the files say
     assert not held_out[1] & held_out[2] and len(held_out[1] | held_out[2]) == 12
     segments = config.copy_and_resolve_references()

@@ -62,8 +62,8 @@ def write_h5(path, *songs, lists=True):
                 (table,) = (table for table in tables if name in table.dtype.names)
                 table[row][name] = value
     with h5py.File(path, "w") as file:
-        for place, table in zip(("metadata", "analysis", "musicbrainz"), tables, strict=True):
-            file.create_group(place).create_dataset(
+        for group, table in zip(("metadata", "analysis", "musicbrainz"), tables, strict=True):
+            file.create_group(group).create_dataset(
                 "songs", data=table, maxshape=(None,), chunks=(4,), compression="gzip"
             )
         if lists:
@@ -73,9 +73,9 @@ def write_h5(path, *songs, lists=True):
                 "musicbrainz/artist_mbtags": np.array(tags, "S256"),
                 "musicbrainz/artist_mbtags_count": np.array(counts, "<i4"),
             }
-            for place, data in made.items():
+            for name, data in made.items():
                 file.create_dataset(
-                    place, data=data, maxshape=(None,), chunks=(32,), compression="gzip"
+                    name, data=data, maxshape=(None,), chunks=(32,), compression="gzip"
                 )
     return path
 
@@ -148,16 +148,16 @@ def test_the_files_of_these_tests_are_like_a_real_one(real_data, tmp_path):
         h5py.File(real_data / "msd" / "TRAXLZU12903D05F94.h5", "r") as real,
         h5py.File(path, "r") as made,
     ):
-        places = []
+        names = []
         made.visititems(
-            lambda name, item: places.append(name) if isinstance(item, h5py.Dataset) else None
+            lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None
         )
-        assert len(places) == 7
-        for place in places:
-            assert (made[place].dtype, made[place].ndim, made[place].maxshape) == (
-                real[place].dtype,
+        assert len(names) == 7
+        for name in names:
+            assert (made[name].dtype, made[name].ndim, made[name].maxshape) == (
+                real[name].dtype,
                 1,
-                real[place].maxshape,
+                real[name].maxshape,
             )
 
 
@@ -224,22 +224,22 @@ def damage(path, change):
         change(file)
 
 
-def drop_column(place, name):
+def drop_column(table_name, name):
     def change(file):
-        rows = file[place][:]
-        del file[place]
+        rows = file[table_name][:]
+        del file[table_name]
         file.create_dataset(
-            place, data=rows[[column for column in rows.dtype.names if column != name]]
+            table_name, data=rows[[column for column in rows.dtype.names if column != name]]
         )
 
     return change
 
 
-def set_column(place, name, value):
+def set_column(table_name, name, value):
     def change(file):
-        rows = file[place][:]
+        rows = file[table_name][:]
         rows[name] = value
-        file[place][...] = rows
+        file[table_name][...] = rows
 
     return change
 
@@ -299,8 +299,8 @@ def test_what_a_file_lacks_is_named(tmp_path, change, message):
 
 
 def test_files_that_are_no_hdf5(tmp_path):
-    whole = write_h5(tmp_path / "whole.h5", song(1)).read_bytes()
-    for name, data in {"empty": b"", "text": b"hello", "half": whole[: len(whole) // 2]}.items():
+    intact = write_h5(tmp_path / "intact.h5", song(1)).read_bytes()
+    for name, data in {"empty": b"", "text": b"hello", "half": intact[: len(intact) // 2]}.items():
         path = tmp_path / f"{name}.h5"
         path.write_bytes(data)
         with pytest.raises(UserError, match=rf"{name}\.h5: not an HDF5 file that can be read"):

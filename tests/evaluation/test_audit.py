@@ -147,10 +147,10 @@ def test_blocks_do_not_change_the_result(monkeypatch):
         side(*map(music, range(7)), prefix="e"),
         side(*map(music, range(5, 12)), prefix="t"),
     )
-    whole = audit(one, other)
+    expected = audit(one, other)
     monkeypatch.setattr(module, "_PAIRS_PER_BLOCK", 14)
-    assert audit(one, other).findings == whole.findings
-    assert whole.findings[0].pairs == 2
+    assert audit(one, other).findings == expected.findings
+    assert expected.findings[0].pairs == 2
 
 
 def test_refusals():

@@ -192,7 +192,7 @@ def test_time_and_bands_of_a_spectrogram():
     panels = [sound, plots.TimePanel(values, 0.5, -0.25, *names)]
     line, image, bar = axes_of(plots.time_panels(panels))
     (picture,) = image.get_images()
-    # Frames are centred on multiples of half a second, bands on whole numbers.
+    # Frames are centred on multiples of half a second, bands on integers.
     assert picture.get_extent() == [-0.25, 19.75, -0.5, 7.5]
     np.testing.assert_array_equal(picture.get_array(), values.T)
     assert picture.get_clim() == (-80, 0) and picture.origin == "lower"

@@ -262,7 +262,7 @@ def test_the_notes_beside_a_program(tmp_path):
     )
     assert notes["output"]["shape"] == ["batch", 3] and notes["features"]["n_mels"] == 16
     assert notes["largest_difference"] == exported.difference
-    assert notes["dataset"] == {"name": "made_up", "protocol": "random", "synthetic": False}
+    assert notes["dataset"] == {"name": "example", "protocol": "random", "synthetic": False}
     assert "/somewhere/private" not in exported.notes.read_text(encoding="utf-8")
     assert jax.export.deserialize(bytearray(exported.path.read_bytes())).platforms == (
         "cpu",

@@ -201,7 +201,7 @@ def test_a_model_comes_over_whole(wheel, tmp_path, name):
 def test_every_form_of_the_source(package, wheel, tmp_path):
     (tmp_path / "downloaded").mkdir()
     (tmp_path / "downloaded" / wheel.name).write_bytes(wheel.read_bytes())
-    sources = [Source(place) for place in (package, package.parent, wheel, tmp_path / "downloaded")]
+    sources = [Source(path) for path in (package, package.parent, wheel, tmp_path / "downloaded")]
     for source in sources:
         assert available(source) == ["MTT_musicnn", "MSD_musicnn", "MTT_vgg", "MSD_vgg"]
         model = read_model(source, "MTT_vgg")
@@ -356,8 +356,8 @@ def test_what_is_no_wheel_of_musicnn(package, wheel, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="holds none of the models MTT_musicnn"):
         available(Source(tmp_path / "bare.whl"))
     damaged = bytearray(wheel.read_bytes())
-    place = damaged.index((package / "MTT_vgg" / ".data-00000-of-00001").read_bytes()) + 10
-    damaged[place] ^= 1
+    position = damaged.index((package / "MTT_vgg" / ".data-00000-of-00001").read_bytes()) + 10
+    damaged[position] ^= 1
     (tmp_path / "damaged.whl").write_bytes(damaged)
     with pytest.raises(
         UserError, match=r"musicnn/MTT_vgg/.data-00000-of-00001 cannot be read \(Bad CRC-32"
@@ -401,10 +401,10 @@ CLIPS = {
 @pytest.fixture(scope="module")
 def published():
     """The wheel that people download, where the environment says where it is."""
-    place = os.environ.get("MUSICGENRE_MUSICNN_WHEEL", "")
-    if not place:
+    path = os.environ.get("MUSICGENRE_MUSICNN_WHEEL", "")
+    if not path:
         pytest.skip("MUSICGENRE_MUSICNN_WHEEL does not name the wheel of musicnn 0.1.0")
-    return Source(place)
+    return Source(path)
 
 
 def windows(features, frames=187):

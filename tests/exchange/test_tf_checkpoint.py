@@ -92,10 +92,10 @@ def test_no_damage_goes_unseen(tmp_path):
     index = read(f"{tmp_path}/.index")
     expected = parse_index(index, "index")
     unseen = 0
-    for place in range(len(index)):
+    for position in range(len(index)):
         for flip in (1, 128):
             damaged = bytearray(index)
-            damaged[place] ^= flip
+            damaged[position] ^= flip
             try:
                 found = parse_index(bytes(damaged), "index")
             except UserError:
@@ -103,7 +103,7 @@ def test_no_damage_goes_unseen(tmp_path):
             assert found == expected
             unseen += 1
         with pytest.raises(UserError):
-            parse_index(index[:place], "index")
+            parse_index(index[:position], "index")
     # Not read: the empty metadata block, its handle, and the padding of the footer.
     assert unseen <= 2 * (8 + 5 + 2 + 36)
 
@@ -111,13 +111,13 @@ def test_no_damage_goes_unseen(tmp_path):
 def test_damaged_data(tmp_path):
     tf.write_checkpoint(tmp_path, {"a": np.ones(3, np.float32), "b": np.ones(3, np.float32)})
     data = tmp_path / ".data-00000-of-00001"
-    whole = data.read_bytes()
-    data.write_bytes(whole[:13] + b"!" + whole[14:])
+    intact = data.read_bytes()
+    data.write_bytes(intact[:13] + b"!" + intact[14:])
     with pytest.raises(
         UserError, match=r"data-00000-of-00001: the variable 'b' does not match its checksum"
     ):
         read_checkpoint(read, f"{tmp_path}/")
-    data.write_bytes(whole[:-1])
+    data.write_bytes(intact[:-1])
     with pytest.raises(UserError, match="the variable 'b' ends at byte 24 of 23"):
         read_checkpoint(read, f"{tmp_path}/")
 

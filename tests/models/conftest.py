@@ -12,7 +12,7 @@ import pytest
 
 from musicgenre import models
 
-# Compiled as a whole, which is faster than each operation on its own.
+# Compiling everything at once is faster than each operation alone.
 _apply = jax.jit(models.apply_model, static_argnums=0)
 
 

@@ -382,10 +382,10 @@ def test_gradients_over_frames_and_bands_equal_flax_after_batch_norm_at_real_wid
     frames, bands, window
 ):
     """At 128 channels, where a reshaped reduction goes wrong; None is the global maximum."""
-    whole = (frames, bands)
+    size = (frames, bands)
     ours = global_max if window is None else lambda v: max_pool(v, window)
     flax = (
-        (lambda v: nn.max_pool(v, whole)[:, 0, 0])
+        (lambda v: nn.max_pool(v, size)[:, 0, 0])
         if window is None
         else lambda v: nn.max_pool(v, window, window)
     )

@@ -243,7 +243,7 @@ def test_the_sizes(variable_shapes, count, layer_shapes):
         count(variable_shapes(build(387, floors=(50.0,), contrasts=(8.0,)), 387, 128)["params"])
         == 3 * size * 256 + 2826
     )
-    # As many parameters for any length, so that a model trained on crops scores whole clips.
+    # As many parameters for any length, so that a model trained on windows scores entire clips.
     assert variable_shapes(build(64), 64, 128) == shapes
     assert layer_shapes(build(hidden=(8, 6)), 64, 128)["embedding"] == (2, 6)
     assert layer_shapes(build(hidden=()), 64, 128)["embedding"] == (2, size)

@@ -72,8 +72,8 @@ def test_the_network_is_the_one_described(squeeze_excite, samples, lively, apply
         return np.maximum(numpy_norm(out, variables, f"{name}_norm"), 0)
 
     def pool(x):
-        whole = len(x) // 3
-        return x[: whole * 3].reshape(whole, 3, -1).max(axis=1)
+        groups = len(x) // 3
+        return x[: groups * 3].reshape(groups, 3, -1).max(axis=1)
 
     def dense(x, name):
         return x @ p[name]["kernel"] + p[name]["bias"]

@@ -88,7 +88,7 @@ def test_no_path_of_this_machine_is_in_it(bundle):
     assert (
         loaded.config.data.root == ""
         and loaded.dataset["root"] == ""
-        and loaded.dataset["name"] == "made_up"
+        and loaded.dataset["name"] == "example"
     )
 
 
@@ -192,7 +192,7 @@ def test_names(model, bundle, tmp_path, monkeypatch):
 def test_the_card_says_what_is_known(model):
     card = model_card(model, "Test: 12 of 290.")
     for words in (
-        "# conv1d on made_up",
+        "# conv1d on example",
         "split: random",
         "accuracy 0.5000 on the validation split (last checkpoint, step 7)",
         "1.49 s windows (64 frames x 16 bands)",
@@ -201,4 +201,4 @@ def test_the_card_says_what_is_known(model):
         "Test: 12 of 290.",
     ):
         assert words in card
-    assert "made-up audio" not in card
+    assert "synthetic audio" not in card

@@ -1,7 +1,6 @@
 """A small folder in MagnaTagATune's exact layout with synthetic audio.
 
 Also a script: python tests/shared/mtat_tree.py FOLDER [AN_MP3_TO_ADD]
-
 """
 
 import gzip
@@ -56,21 +55,19 @@ def make_mtat_tree(
 ) -> Path:
     """Writes folders 0-9, a-f with mp3s (16 kHz, mono) and the label table; returns `root`.
 
-    Two clips are one track. The tracks are in ten styles in turn, and every ten tracks are in other
+    A track has two clips. Tracks rotate through ten styles, and groups of ten tracks through the
     folders: the first ten in 0-b, the next in c, the next in d-f, all others in 0-b. So 60 clips
-      are
-    enough for every tag in every split of the "clean" protocol, which for 96 clips has 56 / 20 /
-    20.
+    suffice for every tag in every split of the "clean" protocol (of 96 clips: 56 / 20 / 20).
 
     Args:
       root: the folder; created if needed.
       clips: an even number.
-      seconds: length of a clip, whole seconds.
+      seconds: length of a clip, an integer number of seconds.
       seed: of the music.
-      audio: whether the mp3s are written, or the table alone.
-      quoted: the original form of the table, or the gzipped one without quotes and with its tags
+      audio: write the mp3s, or else the table alone.
+      quoted: write the original table, or else the gzipped one without quotes and with tags sorted
         by frequency.
-      empty: number of further clips, in folder 0, whose mp3 is empty.
+      empty: number of further clips in folder 0, whose mp3s are empty.
       real_clip: an mp3 that is copied into folder e, with the tags techno and electronic.
     """
     root = Path(root)
@@ -80,7 +77,7 @@ def make_mtat_tree(
     for track in range(clips // 2):
         style, number = styles[track % 10], track // 10
         folder = {1: "c", 2: "def"[track % 3]}.get(number, "0123456789ab"[track % 12])
-        name = f"{folder}/the_{style}_{number}-made_up-{track + 1:02d}-piece_{track}"
+        name = f"{folder}/the_{style}_{number}-synthetic-{track + 1:02d}-piece_{track}"
         samples = render_clip(style, seed, 2.0 * length, SAMPLE_RATE, number) if audio else None
         for begin in (0, length):
             path = f"{name}-{begin}-{begin + length}.mp3"
@@ -110,7 +107,7 @@ def _write_table(root: Path, rows: list[tuple[str, tuple[str, ...]]], quoted: bo
     if not quoted:
         tags.sort(key=lambda tag: -sum(tag in own for _, own in rows))
     table = [["clip_id", *tags, "mp3_path"]]
-    # The ids have gaps and more digits later: their order as numbers is not that as text.
+    # The ids have gaps and growing lengths: their order as numbers differs from that as text.
     table += [
         [str(2 + 7 * i), *("01"[tag in own] for tag in tags), path]
         for i, (path, own) in enumerate(rows)

@@ -362,12 +362,12 @@ def test_wrong_flags_are_one_clear_line(dataset, tmp_path, flags, message):
     assert "\n" not in str(raised.value)
 
 
-def test_places_that_other_machines_cannot_see_are_refused(dataset, tmp_path, monkeypatch):
-    for place in ("gs://bucket/store", Path("s3://bucket/store")):
+def test_paths_that_other_machines_cannot_see_are_refused(dataset, tmp_path, monkeypatch):
+    for path in ("gs://bucket/store", Path("s3://bucket/store")):
         with pytest.raises(
             UserError, match=r"object stores are not supported.*--config\.data\.store"
         ):
-            make(dataset, place)
+            make(dataset, path)
     clips = (dataclasses.replace(dataset.clips[0], path=Path("music/x.wav")), *dataset.clips[1:])
     with pytest.raises(
         UserError, match=r"music/x\.wav: a relative path means another file on another machine"
@@ -391,10 +391,10 @@ def test_a_worker_process_that_dies_ends_the_run(dataset, tmp_path):
 
     def kill():
         for _ in range(3000):
-            for place in Path("/proc").glob("[0-9]*"):
+            for path in Path("/proc").glob("[0-9]*"):
                 try:
-                    command = (place / "cmdline").read_bytes()
-                    session = (place / "stat").read_text().rpartition(")")[2].split()[3]
+                    command = (path / "cmdline").read_bytes()
+                    session = (path / "stat").read_text().rpartition(")")[2].split()[3]
                 except OSError:
                     continue
                 if (
@@ -402,8 +402,8 @@ def test_a_worker_process_that_dies_ends_the_run(dataset, tmp_path):
                     and b"sh\0-c" not in command
                     and session == str(os.getsid(0))
                 ):
-                    os.kill(int(place.name), signal.SIGKILL)
-                    killed.append(place.name)
+                    os.kill(int(path.name), signal.SIGKILL)
+                    killed.append(path.name)
                     return
             time.sleep(0.01)
 

@@ -20,7 +20,7 @@ def store(small_config):
 
 
 def rows_of(store, batch):
-    """The clip of each whole-clip row, found by its content."""
+    """The clip of each uncropped row, found by its content."""
     every = store.gather(np.arange(len(store)))
     return [int(np.flatnonzero((every == row).all(axis=(1, 2)))[0]) for row in batch["x"]]
 
@@ -63,15 +63,15 @@ def test_steps_drawn_together_are_those_drawn_one_by_one(store, seed, step, stri
     train = store.indices("train")
     make = _MakeBatch(store, train, 7, 20, 20, False, seed, True, 0, 1, stride)
     for number in (step, step + stride, step + 2 * stride, step + 1):
-        places = []
+        picks = []
         for position in range(number * 7, (number + 1) * 7):
-            epoch, place = divmod(position, len(train))
-            places.append(
-                int(np.random.default_rng((seed, 0x5EED, epoch)).permutation(len(train))[place])
+            epoch, index = divmod(position, len(train))
+            picks.append(
+                int(np.random.default_rng((seed, 0x5EED, epoch)).permutation(len(train))[index])
             )
-        ends = store.lengths[train[places]].astype(np.int64) - 20 + 1
+        ends = store.lengths[train[picks]].astype(np.int64) - 20 + 1
         batch = make(number)
-        assert batch["clip"].tolist() == places
+        assert batch["clip"].tolist() == picks
         np.testing.assert_array_equal(
             batch["start"], np.random.default_rng((seed, number, 0)).integers(0, ends)
         )
@@ -93,12 +93,12 @@ def test_a_state_is_that_of_grains_own_reader(store):
 
 def test_crops_stay_inside_the_real_frames(store):
     store.lengths[:] = 30
-    whole = store.gather(np.arange(len(store)))
+    full = store.gather(np.arange(len(store)))
     starts = set()
     for batch in train_batches(store, batch_size=8, steps=30, seed=0, crop_frames=20):
         assert batch["x"].shape == (8, 20, 16)
         for row in batch["x"]:
-            hits = [s for s in range(45) for clip in whole if (clip[s : s + 20] == row).all()]
+            hits = [s for s in range(45) for clip in full if (clip[s : s + 20] == row).all()]
             assert len(hits) == 1
             starts.add(hits[0])
     assert starts == set(range(11))
@@ -111,9 +111,9 @@ def test_processes_share_each_batch(store, crop_frames):
             train_batches(store, batch_size=6, steps=8, seed=5, crop_frames=crop_frames, **share)
         )
 
-    whole = batches()
+    full = batches()
     halves = [batches(process_index=i, process_count=2) for i in range(2)]
-    for batch, left, right in zip(whole, *halves, strict=True):
+    for batch, left, right in zip(full, *halves, strict=True):
         np.testing.assert_array_equal(batch["x"], np.concatenate([left["x"], right["x"]]))
     with pytest.raises(UserError, match="batch_size=5 does not divide by the 2 processes"):
         train_batches(store, batch_size=5, steps=8, seed=5, process_count=2)
@@ -121,13 +121,13 @@ def test_processes_share_each_batch(store, crop_frames):
 
 def test_of_resident_clips_the_numbers_and_starts_are_those_that_would_be_read(store):
     store.lengths[::2] = 30
-    whole = store.gather(store.indices("train"))
+    full = store.gather(store.indices("train"))
     read = list(train_batches(store, batch_size=7, steps=9, seed=5, crop_frames=20))
     named = list(train_batches(store, batch_size=7, steps=9, seed=5, crop_frames=20, resident=True))
     for batch, numbers in zip(read, named, strict=True):
         assert set(numbers) == {"clip", "start", "y", "mask"}
         cut = [
-            whole[clip, start : start + 20]
+            full[clip, start : start + 20]
             for clip, start in zip(numbers["clip"], numbers["start"], strict=True)
         ]
         np.testing.assert_array_equal(cut, batch["x"])

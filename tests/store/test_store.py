@@ -74,7 +74,7 @@ def columns_file(folder):
 def as_schema_1(folder):
     """Makes the store what the first version of this package wrote."""
     store, manifest = Store.open(folder), read_json(folder / "manifest.json")
-    records = [read_json(place) for place in sorted((folder / "shards").glob("*.json"))]
+    records = [read_json(path) for path in sorted((folder / "shards").glob("*.json"))]
     entries = {
         entry["clip_id"]: entry | {"shard": i}
         for i, record in enumerate(records)
@@ -182,8 +182,8 @@ def test_only_what_changed_or_is_new_is_computed(dataset, tmp_path):
     summary = make(dataset, tmp_path / "store")
     assert (summary.computed, summary.reused) == (2, 4)
     fresh = make(dataset, tmp_path / "fresh")
-    grown, whole = Store.open(tmp_path / "store"), Store.open(fresh.store)
-    np.testing.assert_array_equal(grown.gather(np.arange(6)), whole.gather(np.arange(6)))
+    grown, full = Store.open(tmp_path / "store"), Store.open(fresh.store)
+    np.testing.assert_array_equal(grown.gather(np.arange(6)), full.gather(np.arange(6)))
 
 
 def test_an_interrupted_run_goes_on_after_its_last_shard(dataset, tmp_path, monkeypatch):
@@ -279,7 +279,7 @@ def test_a_foreign_folder_is_left_alone(dataset, tmp_path):
 def test_a_damaged_shard_is_named_and_rebuilt(dataset, tmp_path, monkeypatch, damage):
     monkeypatch.setattr(prepare, "CLIPS_PER_SHARD", 2)
     make(dataset, tmp_path / "store")
-    whole = Store.open(tmp_path / "store").gather(np.arange(6))
+    full = Store.open(tmp_path / "store").gather(np.arange(6))
     shard = tmp_path / "store" / "shards" / "00001.npy"
     content = bytearray(shard.read_bytes())
     if damage == "flip":
@@ -294,7 +294,7 @@ def test_a_damaged_shard_is_named_and_rebuilt(dataset, tmp_path, monkeypatch, da
     ):
         Store.open(tmp_path / "store")
     assert make(dataset, tmp_path / "store").computed == 2
-    np.testing.assert_array_equal(Store.open(tmp_path / "store").gather(np.arange(6)), whole)
+    np.testing.assert_array_equal(Store.open(tmp_path / "store").gather(np.arange(6)), full)
 
 
 def test_broken_manifests_are_named(dataset, tmp_path):
@@ -458,7 +458,7 @@ def test_many_threads_read_more_shards_than_are_kept_open(dataset, tmp_path, mon
         ):
             np.testing.assert_array_equal(x, expected[order, 7:57])
     if Path("/proc/self/fd").is_dir():
-        files = [os.path.realpath(place) for place in Path("/proc/self/fd").iterdir()]
+        files = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
         assert (
             len(
                 [name for name in files if name.startswith(str(tmp_path)) and name.endswith(".npy")]
@@ -499,10 +499,10 @@ def test_shards_read_or_mapped_give_the_same_and_one_cut_while_in_use_is_named(
         Store.open(tmp_path / "store"),
         pickle.loads(pickle.dumps(Store.open(tmp_path / "store"))),
     )
-    whole = np.concatenate([np.load(tmp_path / f"store/shards/0000{i}.npy") for i in range(2)])
+    full = np.concatenate([np.load(tmp_path / f"store/shards/0000{i}.npy") for i in range(2)])
     clips, starts = np.array([5, 0, 3, 0]), np.array([0, 70, 31, 2])
     expected = np.stack(
-        [whole[clip, start : start + 30] for clip, start in zip(clips, starts, strict=True)]
+        [full[clip, start : start + 30] for clip, start in zip(clips, starts, strict=True)]
     )
     for opened in (store, copy):
         np.testing.assert_array_equal(opened.gather(clips, starts, 30), expected)
@@ -510,7 +510,7 @@ def test_shards_read_or_mapped_give_the_same_and_one_cut_while_in_use_is_named(
     os.truncate(tmp_path / "store/shards/00001.npy", 128)
     with pytest.raises(UserError, match=r"00001\.npy: this shard is damaged \(it ends early\)"):
         store.gather(np.array([5]))
-    np.testing.assert_array_equal(store.gather(np.array([3])), whole[3:4])
+    np.testing.assert_array_equal(store.gather(np.array([3])), full[3:4])
     os.truncate(tmp_path / "store/shards/00000.npy", 0)
     with pytest.raises(UserError, match=r"00000\.npy: this shard is damaged \(it ends early\)"):
         pickle.loads(pickle.dumps(store)).gather(np.array([3]))

@@ -355,8 +355,10 @@ def test_the_model_says_what_it_is(tagger):
         "- Labels in the order of the outputs: low, middle, high/est" in about["card"]
         and "private" not in about["card"]
     )
-    made_up = dataclasses.replace(tagger.model, dataset={**tagger.model.dataset, "synthetic": True})
-    with client_of(Tagger(made_up), Index()) as client:
+    synthetic = dataclasses.replace(
+        tagger.model, dataset={**tagger.model.dataset, "synthetic": True}
+    )
+    with client_of(Tagger(synthetic), Index()) as client:
         about = client.get("/api/model").json()
         assert about["synthetic"] is True and about["neighbours"] is True
 

@@ -231,7 +231,7 @@ def contrast(browser, selector):
     return (max(luminances) + 0.05) / (min(luminances) + 0.05)
 
 
-def test_a_model_of_made_up_audio_is_called_so(browser, live):
+def test_a_model_of_synthetic_audio_is_labelled(browser, live):
     model = Tagger.load("gtzan").model
     tagger = Tagger(dataclasses.replace(model, dataset={**model.dataset, "synthetic": True}))
     with live(create_app(tagger)) as port:

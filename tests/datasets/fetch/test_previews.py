@@ -304,7 +304,7 @@ def test_limit_is_songs_of_this_run(fetch, seven):
 def test_a_ledger_that_a_crash_cut_short(fetch, seven, clock, tmp_path):
     fetch(songs(1))
     book = tmp_path / "previews" / "requests.jsonl"
-    whole = book.read_text()
+    intact = book.read_text()
     # Killed while waiting for the answer: the request counts, at its time, and the song is asked
     # for again.
     clock.now += 3600
@@ -322,7 +322,7 @@ def test_a_ledger_that_a_crash_cut_short(fetch, seven, clock, tmp_path):
     lines = book.read_text().splitlines()
     assert (
         len(lines) == 3
-        and lines[0] + "\n" == whole
+        and lines[0] + "\n" == intact
         and json.loads(lines[2])["track_id"] == track(2)
     )
 
@@ -572,12 +572,12 @@ def write_summary(path, numbers):
     metadata["track_7digitalid"] = list(numbers.values())
     analysis["track_id"] = list(numbers)
     with h5py.File(path, "w") as file:
-        for place, table in (
+        for group, table in (
             ("metadata", metadata),
             ("analysis", analysis),
             ("musicbrainz", np.zeros(len(numbers), [("year", "<i4")])),
         ):
-            file.create_group(place)["songs"] = table
+            file.create_group(group)["songs"] = table
 
 
 def test_songs_of_a_data_set(tmp_path):
