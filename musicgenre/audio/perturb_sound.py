@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import librosa.effects
 import numpy as np
 import scipy.fft
 import scipy.signal
 import soundfile
+from librosa.effects import pitch_shift, time_stretch
 
 from musicgenre.audio.decode import load_audio
 from musicgenre.audio.resample import resample
@@ -272,9 +272,9 @@ def sound_transforms(rate: int, seed: int = 0) -> tuple[list[Transform], list[Mi
         "silence": lambda v: lambda clip, _: np.pad(clip, (round(v * rate), 0))[: len(clip)],
         "mp3": lambda kbits: fixed(through_mp3, rate, kbits),
         "vorbis": lambda _: fixed(through_file, rate, ".ogg", format="OGG", subtype="VORBIS"),
-        "tempo": lambda v: lambda clip, _: librosa.effects.time_stretch(clip, rate=v)[: len(clip)],
+        "tempo": lambda v: lambda clip, _: time_stretch(clip, rate=v)[: len(clip)],
         "speed": lambda v: lambda clip, _: resample(clip, round(v * rate), rate)[: len(clip)],
-        "pitch": lambda semitones: fixed(librosa.effects.pitch_shift, sr=rate, n_steps=semitones),
+        "pitch": lambda semitones: fixed(pitch_shift, sr=rate, n_steps=semitones),
         "limit": lambda limit: fixed(limit_band, rate, *limit),
         "noise": lambda snr: functools.partial(white_noise, snr=snr),
     }
