@@ -5,15 +5,13 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from musicgenre.errors import PARTIAL, USER_ERROR, UserError
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from musicgenre.inference.tagger import Tagger
     from musicgenre.runs.model import TrainedModel
 
@@ -150,7 +148,7 @@ def write_lines(lines: Iterable[str], out: str) -> None:
         file.writelines(line + "\n" for line in lines)
 
 
-def write_npz(out: str | Path, arrays: "Mapping[str, np.ndarray]") -> None:
+def write_npz(out: str | Path, arrays: Mapping[str, Any]) -> None:
     """Writes named arrays to an .npz file, atomically."""
     import numpy as np
 

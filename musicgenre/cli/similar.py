@@ -32,7 +32,7 @@ _INDEX = flags.DEFINE_string("index", None, "The file of the index.", FLAGS, req
 _ADD = flags.DEFINE_multi_string(
     "add", [], "Files, a folder, a pattern or - to bring into the index.", FLAGS
 )
-_K = flags.DEFINE_integer("k", 10, "Neighbours per file.", lower_bound=1, flag_values=FLAGS)
+_K = flags.DEFINE_integer("k", 10, "Neighbours per file.", 1, flag_values=FLAGS)
 _FORMAT = flags.DEFINE_enum(
     "format",
     "table",

@@ -8,6 +8,7 @@ For each file, `<out>/<name>.taggram.npz` (`label` [labels], `start`, `end` in s
 """
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,18 +53,16 @@ def main(words: list[str]) -> int:
             tally.fail(scores.error)
             continue
         # Files of the same name in different folders get different numbers.
-        stem = unique = Path(scores.path).stem
-        number = 1
-        while unique in taken:
-            number += 1
-            unique = f"{stem}-{number}"
+        stem = Path(scores.path).stem
+        names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+        unique = next(name for name in names if name not in taken)
         taken.add(unique)
         written = [Path(_OUT.value) / f"{unique}.taggram.{name}" for name in _SELECTED.value]
         for path in written:
             _write(path, tagger, scores, scores.windows)
         count = len(scores.windows.starts)
-        words = f"{count} window{'s' if count > 1 else ''}"
-        print(f"{scores.path}: {words} -> {', '.join(map(str, written))}", flush=True)
+        counted = f"{count} window{'s' if count > 1 else ''}"
+        print(f"{scores.path}: {counted} -> {', '.join(map(str, written))}", flush=True)
         tally.done += 1
     return tally.exit_code()
 
