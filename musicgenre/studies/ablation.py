@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -40,14 +41,14 @@ another by their artist in the training that they were held out of.
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One variant: its overrides, and the final validation measure over the seeds."""
+    """One variant: its overrides, and the final validation measure of the seeds."""
 
     name: str
     overrides: dict[str, Any]
     n: int
     mean: float
     std: float | None
-    interval: tuple[float, float] | None
+    interval: Sequence[float] | None
     values: list[float]
 
 
@@ -56,8 +57,7 @@ class FoldsRow:
     """One variant over its folds: accuracy on held-out clips, and what leaked into training.
 
     Attributes:
-      name: of the variant.
-      overrides: the fields that it changes.
+      overrides: the fields that the variant changes.
       folds: 1 for a split without folds.
       trainings: folds x seeds.
       steps: of the shortest and the longest training.
@@ -105,27 +105,19 @@ def expand(
       UserError: a name that occurs twice or cannot be a folder, an override that the config does
         not have, or folds where no variant has any, or all of them would share one store.
     """
-    expanded = []
-    names: set[str] = set()
+    expanded: dict[str, tuple[dict[str, Any], list[ConfigDict]]] = {}
+    any_folds = not folds
     for name, overrides in variants:
-        if name in names or not name or set(name) & set('/\\:*?"<>|'):
-            raise UserError(
-                f"sweep(): the name {name!r} is used twice, empty or not a folder name."
-            )
-        names.add(name)
+        if name in expanded or not name or set(name) & set('/\\:*?"<>|'):
+            raise UserError(f"sweep(): the name {name!r} is repeated, empty or not a folder name.")
         base = _changed(config, name, overrides)
         runs: list[dict[str, Any]] = [{"seed": seed} for seed in seeds]
         if folds and _in_folds(base):
+            any_folds = True
             if base.data.store:
-                raise UserError(
-                    "each fold needs its own store: leave --config.data.store empty, or set "
-                    "stores_root instead."
-                )
-            runs = [
-                {"data.folds": folds, "data.fold": fold, "seed": seed}
-                for fold in range(folds)
-                for seed in seeds
-            ]
+                raise UserError("each fold needs its own store: leave --config.data.store empty.")
+            fields = [{"data.folds": folds, "data.fold": fold} for fold in range(folds)]
+            runs = [fold | seed for fold in fields for seed in runs]
         elif folds:
             runs = [{"seed": seeds[0] + i} for i in range(folds * len(seeds))]
         configs = [_changed(base, name, run) for run in runs]
@@ -134,16 +126,15 @@ def expand(
             start = changed.init_from.replace("{seed}", str(changed.seed))
             changed.init_from = start.replace("{fold}", str(changed.data.fold))
             check_config(changed)
-        expanded.append((name, dict(overrides), configs))
+        expanded[name] = dict(overrides), configs
     if not expanded:
         raise UserError("sweep() yields no variants.")
-    if folds and not any(_in_folds(configs[0]) for _, _, configs in expanded):
+    if not any_folds:
         raise UserError(
-            "--folds: no variant has a split that is made of folds. For arrays set "
-            f"--config.data.protocol=artist_kfold (or {', '.join(FOLD_PROTOCOLS[1:])}); other data "
-            "sets have no such protocol."
+            "--folds: no variant has a split that is made of folds. Only arrays have one: "
+            f"--config.data.protocol=artist_kfold (or {', '.join(FOLD_PROTOCOLS[1:])})."
         )
-    return expanded
+    return [(name, *rest) for name, rest in expanded.items()]
 
 
 def run_ablation(
@@ -156,15 +147,14 @@ def run_ablation(
 ) -> list[Row]:
     """Prepares each variant's store if missing, trains it with every seed and writes one table.
 
-    The table is `ablation.csv`, `ablation.md`, `variants.png` and `report.html`. Finished runs are
-    not repeated and unfinished ones resume, so the same call resumes. The measure is that of the
-    validation split at the end of training, not of the best checkpoint: nothing is selected on it.
+    The table is `ablation.csv`, `ablation.md`, `variants.png` and `report.html`. The same call
+    resumes: finished runs are not repeated. The measure is that of the validation split at the end
+    of training, not of the best checkpoint: nothing is selected on it.
 
     Args:
       config: what the variants change.
       variants: names with overrides by dotted field: ("wide", {"model.filters": (512, 512, 512)}).
-      workdir: gets a folder `<variant>/seed<seed>` for each run, and the table, which grows with
-        every variant.
+      workdir: gets a folder `<variant>/seed<seed>` for each run, and the table, after each variant.
       seeds: seeds of each variant.
       progress: draw progress bars.
 
@@ -176,10 +166,8 @@ def run_ablation(
     measured: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for name, overrides, configs in expand(config, variants, seeds):
         _prepare(configs[0], progress)
-        results = []
-        for seed, changed in zip(seeds, configs, strict=True):
-            results.append(train(changed, workdir / name / f"seed{seed}", progress=progress))
-            print(results[-1].line(), flush=True)
+        folder = workdir / name
+        results = [_train(own, folder / f"seed{own.seed}", progress) for own in configs]
         values = [result.last for result in results if result.last is not None]
         if len(values) < len(results):
             raise UserError("an ablation needs a validation split, and the store has none.")
@@ -236,16 +224,13 @@ def run_folds(
             _prepare(changed, progress)
             store = Store.open(store_path(changed))
             if store.task != "single_label" or "valid" not in store.splits:
-                raise UserError(
-                    f"{store.path}: folds need clips with one label each and a validation split."
-                )
+                raise UserError(f"{store.path}: folds need one label per clip and a valid split.")
             if steps:
                 each = math.ceil(len(store.indices("train")) / changed.batch_size)
                 changed.epochs = changed.eval_every = max(1, round(steps / each))
             fold = f"fold{changed.data.fold}" if _in_folds(changed) else ""
             run = workdir / name / fold / f"seed{changed.seed}"
-            results.append(train(changed, run, progress=progress))
-            print(results[-1].line(), flush=True)
+            results.append(_train(changed, run, progress))
             held_out.append(_held_out(run, store))
             if store.path not in audits:
                 segments = changed.data.protocol == "segment_leaked"
@@ -259,6 +244,12 @@ def run_folds(
     return rows
 
 
+def _train(config: ConfigDict, workdir: Path, progress: bool) -> TrainResult:
+    result = train(config, workdir, progress=progress)
+    print(result.line(), flush=True)
+    return result
+
+
 def folds_row(
     name: str,
     overrides: dict[str, Any],
@@ -267,16 +258,15 @@ def folds_row(
     held_out: Sequence[Sequence[Mapping[str, str]]],
 ) -> FoldsRow:
     """Returns the row of a variant; `audits` has one for each fold, the others one per training."""
+    correct = [[row["label"] == row["predicted"] for row in rows] for rows in held_out]
     right: dict[str, list[bool]] = {}
     groups: dict[str, str | None] = {}
-    for rows in held_out:
-        for row in rows:
-            right.setdefault(row["clip_id"], []).append(row["label"] == row["predicted"])
+    for rows, values in zip(held_out, correct, strict=True):
+        for row, value in zip(rows, values, strict=True):
+            right.setdefault(row["clip_id"], []).append(value)
             groups[row["clip_id"]] = row["group"] or None
     of_clips = np.array([np.mean(values) for values in right.values()])
-    accuracies = [
-        float(np.mean([row["label"] == row["predicted"] for row in rows])) for rows in held_out
-    ]
+    accuracies = [float(np.mean(values)) for values in correct]
     types = {
         "same clip": ("same clip", "same content"),
         "near-identical": ("near-identical",),
@@ -308,13 +298,11 @@ def _changed(config: ConfigDict, name: str, overrides: Mapping[str, Any]) -> Con
     """Returns a copy with the overrides of the variant `name`."""
     changed = ConfigDict(config.to_dict())
     for field, value in overrides.items():
-        node = changed
         *parents, leaf = field.split(".")
-        for parent in parents:
-            if parent not in node:
-                raise UserError(f"sweep(), {name!r}: config.{field} does not exist.")
-            node = node[parent]
-        node[leaf] = value
+        try:
+            functools.reduce(lambda node, parent: node[parent], parents, changed)[leaf] = value
+        except KeyError:
+            raise UserError(f"sweep(), {name!r}: config.{field} does not exist.") from None
     return changed
 
 
@@ -393,20 +381,22 @@ _Cells = tuple[dict[str, Any], dict[str, Any]]
 
 
 def _seeds_cells(row: Row, metric: str) -> _Cells:
-    both = {"variant": row.name, "overrides": _changes(row), "seeds": row.n}
-    interval = _interval_text(row, "one seed")
-    shown = {f"validation {measure_name(metric)}": _mean_text(row)}
-    return (
-        both | {f"valid_{metric}_mean": row.mean} | _spread_cells(row),
-        both | shown | {"95 % interval of the mean": interval},
-    )
+    overrides, spread, mean, interval = _common_cells(row)
+    both = {"variant": row.name, "overrides": overrides, "seeds": row.n}
+    shown = {
+        f"validation {measure_name(metric)}": mean,
+        "95 % interval of the mean": interval or "one seed",
+    }
+    return both | {f"valid_{metric}_mean": row.mean} | spread, both | shown
 
 
 def _folds_cells(row: FoldsRow) -> _Cells:
-    both = {"variant": row.name, "overrides": _changes(row)}
+    overrides, spread, mean, interval = _common_cells(row)
+    both = {"variant": row.name, "overrides": overrides}
     least, most = row.steps
     leaks = {f"{leak} in training": count for leak, count in row.leaks.items()}
     leaks["artist not known"] = row.unknown
+    values = {"values": spread.pop("values")}  # the last column
     cells = {
         "folds": row.folds,
         "trainings": row.trainings,
@@ -415,45 +405,33 @@ def _folds_cells(row: FoldsRow) -> _Cells:
         "trained_clips": row.trained,
         "held_out_clips": row.clips,
         "accuracy": row.mean,
-        **_spread_cells(row),
     }
-    values = {"values": cells.pop("values")}  # the last column
     shown = {
         "folds x seeds": f"{row.folds} x {row.trainings // row.folds}",
         "steps": least if least == most else f"{least} to {most}",
         "clips trained on": f"{row.trained:.0f}",
         "held out": row.clips,
-        "accuracy": _mean_text(row),
-        "95 % interval": _interval_text(row, "one artist"),
+        "accuracy": mean,
+        "95 % interval": interval or "one artist",
     }
     fractions = {leak: f"{100 * count / row.clips:.1f} %" for leak, count in leaks.items()}
-    return both | cells | leaks | values, both | shown | fractions
+    return both | cells | spread | leaks | values, both | shown | fractions
+
+
+def _common_cells(row: Row | FoldsRow) -> tuple[str, dict[str, Any], str, str]:
+    """Returns the overrides, the spread (for CSV), and the mean and its interval (for Markdown)."""
+    overrides = ", ".join(f"{field}={value}" for field, value in row.overrides.items()) or "none"
+    low, high = row.interval or ("", "")
+    spread = {"std": "" if row.std is None else row.std, "ci95_low": low, "ci95_high": high}
+    spread["values"] = " ".join(f"{value:.6f}" for value in row.values)
+    mean = f"{row.mean:.3f}" + ("" if row.std is None else f" ± {row.std:.3f}")
+    return overrides, spread, mean, " to ".join(f"{limit:.3f}" for limit in row.interval or ())
 
 
 def _write_table(workdir: Path, rows: Sequence[_Cells], note: str = "") -> None:
     """Writes `ablation.csv` and `ablation.md`."""
     cells, shown = zip(*rows, strict=True)
-    write_text(
-        workdir / "ablation.csv", csv_text(list(cells[0]), [[*row.values()] for row in cells])
-    )
+    text = csv_text(list(cells[0]), [[*row.values()] for row in cells])
+    write_text(workdir / "ablation.csv", text)
     table = markdown_table(list(shown[0]), [[*row.values()] for row in shown])
     write_text(workdir / "ablation.md", f"{table}\n{note}")
-
-
-def _spread_cells(row: Row | FoldsRow) -> dict[str, Any]:
-    low, high = row.interval or ("", "")
-    values = " ".join(f"{value:.6f}" for value in row.values)
-    std = "" if row.std is None else row.std
-    return {"std": std, "ci95_low": low, "ci95_high": high, "values": values}
-
-
-def _mean_text(row: Row | FoldsRow) -> str:
-    return f"{row.mean:.3f}" + ("" if row.std is None else f" ± {row.std:.3f}")
-
-
-def _interval_text(row: Row | FoldsRow, none: str) -> str:
-    return f"{row.interval[0]:.3f} to {row.interval[1]:.3f}" if row.interval else none
-
-
-def _changes(row: Row | FoldsRow) -> str:
-    return ", ".join(f"{field}={value}" for field, value in row.overrides.items()) or "none"

@@ -15,6 +15,7 @@ import numpy as np
 
 from musicgenre.config import differences, to_plain
 from musicgenre.datasets.arrays import load_arrays
+from musicgenre.datasets.base import SPLITS
 from musicgenre.errors import UserError
 from musicgenre.evaluation.audit import AuditResult, audit
 from musicgenre.evaluation.comparison import ensemble, summarise_seeds
@@ -36,15 +37,13 @@ from musicgenre.studies.retrieval import neighbour_report, neighbour_table
 from musicgenre.training.parallel import Parallel
 from musicgenre.training.telemetry import read_rows
 
-_SPLITS = ("train", "valid", "test")
-
 
 class EvaluatedRuns(NamedTuple):
     """The result of `evaluate_runs`.
 
     Attributes:
       lines: what a command prints: measures, audits, paths of the reports.
-      report: the report, over all runs where there are several.
+      report: the path of the report, over all runs if there are several.
       leaks: an audit found leaks, or the training clips of a model are unknown.
     """
 
@@ -85,7 +84,8 @@ def evaluate_runs(
     Raises:
       UserError: a model, its clips or the temperature cannot be used, or `out` is needed.
     """
-    if len(workdirs) > 1 and not out:
+    several = len(workdirs) > 1
+    if several and not out:
         raise UserError("several --workdir need a folder for their common report: --out=...")
     lines: list[str] = []
     metrics, evaluations, calibrations = [], [], []
@@ -95,7 +95,7 @@ def evaluate_runs(
             if model.workdir.is_file() and not out:
                 raise UserError(f"{workdir}: the report on a bundle needs a folder: --out=...")
             folder = Path(out or Path(workdir) / f"evaluation-{split}")
-            folder = folder / f"run{number}" if len(workdirs) > 1 else folder
+            folder = folder / f"run{number}" if several else folder
             if arrays:
                 clips = store_of_arrays(model, arrays, split, Path(scratch, f"clips{number}"))
             else:
@@ -103,10 +103,8 @@ def evaluate_runs(
             evaluation = evaluate_model(model, clips, split, command=command)
             source = None
             if temperature:
-                files = Path(scratch, f"temperature{number}")
-                source = temperature_source(
-                    temperature, evaluation, model, clips, files, alone=bool(arrays)
-                )
+                files, asked = Path(scratch, f"temperature{number}"), (temperature, evaluation)
+                source = temperature_source(*asked, model, clips, files, alone=bool(arrays))
                 if source is None:
                     lines.append(f"--temperature has no effect: the task is {evaluation.task}.")
             metrics.append(measure(evaluation, calibration=source))
@@ -119,14 +117,12 @@ def evaluate_runs(
             lines += evaluation.audit.summary() if evaluation.audit else []
             evaluations.append(evaluation)
             calibrations.append(source)
-    if len(workdirs) > 1:
+    if several:
         runs = list(zip(map(str, workdirs), metrics, strict=True))
         report, more = _together(Path(out), runs, evaluations, calibrations, command)
         lines += more
-    audits = [one.audit for one in evaluations if one.audit is not None]
-    return EvaluatedRuns(
-        [*lines, f"report: {report}"], report, any(not found.clean for found in audits)
-    )
+    leaks = any(one.audit is not None and not one.audit.clean for one in evaluations)
+    return EvaluatedRuns([*lines, f"report: {report}"], report, leaks)
 
 
 def _together(
@@ -195,18 +191,19 @@ def evaluate_model(
     indices, config = store.indices(split), model.config
     windows = _score_windows(model, store, indices)
     metric, value = model.measure
-    selected = "nothing"
-    if model.which == "best" and value is not None:
-        selected = f"validation {metric} ({value:.4f})"
+    best = model.which == "best"
+    selected = f"validation {metric} ({value:.4f})" if best and value is not None else "nothing"
     # The splits of a bundle's training are not known; those of the store may be others.
     own = not model.workdir.is_file()
-    notes = []
+    notes, result = [], None
     if split == "train" and own:
         notes.append(
             "These are training clips: the measures show how well the model fits them, not how "
             "well it generalises."
         )
-    if split == "valid" and model.which == "best":
+    else:
+        result = _audit(model, store, indices, compare_spectrograms)
+    if split == "valid" and best:
         was, are = ("was", "are") if own else ("may have been", "may be")
         notes.append(
             f"The checkpoint {was} chosen on this very split, so its measures {are} a little too "
@@ -227,9 +224,7 @@ def evaluate_model(
         targets=_targets(model, store, indices),
         curves=[row for row in curves if row["step"] <= model.step or model.which != "last"],
         config=to_plain(config),
-        audit=None
-        if split == "train" and own
-        else _audit(model, store, indices, compare_spectrograms),
+        audit=result,
         skipped=store.skipped,
         synthetic=bool(store.dataset["synthetic"] or model.dataset["synthetic"]),
         command=command,
@@ -245,29 +240,17 @@ def evaluate_model(
 def store_of_arrays(
     model: TrainedModel, file: str | os.PathLike[str], split: str, folder: Path
 ) -> Store:
-    """Creates a store of one file of spectrograms, all of it as one split.
+    """Writes a store of one file of spectrograms for a model to `folder`, all of it as `split`.
 
-    Args:
-      model: the model to evaluate on it; gives the front end and the clip length.
-      file: `.npz` or `.npy`, see `musicgenre.datasets.arrays.load_arrays`.
-      split: what the file is, such as "test".
-      folder: where the store is written.
+    The file is `.npz` or `.npy`, see `musicgenre.datasets.arrays.load_arrays`.
 
     Raises:
       UserError: the file cannot be used.
     """
-    path = Path(file)
-    layout = str(model.config.data.array_layout)
+    path, layout = Path(file), str(model.config.data.array_layout)
     dataset = load_arrays(path.parent, {split: path.name}, layout)
-    prepare_store(
-        dataset,
-        model.features,
-        model.layout,
-        folder,
-        workers=1,
-        array_layout=layout,
-        progress=False,
-    )
+    how: dict[str, Any] = {"workers": 1, "array_layout": layout, "progress": False}
+    prepare_store(dataset, model.features, model.layout, folder, **how)
     return Store.open(folder)
 
 
@@ -293,27 +276,24 @@ def temperature_source(
     Raises:
       UserError: it is none of these, or cannot be used.
     """
-    fitted = asked in _SPLITS or Path(asked).suffix in (".npz", ".npy")
-    try:
-        temperature = 1.0 if fitted else float(asked)
-    except ValueError:
-        temperature = math.nan
-    if not 0 < temperature < math.inf:
-        raise UserError(
-            f"--temperature={asked}: must be a split, a .npz or .npy file, or a number above 0."
-        )
+    split = asked if asked in SPLITS else "valid"
+    if asked not in SPLITS and Path(asked).suffix not in (".npz", ".npy"):
+        try:
+            temperature = float(asked)
+        except ValueError:
+            temperature = math.nan
+        if not 0 < temperature < math.inf:
+            raise UserError(f"--temperature={asked}: must be a split, a .npz or .npy file, or > 0.")
+        return temperature if evaluation.task == "single_label" else None
     if evaluation.task != "single_label":
         return None
-    if not fitted:
-        return temperature
     if asked == evaluation.split:
         return evaluation
-    other, split = store, asked
-    if asked not in _SPLITS:
-        other, split = store_of_arrays(model, asked, "valid", folder), "valid"
+    if asked not in SPLITS:
+        store = store_of_arrays(model, asked, split, folder)
     elif alone:
-        other = Store.open(training_store(model.workdir))
-    return evaluate_model(model, other, split, compare_spectrograms=False)
+        store = Store.open(training_store(model.workdir))
+    return evaluate_model(model, store, split, compare_spectrograms=False)
 
 
 def training_store(workdir: str | os.PathLike[str]) -> Path:
@@ -323,10 +303,8 @@ def training_store(workdir: str | os.PathLike[str]) -> Path:
       UserError: the run has no record of it, as bundles never have.
     """
     if (path := Path(workdir)).is_file():
-        raise UserError(
-            f"{path}: a bundle does not name its training store. Name the one to use: --store=..."
-        )
-    return Path(read_json(Path(workdir) / "train_clips.json", "list of training clips")["store"])
+        raise UserError(f"{path}: a bundle does not name its training store. Give --store=...")
+    return Path(read_json(path / "train_clips.json", "list of training clips")["store"])
 
 
 def versions() -> dict[str, str]:
@@ -368,17 +346,16 @@ def _check_fits(model: TrainedModel, store: Store) -> None:
             f"{store.path}: its features differ from those that the model was trained on "
             f"(store -> model): {'; '.join(lines)}. Prepare the clips with the model's front end."
         )
-    if store.layout.frames != model.layout.frames:
-        raise UserError(
-            f"{store.path}: {store.layout.frames} frames per clip, but the model was trained on "
-            f"{model.layout.frames}."
-        )
-    if store.task != model.task:
-        raise UserError(f"{store.path}: its task is {store.task}, the model's {model.task}.")
+    for what, has, wanted in (
+        ("frames per clip", store.layout.frames, model.layout.frames),
+        ("task", store.task, model.task),
+    ):
+        if has != wanted:
+            raise UserError(f"{store.path}: its {what}: {has}; the model's: {wanted}.")
     if unknown := [name for name in store.label_names if name not in model.label_names]:
+        known = ", ".join(model.label_names)
         raise UserError(
-            f"{store.path}: the model does not know the label {unknown[0]!r}; it knows "
-            f"{', '.join(model.label_names)}."
+            f"{store.path}: the model does not know the label {unknown[0]!r}; it knows {known}."
         )
 
 

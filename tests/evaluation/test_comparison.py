@@ -94,7 +94,7 @@ def test_what_cannot_be_averaged_is_refused():
         ensemble([first, dataclasses.replace(first, clip_ids=["x", "z"])], ["s0", "s1"])
     with pytest.raises(UserError, match="the labels of s0 and s1 differ"):
         ensemble([first, dataclasses.replace(first, label_names=("a", "b", "d"))], ["s0", "s1"])
-    with pytest.raises(UserError, match="not 0 with 0 names"):
+    with pytest.raises(UserError, match="0 evaluations with 0 names"):
         ensemble([], [])
 
 

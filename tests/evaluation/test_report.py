@@ -302,7 +302,6 @@ def test_page_says_what_a_reader_must_know(tmp_path):
         "jazz.00054",
         "best, step 7",
         "model.name",
-        "chosen by its score on this split (valid)",
         "The artist is unknown for 2 of 10 clips",
     ):
         assert words in page, words
@@ -310,14 +309,6 @@ def test_page_says_what_a_reader_must_know(tmp_path):
         json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))["audit"]["clean"]
         is False
     )
-
-
-def test_the_test_split_is_not_said_to_flatter(tmp_path):
-    told = single(
-        split="test", checkpoint={"step": 7, "which": "best", "selected_on": "valid accuracy"}
-    )
-    page = write_report(tmp_path, told, resamples=20).read_text(encoding="utf-8")
-    assert "flatter" not in page
 
 
 def test_refusals():

@@ -148,7 +148,7 @@ def test_a_synthetic_model_is_called_so(tested, tmp_path):
         ({"clip_ids": []}, "no clip"),
         ({"before": np.zeros((6, 3))}, r"unchanged\) are \[6, 3\], not \[6, 2\]"),
         ({"groups": [None]}, "for each of the 6 clips"),
-        ({"equalised": np.zeros((3, 5, 2))}, r"\[tries, 6, 2\]"),
+        ({"equalised": np.zeros((3, 5, 2))}, r"equalised\) are \[5, 2\]"),
     ],
 )
 def test_what_does_not_fit_together(tested, change, message):
