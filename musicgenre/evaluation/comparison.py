@@ -35,7 +35,7 @@ def summarise_seeds(
 
     Args:
       out_dir: folder.
-      runs: the name (such as "seed 0") and the metrics of each, from `measure` or a `metrics.json`.
+      runs: the name (such as "seed 0") and the metrics of each.
       title: what was run.
       correct: whether each seed was right on each clip, 0/1 `[seeds, clips]`; gives the mean
         accuracy an interval over clips, which the spread of the seeds does not cover.
@@ -92,14 +92,7 @@ def summarise_variants(
 ) -> Path:
     """Writes how variants compare over seeds: `summary.json`, `variants.png`, `report.html`.
 
-    Args:
-      out_dir: folder.
-      variants: for each name the (name, metrics) of its runs, as for `summarise_seeds`.
-      title: what was compared.
-      synthetic: the audio is synthetic.
-
-    Returns:
-      The path of `report.html`.
+    The runs of each variant are those of `summarise_seeds`. Returns the path of `report.html`.
 
     Raises:
       UserError: no variants, or runs without a measure in common.
@@ -126,11 +119,7 @@ def ensemble(evaluations: Sequence[Evaluation], names: Sequence[str]) -> Evaluat
     """Returns the evaluation of the arithmetic mean of several models' probabilities (or outputs).
 
     If their configurations differ, a field becomes the list of its values. The audit is the first
-    with findings, if any.
-
-    Args:
-      evaluations: of the same clips and labels.
-      names: of the models, `[models]`.
+    with findings, if any. `names` are those of the models.
 
     Raises:
       UserError: no evaluations, or the clips, their truth or the labels differ.

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 from sklearn.calibration import CalibrationDisplay
 from sklearn.metrics import ConfusionMatrixDisplay, RocCurveDisplay
@@ -49,11 +49,8 @@ _MOST_CLASSES_WITH_NUMBERS, _MOST_BARS_WITH_NUMBERS = 25, 60
 def confusion_matrix(confusion: Sequence[Sequence[int]], label_names: Sequence[str]) -> Figure:
     """Draws how often clips of each class (rows) are predicted as each class (columns).
 
-    The colour is the fraction of the row. For up to 25 classes, cells show it above the count.
-
-    Args:
-      confusion: counts, rows are the truth, `[classes, classes]`.
-      label_names: `[classes]`.
+    The colour is the fraction of the row. For up to 25 classes, cells show it above the count, the
+    entry of `confusion` `[classes, classes]`.
     """
     counts, classes = np.asarray(confusion), len(label_names)
     rows = counts.sum(axis=1)
@@ -63,9 +60,9 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], label_names: Sequence[s
     figure = new_figure(side + 0.9, side, layout="compressed")
     axes = figure.subplots()
     shown = ConfusionMatrixDisplay(fraction, display_labels=[short(name) for name in label_names])
-    look = {"cmap": "Blues", "im_kw": {"vmin": 0, "vmax": 1}, "xticks_rotation": "vertical"}
-    text_look = {"fontsize": 9 if classes <= 14 else 6.5}
-    shown.plot(ax=axes, include_values=few, colorbar=False, text_kw=text_look, **look)
+    look: dict[str, Any] = {"cmap": "Blues", "im_kw": {"vmin": 0, "vmax": 1}, "colorbar": False}
+    look |= {"xticks_rotation": "vertical", "text_kw": {"fontsize": 9 if classes <= 14 else 6.5}}
+    shown.plot(ax=axes, include_values=few, **look)
     for cell, text in np.ndenumerate(shown.text_) if few else ():
         percent = f"{100 * fraction[cell]:.0f} %\n{counts[cell]}"
         text.set_text(percent if counts[cell] else "")
@@ -73,9 +70,8 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], label_names: Sequence[s
     axes.tick_params(labelsize=9 if few else 6.5, length=0)
     axes.spines[:].set_visible(False)
     axes.set(xlabel="predicted", ylabel="truth (clips)")
-    size = {"fraction": 0.046, "pad": 0.03, "format": lambda value, _: f"{100 * value:.0f} %"}
-    bar = colour_bar(figure, axes, shown.im_, "fraction of the true class", **size)
-    bar.set_ticks([0, 0.25, 0.5, 0.75, 1])
+    look = {"fraction": 0.046, "pad": 0.03, "format": PercentFormatter(1, symbol=" %")}
+    colour_bar(figure, axes, shown.im_, "fraction of the true class", **look)
     return figure
 
 
@@ -107,13 +103,9 @@ def per_class_bars(metrics: Mapping[str, Any]) -> Figure:
 def reliability_diagram(
     bins: Sequence[Mapping[str, Any]], ece: float, observed: str, counted: str
 ) -> Figure:
-    """Draws observed frequency against mean probability in bins, and the number of clips in each.
+    """Draws what is observed ("accuracy") against mean probability, and what is counted ("clips").
 
-    Args:
-      bins: `reliability` of the metrics.
-      ece: expected calibration error.
-      observed: what is compared with the probability, such as "accuracy".
-      counted: what is in the bins, such as "clips".
+    `bins` and `ece` are `reliability` and the expected calibration error of the metrics.
     """
     figure, (top, below) = _subplots(5.8, 5.8, 2, sharex=True, height_ratios=[3.2, 1])
     full = [row for row in bins if row["n"]]
@@ -190,10 +182,8 @@ def learning_curves(
 def roc_curves(scores: np.ndarray, targets: np.ndarray, label_names: Sequence[str]) -> Figure:
     """Draws the ROC curve of each label against the rest, for up to ten labels.
 
-    Args:
-      scores: `[clips, labels]`.
-      targets: 0 or 1, `[clips, labels]`; a label without positives or negatives is left out.
-      label_names: `[labels]`.
+    Scores and targets (0 or 1) are `[clips, labels]`; labels without positives or negatives are
+    left out.
     """
     figure, axes = _subplots(5.8, 5.8)
     axes.plot([0, 1], [0, 1], color=MUTED, **_DASHED)
@@ -386,17 +376,17 @@ def taggram(
 ) -> Figure:
     """Draws a spectrogram and, below it, the model's predictions for each window over time.
 
-    Labels are in the order of their means, the highest at the top. Each moment has the colour of
-    the window whose middle is nearest.
+    Each moment has the colour of the window whose middle is nearest. The labels with the highest
+    values are drawn, in the order of their means.
 
     Args:
-      sound: the spectrogram, `[n, bands]`.
-      starts: of the windows, seconds `[windows]`, growing.
+      sound: the spectrogram.
+      starts: of the windows, growing, in seconds, `[windows]`.
       ends: `[windows]`.
       scores: `[windows, labels]`; probabilities, or a regression's outputs.
       label_names: `[labels]`.
-      most: labels that are drawn: those that reach the highest values.
-      unit: name of the scores; the colours of "probability" are those of 0 to 1, else their range.
+      most: how many labels are drawn.
+      unit: of the scores; the colours of "probability" cover 0 to 1, others the range.
     """
     chosen = np.argsort(-scores.max(axis=0), kind="stable")[:most]
     chosen = chosen[np.argsort(scores[:, chosen].mean(axis=0), kind="stable")]

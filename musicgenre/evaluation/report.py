@@ -12,28 +12,11 @@ from flax.traverse_util import flatten_dict
 from matplotlib.figure import Figure
 
 from musicgenre.errors import UserError
-from musicgenre.evaluation import plots
+from musicgenre.evaluation import metrics as scoring
+from musicgenre.evaluation import plots, render
 from musicgenre.evaluation.audit import AuditResult
 from musicgenre.evaluation.calibration import cross_fitted, fit_temperature, risk_coverage, tempered
 from musicgenre.evaluation.intervals import LEVEL, bootstrap, bootstrap_mean, wilson
-from musicgenre.evaluation.metrics import (
-    calibration_metrics,
-    ece_by_chance,
-    multi_label_metrics,
-    regression_metrics,
-    single_label_metrics,
-    weighted_macro_aucs,
-    weighted_r2,
-)
-from musicgenre.evaluation.render import (
-    MEASURES,
-    csv_text,
-    data_uri,
-    interval_texts,
-    measure_name,
-    rendered,
-    value_text,
-)
 from musicgenre.files import write_json, write_text
 
 # What metrics.json has of an evaluation as it is.
@@ -57,9 +40,9 @@ class _Task(NamedTuple):
 
 _AUCS, _ERRORS = ("macro_roc_auc", "macro_pr_auc"), ("r2", "mse")
 _TASKS = {
-    "single_label": _Task(single_label_metrics, ("accuracy",), _AUCS, "class", "classes"),
-    "multi_label": _Task(multi_label_metrics, _AUCS, _AUCS, "tag", "tags"),
-    "regression": _Task(regression_metrics, _ERRORS, _ERRORS, "output", "outputs"),
+    "single_label": _Task(scoring.single_label_metrics, ("accuracy",), _AUCS, "class", "classes"),
+    "multi_label": _Task(scoring.multi_label_metrics, _AUCS, _AUCS, "tag", "tags"),
+    "regression": _Task(scoring.regression_metrics, _ERRORS, _ERRORS, "output", "outputs"),
 }
 
 
@@ -68,27 +51,19 @@ class Evaluation:
     """Everything that a report contains. Arrays and lists over clips share one order.
 
     Attributes:
-      title: heading of the report.
-      dataset: name of the data set.
-      protocol: how its split was made.
-      split: which split was evaluated.
+      protocol: how the split was made.
       task: "single_label", "multi_label" or "regression".
       label_names: `[classes]`, in the order of the scores.
       clip_ids: unique, `[clips]`.
       paths: the sound file or array of each clip, `[clips]`.
-      groups: the artist or track of each clip, `[clips]`; None where it is not known.
+      groups: the artist or track (`group_name`) of each clip, `[clips]`; None if it is not known.
       scores: probabilities, or a regression's outputs, `[clips, classes]`.
       targets: class numbers `[clips]`, 0/1 tags or numbers `[clips, classes]`.
       curves: rows of the run's metrics.jsonl.
-      config: the run's configuration.
       audit: from `musicgenre.evaluation.audit.audit`, or None without an audit.
       skipped: clips that could not be used, dicts with `clip_id`, `path` and `reason`.
       synthetic: the audio is synthetic; the report warns at the top.
-      command: the command line.
       checkpoint: `step`, `which` ("last" or "best") and `selected_on` (in words).
-      versions: version by package.
-      notes: sentences shown under the headline.
-      group_name: what a group is.
       windows: probabilities of each window (and each model of an ensemble), whose mean the scores
         are, `[clips, windows, classes]`; None if each clip has one, its scores.
       temperature: that the scores were made with, see `musicgenre.runs.model.TrainedModel`.
@@ -130,8 +105,8 @@ def measure(
 
     Args:
       evaluation: what was scored.
-      calibration: temperature scaling of single labels: the same model's evaluation to fit a
-        temperature on, which may be this one, or a temperature. None for neither.
+      calibration: of single labels: the same model's evaluation to fit a temperature on, which may
+        be this one, or a temperature. None for neither.
       resamples: draws of the bootstrap.
       seed: of the bootstrap.
 
@@ -164,9 +139,9 @@ def measure(
     scores, targets = np.asarray(evaluation.scores), np.asarray(evaluation.targets)
     metrics = label_metrics(evaluation)
     if evaluation.task == "regression":
-        statistic = weighted_r2(scores, targets)
+        statistic = scoring.weighted_r2(scores, targets)
     else:
-        statistic = weighted_macro_aucs(scores, _one_hot(evaluation))
+        statistic = scoring.weighted_macro_aucs(scores, _one_hot(evaluation))
         for row in metrics["per_class"]:
             hits, support = round((row["recall"] or 0) * row["support"]), row["support"]
             row["recall_wilson"] = list(wilson(hits, support)) if support else None
@@ -177,7 +152,7 @@ def measure(
             "wilson": list(wilson(int(correct.sum()), n)),
             "bootstrap": over_clips and list(over_clips),
         }
-        metrics["ece_by_chance"] = ece_by_chance(confidence)
+        metrics["ece_by_chance"] = scoring.ece_by_chance(confidence)
         metrics["abstention"] = risk_coverage(confidence, correct)
         if calibration is not None:
             metrics["calibration"] = _calibrated(evaluation, calibration)
@@ -199,17 +174,16 @@ def main_measures(task: str) -> tuple[str, ...]:
 
 
 def headline(metrics: Mapping[str, Any]) -> str:
-    """Returns metrics in one line: "accuracy 48.7 % (95 % Wilson 41.8-55.7, ...), 197 clips".
+    """Returns the main `metrics` in one line, with their intervals if there are any.
 
-    Args:
-      metrics: from `measure` or a `metrics.json`; without `intervals` the line has none.
+    For example, "accuracy 48.7 % (95 % Wilson 41.8-55.7, ...), 197 clips".
     """
     name = "regression" if "r2" in metrics else "multi_label"
     task = _TASKS["single_label" if "accuracy" in metrics else name]
     parts = []
     for name in task.main:
-        shown = ", ".join(interval_texts(metrics, name))
-        value = f"{measure_name(name)} {value_text(name, metrics[name])}"
+        shown = ", ".join(render.interval_texts(metrics, name))
+        value = f"{render.measure_name(name)} {render.value_text(name, metrics[name])}"
         parts.append(f"{value} ({shown})" if shown else value)
     parts.append(f"{metrics['n']} clips")
     if task.many in metrics:
@@ -225,7 +199,8 @@ def calibration_line(metrics: Mapping[str, Any]) -> str:
         return ""
     measured = {name: found[name] for name in ("before", "after", "cross_fitted") if found[name]}
     errors = ", ".join(
-        f"{name.replace('_', '-')} {value_text('ece', of['ece'])}" for name, of in measured.items()
+        f"{name.replace('_', '-')} {render.value_text('ece', of['ece'])}"
+        for name, of in measured.items()
     )
     nll = ", ".join(f"{of['nll']:.3f}" for of in measured.values())
     fitted = f"temperature {found['temperature']:.3f}, {found['fitted_on']}"
@@ -242,12 +217,8 @@ def write_report(
 ) -> Path:
     """Writes `metrics.json`, `predictions.csv`, the figures (PNG) and `report.html`.
 
-    Args:
-      out_dir: folder; created if missing, files in it are replaced one by one.
-      evaluation: what to report.
-      metrics: the result of `measure` for it; measured here if None.
-      resamples: draws of the bootstrap.
-      seed: of the bootstrap.
+    Files in the folder are replaced one by one. `metrics` is the result of `measure`, which is
+    called, with `resamples` and `seed`, if it is None.
 
     Returns:
       The path of `report.html`, which needs no other file.
@@ -268,16 +239,16 @@ def write_report(
     figures = _figures(evaluation, metrics)
     for name, (heading, figure) in figures.items():
         plots.save(figure, out_dir / f"{name}.png", f"{heading} · {where}")
-    page = rendered(
+    page = render.rendered(
         "report.html.j2",
         evaluation=evaluation,
         metrics=metrics,
         notes=notes,
         headline=headline(metrics),
-        figures={name: data_uri(out_dir / f"{name}.png") for name in figures},
+        figures={name: render.data_uri(out_dir / f"{name}.png") for name in figures},
         mistakes=_mistakes(evaluation),
         main=task.main,
-        others=[name for name in MEASURES if name in metrics and name not in task.main],
+        others=[name for name in render.MEASURES if name in metrics and name not in task.main],
         skipped_reasons=Counter(str(row["reason"]) for row in evaluation.skipped).most_common(),
         config=flatten_dict(evaluation.config, sep="."),
         what=(task.one, task.many),
@@ -323,14 +294,16 @@ def _calibrated(evaluation: Evaluation, source: Evaluation | float) -> dict[str,
         "temperature": factor * evaluation.temperature,
         "fitted_on": fitted_on,
         "shared": shared,
-        "before": calibration_metrics(tempered(windows, 1), labels),
-        "after": calibration_metrics(tempered(windows, factor), labels),
+        "before": scoring.calibration_metrics(tempered(windows, 1), labels),
+        "after": scoring.calibration_metrics(tempered(windows, factor), labels),
         "cross_fitted": None,
     }
     if folds is not None:
         scores, factors = folds
         temperatures = [own * evaluation.temperature for own in factors]
-        found["cross_fitted"] = calibration_metrics(scores, labels) | {"temperatures": temperatures}
+        found["cross_fitted"] = scoring.calibration_metrics(scores, labels) | {
+            "temperatures": temperatures
+        }
     return found
 
 
@@ -359,7 +332,7 @@ def _predictions(evaluation: Evaluation) -> str:
             for true, own, values in zip(truth, chosen, scores, strict=True)
         ]
     by_id = sorted(zip(evaluation.clip_ids, rows, strict=True))
-    return csv_text(
+    return render.csv_text(
         ["clip_id", "split", *columns], [[clip, evaluation.split, *row] for clip, row in by_id]
     )
 
@@ -392,9 +365,9 @@ def _mistakes(evaluation: Evaluation) -> tuple[list[str], list[list[Any]]]:
 def _own_notes(evaluation: Evaluation, metrics: Mapping[str, Any]) -> list[str]:
     """Returns what a reader must know about these numbers."""
     notes, n = [], metrics["n"]
-    if metrics["undefined"]:
+    if names := metrics["undefined"]:
         why = "constant" if evaluation.task == "regression" else "no clip with or without them"
-        names, many = metrics["undefined"], _TASKS[evaluation.task].many
+        many = _TASKS[evaluation.task].many
         count = f"{len(names)} of {len(metrics['per_class'])} {many} ({', '.join(names)})"
         notes.append(f"Left out of the means ({why}): {count}.")
     calibration = metrics.get("calibration") or {"cross_fitted": None, "shared": 0}

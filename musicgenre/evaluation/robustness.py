@@ -35,13 +35,9 @@ _TYPES = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Outcome:
-    """A model's predictions for the changed clips.
+    """A model's probabilities `[clips, classes]` for the clips after a change.
 
-    Attributes:
-      name: of the change, such as "tempo +2 %".
-      irrelevant: the change is irrelevant to the genre; otherwise it is audible.
-      what: how it is made.
-      scores: probabilities, `[clips, classes]`.
+    `what` says how the change is made, and `irrelevant` that it cannot matter to the genre.
     """
 
     name: str
@@ -55,12 +51,10 @@ class Robustness:
     """A model's predictions before and after changes. Arrays and lists over clips share one order.
 
     Attributes:
-      title: heading of the report.
       facts: what was tested, by name, for people.
       label_names: `[classes]`, in the order of the scores.
       clip_ids: `[clips]`.
-      groups: the artist or folder of each clip, `[clips]`; None where it is not known.
-      group_name: what a group is.
+      groups: the artist or folder (`group_name`) of each clip, `[clips]`; None if it is not known.
       targets: class numbers `[clips]`, or None if unknown: then there is no accuracy, and the
         decision before the change replaces them where probabilities are compared.
       before: probabilities of the unchanged clips, `[clips, classes]`.
@@ -69,10 +63,7 @@ class Robustness:
       equaliser: what these are, such as "gains of up to 3 dB per octave band".
       missing: changes that could not be made, dicts with `name` and `reason`.
       skipped: clips that could not be used, dicts with `clip_id`, `path` and `reason`.
-      notes: sentences below the headline.
       synthetic: the model was trained on synthetic audio, or the clips are synthetic.
-      command: the command line.
-      versions: version by package.
     """
 
     title: str
@@ -103,11 +94,6 @@ def measure(tested: Robustness, *, resamples: int = 2000, seed: int = 0) -> dict
     `accuracy_change` with the bootstrap interval over groups of the paired difference, all None
     without targets; and `probability_change`, the mean change of the true label's probability, with
     such an interval.
-
-    Args:
-      tested: the predictions.
-      resamples: draws of the bootstraps.
-      seed: of the bootstraps.
 
     Returns:
       `clips`, `accuracy` (with `accuracy_interval`), `level`, `unit` (what was resampled);
@@ -167,19 +153,16 @@ def measure(tested: Robustness, *, resamples: int = 2000, seed: int = 0) -> dict
         )
     kinds = {}
     for name in dict.fromkeys(row["kind"] for row in rows):
-        own = [row for row in rows if row["kind"] == name]
-        after = np.array(
-            [decision for row, decision in zip(rows, decisions, strict=True) if row in own]
-        )
-        worst = max(own, key=lambda row: row["share_changed"])
+        own = [i for i, row in enumerate(rows) if row["kind"] == name]
+        after = np.stack([decisions[i] for i in own])
+        worst = max((rows[i] for i in own), key=lambda row: row["share_changed"])
+        under_all = (right & (after == followed)).all(axis=0)
         kinds[name] = {
             "transforms": len(own),
-            "mean_share_changed": float(np.mean([row["share_changed"] for row in own])),
+            "mean_share_changed": float(np.mean([rows[i]["share_changed"] for i in own])),
             "worst": {key: worst[key] for key in ("name", "share_changed")},
             "unchanged": fraction((after == decided).all(axis=0)),
-            "right_under_all": fraction((right & (after == followed)).all(axis=0))
-            if labelled
-            else None,
+            "right_under_all": fraction(under_all) if labelled else None,
         }
     tries = np.concatenate([decided[None], tested.equalised.argmax(axis=2)])
     return {
@@ -231,53 +214,39 @@ def headline(measures: Mapping[str, Any]) -> list[str]:
 
 
 def write_report(
-    out_dir: str | os.PathLike[str],
-    tested: Robustness,
-    *,
-    measures: Mapping[str, Any] | None = None,
+    out_dir: str | os.PathLike[str], tested: Robustness, measures: Mapping[str, Any]
 ) -> Path:
-    """Writes `robustness.json`, `robustness.md`, `robustness.png` and `report.html`.
+    """Writes `robustness.json`, `robustness.md` (returned), `robustness.png` and `report.html`.
 
-    Args:
-      out_dir: folder; created if missing.
-      tested: the predictions.
-      measures: the result of `measure` for it; measured here if None.
-
-    Returns:
-      The path of `robustness.md`.
+    `measures` is the result of `measure`. The folder is created if missing.
 
     Raises:
-      UserError: what `measure` raises, or the folder cannot be written.
+      UserError: the folder cannot be written.
     """
     out = Path(out_dir)
-    measures = measure(tested) if measures is None else measures
     title = ("SYNTHETIC · " if tested.synthetic else "") + tested.title
     fields = ("title", "synthetic", "facts", "notes", "missing", "skipped", "command", "versions")
     saved = {name: getattr(tested, name) for name in fields}
     results = {"headline": headline(measures), "clip_results": _clip_results(tested)}
     write_json(out / "robustness.json", {**saved, **results, **measures})
     plots.save(_figure(measures), out / "robustness.png", title, palette=True)
-    columns, rows = table(measures)
-    pages = {
-        "tested": tested,
-        "title": title,
-        "headline": headline(measures),
-        "columns": columns,
-        "rows": rows,
-        "markdown": markdown_table(columns, rows),
-        "how": " ".join(f"{name.capitalize()}: {what}." for name, (what, _) in _TYPES.items())
-        + " Worse: clips right before and wrong after; better: the reverse. "
-        f"Each {100 * LEVEL:.0f} % interval is for one row: of {len(rows)} rows, about one in "
-        "twenty has p < 0.05 by chance.",
-        "figure": data_uri(out / "robustness.png"),
-    }
+    columns, rows = _table(measures)
+    how = [f"{name.capitalize()}: {what}." for name, (what, _) in _TYPES.items()]
+    how += [
+        "Worse: clips right before and wrong after; better: the reverse. Each",
+        f"{100 * LEVEL:.0f} % interval is for one row: of {len(rows)} rows, about one in twenty",
+        "has p < 0.05 by chance.",
+    ]
+    pages = {"tested": tested, "title": title, "headline": headline(measures), "how": " ".join(how)}
+    pages |= {"columns": columns, "rows": rows, "markdown": markdown_table(columns, rows)}
+    pages["figure"] = data_uri(out / "robustness.png")
     write_text(out / "report.html", rendered("robustness.html.j2", **pages))
     write_text(out / "robustness.md", rendered("robustness.md.j2", **pages))
     return out / "robustness.md"
 
 
-def table(measures: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Returns the columns and rows, as text, of the table of changes, from `measure`."""
+def _table(measures: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Returns the columns and the rows of the table of changes."""
     labelled = measures["accuracy"] is not None
     columns = ["change", "kind", "decision changed, % (Wilson)"]
     if labelled:
@@ -302,10 +271,7 @@ def table(measures: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def _figure(measures: Mapping[str, Any]) -> Figure:
-    """Draws the fraction of decisions that each change alters, and the change of accuracy.
-
-    Without labels, the change of the probability of the decision before.
-    """
+    """Draws the decisions that each change alters, and the change of accuracy or probability."""
     rows, labelled = measures["transforms"], measures["accuracy"] is not None
     colours = [_TYPES[row["kind"]][1] for row in rows]
     # A gap between the two types of changes, which follow each other.

@@ -32,7 +32,7 @@ from musicgenre.training.telemetry import read_rows
 Variant = tuple[str, Mapping[str, Any]]
 
 _FOLDS_NOTE = """
-Accuracy over all held-out clips, each counted once (the mean where several trainings held it out),
+Accuracy over all held-out clips, each counted once (the mean if several trainings held it out),
 ± the standard deviation of the trainings. The interval resamples artists, with the trained networks
 as they are. After it: the fraction of these clips that have the same clip, a near-identical one, or
 another by their artist in the training that they were held out of.
@@ -63,9 +63,8 @@ class FoldsRow:
       steps: of the shortest and the longest training.
       trained: mean number of training clips (or segments) per fold.
       mean: accuracy over all held-out clips; a clip of several trainings counts as their mean.
-      std: standard deviation of the trainings' accuracies; None for one training.
-      interval: 95 % interval of `mean`, resampling artists (a clip where the artist is unknown);
-        None for a single artist.
+      std: of the trainings' accuracies; None for one training.
+      interval: 95 % interval of `mean`, resampling artists; None for a single artist.
       values: accuracy of each training.
       clips: clips (or segments) that were held out in some fold.
       leaks: how many of them have the same clip, a near-identical one, or another one by their
@@ -174,12 +173,8 @@ def run_ablation(
         rows.append(Row(name, overrides, **seeds_summary(values)))
         measured[name] = [(run.workdir.name, _last_measures(run.workdir)) for run in results]
         _write_table(workdir, [_seeds_cells(row, results[0].metric) for row in rows])
-        summarise_variants(
-            workdir,
-            measured,
-            title=f"{workdir.name}: the validation split at the end of training",
-            synthetic=results[0].synthetic,
-        )
+        title = f"{workdir.name}: the validation split at the end of training"
+        summarise_variants(workdir, measured, title=title, synthetic=results[0].synthetic)
     return rows
 
 
@@ -200,15 +195,13 @@ def run_folds(
     is selected on them, and the same call resumes.
 
     Args:
-      config: what the variants change. Folds are made of its train and valid files; with a train
-        file alone, of that.
+      config: what the variants change. Folds are made of its train and valid files.
       variants: names with overrides by dotted field.
       workdir: gets a folder `<variant>/fold<fold>/seed<seed>` for each run (without the fold for a
         split without folds), with the predictions for the held-out clips in `held_out.csv`.
       seeds: seeds on each fold.
       folds: how many, see `expand`.
-      steps: length of each training to within half an epoch, for any number of clips; 0 uses
-        `config.epochs`.
+      steps: length of each training to within half an epoch; 0 uses `config.epochs`.
       progress: draw progress bars.
 
     Raises:
@@ -237,9 +230,8 @@ def run_folds(
                 audits[store.path] = _audited(store, read_workdir(run), segments)
         rows.append(folds_row(name, overrides, results, list(audits.values()), held_out))
         _write_table(workdir, [_folds_cells(row) for row in rows], _FOLDS_NOTE)
-        figure = comparison_plot(
-            [dataclasses.asdict(row) for row in rows], "accuracy", percent=True, each="one training"
-        )
+        plain = [dataclasses.asdict(row) for row in rows]
+        figure = comparison_plot(plain, "accuracy", percent=True, each="one training")
         save(figure, workdir / "variants.png", f"{workdir.name}: held-out clips")
     return rows
 
@@ -267,12 +259,11 @@ def folds_row(
             groups[row["clip_id"]] = row["group"] or None
     of_clips = np.array([np.mean(values) for values in right.values()])
     accuracies = [float(np.mean(values)) for values in correct]
-    types = {
-        "same clip": ("same clip", "same content"),
-        "near-identical": ("near-identical",),
-        "same artist": (f"same {audits[0].group_name}",),
-    }
-    findings = [finding for result in audits for finding in result.findings]
+    types = {"same clip": "same clip", "same content": "same clip"}
+    types |= {"near-identical": "near-identical", f"same {audits[0].group_name}": "same artist"}
+    leaks = dict.fromkeys(types.values(), 0)
+    for finding in (finding for result in audits for finding in result.findings):
+        leaks[types[finding.kind]] += finding.clips
     steps = [result.step for result in results]
     return FoldsRow(
         name=name,
@@ -286,10 +277,7 @@ def folds_row(
         interval=bootstrap_mean(of_clips, list(groups.values())),
         values=accuracies,
         clips=len(right),
-        leaks={
-            leak: sum(finding.clips for finding in findings if finding.kind in kinds)
-            for leak, kinds in types.items()
-        },
+        leaks=leaks,
         unknown=sum(not artist_known(clip_id, group) for clip_id, group in groups.items()),
     )
 
@@ -330,10 +318,7 @@ def _prepare(config: ConfigDict, progress: bool) -> None:
 
 
 def _audited(store: Store, learnt: TrainedOn, segments: bool) -> AuditResult:
-    """Compares the validation split with a run's training clips; segments count as their clip.
-
-    Training clips that are not in the store have no spectrogram to compare.
-    """
+    """Compares the validation split with a run's training clips; segments count as their clip."""
     rows = {clip_id: i for i, clip_id in enumerate(store.clip_ids.tolist())}
 
     def side(clips: TrainedOn) -> Any:
@@ -369,11 +354,7 @@ def _held_out(workdir: Path, store: Store) -> list[dict[str, str]]:
 def _last_measures(workdir: Path) -> dict[str, Any]:
     """Returns the validation measures of a run's last evaluation."""
     row = [row for row in read_rows(workdir) if "valid_loss" in row][-1]
-    return {
-        name.removeprefix("valid_"): value
-        for name, value in row.items()
-        if name.startswith("valid_")
-    }
+    return {name[6:]: value for name, value in row.items() if name.startswith("valid_")}
 
 
 # The columns of both tables for one row: names and cells of `ablation.csv` and of `ablation.md`.

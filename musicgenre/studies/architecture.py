@@ -45,11 +45,11 @@ def architecture_figure(
 
     Args:
       module: the network.
-      frames: frames of its input.
-      bands: bands of its input.
+      frames: of its input.
+      bands: of its input.
       out: folder of the picture.
       name: of the network, for the title and the file.
-      about: what else the title says.
+      about: end of the title.
 
     Returns:
       The path of `architecture_<name>.png`, and the layers.
@@ -156,9 +156,8 @@ def _draw_arrow(
 def _draw_box(axes: Axes, i: int, layer: Layer, left: float, y: float) -> None:
     words, kind, height = _words(layer), layer.kind.lower(), _box_height(layer)
     fill, edge = next(c for names, c in _COLOURS.items() if any(name in kind for name in names))
-    outline = {"edgecolor": "#9ca3af", "linewidth": 0.8}
-    axes.add_patch(Rectangle((left, y), _BOX, height, facecolor=fill, **outline))
-    axes.add_patch(Rectangle((left, y), 0.06, height, facecolor=edge, linewidth=0))
+    axes.add_patch(Rectangle((left, y), _BOX, height, fc=fill, ec="#9ca3af", linewidth=0.8))
+    axes.add_patch(Rectangle((left, y), 0.06, height, fc=edge, linewidth=0))
     most = 30 - len(str(i))
     name = layer.name if len(layer.name) <= most else "…" + layer.name[1 - most :]
     shape = f"   {shape_text(layer.output)}" if layer.kind == "Input" else ""

@@ -17,15 +17,10 @@ from musicgenre.config import differences, to_plain
 from musicgenre.datasets.arrays import load_arrays
 from musicgenre.datasets.base import SPLITS
 from musicgenre.errors import UserError
+from musicgenre.evaluation import report as reports
 from musicgenre.evaluation.audit import AuditResult, audit
 from musicgenre.evaluation.comparison import ensemble, summarise_seeds
-from musicgenre.evaluation.report import (
-    Evaluation,
-    calibration_line,
-    headline,
-    measure,
-    write_report,
-)
+from musicgenre.evaluation.report import Evaluation, measure, write_report
 from musicgenre.files import read_json, write_json
 from musicgenre.models.apply import normalise
 from musicgenre.runs.model import TrainedModel, load_model
@@ -162,8 +157,8 @@ def _together(
 def _lines(name: str, evaluation: Evaluation, metrics: dict[str, Any]) -> list[str]:
     """Returns the measures of an evaluation in one or two lines."""
     synthetic = "SYNTHETIC audio, " if evaluation.synthetic else ""
-    lines = [f"{synthetic}{name}, {evaluation.split}: {headline(metrics)}"]
-    return lines + ([line] if (line := calibration_line(metrics)) else [])
+    first = f"{synthetic}{name}, {evaluation.split}: {reports.headline(metrics)}"
+    return list(filter(None, [first, reports.calibration_line(metrics)]))
 
 
 def evaluate_model(
@@ -181,7 +176,7 @@ def evaluate_model(
       store: a store made with the model's front end and clip length.
       split: "train", "valid" or "test".
       command: the command line, for the report.
-      compare_spectrograms: search for spectrograms nearly identical to those of training clips.
+      compare_spectrograms: the audit also searches for near-identical spectrograms.
 
     Raises:
       UserError: the store does not fit the model (features, length, task or labels), or the split
@@ -327,13 +322,9 @@ def _score_windows(model: TrainedModel, store: Store, indices: np.ndarray) -> np
         return model.probabilities(logits)
 
     score, placed = spread.score_step(step), spread.place_state(model.model)
-    batches = eval_batches(
-        store,
-        indices,
-        batch_size=spread.round_up(int(model.config.batch_size)),
-        crop_frames=int(data.crop_frames),
-        chunks=int(data.eval_chunks),
-    )
+    size = spread.round_up(int(model.config.batch_size))
+    crops = {"crop_frames": int(data.crop_frames), "chunks": int(data.eval_chunks)}
+    batches = eval_batches(store, indices, batch_size=size, **crops)
     # A clip's windows follow each other; the padding of the last batch is left out.
     scores = np.concatenate([score(placed, batch["x"])[batch["mask"] > 0] for batch in batches])
     return scores.reshape(len(indices), -1, scores.shape[-1]).astype(np.float64)
@@ -380,9 +371,5 @@ def _audit(
         if trained.fingerprints is not None:
             prints = fingerprints(store, indices)
             evaluated = dataclasses.replace(evaluated, fingerprints=prints)
-    return audit(
-        evaluated.audit_side(),
-        trained.audit_side(),
-        group_name=store.group_name,
-        unknown=trained.unknown,
-    )
+    sides, group_name = (evaluated.audit_side(), trained.audit_side()), store.group_name
+    return audit(*sides, group_name=group_name, unknown=trained.unknown)

@@ -108,7 +108,7 @@ def test_one_artist_has_no_bootstrap_and_no_try_has_no_line(tested):
 
 
 def test_the_report_says_it_all(tested, tmp_path):
-    assert write_report(tmp_path, tested) == tmp_path / "robustness.md"
+    assert write_report(tmp_path, tested, measure(tested)) == tmp_path / "robustness.md"
     text = (tmp_path / "robustness.md").read_text()
     row = next(line for line in text.splitlines() if line.startswith("| turned"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
@@ -137,7 +137,8 @@ def test_the_report_says_it_all(tested, tmp_path):
 
 
 def test_a_synthetic_model_is_called_so(tested, tmp_path):
-    write_report(tmp_path, dataclasses.replace(tested, synthetic=True, targets=None))
+    synthetic = dataclasses.replace(tested, synthetic=True, targets=None)
+    write_report(tmp_path, synthetic, measure(synthetic))
     assert (tmp_path / "robustness.md").read_text().startswith("# SYNTHETIC · six clips")
     assert "<strong>SYNTHETIC</strong>" in (tmp_path / "report.html").read_text()
 
