@@ -47,11 +47,8 @@ def tempered(windows: np.ndarray, temperature: float) -> np.ndarray:
 def fit_temperature(windows: np.ndarray, labels: np.ndarray) -> float:
     """Returns the temperature in `BOUNDS` with the smallest negative log likelihood.
 
-    After Guo et al. 2017, arXiv:1706.04599.
-
-    Args:
-      windows: see `tempered`.
-      labels: true class numbers, integers `[clips]`.
+    After Guo et al. 2017, arXiv:1706.04599. The windows are those of `tempered`; labels are class
+    numbers, integers `[clips]`.
 
     Raises:
       UserError: no clips, or another number of labels.
@@ -73,13 +70,8 @@ def cross_fitted(
 ) -> tuple[np.ndarray, list[float]] | None:
     """Returns probabilities with temperatures that were each fitted on other clips.
 
-    The clips are divided into `FOLDS` folds, keeping groups together. Each fold has the temperature
-    fitted on the others.
-
-    Args:
-      windows: see `tempered`.
-      labels: true class numbers, integers `[clips]`.
-      groups: see `musicgenre.evaluation.intervals.clusters`.
+    The clips are divided into `FOLDS` folds, keeping groups (see `intervals.clusters`) together.
+    Each fold has the temperature fitted on the others. See `fit_temperature` for the arguments.
 
     Returns:
       Probabilities, float64 `[clips, classes]`, and the temperature of each fold; None if there is

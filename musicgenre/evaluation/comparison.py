@@ -24,12 +24,8 @@ def summarise_seeds(
     runs: Sequence[Run],
     *,
     title: str,
-    correct: np.ndarray | None = None,
-    groups: Sequence[str | None] = (),
-    group_name: str = "artist",
+    evaluations: Sequence[Evaluation] = (),
     ensemble: Mapping[str, Any] | None = None,
-    synthetic: bool = False,
-    command: str = "",
 ) -> Path:
     """Writes what the seeds of one experiment give: `summary.json`, `seeds.png`, `report.html`.
 
@@ -37,37 +33,32 @@ def summarise_seeds(
       out_dir: folder.
       runs: the name (such as "seed 0") and the metrics of each.
       title: what was run.
-      correct: whether each seed was right on each clip, 0/1 `[seeds, clips]`; gives the mean
-        accuracy an interval over clips, which the spread of the seeds does not cover.
-      groups: the group of each clip for that interval, `[clips]`.
-      group_name: what a group is.
+      evaluations: of the runs, on the same clips. With single labels, they give the mean accuracy
+        an interval over clips, which the spread of the seeds does not cover.
       ensemble: the metrics of the ensemble, from `measure`.
-      synthetic: the audio is synthetic.
-      command: the command line.
 
     Returns:
       The path of `report.html`.
 
     Raises:
-      UserError: no runs, runs without a measure in common, or `correct` of a wrong shape.
+      UserError: no runs, or runs without a measure in common.
     """
     measures, left_out = _summarise(runs)
     main, mean = next(iter(measures)), f"mean of {len(runs)} seeds"
     summary: dict[str, Any] = {
         "title": title,
-        "synthetic": synthetic,
+        "synthetic": any(one.synthetic for one in evaluations),
         "runs": [name for name, _ in runs],
         "measures": measures,
         "left_out": left_out,
     }
     rows = [_row(name, metrics[main], _best_interval(metrics, main)) for name, metrics in runs]
     rows.append({"name": f"{mean} (t interval)", **measures[main]})
-    if correct is not None:
-        if correct.ndim != 2 or len(correct) != len(runs):
-            shape = list(correct.shape)
-            raise UserError(f"correct must be [seeds, clips] for {len(runs)} seeds, not {shape}.")
-        interval = bootstrap_mean(correct.mean(axis=0), groups or None)
-        unit = group_name if any(group is not None for group in groups) else "clip"
+    if evaluations and evaluations[0].task == "single_label":
+        correct = np.stack([one.scores.argmax(axis=1) == one.targets for one in evaluations])
+        groups, unit = evaluations[0].groups, evaluations[0].group_name
+        interval = bootstrap_mean(correct.mean(axis=0), groups)
+        unit = unit if any(group is not None for group in groups) else "clip"
         summary["over_clips"] = {
             "accuracy": float(correct.mean()),
             "bootstrap": interval and list(interval),
@@ -79,6 +70,7 @@ def summarise_seeds(
         summary["ensemble"] = {name: ensemble[name] for name in (*measures, "intervals")}
         name = "ensemble: mean of all scores"
         rows.append(_row(name, ensemble[main], _best_interval(ensemble, main)))
+    command = evaluations[0].command if evaluations else ""
     tables = [("", runs, measures)]
     return _write_summary(Path(out_dir), "seeds.png", summary, rows, tables, command)
 

@@ -63,9 +63,7 @@ def single_label_metrics(
 def calibration_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Returns how well a classifier's probabilities are calibrated.
 
-    Args:
-      scores: probabilities, `[clips, classes]`.
-      labels: true class numbers, integers `[clips]`.
+    Scores are probabilities `[clips, classes]`, and labels true class numbers, integers `[clips]`.
 
     Returns:
       `nll` (mean negative log likelihood in nats, probabilities clipped at 1e-12), `ece` (expected
@@ -139,7 +137,7 @@ def regression_metrics(
     Args:
       predicted: `[clips, outputs]`.
       targets: `[clips, outputs]`.
-      names: of the outputs, `[outputs]`.
+      names: `[outputs]`.
 
     Returns:
       `n`, `outputs`, `r2` (coefficient of determination), `mse` (mean squared error), `mae` (mean
@@ -199,10 +197,7 @@ def weighted_macro_aucs(
 
     It is fast enough for a bootstrap, as the clips are sorted only once. Labels without positive or
     without negative weight are left out of the means of a call; without any label they are NaN.
-
-    Args:
-      scores: `[clips, labels]`.
-      targets: 0 or 1, `[clips, labels]`.
+    Scores and targets (0 or 1) are `[clips, labels]`.
     """
     scores, targets = np.asarray(scores), np.asarray(targets)
     usable = (targets == 1).any(axis=0) & (targets == 0).any(axis=0)

@@ -65,7 +65,7 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], label_names: Sequence[s
     shown.plot(ax=axes, include_values=few, **look)
     for cell, text in np.ndenumerate(shown.text_) if few else ():
         percent = f"{100 * fraction[cell]:.0f} %\n{counts[cell]}"
-        text.set_text(percent if counts[cell] else "")
+        text.set(text=percent if counts[cell] else "", color="w" if fraction[cell] > 0.5 else INK)
     axes.set_yticks(range(classes), _with_counts(label_names, rows))
     axes.tick_params(labelsize=9 if few else 6.5, length=0)
     axes.spines[:].set_visible(False)
@@ -261,8 +261,8 @@ def label_distribution(
       label_names: `[labels]`.
       counts: clips with each label, `[labels]`, by split; one entry, "clips" say, without splits.
       by_count: the most frequent first; otherwise in the order given.
-      most: draw only the first so many labels; 0 draws all.
-      marked: the first so many keep their colour, the others are grey; 0 marks none. For one split.
+      most: how many labels are drawn, from the first; 0 draws all.
+      marked: how many labels keep their colour, while the others are grey; 0 marks none.
     """
     table = np.array([list(values) for values in counts.values()], int)
     order = np.argsort(-table.sum(axis=0) * by_count, kind="stable")[: most or None]

@@ -290,21 +290,18 @@ def _calibrated(evaluation: Evaluation, source: Evaluation | float) -> dict[str,
             folds = cross_fitted(windows, labels, evaluation.groups)
     else:
         factor, fitted_on = source / evaluation.temperature, "given"
-    found = {
+    crossed = None
+    if folds is not None:
+        temperatures = [own * evaluation.temperature for own in folds[1]]
+        crossed = scoring.calibration_metrics(folds[0], labels) | {"temperatures": temperatures}
+    return {
         "temperature": factor * evaluation.temperature,
         "fitted_on": fitted_on,
         "shared": shared,
         "before": scoring.calibration_metrics(tempered(windows, 1), labels),
         "after": scoring.calibration_metrics(tempered(windows, factor), labels),
-        "cross_fitted": None,
+        "cross_fitted": crossed,
     }
-    if folds is not None:
-        scores, factors = folds
-        temperatures = [own * evaluation.temperature for own in factors]
-        found["cross_fitted"] = scoring.calibration_metrics(scores, labels) | {
-            "temperatures": temperatures
-        }
-    return found
 
 
 def _one_hot(evaluation: Evaluation) -> np.ndarray:

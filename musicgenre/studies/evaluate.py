@@ -32,6 +32,8 @@ from musicgenre.studies.retrieval import neighbour_report, neighbour_table
 from musicgenre.training.parallel import Parallel
 from musicgenre.training.telemetry import read_rows
 
+PathLike = str | os.PathLike[str]
+
 
 class EvaluatedRuns(NamedTuple):
     """The result of `evaluate_runs`.
@@ -48,13 +50,13 @@ class EvaluatedRuns(NamedTuple):
 
 
 def evaluate_runs(
-    workdirs: Sequence[str | os.PathLike[str]],
+    workdirs: Sequence[PathLike],
     *,
     split: str = "test",
-    store: str | os.PathLike[str] = "",
-    arrays: str | os.PathLike[str] = "",
+    store: PathLike = "",
+    arrays: PathLike = "",
     checkpoint: str = "last",
-    out: str | os.PathLike[str] = "",
+    out: PathLike = "",
     temperature: str = "",
     neighbours: Sequence[int] = (),
     command: str = "",
@@ -114,7 +116,7 @@ def evaluate_runs(
             calibrations.append(source)
     if several:
         runs = list(zip(map(str, workdirs), metrics, strict=True))
-        report, more = _together(Path(out), runs, evaluations, calibrations, command)
+        report, more = _together(Path(out), runs, evaluations, calibrations)
         lines += more
     leaks = any(one.audit is not None and not one.audit.clean for one in evaluations)
     return EvaluatedRuns([*lines, f"report: {report}"], report, leaks)
@@ -125,7 +127,6 @@ def _together(
     runs: Sequence[tuple[str, dict[str, Any]]],
     evaluations: Sequence[Evaluation],
     calibrations: Sequence[Evaluation | float | None],
-    command: str,
 ) -> tuple[Path, list[str]]:
     """Writes the reports of the ensemble and over all runs; returns the latter, and the lines."""
     first, names = evaluations[0], [name for name, _ in runs]
@@ -133,20 +134,8 @@ def _together(
     fitted = [source for source in calibrations if isinstance(source, Evaluation)]
     metrics = measure(together, calibration=ensemble(fitted, names) if fitted else calibrations[0])
     of_ensemble = write_report(out / "ensemble", together, metrics=metrics)
-    correct = None
-    if first.task == "single_label":
-        correct = np.stack([one.scores.argmax(axis=1) == one.targets for one in evaluations])
-    report = summarise_seeds(
-        out,
-        runs,
-        title=f"{len(runs)} runs on {first.dataset}, {first.protocol}, {first.split}",
-        correct=correct,
-        groups=first.groups,
-        group_name=first.group_name,
-        ensemble=metrics,
-        synthetic=first.synthetic,
-        command=command,
-    )
+    title = f"{len(runs)} runs on {first.dataset}, {first.protocol}, {first.split}"
+    report = summarise_seeds(out, runs, title=title, evaluations=evaluations, ensemble=metrics)
     return report, [
         *_lines(f"ensemble of {len(runs)} (mean of their scores)", together, metrics),
         (out / "summary.json").read_text(encoding="utf-8"),
@@ -193,8 +182,7 @@ def evaluate_model(
     notes, result = [], None
     if split == "train" and own:
         notes.append(
-            "These are training clips: the measures show how well the model fits them, not how "
-            "well it generalises."
+            "Training clips: the measures show the fit, not how well the model generalises."
         )
     else:
         result = _audit(model, store, indices, compare_spectrograms)
@@ -232,9 +220,7 @@ def evaluate_model(
     )
 
 
-def store_of_arrays(
-    model: TrainedModel, file: str | os.PathLike[str], split: str, folder: Path
-) -> Store:
+def store_of_arrays(model: TrainedModel, file: PathLike, split: str, folder: Path) -> Store:
     """Writes a store of one file of spectrograms for a model to `folder`, all of it as `split`.
 
     The file is `.npz` or `.npy`, see `musicgenre.datasets.arrays.load_arrays`.
@@ -260,13 +246,9 @@ def temperature_source(
 ) -> Evaluation | float | None:
     """Returns the `calibration` for `measure` that --temperature names; None without single labels.
 
-    Args:
-      asked: see `temperature` of `evaluate_runs`.
-      evaluation: the evaluation that it is for.
-      model: its model.
-      store: its store.
-      folder: where the store of a file is written.
-      alone: the store has only the evaluated split; other splits are those of the training store.
+    The evaluation is that of the model on the store. The store of a file is written to `folder`.
+    With `alone`, the store has no split but the evaluated one, and others are those of the training
+    store.
 
     Raises:
       UserError: it is none of these, or cannot be used.
@@ -291,7 +273,7 @@ def temperature_source(
     return evaluate_model(model, store, split, compare_spectrograms=False)
 
 
-def training_store(workdir: str | os.PathLike[str]) -> Path:
+def training_store(workdir: PathLike) -> Path:
     """Returns the path of the store that a run was trained on.
 
     Raises:

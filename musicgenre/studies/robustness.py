@@ -126,7 +126,7 @@ def probe_sounds(
 ) -> Robustness:
     """Runs a model over sound files, unchanged and with every change of `sound_transforms`.
 
-    The files are first mixed down and resampled for the front end, and then changed.
+    The files are first mixed to mono and resampled for the front end, and then changed.
 
     Args:
       model: a trained model with classes or tags.
@@ -212,8 +212,7 @@ def array_windows(db: np.ndarray, model: TrainedModel) -> Windows:
     """Returns the windows of one clip's log-mels in dB `[any, mels]`, as in an evaluation."""
     spec, frames = model.features, model.frames
     fitted, length = model.layout.fit(mfcc_from_db(db, spec.n_mfcc) if spec.kind == "mfcc" else db)
-    windows = int(model.config.data.eval_chunks)
-    complete = frames >= model.layout.frames
+    complete, windows = frames >= model.layout.frames, int(model.config.data.eval_chunks)
     starts = [0] if complete else chunk_starts(length, frames, windows)
     inputs = np.stack([fitted[start : start + frames] for start in starts]).astype(np.float16)
     return inputs, np.ones(len(inputs))

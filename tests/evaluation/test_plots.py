@@ -86,7 +86,7 @@ def test_learning_curves_mark_the_evaluated_step():
     assert [words(axes.texts) for axes in nothing] == [["not recorded"]] * 2
 
 
-def test_the_coverage_curve_shows_what_the_table_says():
+def test_the_coverage_curve_shows_the_numbers_of_the_table():
     confidence = np.linspace(0.2, 0.9, 60)
     found = risk_coverage(confidence, np.arange(60) % 4 > 0)
     [axes] = axes_of(plots.coverage_curve(found))

@@ -107,7 +107,7 @@ def test_one_artist_has_no_bootstrap_and_no_try_has_no_line(tested):
     assert found["equalisers"]["changed"]["count"] == 0 and len(headline(found)) == 3
 
 
-def test_the_report_says_it_all(tested, tmp_path):
+def test_the_report_has_all_results(tested, tmp_path):
     assert write_report(tmp_path, tested, measure(tested)) == tmp_path / "robustness.md"
     text = (tmp_path / "robustness.md").read_text()
     row = next(line for line in text.splitlines() if line.startswith("| turned"))
@@ -136,7 +136,7 @@ def test_the_report_says_it_all(tested, tmp_path):
         assert image.width > 1200 and np.asarray(image.convert("L")).std() > 10
 
 
-def test_a_synthetic_model_is_called_so(tested, tmp_path):
+def test_reports_on_synthetic_models_say_so_first(tested, tmp_path):
     synthetic = dataclasses.replace(tested, synthetic=True, targets=None)
     write_report(tmp_path, synthetic, measure(synthetic))
     assert (tmp_path / "robustness.md").read_text().startswith("# SYNTHETIC · six clips")
