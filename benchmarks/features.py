@@ -37,7 +37,7 @@ from musicgenre.audio.decode import load_audio
 from musicgenre.audio.features import FeatureSpec, compute_features
 from musicgenre.audio.layout import ClipLayout
 from musicgenre.audio.resample import resample
-from musicgenre.datasets.base import Clip, Dataset, make_dataset
+from musicgenre.datasets.base import Clip, Dataset
 from musicgenre.datasets.synthetic import STYLES, render_clip
 from musicgenre.files import sha256
 from musicgenre.store.prepare import CLIPS_PER_SHARD, prepare_store
@@ -156,9 +156,7 @@ def write_clips(folder: Path, kind: Kind, count: int, seconds: float) -> Dataset
         )
         for number in range(count)
     )
-    return make_dataset(
-        Dataset("made up", folder, "made up", "single_label", tuple(sorted(styles)), clips)
-    )
+    return Dataset("made up", folder, "made up", "single_label", tuple(sorted(styles)), clips)
 
 
 class Preparing:

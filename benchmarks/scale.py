@@ -30,7 +30,7 @@ from musicgenre.audio.decode import load_audio
 from musicgenre.audio.features import FeatureSpec, compute_features
 from musicgenre.audio.layout import ClipLayout
 from musicgenre.audio.resample import resample
-from musicgenre.datasets.base import Clip, Dataset, make_dataset
+from musicgenre.datasets.base import Clip, Dataset
 from musicgenre.files import sha256, write_text
 from musicgenre.store.loader import normalisation, train_batches
 from musicgenre.store.prepare import (
@@ -172,7 +172,7 @@ def made_up_dataset(entries: int) -> Dataset:
         )
         for i in range(entries)
     )
-    return make_dataset(Dataset("made up", Path("/music"), "made up", "multi_label", LABELS, clips))
+    return Dataset("made up", Path("/music"), "made up", "multi_label", LABELS, clips)
 
 
 def build(folder: Path, entries: int, frames: int) -> dict[str, float]:

@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from musicgenre.audio.decode import load_audio
 from musicgenre.audio.features import FeatureSpec, compute_features
 from musicgenre.audio.layout import ClipLayout
-from musicgenre.datasets.base import Clip, Dataset, Skipped, make_dataset
+from musicgenre.datasets.base import Clip, Dataset, Skipped
 from musicgenre.errors import UserError
 from musicgenre.files import read_json, sha256
 from musicgenre.store import prepare
@@ -49,9 +49,7 @@ def dataset(tmp_path):
         )
         for i, (seconds, split) in enumerate(zip(lengths, splits, strict=True))
     ]
-    return make_dataset(
-        Dataset("test", tmp_path, "given", "single_label", ("a", "b"), tuple(clips))
-    )
+    return Dataset("test", tmp_path, "given", "single_label", ("a", "b"), tuple(clips))
 
 
 def make(dataset, path, **options):
@@ -211,9 +209,7 @@ def test_two_processes_give_the_same_bytes_as_one(tmp_path):
         for i in range(22)
     ]
     clips[5].path.write_bytes(b"")
-    dataset = make_dataset(
-        Dataset("test", tmp_path, "given", "single_label", ("a", "b"), tuple(clips))
-    )
+    dataset = Dataset("test", tmp_path, "given", "single_label", ("a", "b"), tuple(clips))
     make(dataset, tmp_path / "one")
     prepare_store(dataset, SPEC, LAYOUT, tmp_path / "two", workers=2, progress=False)
     assert {k: v[1] for k, v in snapshot(tmp_path / "one").items()} == {
@@ -541,10 +537,7 @@ def test_tags_become_rows_of_zeros_and_ones(dataset, tmp_path):
             dataset.clips, [("a",), ("b", "a"), (), ("b",), ("a",), ("a", "b")], strict=True
         )
     )
-    make(
-        make_dataset(dataclasses.replace(dataset, clips=clips, task="multi_label")),
-        tmp_path / "store",
-    )
+    make(dataclasses.replace(dataset, clips=clips, task="multi_label"), tmp_path / "store")
     store = Store.open(tmp_path / "store")
     assert store.targets(np.arange(4)).tolist() == [[1, 0], [1, 1], [0, 0], [0, 1]]
 
