@@ -114,7 +114,7 @@ def test_tags_are_ordered_by_frequency(tmp_path, drawn):
     assert labels(drawn["labels.png"].axes[0]) == ["z", "y", "x"]
     assert heights(drawn["labels.png"].axes[0]) == [1, 1, 0, 1, 0, 0]
     assert labels(drawn["labels_top2.png"].axes[0]) == ["z", "y"]
-    assert figures.label_figures(dataset("regression", [("train", ())]), tmp_path) == []
+    assert figures.label_figures(dataset("regression", [("train", ())], ()), tmp_path) == []
 
 
 @pytest.mark.parametrize("kind", ["logmel", "stft"])
