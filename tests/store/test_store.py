@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from musicgenre.audio.decode import load_audio
 from musicgenre.audio.features import FeatureSpec, compute_features
 from musicgenre.audio.layout import ClipLayout
-from musicgenre.datasets.base import Clip, Dataset, Skipped, make_dataset
+from musicgenre.datasets.base import Clip, Dataset, Skipped
 from musicgenre.errors import UserError
 from musicgenre.files import read_json, sha256
 from musicgenre.store import prepare
@@ -38,7 +38,7 @@ def sound(path, seconds, seed):
 
 def of_clips(folder, clips):
     parts = (folder, "given", "single_label", ("a", "b"), tuple(clips))
-    return make_dataset(Dataset("test", *parts))
+    return Dataset("test", *parts)
 
 
 @pytest.fixture
@@ -418,7 +418,7 @@ def test_tags_become_rows_of_zeros_and_ones(dataset, path):
     tags = [("a",), ("b", "a"), (), ("b",), ("a",), ("a", "b")]
     pairs = zip(dataset.clips, tags, strict=True)
     clips = tuple(dataclasses.replace(clip, labels=labels) for clip, labels in pairs)
-    make(make_dataset(dataclasses.replace(dataset, clips=clips, task="multi_label")), path)
+    make(dataclasses.replace(dataset, clips=clips, task="multi_label"), path)
     assert Store.open(path).targets(np.arange(4)).tolist() == [[1, 0], [1, 1], [0, 0], [0, 1]]
 
 
