@@ -285,6 +285,8 @@ def _quick_and_quiet() -> Iterator[None]:
 
     All of its plugins take five seconds.
     """
+    from jax._src import core
+    from jax.extend.core import ClosedJaxpr
     from jax2onnx.plugins import plugin_system
 
     loggers = [logging.getLogger(name) for name in ("jax2onnx", "onnx_ir")]
@@ -297,9 +299,15 @@ def _quick_and_quiet() -> Iterator[None]:
         for library in ("jax", "flax"):
             plugin_system._import_tree(folder / library, f"{plugin_system.__package__}.{library}")
     plugin_system._already_imported_plugins = True
+    # jax2onnx 0.17 looks for this class where JAX 0.12 no longer has it.
+    added = not hasattr(core, "ClosedJaxpr")
+    if added:
+        core.ClosedJaxpr = ClosedJaxpr  # type: ignore[attr-defined]
     try:
         yield
     finally:
+        if added:
+            del core.ClosedJaxpr  # type: ignore[attr-defined]
         plugin_system._already_imported_plugins = complete
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

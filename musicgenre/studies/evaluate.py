@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from musicgenre import __version__
 from musicgenre.config import differences, to_plain
 from musicgenre.datasets.arrays import load_arrays
 from musicgenre.datasets.base import SPLITS
@@ -286,10 +287,11 @@ def training_store(workdir: PathLike) -> Path:
 
 def versions() -> dict[str, str]:
     """Returns the versions that a result depends on."""
-    packages = ("musicgenre", "jax", "jaxlib", "flax", "optax", "numpy", "librosa")
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "librosa")
     return {
         "python": platform.python_version(),
         "device": jax.devices()[0].device_kind,
+        "musicgenre": __version__,
         **{name: importlib.metadata.version(name) for name in packages},
     }
 
