@@ -17,6 +17,7 @@ task and the model's card, as does an ONNX file's metadata.
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import json
 import logging
@@ -285,10 +286,10 @@ def _quick_and_quiet() -> Iterator[None]:
 
     All of its plugins take five seconds.
     """
-    from jax._src import core
     from jax.extend.core import ClosedJaxpr
     from jax2onnx.plugins import plugin_system
 
+    core: Any = importlib.import_module("jax._src.core")
     loggers = [logging.getLogger(name) for name in ("jax2onnx", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -302,12 +303,12 @@ def _quick_and_quiet() -> Iterator[None]:
     # jax2onnx 0.17 looks for this class where JAX 0.12 no longer has it.
     added = not hasattr(core, "ClosedJaxpr")
     if added:
-        core.ClosedJaxpr = ClosedJaxpr  # type: ignore[attr-defined]
+        core.ClosedJaxpr = ClosedJaxpr
     try:
         yield
     finally:
         if added:
-            del core.ClosedJaxpr  # type: ignore[attr-defined]
+            del core.ClosedJaxpr
         plugin_system._already_imported_plugins = complete
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
