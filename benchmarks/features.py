@@ -48,7 +48,7 @@ from musicgenre.audio.decode import load_audio
 from musicgenre.audio.features import FeatureSpec, compute_features
 from musicgenre.audio.layout import ClipLayout
 from musicgenre.audio.resample import resample
-from musicgenre.datasets.base import Clip, Dataset, make_dataset
+from musicgenre.datasets.base import Clip, Dataset
 from musicgenre.datasets.synthetic import render_clip
 from musicgenre.files import sha256
 from musicgenre.store.prepare import CLIPS_PER_SHARD, prepare_store
@@ -126,7 +126,7 @@ def make_clips(folder: Path, file_type: FileType, count: int, seconds: float) ->
         for number, path in enumerate(paths)
     )
     labels = tuple(sorted(RENDERED_STYLES))
-    return make_dataset(Dataset("synthetic", folder, "one split", "single_label", labels, clips))
+    return Dataset("synthetic", folder, "one split", "single_label", labels, clips)
 
 
 class Preparing:

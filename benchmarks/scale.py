@@ -28,7 +28,7 @@ from musicgenre.audio.decode import load_audio
 from musicgenre.audio.features import FeatureSpec, compute_features
 from musicgenre.audio.layout import ClipLayout
 from musicgenre.audio.resample import resample
-from musicgenre.datasets.base import Clip, Dataset, make_dataset
+from musicgenre.datasets.base import Clip, Dataset
 from musicgenre.files import sha256, write_text
 from musicgenre.store.loader import normalisation, train_batches
 from musicgenre.store.prepare import (
@@ -158,7 +158,7 @@ def listed_dataset(entries: int) -> Dataset:
         )
         for i in range(entries)
     )
-    return make_dataset(Dataset("listed", Path("/music"), "tenths", "multi_label", LABELS, clips))
+    return Dataset("listed", Path("/music"), "tenths", "multi_label", LABELS, clips)
 
 
 class Laps:

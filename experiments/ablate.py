@@ -4,11 +4,12 @@ musicgenre ablate --config=ablations/report_knobs --workdir=runs/report_knobs --
 
 By cross-validation within the training list of a data set of arrays, artists kept together:
 
-musicgenre ablate --config=ablations/gtzan_modulation --workdir=runs/gtzan_modulation_folds --folds=5 \
-    --seeds=1 --config.data.protocol=artist_kfold --config.data.files.valid=
+musicgenre ablate --config=ablations/gtzan_modulation --workdir=runs/gtzan_modulation_folds \
+    --folds=5 --seeds=1 --config.data.protocol=artist_kfold --config.data.files.valid=
 """
 
 import runpy
+from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
@@ -21,9 +22,7 @@ app.define_config(FLAGS)
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of all runs and of the table.", FLAGS, required=True
 )
-_SEEDS = flags.DEFINE_integer(
-    "seeds", 3, "Seeds of each variant: 0, 1, ...", lower_bound=1, flag_values=FLAGS
-)
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of each variant: 0, 1, ...", 1, flag_values=FLAGS)
 _FOLDS = flags.DEFINE_integer(
     "folds", 0, "Folds per variant and seed; 0 uses the data set's split.", 0, flag_values=FLAGS
 )
@@ -31,7 +30,7 @@ _STEPS = flags.DEFINE_integer(
     "steps",
     0,
     "With --folds: steps of each training, to within half an epoch; 0 uses config.epochs.",
-    lower_bound=0,
+    0,
     flag_values=FLAGS,
 )
 _ONLY = flags.DEFINE_list("only", [], "Names of variants to run; all if empty.", FLAGS)
@@ -48,35 +47,25 @@ def main() -> int:
     from musicgenre.runs.workdir import Interrupted
     from musicgenre.studies.ablation import run_ablation, run_folds
 
-    workdir, seeds, folds = _WORKDIR.value, range(_SEEDS.value), _FOLDS.value
-    progress = _PROGRESS.value
+    arguments = (config, variants, _WORKDIR.value, range(_SEEDS.value))
     try:
-        if folds:
-            run_folds(
-                config, variants, workdir, seeds, folds, steps=_STEPS.value, progress=progress
-            )
+        if _FOLDS.value:
+            run_folds(*arguments, _FOLDS.value, steps=_STEPS.value, progress=_PROGRESS.value)
         else:
-            run_ablation(config, variants, workdir, seeds, progress=progress)
+            run_ablation(*arguments, progress=_PROGRESS.value)
     except Interrupted as stop:
         print(stop)
         return 128 + stop.signal_number
-    with open(f"{workdir}/ablation.md", encoding="utf-8") as table:
-        print(table.read())
+    print(Path(_WORKDIR.value, "ablation.md").read_text(encoding="utf-8"))
     return 0
 
 
 def _variants(path: str) -> list[tuple[str, dict[str, object]]]:
-    """Returns the variants of a config file that --only names, or all.
-
-    Raises:
-      UserError: the file has no sweep(), or no variant of a name in --only.
-    """
+    """Returns the variants of a config file that --only names, or all."""
     module = runpy.run_path(path)
     if "sweep" not in module:
-        raise UserError(
-            f"{path}: has no sweep(). It must yield pairs of a name and {{field: value}}, as the "
-            "configs in ablations/ do."
-        )
+        remedy = "It must yield pairs of a name and {field: value}, as the configs in ablations/ do"
+        raise UserError(f"{path}: has no sweep(). {remedy}.")
     variants = list(module["sweep"]())
     names = [name for name, _ in variants]
     for name in _ONLY.value:

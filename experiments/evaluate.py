@@ -21,20 +21,20 @@ FLAGS = flags.FlagValues()
 _WORKDIRS = flags.DEFINE_multi_string(
     "workdir", None, "A run's folder, a bundle, or a packaged model's name.", FLAGS, required=True
 )
-_SPLIT = flags.DEFINE_enum("split", "test", ["train", "valid", "test"], "Split to evaluate.", FLAGS)
-_STORE = flags.DEFINE_string(
+flags.DEFINE_enum("split", "test", ["train", "valid", "test"], "Split to evaluate.", FLAGS)
+flags.DEFINE_string(
     "store", "", "Store to evaluate on; the one that the model was trained on if empty.", FLAGS
 )
-_ARRAYS = flags.DEFINE_string(
+flags.DEFINE_string(
     "arrays", "", "Or a file of spectrograms (.npz or .npy), all of it as --split.", FLAGS
 )
-_CHECKPOINT = flags.DEFINE_string(
+flags.DEFINE_string(
     "checkpoint", "last", "last, best (by the validation measure) or a step.", FLAGS
 )
-_OUT = flags.DEFINE_string(
+flags.DEFINE_string(
     "out", "", "Folder of the report; <workdir>/evaluation-<split> if empty.", FLAGS
 )
-_TEMPERATURE = flags.DEFINE_string(
+flags.DEFINE_string(
     "temperature",
     "",
     "Also measures calibration after temperature scaling (single-label models only): the "
@@ -47,7 +47,7 @@ _FATAL = flags.DEFINE_bool(
     f"Exit with {LEAKAGE} if the audit finds training clips in the split, or if they are unknown.",
     FLAGS,
 )
-_NEIGHBOURS = flags.DEFINE_multi_integer(
+flags.DEFINE_multi_integer(
     "neighbours",
     [],
     "Also measures the fraction of each clip's K nearest others, by embedding, that are of its "
@@ -60,24 +60,13 @@ def main() -> int:
     """Evaluates every run, prints a line for each and the report's path."""
     from musicgenre.studies.evaluate import evaluate_runs
 
-    result = evaluate_runs(
-        _WORKDIRS.value,
-        split=_SPLIT.value,
-        store=_STORE.value,
-        arrays=_ARRAYS.value,
-        checkpoint=_CHECKPOINT.value,
-        out=_OUT.value,
-        temperature=_TEMPERATURE.value,
-        neighbours=_NEIGHBOURS.value,
-        command=app.command_line(),
-    )
+    names = "split store arrays checkpoint out temperature neighbours"
+    options = {name: FLAGS[name].value for name in names.split()}
+    result = evaluate_runs(_WORKDIRS.value, **options, command=app.command_line())
     print("\n".join(result.lines))
     if result.leaks and _FATAL.value:
-        print(
-            "error: the evaluated clips are not, or not known to be, independent of the training "
-            "clips (--fatal_leakage).",
-            file=sys.stderr,
-        )
+        text = "the evaluated clips are not, or not known to be, independent of the training clips"
+        print(f"error: {text} (--fatal_leakage).", file=sys.stderr)
         return LEAKAGE
     return 0
 

@@ -18,31 +18,29 @@ FLAGS = flags.FlagValues()
 _ROOT = flags.DEFINE_string(
     "root", None, "Folder with the .h5 files, or one file of many songs.", FLAGS, required=True
 )
-_LIMIT = flags.DEFINE_integer(
-    "limit", 0, "Most songs to request in this run; 0 is all.", lower_bound=0, flag_values=FLAGS
+flags.DEFINE_integer(
+    "limit", 0, "Most songs to request in this run; 0 is all.", 0, flag_values=FLAGS
 )
-_PER_DAY = flags.DEFINE_integer(
-    "per_day", 4000, "Requests within 24 hours, retries included.", lower_bound=1, flag_values=FLAGS
+flags.DEFINE_integer(
+    "per_day", 4000, "Requests within 24 hours, retries included.", 1, flag_values=FLAGS
 )
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Only list what would be requested; needs no keys, writes nothing.", FLAGS
 )
-_RETRY_MISSING = flags.DEFINE_bool(
-    "retry_missing", False, "Request songs again that were not found.", FLAGS
-)
-_LEDGER = flags.DEFINE_string(
+flags.DEFINE_bool("retry_missing", False, "Request songs again that were not found.", FLAGS)
+flags.DEFINE_string(
     "ledger", "", "Record of a key's requests; <root>/previews/requests.jsonl if empty.", FLAGS
 )
-_COUNTRY = flags.DEFINE_string(
+flags.DEFINE_string(
     "country", "", "ISO code of 7digital's shop, such as GB; the account's own if empty.", FLAGS
 )
 _BASE_URL = flags.DEFINE_string(
     "base_url", "", "Another address that the track id is added to.", FLAGS
 )
-_TIMEOUT = flags.DEFINE_float(
+flags.DEFINE_float(
     "timeout", 30.0, "Seconds without a byte before a request is given up.", 0.1, flag_values=FLAGS
 )
-_PROGRESS = flags.DEFINE_bool("progress", True, "Draw a progress bar.", FLAGS)
+flags.DEFINE_bool("progress", True, "Draw a progress bar.", FLAGS)
 
 
 def main() -> int:
@@ -53,25 +51,14 @@ def main() -> int:
     wanted = previews.wanted_songs(_ROOT.value)
     for entry in wanted.skipped:
         print(f"skipped {entry.path}: {entry.reason}", file=sys.stderr)
-    options = {
-        "ledger": _LEDGER.value,
-        "per_day": _PER_DAY.value,
-        "limit": _LIMIT.value,
-        "retry_missing": _RETRY_MISSING.value,
-    }
+    names = ("ledger", "per_day", "limit", "retry_missing")
+    options = {name: FLAGS[name].value for name in names}
     if keys is None:
         print("\n".join(previews.plan_lines(_ROOT.value, wanted.numbers, **options)))
         return 0
-    summary = previews.fetch_previews(
-        _ROOT.value,
-        wanted.numbers,
-        keys,
-        base_url=_BASE_URL.value or previews.BASE_URL,
-        country=_COUNTRY.value,
-        timeout=_TIMEOUT.value,
-        progress=_PROGRESS.value,
-        **options,
-    )
+    options |= {name: FLAGS[name].value for name in ("country", "timeout", "progress")}
+    options["base_url"] = _BASE_URL.value or previews.BASE_URL
+    summary = previews.fetch_previews(_ROOT.value, wanted.numbers, keys, **options)
     print("\n".join(summary.lines()))
     return PARTIAL if summary.incomplete else 0
 

@@ -8,7 +8,7 @@ musicgenre figures --model=conv1d --frames=647 --bands=128
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -45,19 +45,19 @@ _TAGS = flags.DEFINE_string(
     "tags", "", "MagnaTagATune's annotations_final.csv or .csv.gz: clips per tag.", FLAGS
 )
 _TOP = flags.DEFINE_integer(
-    "top", 50, "Number of most frequent tags to draw.", lower_bound=1, flag_values=FLAGS
+    "top", 50, "Number of most frequent tags to draw.", 1, flag_values=FLAGS
 )
 _MODEL = flags.DEFINE_string(
     "model", "", "A registered network with its defaults: its layers. Others: --config.", FLAGS
 )
 _FRAMES = flags.DEFINE_integer(
-    "frames", 647, "With --model: frames of its input.", lower_bound=1, flag_values=FLAGS
+    "frames", 647, "With --model: frames of its input.", 1, flag_values=FLAGS
 )
 _BANDS = flags.DEFINE_integer(
-    "bands", 128, "With --model: bands of its input.", lower_bound=1, flag_values=FLAGS
+    "bands", 128, "With --model: bands of its input.", 1, flag_values=FLAGS
 )
 _CLASSES = flags.DEFINE_integer(
-    "classes", 10, "Outputs of a network without known labels.", lower_bound=1, flag_values=FLAGS
+    "classes", 10, "Outputs of a network without known labels.", 1, flag_values=FLAGS
 )
 
 
@@ -68,7 +68,7 @@ def main() -> None:
     if not (workdir or settings or _CLIP.value or _TAGS.value or _MODEL.value):
         raise UserError("nothing to draw: give --workdir, --config, --clip, --tags or --model.")
     if workdir and settings:
-        raise UserError("--workdir brings its own config: give only one of --workdir and --config.")
+        raise UserError("--workdir brings its own config: give only one of the two.")
 
     from musicgenre.audio.features import FeatureSpec
     from musicgenre.config import feature_spec
@@ -91,7 +91,8 @@ def main() -> None:
     if _TAGS.value:
         _print(table_figures(_TAGS.value, out, _TOP.value))
     if _MODEL.value:
-        _draw_network({"name": _MODEL.value}, out, _CLASSES.value, _FRAMES.value, _BANDS.value)
+        inputs = {"frames": _FRAMES.value, "bands": _BANDS.value}
+        _draw_network({"name": _MODEL.value}, out, _CLASSES.value, **inputs)
 
 
 def _draw_config(settings: "ConfigDict", out: Path) -> None:
@@ -110,22 +111,21 @@ def _draw_config(settings: "ConfigDict", out: Path) -> None:
         _print(label_figures(clips, out, _TOP.value))
     else:
         print("no labels are drawn: the config has no data.root, and no store is prepared.")
-    frames = settings.data.crop_frames or settings.data.frames
     spec = config.feature_spec(settings)
-    _draw_network(settings.model.to_dict(), out, classes, frames, spec.bands, spec.kind)
+    inputs = {"frames": settings.data.crop_frames or settings.data.frames, "bands": spec.bands}
+    _draw_network(settings.model.to_dict(), out, classes, **inputs, kind=spec.kind)
 
 
-def _draw_network(
-    fields: dict[str, object], out: Path, classes: int, frames: int, bands: int, kind: str = ""
-) -> None:
+def _draw_network(fields: dict[str, object], out: Path, classes: int, **inputs: Any) -> None:
     """Draws a network's layers and prints them as a table."""
     from musicgenre import models
     from musicgenre.models.describe import table
     from musicgenre.studies.architecture import architecture_figure
 
     name = str(models.resolve(fields)["name"])
-    module = models.build(fields, num_classes=classes, frames=frames, bands=bands, kind=kind)
-    path, layers = architecture_figure(module, frames, bands, out, name, f"{classes} outputs")
+    module = models.build(fields, num_classes=classes, **inputs)
+    sizes = (inputs["frames"], inputs["bands"])
+    path, layers = architecture_figure(module, *sizes, out, name, f"{classes} outputs")
     print(table(layers))
     _print([path])
 

@@ -12,9 +12,7 @@ from musicgenre.cli import app
 
 FLAGS = flags.FlagValues()
 app.define_config(FLAGS)
-_WORKERS = flags.DEFINE_integer(
-    "workers", 0, "Processes; 0 is one per core.", lower_bound=0, flag_values=FLAGS
-)
+_WORKERS = flags.DEFINE_integer("workers", 0, "Processes; 0 is one per core.", 0, flag_values=FLAGS)
 _PROGRESS = flags.DEFINE_bool("progress", True, "Draw a progress bar.", FLAGS)
 _VERIFY = flags.DEFINE_bool(
     "verify", True, "Compare existing shards with their checksums, not only their sizes.", FLAGS

@@ -40,19 +40,13 @@ _LABELS = flags.DEFINE_bool(
     "labels", True, "With --audio: folders are named after labels that the model knows.", FLAGS
 )
 _OUT = flags.DEFINE_string("out", None, "Folder of the report.", FLAGS, required=True)
-_TRIES = flags.DEFINE_integer(
-    "tries", 20, "Random equalisers per clip; 0 is none.", lower_bound=0, flag_values=FLAGS
-)
-_SECONDS = flags.DEFINE_float(
+flags.DEFINE_integer("tries", 20, "Random equalisers per clip; 0 is none.", 0, flag_values=FLAGS)
+flags.DEFINE_float(
     "seconds", 60.0, "Longest excerpt, from the middle; 0 is no limit.", 0.0, flag_values=FLAGS
 )
-_MIN_SECONDS = flags.DEFINE_float(
-    "min_seconds", 1.0, "Shorter sound files are skipped.", lower_bound=1.0, flag_values=FLAGS
-)
-_SEED = flags.DEFINE_integer(
-    "seed", 0, "Of equalisers, noise and bootstrap.", lower_bound=0, flag_values=FLAGS
-)
-_PROGRESS = flags.DEFINE_bool("progress", True, "Draw progress bars.", FLAGS)
+flags.DEFINE_float("min_seconds", 1.0, "Shorter sound files are skipped.", 1.0, flag_values=FLAGS)
+_SEED = flags.DEFINE_integer("seed", 0, "Of equalisers, noise and bootstrap.", 0, flag_values=FLAGS)
+flags.DEFINE_bool("progress", True, "Draw progress bars.", FLAGS)
 
 
 def main() -> int:
@@ -64,22 +58,17 @@ def main() -> int:
     from musicgenre.runs.model import load_model
     from musicgenre.studies.robustness import find_sounds, probe_arrays, probe_sounds
 
-    common = {
-        "tries": _TRIES.value,
-        "seed": _SEED.value,
-        "progress": _PROGRESS.value,
-        "command": app.command_line(),
-    }
+    common = {name: FLAGS[name].value for name in ("tries", "seed", "progress")}
+    common["command"] = app.command_line()
+    clips = find_sounds(_AUDIO.value, split=_SPLIT.value, labelled=_LABELS.value)
+    model = load_model(_WORKDIR.value, _CHECKPOINT.value)
     if _ARRAYS.value:
-        model = load_model(_WORKDIR.value, _CHECKPOINT.value)
         tested = probe_arrays(model, _ARRAYS.value, **common)
     else:
-        clips = find_sounds(_AUDIO.value, split=_SPLIT.value, labelled=_LABELS.value)
-        model = load_model(_WORKDIR.value, _CHECKPOINT.value)
-        lengths = {"seconds": _SECONDS.value, "min_seconds": _MIN_SECONDS.value}
+        lengths = {name: FLAGS[name].value for name in ("seconds", "min_seconds")}
         tested = probe_sounds(model, clips, **lengths, **common)
     measures = measure(tested, seed=_SEED.value)
-    report = write_report(_OUT.value, tested, measures=measures)
+    report = write_report(_OUT.value, tested, measures)
     if tested.synthetic:
         print("SYNTHETIC: the model was trained on synthetic audio; this says nothing about music.")
     print("\n".join(headline(measures)))

@@ -37,7 +37,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "heartbeat_seconds",
         30,
         "A process that is silent for so long counts as lost, and all processes stop.",
-        lower_bound=1,
+        1,
         flag_values=values,
     )
 
@@ -62,9 +62,8 @@ def run(name: str, values: flags.FlagValues) -> int:
     from musicgenre.training import fit, hosts
 
     if values.coordinator:
-        hosts.join(
-            values.coordinator, values.num_processes, values.process_id, values.heartbeat_seconds
-        )
+        names = ("coordinator", "num_processes", "process_id", "heartbeat_seconds")
+        hosts.join(*(values[name].value for name in names))
     options = {"parallel": values.parallel, "progress": values.progress, "profile_steps": steps}
     with hosts.one_fate():
         try:
@@ -78,17 +77,12 @@ def run(name: str, values: flags.FlagValues) -> int:
 
 
 def profile_steps(words: list[str] | None) -> tuple[int, int] | None:
-    """Returns the first step and the number of steps to trace.
-
-    Raises:
-      UserError: the flag does not have two numbers.
-    """
+    """Returns the first step and the number of steps to trace; raises UserError for other text."""
     if not words:
         return None
     if len(words) != 2 or not all(word.isdigit() for word in words):
-        raise UserError(
-            f"--profile_steps={','.join(words)}: needs a first step and a count, such as 20,5."
-        )
+        given = ",".join(words)
+        raise UserError(f"--profile_steps={given}: needs a first step and a count, such as 20,5.")
     return int(words[0]), int(words[1])
 
 

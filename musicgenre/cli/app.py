@@ -21,17 +21,6 @@ from ml_collections import ConfigDict, config_flags
 from musicgenre import __version__
 from musicgenre.errors import USER_ERROR, UserError
 
-# What absl's and the config library's parsers raise.
-_FLAG_ERRORS = (
-    flags.Error,
-    ImportError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    ValueError,
-    OSError,
-)
-
 
 def define_config(flag_values: flags.FlagValues) -> None:
     """Defines `--config`, and `--config.a.b=value` for each of its fields."""
@@ -65,8 +54,7 @@ def get_config(flag_values: flags.FlagValues) -> ConfigDict:
 def config_file(name: str) -> str:
     """Returns the path of a config file, with the part after a colon if there is one.
 
-    Args:
-      name: a path, or the name of a shipped config such as "ablations/gtzan_networks".
+    The name is a path, or that of a shipped config such as "ablations/gtzan_networks".
 
     Raises:
       UserError: there is no such file or config.
@@ -79,10 +67,8 @@ def config_file(name: str) -> str:
         return f"{shipped}{colon}{argument}"
     known = config_names()
     near = difflib.get_close_matches(Path(path).stem, known, n=3)
-    raise UserError(
-        f"--config={name}: no such file or shipped config. "
-        + (f"The nearest: {', '.join(near)}." if near else f"Shipped: {', '.join(known)}.")
-    )
+    hint = f"The nearest: {', '.join(near)}." if near else f"Shipped: {', '.join(known)}."
+    raise UserError(f"--config={name}: no such file or shipped config. {hint}")
 
 
 def config_folder() -> Path:
@@ -112,12 +98,9 @@ def run(name: str) -> NoReturn:
 
 
 def execute(command: Any, program: Sequence[str], words: Sequence[str]) -> int:
-    """Runs a command and returns its exit code, see `musicgenre.errors`.
+    """Runs a command's module and returns its exit code, see `musicgenre.errors`.
 
-    Args:
-      command: a command's module, see `musicgenre.cli`.
-      program: the words of the command line before `words`.
-      words: flags and arguments.
+    The words of the command line are those of `program`, then the flags and arguments in `words`.
     """
 
     def run() -> int | None:
@@ -206,7 +189,7 @@ def _parse(command: Any, words: Sequence[str]) -> list[str]:
             words = values[missing[1]].help.partition(";\n")[0]
             raise UserError(f"--{missing[1]} is needed: {words}") from None
         raise UserError(str(error).removeprefix("flag ")) from None
-    except _FLAG_ERRORS as error:
+    except (flags.Error, ImportError, LookupError, AttributeError, TypeError, ValueError) as error:
         if isinstance(error, flags.UnrecognizedFlagError) and error.flagname[:7] == "config.":
             raise UserError("--config is needed before its fields --config.a.b=...") from None
         # A KeyError shows its message in quotes; the config library's messages have several lines.

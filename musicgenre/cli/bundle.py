@@ -66,15 +66,12 @@ def _temperature(value: str, model: "TrainedModel") -> tuple[float, str]:
     except ValueError:
         metrics = read_json(value, "number or metrics.json with a temperature")
     if not isinstance(metrics, dict) or not metrics.get("calibration"):
-        raise UserError(
-            f"{value}: holds no temperature. Fit one: musicgenre evaluate --temperature=valid ..."
-        )
+        remedy = "Fit one: musicgenre evaluate --temperature=valid ..."
+        raise UserError(f"{value}: holds no temperature. {remedy}")
     config = metrics.get("config", {})
     evaluated = (config.get("seed"), metrics["checkpoint"]["step"])
     if "models" in config or evaluated != (model.config.seed, model.step):
-        raise UserError(
-            f"{value}: is the evaluation of another model, or of another checkpoint than step "
-            f"{model.step}."
-        )
+        other = f"another model, or of another checkpoint than step {model.step}"
+        raise UserError(f"{value}: is the evaluation of {other}.")
     temperature = float(metrics["calibration"]["temperature"])
     return temperature, f"Calibration: {calibration_line(metrics)}."

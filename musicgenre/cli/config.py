@@ -25,5 +25,4 @@ def main() -> None:
     else:
         values = app.get_config(FLAGS).to_dict() if FLAGS["config"].value is not None else None
         lines = reference.listing(values)
-    for line in lines:
-        print(line)
+    print("\n".join(lines))

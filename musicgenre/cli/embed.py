@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from musicgenre.cli.files import FILES, Tally, define_model, expand, load_tagger
+from musicgenre.cli.files import FILES, Tally, define_model, expand, load_tagger, write_npz
 from musicgenre.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def main(words: list[str]) -> int:
 
     import numpy as np
 
-    from musicgenre.files import replacing
+    from musicgenre.inference.windows import no_embedding
 
     tagger = load_tagger(FLAGS)
     paths: list[str] = []
@@ -46,9 +46,7 @@ def main(words: list[str]) -> int:
             tally.fail(scores.error)
             continue
         if scores.embedding is None or not scores.embedding.size:
-            raise UserError(
-                f"{FLAGS.model}: this network sows no embedding; see README, 'Your own network'."
-            )
+            raise UserError(no_embedding(tagger.model))
         tally.done += 1
         paths.append(scores.path)
         embeddings.append(scores.embedding)
@@ -58,9 +56,8 @@ def main(words: list[str]) -> int:
         if windows:
             counts = [len(part.starts) for part in windows]
             arrays["window_file"] = np.repeat(np.arange(len(windows)), counts)
-            arrays["window_start"] = np.concatenate([part.starts for part in windows])
-            arrays["window_end"] = np.concatenate([part.ends for part in windows])
-            arrays["window_embedding"] = np.concatenate([part.embeddings for part in windows])
-        with replacing(_OUT.value) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **arrays)
+            for name in ("start", "end", "embedding"):
+                parts = [getattr(part, f"{name}s") for part in windows]
+                arrays[f"window_{name}"] = np.concatenate(parts)
+        write_npz(_OUT.value, arrays)
     return tally.exit_code()

@@ -10,6 +10,8 @@ file a folder with a page, pictures, sounds, `activations.npz` (the values of ev
 `saliency.npz`.
 """
 
+import dataclasses
+
 from absl import flags
 
 from musicgenre.cli.files import FILES, Tally, define_model, expand, load_tagger
@@ -19,29 +21,25 @@ FLAGS = flags.FlagValues()
 ARGUMENTS = FILES
 REPEATED = ("clips",)
 define_model(FLAGS)
-_OUT = flags.DEFINE_string("out", "explained", "Folder to write to.", FLAGS)
-_LABEL = flags.DEFINE_string(
+flags.DEFINE_string("out", "explained", "Folder to write to.", FLAGS)
+flags.DEFINE_string(
     "label", "", "Label to explain; the most probable of each file if empty.", FLAGS
 )
-_AT = flags.DEFINE_float(
+flags.DEFINE_float(
     "at",
     None,
     "Explain the window around these seconds (default: where the label is most probable).",
     flag_values=FLAGS,
 )
-_LAYER = flags.DEFINE_string(
-    "layer", "", "Layer of --unit; without --unit, the layer of Grad-CAM.", FLAGS
-)
-_UNIT = flags.DEFINE_integer("unit", None, "Unit of --layer to explain.", flag_values=FLAGS)
+flags.DEFINE_string("layer", "", "Layer of --unit; without --unit, the layer of Grad-CAM.", FLAGS)
+flags.DEFINE_integer("unit", None, "Unit of --layer to explain.", flag_values=FLAGS)
 _CLIPS = flags.DEFINE_multi_string(
     "clips", [], "Files and folders to search for moments; the explained files if empty.", FLAGS
 )
-_TOP = flags.DEFINE_integer("top", 5, "Moments per unit.", lower_bound=1, flag_values=FLAGS)
-_CUT = flags.DEFINE_bool("cut", False, "Cut the moments out as WAV files.", FLAGS)
-_SECONDS = flags.DEFINE_float("seconds", 3.0, "Length of a cut moment.", flag_values=FLAGS)
-_PARTS = flags.DEFINE_list(
-    "parts", "filters,activations,saliency,sound,moments", "Any of these.", FLAGS
-)
+flags.DEFINE_integer("top", 5, "Moments per unit.", 1, flag_values=FLAGS)
+flags.DEFINE_bool("cut", False, "Cut the moments out as WAV files.", FLAGS)
+flags.DEFINE_float("seconds", 3.0, "Length of a cut moment.", flag_values=FLAGS)
+flags.DEFINE_list("parts", "filters,activations,saliency,sound,moments", "Any of these.", FLAGS)
 _LIST_LAYERS = flags.DEFINE_bool("list_layers", False, "Print layers and units, then exit.", FLAGS)
 
 
@@ -50,17 +48,8 @@ def main(words: list[str]) -> int:
     from musicgenre.explain.page import Explanation, Options, UnusableFile, layer_table
     from musicgenre.explain.taps import Explainer
 
-    options = Options(
-        out=_OUT.value,
-        label=_LABEL.value,
-        at=_AT.value,
-        layer=_LAYER.value,
-        unit=_UNIT.value,
-        top=_TOP.value,
-        cut=_CUT.value,
-        seconds=_SECONDS.value,
-        parts=_PARTS.value,
-    )
+    names = (field.name for field in dataclasses.fields(Options))
+    options = Options(**{name: FLAGS[name].value for name in names})
     if _LIST_LAYERS.value:
         print(layer_table(Explainer(load_tagger(FLAGS).model)))
         return 0

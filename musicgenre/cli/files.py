@@ -3,9 +3,9 @@
 import glob
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -50,11 +50,8 @@ def load_tagger(flag_values: flags.FlagValues) -> "Tagger":
 def warn_if_synthetic(model: "TrainedModel") -> None:
     """Prints a warning if a model was trained on synthetic audio."""
     if model.dataset.get("synthetic"):
-        print(
-            "SYNTHETIC: this model was trained on synthetic audio; its labels mean nothing for "
-            "real music.",
-            file=sys.stderr,
-        )
+        text = "this model was trained on synthetic audio; its labels mean nothing for real music."
+        print(f"SYNTHETIC: {text}", file=sys.stderr)
 
 
 def named(words: Sequence[str], *names: str) -> Sequence[str]:
@@ -74,8 +71,7 @@ class Tally:
     """Counts files, and reports on standard error those that fail."""
 
     def __init__(self) -> None:
-        self.done = 0
-        self.failed = 0
+        self.done = self.failed = 0
 
     def fail(self, message: str) -> None:
         """Reports one file, or one argument without files."""
@@ -104,9 +100,8 @@ def expand(arguments: Sequence[str], tally: Tally) -> list[str]:
     """
     if not arguments:
         raise UserError("no files: name sound files or folders.")
-    files: dict[str, None] = {}
-    for argument in _with_lists(arguments):
-        files.update(dict.fromkeys(_expanded(argument, tally)))
+    listed = _with_lists(arguments)
+    files = dict.fromkeys(file for argument in listed for file in _expanded(argument, tally))
     if not files and not tally.failed:
         raise UserError("the list on standard input is empty.")
     return list(files)
@@ -135,11 +130,7 @@ def _expanded(argument: str, tally: Tally) -> list[str]:
     matches = sorted(glob.glob(argument, recursive=True))
     if not matches:
         tally.fail(f"{argument}: no file matches this pattern.")
-    return [
-        file
-        for match in matches
-        for file in (_expanded(match, tally) if os.path.isdir(match) else [match])
-    ]
+    return [file for match in matches for file in _expanded(match, tally)]
 
 
 def write_lines(lines: Iterable[str], out: str) -> None:
@@ -151,7 +142,17 @@ def write_lines(lines: Iterable[str], out: str) -> None:
             print(line, flush=True)
         return
     with (
-        replacing(out) as temporary,
-        open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+        replacing(out) as path,
+        open(path, "w", encoding="utf-8", errors="surrogateescape") as file,
     ):
         file.writelines(line + "\n" for line in lines)
+
+
+def write_npz(out: str | Path, arrays: Mapping[str, Any]) -> None:
+    """Writes named arrays to an .npz file, atomically."""
+    import numpy as np
+
+    from musicgenre.files import replacing
+
+    with replacing(out) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)

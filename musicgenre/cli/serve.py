@@ -12,16 +12,11 @@ import ipaddress
 import math
 import socket
 import sys
-from typing import TYPE_CHECKING
 
 from absl import flags
 
 from musicgenre.cli.files import define_model, load_tagger
 from musicgenre.errors import UserError
-
-if TYPE_CHECKING:
-    from musicgenre.inference.index import EmbeddingIndex
-    from musicgenre.inference.tagger import Tagger
 
 # Seconds that a running request has after Ctrl-C or SIGTERM.
 _GRACE_SECONDS = 1
@@ -60,21 +55,19 @@ def main() -> None:
         raise UserError(f"the page needs {error.name}: pip install 'musicgenre[demo]'") from None
     host = _HOST.value
     with _listen(host, _PORT.value) as listening:
-        tagger = load_tagger(FLAGS)
-        limits = Limits(
-            max_bytes=round(_MAX_MB.value * 1e6),
-            max_seconds=_MAX_SECONDS.value,
-            max_waiting=_MAX_WAITING.value,
-        )
+        tagger, index = load_tagger(FLAGS), None
+        if _INDEX.value:
+            from musicgenre.inference.index import EmbeddingIndex
+
+            index = EmbeddingIndex.load(_INDEX.value)
+            index.check_model(tagger.model)
+        limits = Limits(round(_MAX_MB.value * 1e6), _MAX_SECONDS.value, _MAX_WAITING.value)
         hosts = [*_ALLOW_HOST.value, *([] if is_address(host) else [host])]
-        app = create_app(tagger, _index(_INDEX.value, tagger), limits, hosts=hosts)
+        app = create_app(tagger, index, limits, hosts=hosts)
         address, port = listening.getsockname()[:2]
         if not ipaddress.ip_address(address).is_loopback:
-            print(
-                f"WARNING: --host={host}: everybody who reaches this machine can use the page. "
-                "There is no password and no encryption.",
-                file=sys.stderr,
-            )
+            text = "everybody who reaches this machine can use the page. There is no password"
+            print(f"WARNING: --host={host}: {text} and no encryption.", file=sys.stderr)
         shown = f"[{host}]" if ":" in host else host
         print(f"http://{shown}:{port}  (Ctrl-C stops it)", flush=True)
         config = uvicorn.Config(
@@ -93,36 +86,14 @@ def main() -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Returns a listening socket.
-
-    Raises:
-      UserError: there is no such address, or the port is taken.
-    """
+    """Returns a listening socket."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = found[0]
     except OSError as error:
         raise UserError(f"--host={host}: no such address ({error.strerror}).") from None
     try:
         return socket.create_server(address[:2], family=family)
     except OSError as error:
-        raise UserError(
-            f"--host={host} --port={port}: cannot listen there ({error.strerror}). "
-            "--port=0 takes a free port."
-        ) from None
-
-
-def _index(path: str, tagger: "Tagger") -> "EmbeddingIndex | None":
-    """Returns the index, or None without one.
-
-    Raises:
-      UserError: it cannot be read, or was made with another model.
-    """
-    if not path:
-        return None
-    from musicgenre.inference.index import EmbeddingIndex
-
-    index = EmbeddingIndex.load(path)
-    index.check_model(tagger.model)
-    return index
+        reason = f"cannot listen there ({error.strerror}). --port=0 takes a free port."
+        raise UserError(f"--host={host} --port={port}: {reason}") from None

@@ -32,7 +32,7 @@ _INDEX = flags.DEFINE_string("index", None, "The file of the index.", FLAGS, req
 _ADD = flags.DEFINE_multi_string(
     "add", [], "Files, a folder, a pattern or - to bring into the index.", FLAGS
 )
-_K = flags.DEFINE_integer("k", 10, "Neighbours per file.", lower_bound=1, flag_values=FLAGS)
+_K = flags.DEFINE_integer("k", 10, "Neighbours per file.", 1, flag_values=FLAGS)
 _FORMAT = flags.DEFINE_enum(
     "format",
     "table",
@@ -54,9 +54,7 @@ class _Answer(NamedTuple):
 def main(words: list[str]) -> int:
     """Updates and queries the index; returns 3 if some files failed, 2 if all did."""
     if not words and not _ADD.value:
-        raise UserError(
-            "no files: name some to find similar ones, or make the index with --add=<folder>."
-        )
+        raise UserError("no files: name some, or make the index with --add=<folder>.")
     if "-" in words and "-" in _ADD.value:
         raise UserError("standard input (-) can list the files or those of --add, not both.")
     path = _INDEX.value
@@ -79,11 +77,9 @@ def main(words: list[str]) -> int:
     if added:
         _update(index, tagger, added, tally)
     elif index.outdated:
-        print(
-            f"{path}: version 0.1 embedded {index.outdated} of {len(index)} files, which differs "
-            "slightly for long ones; embed them again with --add.",
-            file=sys.stderr,
-        )
+        old = f"version 0.1 embedded {index.outdated} of {len(index)} files"
+        again = "which differs slightly for long ones; embed them again with --add."
+        print(f"{path}: {old}, {again}", file=sys.stderr)
     if queries:
         if not len(index):
             raise UserError(f"{path}: the index is empty; add files with --add=<folder>.")
@@ -93,9 +89,8 @@ def main(words: list[str]) -> int:
 
 def _update(index: "EmbeddingIndex", tagger: "Tagger", files: list[str], tally: Tally) -> None:
     folders = [name for name in _ADD.value if os.path.isdir(name)]
-    done = index.update(
-        tagger, files, folders, failed=tally.fail, save_to=_INDEX.value, progress=True
-    )
+    options = {"failed": tally.fail, "save_to": _INDEX.value, "progress": True}
+    done = index.update(tagger, files, folders, **options)
     tally.done += done.added + done.changed + done.unchanged
     parts = [f"{count} {name}" for name, count in zip(done._fields, done, strict=True) if count]
     print(f"{_INDEX.value}: {len(index)} files ({', '.join(parts)})", file=sys.stderr)
@@ -106,21 +101,19 @@ def _ask(
 ) -> Iterator[_Answer]:
     """Yields the answer to each query, in order; queries in the index are not decoded again."""
     known = {path: index.stored(path) for path in queries}
-    scores = tagger.scores(
-        [path for path in queries if known[path] is None], step=tagger.model.frames
-    )
+    new = [path for path in queries if known[path] is None]
+    scores = tagger.scores(new, step=tagger.model.frames)
     for path in queries:
-        embedding = known[path]
-        error = ""
+        embedding, error = known[path], ""
         if embedding is None:
             found = next(scores)
             embedding, error = found.embedding, found.error
-        if embedding is None or error:
+        if embedding is None:
             tally.fail(error)
             yield _Answer(path, [], error)
-            continue
-        tally.done += 1
-        yield _Answer(path, index.search(embedding, _K.value, exclude=path))
+        else:
+            tally.done += 1
+            yield _Answer(path, index.search(embedding, _K.value, exclude=path))
 
 
 def _render(answers: Iterator[_Answer], tally: Tally) -> Iterator[str]:
@@ -135,13 +128,16 @@ def _render(answers: Iterator[_Answer], tally: Tally) -> Iterator[str]:
     listed: set[str] = set()
     for answer in answers:
         if form == "jsonl":
-            yield json_line(_entry(answer))
+            rows = [
+                {"path": path, "similarity": round(near, 6)} for path, near in answer.neighbours
+            ]
+            found = {"error": answer.error} if answer.error else {"neighbours": rows}
+            yield json_line({"path": answer.path, **found})
         elif form == "csv":
             if answer.error:
                 yield csv_line([answer.path, "", "", "", answer.error])
             for rank, near in enumerate(answer.neighbours, 1):
-                similarity = f"{near.similarity:.6f}"
-                yield csv_line([answer.path, str(rank), near.path, similarity, ""])
+                yield csv_line([answer.path, str(rank), near.path, f"{near.similarity:.6f}", ""])
         elif form == "m3u":
             for near in answer.neighbours:
                 if "\n" in near.path or "\r" in near.path:
@@ -154,13 +150,3 @@ def _render(answers: Iterator[_Answer], tally: Tally) -> Iterator[str]:
             yield answer.path + ("" if answer.neighbours else "  (no other file in the index)")
             for rank, near in enumerate(answer.neighbours, 1):
                 yield f"{rank:4}  {near.similarity:6.3f}  {near.path}"
-
-
-def _entry(answer: _Answer) -> dict[str, object]:
-    """Returns an answer as an object of JSON."""
-    if answer.error:
-        return {"path": answer.path, "error": answer.error}
-    neighbours = [
-        {"path": near.path, "similarity": round(near.similarity, 6)} for near in answer.neighbours
-    ]
-    return {"path": answer.path, "neighbours": neighbours}

@@ -19,7 +19,7 @@ from musicgenre.cli.files import FILES, Tally, define_model, expand, load_tagger
 from musicgenre.errors import UserError
 
 if TYPE_CHECKING:
-    from musicgenre.inference.tagger import Tagger
+    from musicgenre.inference.tagger import Tag, Tagger
     from musicgenre.inference.windows import FileScores
 
 FLAGS = flags.FlagValues()
@@ -30,7 +30,7 @@ _TOP = flags.DEFINE_integer(
     "top",
     None,
     "Labels per file (default: 3; with m3u and --write_tags 1 if labels exclude each other).",
-    lower_bound=1,
+    1,
     flag_values=FLAGS,
 )
 _MIN_PROBABILITY = flags.DEFINE_float(
@@ -68,15 +68,14 @@ def main(words: list[str]) -> int:
     model = tagger.model
     chosen = playlists or _WRITE_TAGS.value
     if chosen and model.task == "regression":
-        raise UserError(
-            f"{FLAGS.model}: its outputs are numbers, but m3u and --write_tags need labels."
-        )
+        reason = "its outputs are numbers, but m3u and --write_tags need labels"
+        raise UserError(f"{FLAGS.model}: {reason}.")
     top = _TOP.value or (1 if chosen and model.task == "single_label" else 3)
     predictions = _predictions(tagger, files, top, tally)
     if playlists:
         lists: dict[str, list[tuple[float, str]]] = {}
         for prediction in predictions:
-            for name, probability in _labels(prediction, tagger.labels, top):
+            for name, probability in _labels(tagger, prediction, top):
                 lists.setdefault(name, []).append((probability, prediction.path))
         _write_playlists(Path(_OUT.value), lists)
     else:
@@ -91,14 +90,10 @@ def _predictions(
     tagger: "Tagger", files: list[str], top: int, tally: Tally
 ) -> Iterator["FileScores"]:
     """Yields the prediction of each file, counted in `tally`, after writing its tags."""
-    from musicgenre.inference.windows import score_files
-
-    for prediction in score_files(
-        tagger.model, files, min_seconds=FLAGS.min_seconds, network=tagger.network
-    ):
+    for prediction in tagger.scores(files):
         error = prediction.error
         if not error and _WRITE_TAGS.value:
-            names = [name for name, _ in _labels(prediction, tagger.labels, top)]
+            names = [name for name, _ in _labels(tagger, prediction, top)]
             error = _write_genre(prediction.path, names)
         if error:
             tally.fail(error)
@@ -107,17 +102,10 @@ def _predictions(
         yield prediction
 
 
-def _labels(
-    prediction: "FileScores", names: "tuple[str, ...] | list[str]", top: int
-) -> list[tuple[str, float]]:
+def _labels(tagger: "Tagger", prediction: "FileScores", top: int) -> "list[Tag]":
     """Returns the most probable labels of a file, none if it failed."""
-    from musicgenre.inference.predict import ranked
-
-    values = prediction.probabilities
-    if values is None:
-        return []
-    order = ranked(values, "single_label")[:top]
-    return [(names[i], float(values[i])) for i in order if values[i] >= _MIN_PROBABILITY.value]
+    tags = tagger.tags(prediction, top)
+    return [tag for tag in tags if tag.probability >= _MIN_PROBABILITY.value]
 
 
 def _write_genre(path: str, names: list[str]) -> str:
@@ -132,12 +120,9 @@ def _write_genre(path: str, names: list[str]) -> str:
             write_genre(path, names)
     except UserError as error:
         return str(error)
-    print(
-        f"{path}: genre {'would be ' if _DRY_RUN.value else ''}changed: "
-        f"{', '.join(before) or '(none)'} -> {', '.join(names)}",
-        file=sys.stderr,
-        flush=True,
-    )
+    changed = f"{'would be ' if _DRY_RUN.value else ''}changed"
+    change = f"{', '.join(before) or '(none)'} -> {', '.join(names)}"
+    print(f"{path}: genre {changed}: {change}", file=sys.stderr, flush=True)
     return ""
 
 

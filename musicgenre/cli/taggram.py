@@ -7,15 +7,16 @@ For each file, `<out>/<name>.taggram.npz` (`label` [labels], `start`, `end` in s
 `probability` [windows, labels]), `.csv` and `.png`.
 """
 
-import csv
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
 
-from musicgenre.cli.files import FILES, Tally, define_model, expand, load_tagger
+from musicgenre.cli.files import FILES, Tally, define_model, expand, load_tagger, write_npz
 from musicgenre.errors import UserError, did_you_mean
+from musicgenre.files import write_text
 
 if TYPE_CHECKING:
     from musicgenre.inference.tagger import Tagger
@@ -52,21 +53,16 @@ def main(words: list[str]) -> int:
             tally.fail(scores.error)
             continue
         # Files of the same name in different folders get different numbers.
-        stem = unique = Path(scores.path).stem
-        number = 1
-        while unique in taken:
-            number += 1
-            unique = f"{stem}-{number}"
+        stem = Path(scores.path).stem
+        names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+        unique = next(name for name in names if name not in taken)
         taken.add(unique)
         written = [Path(_OUT.value) / f"{unique}.taggram.{name}" for name in _SELECTED.value]
         for path in written:
             _write(path, tagger, scores, scores.windows)
         count = len(scores.windows.starts)
-        print(
-            f"{scores.path}: {count} window{'s' if count > 1 else ''} -> "
-            f"{', '.join(map(str, written))}",
-            flush=True,
-        )
+        counted = f"{count} window{'s' if count > 1 else ''}"
+        print(f"{scores.path}: {counted} -> {', '.join(map(str, written))}", flush=True)
         tally.done += 1
     return tally.exit_code()
 
@@ -75,27 +71,18 @@ def _write(path: Path, tagger: "Tagger", scores: "FileScores", windows: "WindowS
     """Writes one file in the format of its ending."""
     import numpy as np
 
-    from musicgenre.files import replacing
-
+    starts, ends, values = windows.starts, windows.ends, windows.probabilities
     if path.suffix == ".npz":
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.savez(
-                file,
-                label=np.array(tagger.labels),
-                start=windows.starts,
-                end=windows.ends,
-                probability=windows.probabilities,
-            )
+        labels = np.array(tagger.labels)
+        write_npz(path, {"label": labels, "start": starts, "end": ends, "probability": values})
     elif path.suffix == ".csv":
-        rows = zip(windows.starts, windows.ends, windows.probabilities, strict=True)
-        with (
-            replacing(path) as temporary,
-            open(temporary, "w", encoding="utf-8", newline="") as file,
-        ):
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["start", "end", *tagger.labels])
-            for start, end, row in rows:
-                writer.writerow([f"{start:.3f}", f"{end:.3f}", *(f"{value:.6f}" for value in row)])
+        from musicgenre.evaluation.render import csv_text
+
+        rows = [
+            [f"{start:.3f}", f"{end:.3f}", *(f"{value:.6f}" for value in row)]
+            for start, end, row in zip(starts, ends, values, strict=True)
+        ]
+        write_text(path, csv_text(["start", "end", *tagger.labels], rows))
     else:
         _draw(path, tagger, scores.path, windows)
 
@@ -110,15 +97,9 @@ def _draw(path: Path, tagger: "Tagger", sound: str, windows: "WindowScores") -> 
     spec = overview_spec(model.features)
     power, step = overview(sound, spec, min_seconds=tagger.min_seconds)
     panel = dataclasses.replace(feature_panel(to_db(power, spec), spec), seconds=step)
-    figure = plots.taggram(
-        panel,
-        windows.starts,
-        windows.ends,
-        windows.probabilities,
-        tagger.labels,
-        most=_TOP.value,
-        unit="value" if model.task == "regression" else "probability",
-    )
+    values, unit = windows.probabilities, "value" if model.task == "regression" else "probability"
+    arguments = (panel, windows.starts, windows.ends, values, tagger.labels)
+    figure = plots.taggram(*arguments, most=_TOP.value, unit=unit)
     name = Path(sound).name.encode("utf-8", "replace").decode()
     synthetic = "SYNTHETIC · " if model.dataset.get("synthetic") else ""
     title = f"{synthetic}{name} · {model.config.model.name} on {model.dataset['name']}"

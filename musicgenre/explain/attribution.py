@@ -4,6 +4,9 @@ Sources: K. Simonyan, A. Vedaldi, A. Zisserman, "Deep inside convolutional netwo
 arXiv:1312.6034, for saliency; A. Shrikumar et al., "Not just a black box", arXiv:1605.01713, for
 gradient x input; M. Sundararajan, A. Taly, Q. Yan, "Axiomatic attribution for deep networks",
 arXiv:1703.01365, for integrated gradients; R. Selvaraju et al., "Grad-CAM", arXiv:1610.02391.
+
+In all functions, `features` is one window, `[frames, bands]`, and `layer` and `unit` name the
+explained unit.
 """
 
 from typing import NamedTuple
@@ -54,10 +57,10 @@ def silence(features: np.ndarray, spec: FeatureSpec) -> np.ndarray:
     if spec.kind == "waveform" or spec.compression == "log10000":
         return np.zeros_like(features)
     loudest = 0.0 if spec.db_ref == "max" else float(spectral_bands(features, spec).max())
+    row = np.float32(loudest - spec.top_db)
     if spec.kind == "mfcc":
         row = (loudest - spec.top_db) * _cepstrum(spec).sum(axis=1)
-        return np.broadcast_to(row, features.shape).astype(np.float32)
-    return np.full_like(features, loudest - spec.top_db)
+    return np.broadcast_to(row, features.shape).astype(np.float32)
 
 
 def gradient_times_input(
@@ -66,45 +69,23 @@ def gradient_times_input(
     """Returns the derivative with respect to each normalised value, times that value.
 
     For a linear network this is each value's contribution. Zero is the mean of the training clips.
-
-    Args:
-      explainer: of the model.
-      features: one window, `[frames, bands]`.
-      layer: of the unit.
-      unit: its number.
     """
     # The batch size of `integrated_gradients`: cheaper than compiling the network for another.
     found = explainer.gradients(np.broadcast_to(features, (BATCH, *features.shape)), layer, unit)
-    mean = np.asarray(explainer.model.model["norm"]["mean"], np.float32)
-    change = features - np.broadcast_to(mean, features.shape)
+    change = features - np.asarray(explainer.model.model["norm"]["mean"], np.float32)
     return _attribution(found.inputs[0], change, explainer.model.features, float(found.scores[0]))
 
 
 def integrated_gradients(
-    explainer: Explainer,
-    features: np.ndarray,
-    layer: str,
-    unit: int,
-    *,
-    baseline: np.ndarray | None = None,
-    steps: int = 64,
+    explainer: Explainer, features: np.ndarray, layer: str, unit: int, *, steps: int = 64
 ) -> Attribution:
-    """Returns integrated gradients along the straight path from a baseline to the input.
+    """Returns integrated gradients along the straight path from silence to the input.
 
     They sum to the difference of the two activations, up to the error of the midpoint rule, which
     more steps reduce.
-
-    Args:
-      explainer: of the model.
-      features: one window, `[frames, bands]`.
-      layer: of the unit.
-      unit: its number.
-      baseline: `[frames, bands]`; None for silence.
-      steps: derivatives taken along the path.
     """
     spec = explainer.model.features
-    features = features.astype(np.float32)
-    start = silence(features, spec) if baseline is None else baseline.astype(np.float32)
+    features, start = features.astype(np.float32), silence(features, spec)
     # Both ends first, then the midpoints. The last batch is filled, so that one size is compiled.
     positions = np.concatenate([[0, 1], (np.arange(steps) + 0.5) / steps]).astype(np.float32)
     total = np.zeros(features.shape, np.float64)
@@ -115,9 +96,8 @@ def integrated_gradients(
         ends = ends or found.scores[:2].tolist()
         midpoints = found.inputs[0 if first else 2 : len(positions) - first]
         total += midpoints.sum(axis=0, dtype=np.float64)
-    return _attribution(
-        (total / steps).astype(np.float32), features - start, spec, ends[1], ends[0]
-    )
+    mean = (total / steps).astype(np.float32)
+    return _attribution(mean, features - start, spec, ends[1], ends[0])
 
 
 def _attribution(
@@ -135,12 +115,8 @@ def _attribution(
 def grad_cam(values: np.ndarray, by_values: np.ndarray) -> np.ndarray:
     """Returns Grad-CAM's map: the positive part of a layer's units weighted by mean derivative.
 
-    Args:
-      values: of the layer for one input, `[..., units]`.
-      by_values: the derivatives of the explained activation, likewise.
-
-    Returns:
-      float32 `[...]`, not negative.
+    The values of the layer for one input, and the derivatives of the explained activation with
+    respect to them, are `[..., units]`; the map is float32 `[...]`.
     """
     weights = by_values.reshape(-1, by_values.shape[-1]).mean(axis=0)
     return np.maximum(values @ weights, 0).astype(np.float32)
@@ -151,12 +127,7 @@ def class_map(
 ) -> np.ndarray:
     """Returns Grad-CAM for a unit, float32 `[steps]` or `[steps, heights]`.
 
-    Args:
-      explainer: of the model.
-      features: one window, `[frames, bands]`.
-      layer: of the unit, usually "output".
-      unit: its number.
-      over: the layer whose positions the map has; "" for the last convolution.
+    `over` is the layer whose positions the map has; "" for the last convolution.
 
     Raises:
       UserError: that layer has no positions.
@@ -189,12 +160,6 @@ def strongest_units(
 
     A unit's contribution is its activation times its weight in the layer "head"; without such a
     layer, its activation. Without an embedding there are no units.
-
-    Args:
-      explainer: of the model.
-      features: one window, `[frames, bands]`.
-      label: its number.
-      count: how many.
     """
     if EMBEDDING not in explainer.taps:
         return []

@@ -1,5 +1,6 @@
 """The window of a file to explain, and the moments of many files that excite a unit most."""
 
+import heapq
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -120,13 +121,12 @@ def choose_window(
 
 
 class _Entry(NamedTuple):
-    """A candidate for a moment."""
+    """A candidate for a moment; `step` is its position in time, 0 for a unit without."""
 
     activation: float
-    path: str
+    step: int
     window: Window
-    step: int  # position in time; -1 for a unit without
-    seconds: float = 0.0  # length of the file
+    file: FileWindows
 
 
 def strongest_moments(
@@ -140,7 +140,7 @@ def strongest_moments(
 ) -> list[Moment]:
     """Finds the moments that excite units most, over any number of files, in bounded memory.
 
-    A window gives a unit at most one moment.
+    A window gives a unit at most one moment. Of equal activations the earlier is kept.
 
     Args:
       explainer: of the model.
@@ -148,8 +148,7 @@ def strongest_moments(
       units: layer and number of each.
       count: moments per unit.
       min_seconds: shorter files are refused.
-      failed: receives the reason why a file cannot be used, and the search continues. None raises
-        it.
+      failed: receives the reason why a file cannot be used; None raises it.
 
     Returns:
       Moments in the order of the units, the strongest first.
@@ -159,48 +158,28 @@ def strongest_moments(
     """
     for layer, unit in units:
         explainer.check_unit(layer, unit)
-    names = tuple(dict.fromkeys(layer for layer, _ in units))
+    model, names = explainer.model, tuple(sorted({layer for layer, _ in units}))
     best: list[list[_Entry]] = [[] for _ in units]
     for path in paths:
-        windows = FileWindows(
-            path, explainer.model, step=explainer.model.frames, min_seconds=min_seconds
-        )
-        here: list[list[_Entry]] = [[] for _ in units]
+        file = FileWindows(path, model, step=model.frames, min_seconds=min_seconds)
+        found = best
         try:
-            for window, values in _activations(explainer, windows, names):
-                real = window.length / explainer.model.frames
-                for i, (layer, unit) in enumerate(units):
-                    activation, step = _peak(values[layer][..., unit], real)
-                    here[i] = _largest(
-                        [*here[i], _Entry(activation, windows.path, window, step)], count
-                    )
+            for window, values in _activations(explainer, file, names):
+                peaks = [_peak(values[layer][..., unit], window, model) for layer, unit in units]
+                found = [
+                    heapq.nlargest(count, [*kept, _Entry(*peak, window, file)], lambda one: one[0])
+                    for kept, peak in zip(found, peaks, strict=True)
+                ]
         except UserError as error:
             if failed is None:
                 raise
             failed(str(error))
-            continue
-        seconds = windows.samples / explainer.model.features.sample_rate
-        for i, entries in enumerate(here):
-            best[i] = _largest(best[i] + [one._replace(seconds=seconds) for one in entries], count)
-    found = [
-        (layer, unit, entry)
-        for (layer, unit), entries in zip(units, best, strict=True)
-        for entry in entries
-    ]
-    frames: dict[int, float] = {}
-    for name in names:
-        timeless = [
-            i for i, (layer, _, entry) in enumerate(found) if layer == name and entry.step < 0
-        ]
-        for first in range(0, len(timeless), BATCH):
-            some = timeless[first : first + BATCH]
-            middles = busiest_frames(
-                explainer, [found[i][2].window for i in some], name, [found[i][1] for i in some]
-            )
-            frames |= dict(zip(some, middles, strict=True))
+        else:
+            best = found
     return [
-        _moment(explainer, layer, unit, entry, frames.get(i))
-        for i, (layer, unit, entry) in enumerate(found)
+        moment
+        for unit, entries in zip(units, best, strict=True)
+        for moment in _moments(explainer, *unit, entries)
     ]
 
 
@@ -218,61 +197,50 @@ def _activations(
             yield window, {name: values[row] for name, values in found.items()}
 
 
-def _peak(values: np.ndarray, real: float) -> tuple[float, int]:
-    """Returns the maximum over the real fraction of positions `[steps, ...]`, and its step."""
-    if not values.ndim:
-        return float(values), -1
-    steps = values.reshape(len(values), -1).max(axis=1)[: max(round(real * len(values)), 1)]
-    step = int(steps.argmax())
-    return float(steps[step]), step
+def _peak(values: np.ndarray, window: Window, model: TrainedModel) -> tuple[float, int]:
+    """Returns the maximum over the positions `[steps, ...]` that are not padding, and its step."""
+    steps = values.reshape(len(values) if values.ndim else 1, -1).max(axis=1)
+    steps = steps[: max(round(window.length / model.frames * len(steps)), 1)]
+    return float(steps.max()), int(steps.argmax())
 
 
-def _largest(entries: list[_Entry], count: int) -> list[_Entry]:
-    """Returns the entries with the largest activations, in order; of equal ones the earlier."""
-    return sorted(entries, key=lambda entry: entry.activation, reverse=True)[:count]
-
-
-def _moment(
-    explainer: Explainer, layer: str, unit: int, entry: _Entry, busiest: float | None
-) -> Moment:
-    """Returns the moment of an entry: at its position, or at the frame with most evidence."""
-    model, window = explainer.model, entry.window
+def _moments(
+    explainer: Explainer, layer: str, unit: int, entries: Sequence[_Entry]
+) -> Iterator[Moment]:
+    """Yields the moments of entries: at their steps, or at the frames with most evidence."""
+    model, tap = explainer.model, explainer.taps[layer]
     hop = model.features.hop_length / model.features.sample_rate
-    if busiest is None:
-        busiest = (entry.step + 0.5) * model.frames / explainer.taps[layer].steps - 0.5
-    # Frames of a waveform begin at multiples of the hop; others are centred there.
-    time = (window.start + busiest + (0.5 if model.features.kind == "waveform" else 0.0)) * hop
-    end = min((window.start + window.length) * hop, entry.seconds)
-    time, start = min(max(time, 0.0), entry.seconds), window.start * hop
-    return Moment(layer, unit, entry.path, time, start, end, entry.activation)
+    frames = [(entry.step + 0.5) * model.frames / tap.steps - 0.5 for entry in entries]
+    if len(tap.shape) < 2:
+        frames = []
+        for first in range(0, len(entries), BATCH):
+            windows = [entry.window for entry in entries[first : first + BATCH]]
+            frames += _busiest_frames(explainer, windows, layer, unit)
+    for (activation, _, window, file), frame in zip(entries, frames, strict=True):
+        seconds = file.samples / model.features.sample_rate
+        # Frames of a waveform begin at multiples of the hop; others are centred there.
+        time = (window.start + frame + (0.5 if model.features.kind == "waveform" else 0.0)) * hop
+        end = min((window.start + window.length) * hop, seconds)
+        time = min(max(time, 0.0), seconds)
+        yield Moment(layer, unit, file.path, time, window.start * hop, end, activation)
 
 
-def busiest_frames(
-    explainer: Explainer, windows: Sequence[Window], layer: str, units: Sequence[int]
+def _busiest_frames(
+    explainer: Explainer, windows: Sequence[Window], layer: str, unit: int
 ) -> list[float]:
     """Returns the middle of the second of each window with most evidence for a unit, as a frame.
 
     The evidence is the derivative times the difference of the sound from silence.
-
-    Args:
-      explainer: of the model.
-      windows: up to `BATCH`.
-      layer: of the units.
-      units: one per window.
     """
     spec = explainer.model.features
     features = np.stack([window.inputs for window in windows]).astype(np.float32)
-    rows = np.arange(BATCH) % len(windows)
-    gradients = explainer.gradients(
-        features[rows], layer, [units[row] for row in rows.tolist()]
-    ).inputs
+    # The batch is filled, so that one size is compiled.
+    gradients = explainer.gradients(np.resize(features, (BATCH, *features.shape[1:])), layer, unit)
     width = max(round(_MOMENT_SECONDS * spec.sample_rate / spec.hop_length), 1)
     found = []
-    for window, values, gradient in zip(windows, features, gradients, strict=False):
+    for window, values, gradient in zip(windows, features, gradients.inputs, strict=False):
         evidence = (gradient * (values - silence(values, spec))).sum(axis=1, dtype=np.float64)
-        evidence = evidence[: window.length]
-        smooth = scipy.ndimage.uniform_filter1d(
-            evidence, min(width, len(evidence)), mode="constant"
-        )
+        size = min(width, window.length)
+        smooth = scipy.ndimage.uniform_filter1d(evidence[: window.length], size, mode="constant")
         found.append(float(smooth.argmax()))
     return found

@@ -3,13 +3,11 @@
 `Explanation.add` writes a folder per file, and `Explanation.finish` the page that links to them.
 """
 
-import csv
 import dataclasses
-import functools
-import os
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import jinja2
@@ -20,6 +18,7 @@ from musicgenre.audio.features import FeatureSpec, compute_features
 from musicgenre.audio.resample import resample
 from musicgenre.errors import UserError, did_you_mean
 from musicgenre.evaluation.plots import TimePanel
+from musicgenre.evaluation.render import csv_text
 from musicgenre.explain import plots, sonify, taps
 from musicgenre.explain.attribution import (
     Attribution,
@@ -57,6 +56,20 @@ _ACTIVATIONS = (
     "The output of each layer, before an activation function that is not a layer. All values: "
     "activations.npz."
 )
+_PLAYER = Markup(
+    '<audio controls preload="none" src="{}" title="{}" style="width: {}; height: 2.2em"></audio>'
+)
+_TEMPLATES = jinja2.Environment(
+    # The page extends that of the reports.
+    loader=jinja2.ChoiceLoader(
+        [jinja2.PackageLoader(f"musicgenre.{name}") for name in ("explain", "evaluation")]
+    ),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+)
+_Unit = tuple[str, int]  # layer and number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +107,6 @@ class Options:
         for name in self.parts:
             if name not in PARTS:
                 raise UserError(f"--parts: {name!r} is not known." + did_you_mean(name, PARTS))
-        if self.top < 1:
-            raise UserError(f"--top must be at least 1, not {self.top}.")
         if not self.seconds > 0:
             raise UserError(f"--seconds must be positive, not {self.seconds:g}.")
         if self.unit is not None and not self.layer:
@@ -110,31 +121,19 @@ class UnusableFile(UserError):
     """A sound file that cannot be used. Other files can still be explained."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """A part of a page.
-
-    Attributes:
-      heading: its title.
-      text: paragraphs.
-      figures: address of each picture, and its description.
-      columns: names of its table's columns; without any, the table has no head.
-      rows: of its table.
-      numbers: how many of the last columns are numbers.
-      listing: preformatted text, shown on demand.
-    """
+class _Section(NamedTuple):
+    """A part of a page."""
 
     heading: str
-    text: Sequence[str] = ()
-    figures: Sequence[tuple[str, str]] = ()
-    columns: Sequence[str] = ()
+    text: Sequence[str] = ()  # paragraphs
+    figures: Sequence[tuple[str, str]] = ()  # address of each picture, and its description
+    columns: Sequence[str] = ()  # of its table; without any, the table has no head
     rows: Sequence[Sequence[str]] = ()
-    numbers: int = 0
-    listing: str = ""
+    numbers: int = 0  # how many of the last columns are numbers
+    listing: str = ""  # preformatted text, shown on demand
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Excerpt:
+class _Excerpt(NamedTuple):
     """The explained window of a file: the network's input and its sound at two rates."""
 
     path: str
@@ -167,18 +166,17 @@ class Explanation:
     def __init__(self, tagger: Tagger, options: Options, model_name: str = "") -> None:
         self.tagger, self.options, self.model = tagger, options, tagger.model
         self.explainer = Explainer(self.model)
-        self._out = Path(options.out)
-        self._label: int | None = None
+        self._out, self._label = Path(options.out), None
         if options.label:
             if options.label not in tagger.labels:
                 hint = did_you_mean(options.label, tagger.labels)
                 raise UserError(f"--label={options.label}: no label of this model.{hint}")
             self._label = tagger.labels.index(options.label)
-        self._unit: tuple[str, int] | None = None
+        self._unit: _Unit | None = None
         self._over = self.explainer.last_convolution  # the layer of Grad-CAM
         if options.unit is not None:
-            self.explainer.check_unit(options.layer, options.unit)
             self._unit = (options.layer, options.unit)
+            self.explainer.check_unit(*self._unit)
         elif options.layer:
             try:
                 self.explainer.check_positions(options.layer)
@@ -188,8 +186,7 @@ class Explanation:
         # Units of the embedding that contribute to the explained labels, in order.
         self._strong: dict[int, None] = {}
         self._done: list[_Excerpt] = []
-        name, dataset = self.model.config.model.name, self.model.dataset["name"]
-        self._network = f"{name} on {dataset}"
+        self._network = f"{self.model.config.model.name} on {self.model.dataset['name']}"
         self._synthetic = "SYNTHETIC · " if self.model.dataset.get("synthetic") else ""
         self._facts = {
             "model": f"{_text(model_name)}, {self._network}".lstrip(", "),
@@ -204,29 +201,32 @@ class Explanation:
           UserError: the folder cannot be written.
         """
         excerpt = self._read(path)
-        target, parts = (OUTPUT, excerpt.chosen.label), self.options.parts
-        strong = strongest_units(self.explainer, excerpt.features, target[1], _UNITS_OF_A_FILE)
+        chosen, parts = excerpt.chosen, self.options.parts
+        target = (OUTPUT, chosen.label)
+        strong = strongest_units(self.explainer, excerpt.features, chosen.label, _UNITS_OF_A_FILE)
         self._strong |= dict.fromkeys(strong)
-        sections = [self._predictions(excerpt.chosen)]
-        paths = {}
+        order = (-chosen.file_probabilities).argsort(kind="stable")[:10].tolist()
+        both = (chosen.probabilities, chosen.file_probabilities)
+        rows = [
+            (self.model.label_names[i], *(self._value(values[i]) for values in both))
+            for i in dict.fromkeys([*order, chosen.label])
+        ]
+        columns = ("label", "this window", "the whole file")
+        sections = [_Section("Predictions", columns=columns, rows=rows, numbers=2)]
+        found: dict[_Unit, Attribution] = {}
         if "saliency" in parts or "sound" in parts:
-            for one in [target, *([self._unit] if self._unit else [])]:
-                paths[one] = integrated_gradients(self.explainer, excerpt.features, *one)
+            for unit in [target, *([self._unit] if self._unit else [])]:
+                found[unit] = integrated_gradients(self.explainer, excerpt.features, *unit)
         if "saliency" in parts:
-            sections += [self._saliency(excerpt, one, path) for one, path in paths.items()]
+            sections += [self._saliency(excerpt, unit, one) for unit, one in found.items()]
         if "sound" in parts:
-            sections.append(self._sounds(excerpt, paths, strong))
+            sections.append(self._sounds(excerpt, found, strong))
         if "activations" in parts:
             sections.append(self._activations(excerpt))
-        name = self._words(*target)
-        self._write(
-            excerpt.folder,
-            f"{_text(Path(path).name)}: why {name}?",
-            sections,
-            {"file": _text(path), "window": f"{excerpt.span} of {excerpt.chosen.seconds:.1f} s"},
-        )
+        name, value = self._words(*target), self._value(chosen.probabilities[chosen.label])
+        facts = {"file": _text(path), "window": f"{excerpt.span} of {chosen.seconds:.1f} s"}
+        self._write(excerpt.folder, f"{_text(Path(path).name)}: why {name}?", sections, facts)
         self._done.append(excerpt)
-        value = self._value(excerpt.chosen.probabilities[target[1]])
         return f"{path}: {name} {value}, {excerpt.span} -> {excerpt.folder / 'index.html'}"
 
     def finish(
@@ -241,24 +241,26 @@ class Explanation:
         Raises:
           UserError: no clip can be used, or the page cannot be written.
         """
+        link = Markup('<a href="{}/index.html">{}</a>')
         rows = [
             (
-                Markup('<a href="{}/index.html">{}</a>').format(
-                    quote(excerpt.folder.name), _text(excerpt.path)
-                ),
-                self.model.label_names[excerpt.chosen.label],
-                self._value(excerpt.chosen.probabilities[excerpt.chosen.label]),
+                link.format(quote(folder.name), _text(path)),
+                self.model.label_names[chosen.label],
+                self._value(chosen.probabilities[chosen.label]),
                 excerpt.span,
             )
             for excerpt in self._done
+            for path, folder, chosen in [excerpt[:3]]
         ]
         columns = ("file", "explained", "in the window", "window")
-        sections = [Section("Files", columns=columns, rows=rows, numbers=2)]
+        sections = [_Section("Files", columns=columns, rows=rows, numbers=2)]
         if "moments" in self.options.parts:
+            units = [(OUTPUT, number) for number in range(len(self.model.label_names))]
+            units += [(EMBEDDING, unit) for unit in list(self._strong)[:_MOST_UNITS]]
             moments = strongest_moments(
                 self.explainer,
                 [excerpt.path for excerpt in self._done] if clips is None else clips,
-                self._units(),
+                [self._unit] if self._unit else units,
                 count=self.options.top,
                 min_seconds=self.tagger.min_seconds,
                 failed=failed,
@@ -270,20 +272,15 @@ class Explanation:
             yield from lines
         if "filters" in self.options.parts:
             sections.append(self._filters())
-        sections.append(Section("Layers", listing=table(self.explainer.layers)))
+        sections.append(_Section("Layers", listing=table(self.explainer.layers)))
         self._write(self._out, f"What {self.model.config.model.name} responds to", sections)
         yield f"{_counted(len(self._done), 'file')} explained -> {self._out / 'index.html'}"
 
     def _read(self, path: str) -> _Excerpt:
-        spec = self.model.features
+        spec, at, least = self.model.features, self.options.at, self.tagger.min_seconds
         try:
             chosen = choose_window(
-                self.model,
-                self.tagger.network,
-                path,
-                label=self._label,
-                at=self.options.at,
-                min_seconds=self.tagger.min_seconds,
+                self.model, self.tagger.network, path, label=self._label, at=at, min_seconds=least
             )
             original, rate = sonify.read_excerpt(path, chosen.start, chosen.end)
         except UserError as error:
@@ -291,23 +288,21 @@ class Explanation:
         samples = resample(original.mean(axis=1), rate, spec.sample_rate, spec.resampler)
         # A folder name that is plain and not in use.
         stem = _plain(Path(path).stem, "-_. ").strip(". ") or "_"
+        names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
         taken = {done.folder.name.lower() for done in self._done} | {"moments"}
-        unique, number = stem, 1
-        while unique.lower() in taken:
-            number += 1
-            unique = f"{stem}-{number}"
+        folder = self._out / next(name for name in names if name.lower() not in taken)
         features = chosen.window.inputs.astype(np.float32)
-        return _Excerpt(path, self._out / unique, chosen, features, original, rate, samples)
+        return _Excerpt(path, folder, chosen, features, original, rate, samples)
 
     def _write(
         self,
         folder: Path,
         title: str,
-        sections: Sequence[Section],
+        sections: Sequence[_Section],
         facts: Mapping[str, str] | None = None,
     ) -> None:
         """Writes a page; further facts mark the page of a file."""
-        text = _template().render(
+        text = _TEMPLATES.get_template("explain.html.j2").render(
             title=title,
             facts=self._facts | dict(facts or {}),
             sections=sections,
@@ -319,49 +314,28 @@ class Explanation:
     def _title(self, excerpt: _Excerpt, what: str) -> str:
         return f"{self._synthetic}{_text(Path(excerpt.path).name)} · {what}"
 
-    def _units(self) -> list[tuple[str, int]]:
-        """Returns the units whose moments are searched."""
-        if self._unit:
-            return [self._unit]
-        labels = [(OUTPUT, number) for number in range(len(self.model.label_names))]
-        return labels + [(EMBEDDING, unit) for unit in list(self._strong)[:_MOST_UNITS]]
-
     def _value(self, value: float) -> str:
         return f"{value:.4g}" if self.model.task == "regression" else f"{100 * value:.1f} %"
 
     def _words(self, layer: str, unit: int) -> str:
         return self.model.label_names[unit] if layer == OUTPUT else f"{layer} unit {unit}"
 
-    def _predictions(self, chosen: Chosen) -> Section:
-        order = (-chosen.file_probabilities).argsort(kind="stable")[:10].tolist()
-        rows = [
-            (
-                self.model.label_names[i],
-                *(self._value(p[i]) for p in (chosen.probabilities, chosen.file_probabilities)),
-            )
-            for i in dict.fromkeys([*order, chosen.label])
-        ]
-        columns = ("label", "this window", "the whole file")
-        return Section("Predictions", columns=columns, rows=rows, numbers=2)
-
-    def _saliency(self, excerpt: _Excerpt, target: tuple[str, int], path: Attribution) -> Section:
+    def _saliency(self, excerpt: _Excerpt, target: _Unit, path: Attribution) -> _Section:
         times = gradient_times_input(self.explainer, excerpt.features, *target)
         label, words = target[0] == OUTPUT, self._words(*target)
-        name = "saliency" if label else f"saliency-{_plain(words)}"
-        what = "value" if self.model.task == "regression" else "logit"
-        what = what if label else "activation"
+        name, what = f"saliency-{_plain(words)}", "activation"
+        if label:
+            name, what = "saliency", "value" if self.model.task == "regression" else "logit"
         panel, length = self._panel(excerpt), excerpt.chosen.window.length
-        waveform = self.model.features.kind == "waveform"
+        headings = {
+            "gradient × input: red is evidence for, blue against": times,
+            "integrated gradients: what this sound adds to silence": path,
+        }
         maps = [
-            plots.MapPanel(
-                found.spectral[:length].ravel() if waveform else found.spectral[:length],
-                heading,
-                what if waveform else f"contribution to the {what}",
-            )
-            for found, heading in (
-                (times, "gradient × input: red is evidence for, blue against"),
-                (path, "integrated gradients: what this sound adds to silence"),
-            )
+            plots.MapPanel(found.spectral[:length].ravel(), heading, what)
+            if self.model.features.kind == "waveform"
+            else plots.MapPanel(found.spectral[:length], heading, f"contribution to the {what}")
+            for heading, found in headings.items()
         ]
         arrays: dict[str, Any] = {
             "gradient_times_input": times.values,
@@ -385,14 +359,12 @@ class Explanation:
             maps.append(plots.MapPanel(grid, f"Grad-CAM over {over}", "weighted activation", False))
             arrays["grad_cam"] = positions
             if not positions.any():
-                texts.append(
-                    "Grad-CAM is zero: no position of the layer is evidence for the label."
-                )
+                texts += ["Grad-CAM is zero: no position of the layer is evidence for the label."]
         title = self._title(excerpt, f"evidence for {words}")
         plots.saliency(excerpt.folder / f"{name}.png", panel, maps, title)
         _save(excerpt.folder / f"{name}.npz", arrays)
         caption = f"Spectrogram, and the evidence in it for and against {words}"
-        return Section(f"Evidence for {words}", texts, [(f"{name}.png", caption)])
+        return _Section(f"Evidence for {words}", texts, [(f"{name}.png", caption)])
 
     def _panel(self, excerpt: _Excerpt) -> TimePanel:
         """Returns the spectrogram of the window's real frames."""
@@ -401,17 +373,17 @@ class Explanation:
             drawn = FeatureSpec(sample_rate=spec.sample_rate, hop_length=512)
             panel = feature_panel(compute_features(excerpt.samples, drawn), drawn)
         else:
-            window = excerpt.chosen.window
+            features = excerpt.features[: excerpt.chosen.window.length]
             drawn = dataclasses.replace(spec, kind="logmel") if spec.kind == "mfcc" else spec
-            panel = feature_panel(spectral_bands(excerpt.features[: window.length], spec), drawn)
+            panel = feature_panel(spectral_bands(features, spec), drawn)
         if spec.kind == "mfcc":
             name = "mel spectrogram in dB, as far as the MFCCs keep it"
             panel = dataclasses.replace(panel, name=name, limits=None, unit="dB")
         return dataclasses.replace(panel, start=excerpt.chosen.start + panel.start)
 
     def _sounds(
-        self, excerpt: _Excerpt, paths: Mapping[tuple[str, int], Attribution], strong: Sequence[int]
-    ) -> Section:
+        self, excerpt: _Excerpt, found: Mapping[_Unit, Attribution], strong: Sequence[int]
+    ) -> _Section:
         """Writes the window's sound, and what a mask of each unit's evidence leaves of it."""
         spec = self.model.features
         features = excerpt.features[: excerpt.chosen.window.length]
@@ -419,18 +391,18 @@ class Explanation:
 
         def add(name: str, words: str, values: np.ndarray, rate: int = spec.sample_rate) -> None:
             sonify.write_sound(excerpt.folder / f"{name}.wav", values, rate)
-            rows.append((words, _player(f"{name}.wav", words, "24em")))
+            rows.append((words, _PLAYER.format(f"{name}.wav", words, "24em")))
 
         add("original", "the window as it is in the file", excerpt.original, excerpt.rate)
         if not waveform:
             add("input", "the network's input, as sound", sonify.invert(features, spec))
-        paths = dict(paths)
+        found = dict(found)
         for unit in [] if self._unit else strong[:1]:
-            paths[EMBEDDING, unit] = integrated_gradients(
+            found[EMBEDDING, unit] = integrated_gradients(
                 self.explainer, excerpt.features, EMBEDDING, unit, steps=32
             )
-        for target, path in paths.items():
-            mask = sonify.attribution_mask(path.spectral[: len(features)], spec)
+        for target, one in found.items():
+            mask = sonify.attribution_mask(one.spectral[: len(features)], spec)
             words, name = self._words(*target), _plain(self._words(*target))
             part = features.ravel() if waveform else excerpt.samples
             masked = sonify.apply_mask(part, spec, mask)
@@ -438,9 +410,9 @@ class Explanation:
             if not waveform:
                 inverted = sonify.invert(features, spec, mask)
                 add(f"inverted-{name}", f"{words}: the same, from the spectrogram alone", inverted)
-        return Section("As sound", [_SOUNDS], rows=rows, numbers=1)
+        return _Section("As sound", [_SOUNDS], rows=rows, numbers=1)
 
-    def _activations(self, excerpt: _Excerpt) -> Section:
+    def _activations(self, excerpt: _Excerpt) -> _Section:
         found = self.explainer.activations(excerpt.features[None])
         values = {name: array[0] for name, array in found.items()}
         _save(excerpt.folder / "activations.npz", values)
@@ -458,106 +430,71 @@ class Explanation:
             labels=self.model.label_names,
         )
         caption = "Values of every layer, from the input to the output"
-        return Section("Activations", [_ACTIVATIONS], [("activations.png", caption)])
+        return _Section("Activations", [_ACTIVATIONS], [("activations.png", caption)])
 
-    def _filters(self) -> Section:
+    def _filters(self) -> _Section:
         spec, pictures = self.model.features, []
-        for found in taps.first_filters(self.model, self.explainer.layers):
+        for found in taps.first_filters(self.explainer):
             path = self._out / f"filters-{_plain(found.layer)}.png"
+            pictures.append((path.name, f"Kernels of {found.layer}"))
             title = f"{self._synthetic}filters of {found.layer} · {self._network}"
             count, bands, frames = found.kernels.shape
             if found.form == "waveform":
-                decibels, hertz, _ = taps.frequency_responses(found.kernels[:, 0], spec.sample_rate)
                 title += f" · {count} filters of {frames} samples"
-                plots.frequency_responses(path, decibels, hertz, title)
-            else:
-                hop = 1000 * spec.hop_length / spec.sample_rate
-                across = f"time: {_counted(frames, 'frame')}, {hop:.3g} ms apart"
-                up, ticks = _counted(bands, _BANDS.get(spec.kind, "sample")), None
-                if found.form == "bands" and spec.kind in ("logmel", "stft"):
-                    up = "frequency (Hz)"
-                    ticks = feature_panel(np.zeros((1, bands)), spec).yticks
-                elif bands > 1:
-                    up += ", the lowest at the bottom"
-                plots.filters(path, found.kernels, title, across=across, up=up, yticks=ticks)
-            pictures.append((path.name, f"Kernels of {found.layer}"))
+                responses = taps.frequency_responses(found.kernels[:, 0], spec.sample_rate)
+                plots.frequency_responses(path, *responses, title)
+                continue
+            hop = 1000 * spec.hop_length / spec.sample_rate
+            across = f"time: {_counted(frames, 'frame')}, {hop:.3g} ms apart"
+            up = _counted(bands, _BANDS.get(spec.kind, "sample"))
+            ticks: Mapping[float, str] = {}
+            if found.form == "bands" and spec.kind in ("logmel", "stft"):
+                up = "frequency (Hz)"
+                ticks = feature_panel(np.zeros((1, bands)), spec).yticks
+            elif bands > 1:
+                up += ", the lowest at the bottom"
+            plots.filters(path, found.kernels, title, across=across, up=up, yticks=ticks)
         texts = [] if pictures else ["The layers that receive the input have no kernels."]
-        return Section("First-layer filters", texts, pictures)
+        return _Section("First-layer filters", texts, pictures)
 
-    def _moments(self, moments: Sequence[Moment]) -> tuple[Section, list[str]]:
+    def _moments(self, moments: Sequence[Moment]) -> tuple[_Section, list[str]]:
         """Writes `moments.csv` and cut sounds; returns a section, and a line per unit."""
-        half = self.options.seconds / 2
-        ranks: dict[str, int] = {}
+        half, cut = self.options.seconds / 2, self.options.cut
         cells, rows, lines = [], [], []
-        for moment in moments:
-            words = self._words(moment.layer, moment.unit)
-            rank = ranks[words] = ranks.get(words, 0) + 1
-            numbers = [f"{value:.3f}" for value in (moment.time, moment.start, moment.end)]
-            numbers.append(f"{moment.activation:.6g}")
-            rows.append([moment.layer, moment.unit, words, rank, moment.path, *numbers])
-            value = f"{moment.activation:.4g}"
-            cell = [words, str(rank), _text(moment.path), clock(moment.time), value]
-            if self.options.cut:
-                name = f"moments/{_plain(words)}-{rank}.wav"
-                span = (max(moment.time - half, 0), moment.time + half)
-                sonify.write_sound(self._out / name, *sonify.read_excerpt(moment.path, *span))
-                cell.append(_player(name, words, "14em"))
-            cells.append(cell)
-            if rank == 1:
-                lines.append(f"{words}  {value}  {moment.path}  {moment.time:.1f} s")
-        with (
-            replacing(self._out / "moments.csv") as temporary,
-            open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
-        ):
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(_CSV_COLUMNS.split())
-            writer.writerows(rows)
-        text = _MOMENTS.format(
-            "the output" if self.model.task == "regression" else "the probability"
-        )
-        columns = ["unit", "rank", "file", "time (min:s)", "activation", "sound"]
-        columns = columns if self.options.cut else columns[:-1]
-        heading = "Strongest moments"
-        return Section(heading, [text], [], columns, cells, len(columns) - 3), lines
+        for (layer, unit), some in itertools.groupby(moments, lambda moment: moment[:2]):
+            words = self._words(layer, unit)
+            for rank, moment in enumerate(some, 1):
+                numbers = [f"{value:.3f}" for value in moment[3:6]] + [f"{moment.activation:.6g}"]
+                rows.append([layer, unit, words, rank, moment.path, *numbers])
+                value = f"{moment.activation:.4g}"
+                cell = [words, str(rank), _text(moment.path), clock(moment.time), value]
+                if cut:
+                    name = f"moments/{_plain(words)}-{rank}.wav"
+                    span = (max(moment.time - half, 0), moment.time + half)
+                    sonify.write_sound(self._out / name, *sonify.read_excerpt(moment.path, *span))
+                    cell.append(_PLAYER.format(name, words, "14em"))
+                cells.append(cell)
+                if rank == 1:
+                    lines.append(f"{words}  {value}  {moment.path}  {moment.time:.1f} s")
+        with replacing(self._out / "moments.csv") as temporary:
+            # Paths may not be UTF-8.
+            text = csv_text(_CSV_COLUMNS.split(), rows)
+            temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+        what = "the output" if self.model.task == "regression" else "the probability"
+        columns = ["unit", "rank", "file", "time (min:s)", "activation", *["sound"][: int(cut)]]
+        text = _MOMENTS.format(what)
+        return _Section("Strongest moments", [text], (), columns, cells, len(columns) - 3), lines
 
 
 def layer_table(explainer: Explainer) -> str:
     """Returns the layers, their types, shapes and units as a table."""
     rows = [("layer", "type", "values", "units")]
-    rows += [
-        (tap.name, tap.type, shape_text(tap.shape), f"{tap.units:,}")
-        for tap in explainer.taps.values()
-    ]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True))
-        for row in rows
-    ]
+    for tap in explainer.taps.values():
+        rows.append((tap.name, tap.type, shape_text(tap.shape), f"{tap.units:,}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     default = f"Grad-CAM uses {explainer.last_convolution!r} unless --layer names another layer."
     return "\n".join([*lines, default])
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-    """Returns the template of a page; it extends that of the reports."""
-    folders = [jinja2.PackageLoader(f"musicgenre.{name}") for name in ("explain", "evaluation")]
-    environment = jinja2.Environment(
-        loader=jinja2.ChoiceLoader(folders),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template("explain.html.j2")
-
-
-def _player(source: str, title: str, width: str) -> Markup:
-    """Returns the HTML of a player for a sound file next to the page."""
-    player = (
-        '<audio controls preload="none" src="{}" title="{}" style="width: {}; height: 2.2em">'
-        "</audio>"
-    )
-    return Markup(player).format(source, title, width)
 
 
 def _save(path: Path, arrays: Mapping[str, Any]) -> None:
@@ -570,9 +507,9 @@ def _plain(words: str, others: str = "-_") -> str:
     return "".join(letter if letter.isalnum() or letter in others else "_" for letter in words)
 
 
-def _text(path: str | os.PathLike[str]) -> str:
+def _text(path: str) -> str:
     """Returns a file's name as text, even if its bytes are not UTF-8."""
-    return os.fspath(path).encode("utf-8", "replace").decode()
+    return path.encode("utf-8", "replace").decode()
 
 
 def _counted(count: int, noun: str) -> str:

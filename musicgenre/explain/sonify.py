@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import librosa
 import numpy as np
@@ -14,23 +15,17 @@ from musicgenre.errors import UserError
 from musicgenre.explain.attribution import silence, spectral_bands
 from musicgenre.files import replacing
 
-# Width over which a waveform's attribution is smoothed, seconds: a mask must not be audible itself.
-_WAVEFORM_SMOOTHING = 0.02
-
 
 def attribution_mask(spectral: np.ndarray, spec: FeatureSpec) -> np.ndarray:
-    """Returns gains between 0 and 1 that keep the evidence for a unit, float32 like `spectral`.
+    """Returns gains between 0 and 1 that keep the evidence for a unit, float32 `[frames, bands]`.
 
-    The positive part is smoothed, so that single cells do not ring, and scaled so that its 99th
-    percentile is 1.
-
-    Args:
-      spectral: `Attribution.spectral`, `[frames, bands]`.
-      spec: the front end.
+    The positive part of `Attribution.spectral` is smoothed, so that single cells do not ring, and
+    scaled so that its 99th percentile is 1.
     """
     positive = np.maximum(spectral, 0).astype(np.float64)
     if spec.kind == "waveform":
-        width = max(round(_WAVEFORM_SMOOTHING * spec.sample_rate), 1)
+        # Over 20 ms: the mask must not be audible itself.
+        width = max(round(0.02 * spec.sample_rate), 1)
         smooth = scipy.ndimage.uniform_filter1d(positive.ravel(), width, mode="nearest")
         smooth = smooth.reshape(positive.shape)
     else:
@@ -50,8 +45,7 @@ def invert(
     Args:
       features: `[frames, bands]`, not normalised.
       spec: the front end.
-      mask: gains between 0 and 1 of the amplitudes, in the shape of `spectral_bands`; None for no
-        mask.
+      mask: gains between 0 and 1 of the amplitudes, in the shape of `spectral_bands`.
       iterations: of the Griffin-Lim algorithm.
 
     Returns:
@@ -67,12 +61,7 @@ def invert(
     magnitude = amplitude.T
     if spec.kind != "stft":
         magnitude = librosa.feature.inverse.mel_to_stft(
-            np.square(amplitude.T),
-            sr=spec.sample_rate,
-            n_fft=spec.n_fft,
-            power=2.0,
-            fmin=spec.fmin,
-            fmax=spec.top_frequency,
+            np.square(amplitude.T), power=2.0, **_mel_options(spec)
         )
     hop = _dense_hop(spec)
     length = max((len(features) - 1) * spec.hop_length, 1)
@@ -89,27 +78,15 @@ def invert(
 
 
 def apply_mask(samples: np.ndarray, spec: FeatureSpec, mask: np.ndarray) -> np.ndarray:
-    """Returns a sound whose short-time spectrum is multiplied by a mask.
+    """Returns a sound whose short-time spectrum is multiplied by a mask, float32 `[samples]`.
 
-    Args:
-      samples: of the window, float32 `[samples]` at the front end's rate.
-      spec: the front end.
-      mask: gains between 0 and 1, in the shape of `spectral_bands`.
-
-    Returns:
-      float32 `[samples]`.
+    The sound is at the front end's rate; the mask has gains between 0 and 1 in the shape of
+    `spectral_bands`.
     """
     if spec.kind == "waveform":
         return (samples * np.resize(mask.ravel(), len(samples))).astype(np.float32)
     if spec.kind != "stft":
-        weights = mel_filter_bank(
-            sr=spec.sample_rate,
-            n_fft=spec.n_fft,
-            n_mels=spec.n_mels,
-            fmin=spec.fmin,
-            fmax=spec.top_frequency,
-            norm=None,
-        )
+        weights = mel_filter_bank(n_mels=spec.n_mels, norm=None, **_mel_options(spec))
         mask = mask @ (weights / np.maximum(weights.sum(axis=0, keepdims=True), 1e-6))
     hop = _dense_hop(spec)
     spectrum = librosa.stft(samples.astype(np.float32), n_fft=spec.n_fft, hop_length=hop)
@@ -117,6 +94,11 @@ def apply_mask(samples: np.ndarray, spec: FeatureSpec, mask: np.ndarray) -> np.n
     spectrum *= np.pad(gains, ((0, spectrum.shape[1] - len(gains)), (0, 0)), mode="edge").T
     sound = librosa.istft(spectrum, hop_length=hop, n_fft=spec.n_fft, length=len(samples))
     return sound.astype(np.float32)
+
+
+def _mel_options(spec: FeatureSpec) -> dict[str, Any]:
+    edges = {"fmin": spec.fmin, "fmax": spec.top_frequency}
+    return {"sr": spec.sample_rate, "n_fft": spec.n_fft} | edges
 
 
 def _dense_hop(spec: FeatureSpec) -> int:
@@ -144,15 +126,11 @@ def _resampled_frames(values: np.ndarray, hop: int, wanted: int, length: int) ->
 
 
 def read_excerpt(path: str | os.PathLike[str], start: float, end: float) -> tuple[np.ndarray, int]:
-    """Reads a part of a sound file, all channels at its own rate, without decoding the rest.
-
-    Args:
-      path: a sound file.
-      start: seconds.
-      end: seconds; the file may end earlier.
+    """Reads the seconds from `start` to `end` of a sound file without decoding the rest.
 
     Returns:
-      float32 `[samples, channels]` and the rate in Hz.
+      All channels at the file's own rate, float32 `[samples, channels]`, and the rate in Hz. The
+      file may end earlier.
 
     Raises:
       UserError: it cannot be read.
@@ -164,9 +142,8 @@ def read_excerpt(path: str | os.PathLike[str], start: float, end: float) -> tupl
             file.seek(min(first, file.frames))
             return file.read(count, dtype="float32", always_2d=True), file.samplerate
     except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
-        raise UserError(
-            f"{os.fsdecode(path)}: cannot be read from {start:.1f} s on ({error})."
-        ) from error
+        name = os.fsdecode(path)
+        raise UserError(f"{name}: cannot be read from {start:.1f} s on ({error}).") from error
 
 
 def write_sound(path: str | os.PathLike[str], samples: np.ndarray, sample_rate: int) -> Path:
@@ -177,9 +154,7 @@ def write_sound(path: str | os.PathLike[str], samples: np.ndarray, sample_rate: 
     """
     with replacing(path) as temporary:
         try:
-            soundfile.write(
-                temporary, np.clip(samples, -1, 1), sample_rate, subtype="PCM_16", format="WAV"
-            )
+            soundfile.write(temporary, np.clip(samples, -1, 1), sample_rate, "PCM_16", format="WAV")
         except soundfile.LibsndfileError as error:
             raise OSError(str(error)) from error
     return Path(path)

@@ -1,21 +1,21 @@
 """An index of embeddings in one file, kept up to date, to find similar files by cosine.
 
 A query is compared with every file: one matrix product, then a partial sort. With random vectors of
-128 numbers, k = 10 and two CPU cores, idle and busy, the median query took 4 to 8 ms for 100,000
-files and 22 to 67 ms for 1,000,000. Decoding a query takes longer, so approximate search would gain
-nothing. A million files are 0.55 GB on disk and in memory, three times that while the index is
-written, and 2 to 3 s to load. Memory limits it to some ten million files.
-
->>> paths = ["/music/a.mp3", "/music/b.mp3", "/music/c.mp3"]
->>> index = EmbeddingIndex(paths, np.array([[3.0, 0], [3, 4], [0, 2]]))
->>> [(near.path, round(near.similarity, 2)) for near in index.search(np.array([1.0, 0]), k=2)]
-[('/music/a.mp3', 1.0), ('/music/b.mp3', 0.6)]
->>> index.search(np.array([1.0, 0]), k=1, exclude="/music/a.mp3")[0].path
-'/music/b.mp3'
+128 numbers, k = 10 and two CPU cores, the median query took 4 to 8 ms for 100,000 files and 22 to
+67 ms for 1,000,000. Decoding a query takes longer, so approximate search would gain nothing. A
+million files are 0.55 GB on disk and in memory, and three times that while the index is written.
 
 With a model and a folder: `index = EmbeddingIndex.of(tagger.model)`, `index.update(tagger, files,
 save_to="music.index")`, and later
 `EmbeddingIndex.load("music.index").search(tagger.embed("song.mp3"), k=10)`.
+
+Examples:
+  >>> paths = ["/music/a.mp3", "/music/b.mp3", "/music/c.mp3"]
+  >>> index = EmbeddingIndex(paths, np.array([[3.0, 0], [3, 4], [0, 2]]))
+  >>> [(near.path, round(near.similarity, 2)) for near in index.search(np.array([1.0, 0]), k=2)]
+  [('/music/a.mp3', 1.0), ('/music/b.mp3', 0.6)]
+  >>> index.search(np.array([1.0, 0]), k=1, exclude="/music/a.mp3")[0].path
+  '/music/b.mp3'
 """
 
 import dataclasses
@@ -39,8 +39,6 @@ PathLike = str | os.PathLike[str]
 KEY, SCHEMA = "musicgenre_index", 2
 # An update saves the index after this many new files.
 SAVE_EVERY = 200
-_ARRAYS = ("path", "stat", "embedding")
-_UNKNOWN = (-1, -1)
 
 
 class Neighbour(NamedTuple):
@@ -53,12 +51,8 @@ class Neighbour(NamedTuple):
 class Update(NamedTuple):
     """Numbers of files in `EmbeddingIndex.update`.
 
-    Attributes:
-      added: new in the index.
-      changed: embedded again, since their size or modification time differs.
-      unchanged: left as they were.
-      gone: no longer on disk, and removed.
-      failed: cannot be used, and are not in the index.
+    `added` are new, `changed` were embedded again, `unchanged` were not, `gone` are no longer on
+    disk and were removed, and `failed` cannot be used and are not in the index.
     """
 
     added: int
@@ -98,12 +92,9 @@ class EmbeddingIndex:
         values = np.zeros((n, 0), np.float32) if embeddings is None else np.asarray(embeddings)
         known = np.full((n, 2), -1, np.int64) if stats is None else np.asarray(stats, np.int64)
         if values.ndim != 2 or len(values) != n or known.shape != (n, 2):
-            raise UserError(
-                f"{n} paths need embeddings [{n}, d] and stats [{n}, 2], not {list(values.shape)} "
-                f"and {list(known.shape)}."
-            )
-        self.model = dict(model or {})
-        self.source = source
+            shapes = f"{list(values.shape)} and {list(known.shape)}"
+            raise UserError(f"{n} paths need embeddings [{n}, d] and stats [{n}, 2], not {shapes}.")
+        self.model, self.source = dict(model or {}), source
         self._set([os.path.abspath(path) for path in paths], _unit(values), known)
         if len(self._rows) != n:
             raise UserError("a file occurs twice among the paths of the index.")
@@ -130,15 +121,14 @@ class EmbeddingIndex:
         """
         name = os.fspath(path)
         if not os.path.exists(name):
-            raise UserError(
-                f"{name}: no such index. Create it with: musicgenre similar --index={name} "
-                "--add=<folder>"
-            )
+            remedy = f"Create it with: musicgenre similar --index={name} --add=<folder>"
+            raise UserError(f"{name}: no such index. {remedy}")
         if not os.path.isfile(name):
             raise UserError(f"{name}: not an index, which is a single file.")
         remedy = "Delete it and create it again with --add."
         arrays, notes = read_arrays(name, key=KEY, schemas=(1, SCHEMA), what="index", remedy=remedy)
-        if arrays.keys() != set(_ARRAYS) or not isinstance(notes.get("model"), dict):
+        complete = arrays.keys() == {"path", "stat", "embedding"}
+        if not complete or not isinstance(notes.get("model"), dict):
             raise UserError(f"{name}: damaged: its notes or arrays are incomplete. {remedy}")
         joined = arrays["path"].tobytes()
         paths = [os.fsdecode(part) for part in joined.split(b"\0")] if joined else []
@@ -177,9 +167,8 @@ class EmbeddingIndex:
                 for one in (self.model, other)
             )
             raise UserError(
-                f"{self.source or 'the index'}: made with another model, {made}, than the given "
-                f"{given}. Their embeddings cannot be compared: pass the index's model with "
-                "--model, or create another index with --add."
+                f"{self.source or 'the index'}: made with another model, {made}, than {given}. "
+                "Pass the index's model with --model, or create another index with --add."
             )
 
     def search(
@@ -200,17 +189,13 @@ class EmbeddingIndex:
             raise UserError(f"k must be at least 1, not {k}.")
         if not self.paths:
             return []
-        query = np.asarray(embedding)
-        if query.shape != self.embeddings.shape[1:]:
-            raise UserError(
-                f"the query's embedding is {list(query.shape)}, those of the index are "
-                f"{list(self.embeddings.shape[1:])}."
-            )
+        query, width = np.asarray(embedding), list(self.embeddings.shape[1:])
+        if list(query.shape) != width:
+            shape = list(query.shape)
+            raise UserError(f"the query's embedding is {shape}, those of the index are {width}.")
         similarity = self.embeddings @ _unit(query[None])[0]
-        left_out = []
-        if exclude is not None:
-            names = {os.path.abspath(exclude), os.path.realpath(exclude)}
-            left_out = [self._rows[name] for name in names if name in self._rows]
+        names = {os.path.abspath(exclude), os.path.realpath(exclude)} if exclude else ()
+        left_out = [self._rows[name] for name in names if name in self._rows]
         similarity[left_out] = -np.inf
         count = min(k, len(self) - len(left_out))
         if not count:
@@ -218,16 +203,15 @@ class EmbeddingIndex:
         nearest = np.argpartition(-similarity, count - 1)[:count].tolist()
         nearest.sort(key=lambda row: (-similarity[row], self.paths[row]))
         # Rounding may exceed 1.
+        clipped = np.clip(similarity[nearest], -1, 1).tolist()
         return [
-            Neighbour(self.paths[row], float(np.clip(similarity[row], -1, 1))) for row in nearest
+            Neighbour(self.paths[row], near) for row, near in zip(nearest, clipped, strict=True)
         ]
 
     def stored(self, path: PathLike) -> np.ndarray | None:
         """Returns a file's embedding, float32 `[d]`; None if it is not indexed or has changed."""
-        row = self._rows.get(os.path.abspath(path))
-        if row is None or _stat(path) != tuple(self.stats[row].tolist()):
-            return None
-        return self.embeddings[row]
+        name = os.path.abspath(path)
+        return self.embeddings[self._rows[name]] if self._is_current(name, _stat(path)) else None
 
     def update(
         self,
@@ -240,14 +224,13 @@ class EmbeddingIndex:
         every: int = SAVE_EVERY,
         progress: bool = False,
     ) -> Update:
-        """Updates the index with files.
+        """Updates the index with files, and saves it repeatedly.
 
         A file is embedded if it is new or outdated, or if its size or modification time differs. A
         file that cannot be used is reported and not kept in the index. Other files of the index
         stay, except those below one of `folders` that are no longer on disk. A folder below which
-        no file is given is ignored, since it may be a disk that is not mounted. The index is saved
-        repeatedly and at the end, so that an interruption loses little. Of two simultaneous updates
-        of one file, the later one to finish wins.
+        no file is given is ignored, since it may be a disk that is not mounted. Of two simultaneous
+        updates of one file, the later one to finish wins.
 
         Args:
           tagger: with the index's model.
@@ -273,25 +256,18 @@ class EmbeddingIndex:
         drop = self._gone(given, folders)
         # Taken before the file is read, so that the next update notices a change in between.
         stats = {path: _stat(path) for path in given}
-        waiting = [
-            path
-            for path in given
-            if path not in self._rows or stats[path] != tuple(self.stats[self._rows[path]].tolist())
-        ]
-        counts = dict.fromkeys(Update._fields, 0) | {
-            "gone": len(drop),
-            "unchanged": len(given) - len(waiting),
-        }
+        waiting = [path for path in given if not self._is_current(path, stats[path])]
+        counts = dict.fromkeys(Update._fields, 0)
+        counts |= {"gone": len(drop), "unchanged": len(given) - len(waiting)}
         fresh: dict[str, np.ndarray] = {}
 
         def keep() -> None:
-            if not fresh and not drop:
-                return
-            self._replace(fresh, stats, drop)
-            fresh.clear()
-            drop.clear()
-            if save_to is not None:
-                self.save(save_to)
+            if fresh or drop:
+                self._replace(fresh, stats, drop)
+                fresh.clear()
+                drop.clear()
+                if save_to is not None:
+                    self.save(save_to)
 
         scores = tagger.scores([given[path] for path in waiting], step=tagger.model.frames)
         # Saving a large index takes seconds.
@@ -299,26 +275,27 @@ class EmbeddingIndex:
         bar = tqdm(scores, total=len(waiting), unit="file", disable=not progress or None)
         try:
             for path, found in zip(waiting, bar, strict=True):
-                error = found.error
-                if found.embedding is not None:
-                    if not found.embedding.size:
-                        raise UserError(no_embedding(tagger.model))
-                    if not np.isfinite(found.embedding).all():
-                        error = f"{found.path}: its embedding is not finite."
-                if error or found.embedding is None:
+                error, embedding = found.error, found.embedding
+                if embedding is not None and not embedding.size:
+                    raise UserError(no_embedding(tagger.model))
+                if embedding is None or not np.isfinite(embedding).all():
                     counts["failed"] += 1
                     if path in self._rows:
                         drop.add(path)
                     if failed is not None:
-                        failed(error)
+                        failed(error or f"{found.path}: its embedding is not finite.")
                     continue
                 counts["changed" if path in self._rows else "added"] += 1
-                fresh[path] = found.embedding
+                fresh[path] = embedding
                 if len(fresh) >= every:
                     keep()
         finally:
             keep()
         return Update(**counts)
+
+    def _is_current(self, path: str, stat: tuple[int, int] | None) -> bool:
+        row = self._rows.get(path)
+        return row is not None and stat == tuple(self.stats[row].tolist())
 
     def _gone(self, given: Mapping[str, PathLike], folders: Iterable[PathLike]) -> set[str]:
         """Returns the files of the index below `folders` that are no longer on disk."""
@@ -326,8 +303,8 @@ class EmbeddingIndex:
         for folder in folders:
             start = os.path.join(os.path.abspath(folder), "")
             if any(path.startswith(start) for path in given):
-                below = (path for path in self.paths if path.startswith(start))
-                gone.update(path for path in below if path not in given and _is_missing(path))
+                below = {path for path in self.paths if path.startswith(start)}
+                gone |= set(filter(_is_missing, below - given.keys()))
         return gone
 
     def _replace(
@@ -337,15 +314,14 @@ class EmbeddingIndex:
         drop: set[str],
     ) -> None:
         """Removes `drop`, and adds or replaces `fresh`."""
-        kept = [
-            row for row, path in enumerate(self.paths) if path not in drop and path not in fresh
-        ]
+        out = drop | fresh.keys()
+        kept = [row for row, path in enumerate(self.paths) if path not in out]
         paths = [self.paths[row] for row in kept] + list(fresh)
         embeddings, known = self.embeddings[kept], self.stats[kept]
         if fresh:
             new = _unit(np.stack(list(fresh.values())))
             embeddings = np.concatenate([embeddings, new]) if kept else new
-            new_stats = np.array([stats[path] or _UNKNOWN for path in fresh], np.int64)
+            new_stats = np.array([stats[path] or (-1, -1) for path in fresh], np.int64)
             known = np.concatenate([known, new_stats])
         self._set(paths, embeddings, known)
 
@@ -365,13 +341,10 @@ def model_digest(model: "TrainedModel") -> str:
 
     from musicgenre.config import to_plain
 
-    arrays = {
-        name: np.asarray(value)
-        for name, value in flatten_dict(dict(jax.device_get(model.model)), sep="/").items()
-    }
+    arrays = flatten_dict(dict(jax.device_get(model.model)), sep="/")
     config = to_plain(model.config)
     parts = {
-        "arrays": arrays_digest(arrays),
+        "arrays": arrays_digest({name: np.asarray(value) for name, value in arrays.items()}),
         "network": config["model"],
         "dtype": config["dtype"],
         "labels": list(model.label_names),
@@ -424,8 +397,6 @@ def _is_missing(path: str) -> bool:
     """Returns whether a file does not exist, as opposed to being unreachable."""
     try:
         os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, FileNotFoundError | NotADirectoryError)
     return False

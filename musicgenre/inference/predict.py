@@ -43,14 +43,13 @@ def render(
     for prediction in predictions:
         scores = prediction.probabilities
         order = [] if scores is None else ranked(scores, task)
+        shown = order if regression else order[:top]
+        pairs = [] if scores is None else [(label_names[i], float(scores[i])) for i in shown]
         if form == "csv":
             first = [] if regression else [label_names[order[0]] if order else ""]
             values = [""] * len(label_names) if scores is None else [f"{p:.6f}" for p in scores]
             yield csv_line([prediction.path, *first, *values, prediction.error])
-            continue
-        shown = order if regression else order[:top]
-        pairs = [] if scores is None else [(label_names[i], float(scores[i])) for i in shown]
-        if form == "table" and pairs:
+        elif form == "table" and pairs:
             cells = [
                 f"{name} {value:.4g}" if regression else f"{name} {100 * value:.1f} %"
                 for name, value in pairs

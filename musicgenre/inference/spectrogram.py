@@ -2,38 +2,30 @@
 
 import dataclasses
 import os
-from pathlib import Path
+from typing import Any
 
-import librosa
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from musicgenre.audio.decode import stream_audio
-from musicgenre.audio.features import FeatureSpec
+from musicgenre.audio.features import FeatureSpec, mel_frequencies
 from musicgenre.evaluation.plots import TimePanel
 from musicgenre.inference.windows import stream_power
 
 
 def feature_panel(features: np.ndarray, spec: FeatureSpec) -> TimePanel:
-    """Returns the panel of a clip's features, with its time in seconds and its bands in Hz.
-
-    Args:
-      features: `[frames, bands]`, not normalised.
-      spec: their front end.
-    """
+    """Returns the panel of a clip's features, `[frames, bands]` and not normalised."""
     hop = spec.hop_length / spec.sample_rate
     features = features.astype(np.float32)
     if spec.kind == "waveform":
-        return TimePanel(
-            features.ravel(), 1 / spec.sample_rate, name="waveform", ylabel="amplitude"
-        )
+        samples = features.ravel()
+        return TimePanel(samples, 1 / spec.sample_rate, name="waveform", ylabel="amplitude")
     if spec.kind == "mfcc":
         # The zeroth coefficient is the loudness, far larger than the others. The colours ignore it.
         shown = features[:, 1:] if features.shape[1] > 1 else features
         most = float(np.quantile(np.abs(shown), 0.995)) or 1.0
-        return TimePanel(
-            features, hop, -hop / 2, "MFCC", "coefficient", unit="value", limits=(-most, most)
-        )
+        names: dict[str, Any] = {"name": "MFCC", "ylabel": "coefficient", "unit": "value"}
+        return TimePanel(features, hop, -hop / 2, limits=(-most, most), **names)
     name, ticks = "mel spectrogram", mel_ticks
     if spec.kind == "stft":
         name, ticks = "STFT, power", _stft_ticks
@@ -49,9 +41,7 @@ def feature_panel(features: np.ndarray, spec: FeatureSpec) -> TimePanel:
 
 def mel_ticks(spec: FeatureSpec) -> dict[float, str]:
     """Returns octaves in Hz by position on an axis of mel bands; the centre of the first is 0."""
-    centres = librosa.mel_frequencies(
-        n_mels=spec.n_mels + 2, fmin=spec.fmin, fmax=spec.top_frequency
-    )[1:-1]
+    centres = mel_frequencies(spec.fmin, spec.top_frequency, spec.n_mels + 2)[1:-1]
     ticks: dict[float, str] = {}
     for hz in 1000.0 * 2.0 ** np.arange(5, -4, -1):
         position = float(np.interp(hz, centres, np.arange(spec.n_mels)))
@@ -80,13 +70,8 @@ def overview(
 ) -> tuple[np.ndarray, float]:
     """Returns the power spectrogram of a file of any length for a picture, in bounded memory.
 
-    Pairs of neighbouring columns are averaged, as often as needed.
-
-    Args:
-      path: a sound file.
-      spec: the front end, of the type "logmel" or "stft".
-      most: maximum number of columns. A file with enough frames has at least half as many.
-      min_seconds: shorter files are refused.
+    Pairs of neighbouring columns are averaged, as often as needed. The front end is of the type
+    "logmel" or "stft". A file with enough frames has between half of `most` columns and all.
 
     Returns:
       Power, float32 `[columns, bands]`, and the seconds from one column to the next.
@@ -94,12 +79,9 @@ def overview(
     Raises:
       UserError: the file cannot be used.
     """
-    columns: np.ndarray = np.zeros((0, spec.bands), np.float32)
-    rest = columns
-    together = 1
-    blocks = stream_audio(
-        Path(path), spec.sample_rate, min_seconds=min_seconds, resampler=spec.resampler
-    )
+    rest = columns = np.zeros((0, spec.bands), np.float32)
+    rate, together = spec.sample_rate, 1
+    blocks = stream_audio(path, rate, min_seconds=min_seconds, resampler=spec.resampler)
     for part in stream_power(blocks, spec):
         rest = np.concatenate([rest, part])
         whole = len(rest) // together

@@ -1,45 +1,46 @@
 """A trained model in a few lines of Python.
 
-A synthetic song first, so that the examples run anywhere:
+Examples:
+  A synthetic song first, so that the examples run anywhere:
 
->>> import soundfile
->>> from musicgenre.datasets.synthetic import STYLES, render_clip
->>> clip = render_clip(next(iter(STYLES)), seed=0, seconds=60)
->>> soundfile.write("song.flac", clip, 22050)
+  >>> import soundfile
+  >>> from musicgenre.datasets.synthetic import STYLES, render_clip
+  >>> clip = render_clip(next(iter(STYLES)), seed=0, seconds=60)
+  >>> soundfile.write("song.flac", clip, 22050)
 
->>> from musicgenre import Tagger
->>> tagger = Tagger.load("gtzan")  # or a run's folder, or a bundle's file
->>> len(tagger.labels), tagger.labels[:3]
-(10, ('blues', 'classical', 'country'))
+  >>> from musicgenre import Tagger
+  >>> tagger = Tagger.load("gtzan")  # or a run's folder, or a bundle's file
+  >>> len(tagger.labels), tagger.labels[:3]
+  (10, ('blues', 'classical', 'country'))
 
-The most probable label of a file, with its probability; all of them sum to one:
+  The most probable label of a file, with its probability; all of them sum to one:
 
->>> label, probability = tagger.tag("song.flac", top=1)[0]
->>> label in tagger.labels and 0.1 <= probability <= 1
-True
->>> round(sum(tag.probability for tag in tagger.tag("song.flac")), 5)
-1.0
+  >>> label, probability = tagger.tag("song.flac", top=1)[0]
+  >>> label in tagger.labels and 0.1 <= probability <= 1
+  True
+  >>> round(sum(tag.probability for tag in tagger.tag("song.flac")), 5)
+  1.0
 
-Many files. One that cannot be used yields the reason, and the others are still tagged:
+  Many files. One that cannot be used yields the reason, and the others are still tagged:
 
->>> files = tagger.tag_files(["song.flac", "gone.mp3"], top=3)
->>> [(file.path, len(file.tags), file.error) for file in files]
-[('song.flac', 3, ''), ('gone.mp3', 0, 'gone.mp3: no such file.')]
+  >>> files = tagger.tag_files(["song.flac", "gone.mp3"], top=3)
+  >>> [(file.path, len(file.tags), file.error) for file in files]
+  [('song.flac', 3, ''), ('gone.mp3', 0, 'gone.mp3: no such file.')]
 
-Labels over time with a window every fifteen seconds, and the file's embedding:
+  Labels over time with a window every fifteen seconds, and the file's embedding:
 
->>> taggram = tagger.taggram("song.flac", step_seconds=15)
->>> taggram.probabilities.shape == (len(taggram.starts), 10)
-True
->>> taggram.starts[:2].round().tolist()
-[0.0, 15.0]
->>> tagger.embed("song.flac").ndim
-1
+  >>> taggram = tagger.taggram("song.flac", step_seconds=15)
+  >>> taggram.probabilities.shape == (len(taggram.starts), 10)
+  True
+  >>> taggram.starts[:2].round().tolist()
+  [0.0, 15.0]
+  >>> tagger.embed("song.flac").ndim
+  1
 """
 
 import os
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -108,11 +109,7 @@ class Tagger:
         """Returns a file's labels with their probabilities, the most probable first.
 
         The probabilities are means over the file; see `musicgenre.inference.windows`. The outputs
-        of a regression keep their own order.
-
-        Args:
-          path: a sound file.
-          top: number of labels; None for all.
+        of a regression keep their own order. `top` is the number of labels; None for all.
 
         Raises:
           UserError: the file cannot be used.
@@ -123,10 +120,6 @@ class Tagger:
         """Yields each file with its labels, in order; a file that cannot be used with its error.
 
         The next files are decoded while the network computes.
-
-        Args:
-          paths: sound files.
-          top: labels per file; None for all.
         """
         for scores in self.scores(paths):
             yield TaggedFile(scores.path, self.tags(scores, top), scores.error)
@@ -136,9 +129,8 @@ class Tagger:
         values = scores.probabilities
         if values is None:
             return ()
-        return tuple(
-            Tag(self.labels[i], float(values[i])) for i in ranked(values, self.model.task)[:top]
-        )
+        order = ranked(values, self.model.task)[:top]
+        return tuple(Tag(self.labels[i], float(values[i])) for i in order)
 
     def taggram(self, path: PathLike, step_seconds: float = 0.0) -> WindowScores:
         """Returns the probabilities over time.
@@ -184,24 +176,12 @@ class Tagger:
     def scores(
         self, paths: Iterable[PathLike], *, step: int = 0, keep_windows: bool = False
     ) -> Iterator[FileScores]:
-        """Yields the scores of each file, in order; see `musicgenre.inference.windows.score_files`.
+        """Yields the scores of each file; see `musicgenre.inference.windows.score_files`."""
+        options: dict[str, Any] = {"network": self.network, "min_seconds": self.min_seconds}
+        return score_files(self.model, paths, step=step, keep_windows=keep_windows, **options)
 
-        Args:
-          paths: sound files.
-          step: frames from one window to the next; 0 for the windows of an evaluation.
-          keep_windows: include the scores of every window.
-        """
-        return score_files(
-            self.model,
-            paths,
-            network=self.network,
-            step=step,
-            keep_windows=keep_windows,
-            min_seconds=self.min_seconds,
-        )
-
-    def _one(self, path: PathLike, *, step: int = 0, keep_windows: bool = False) -> FileScores:
-        scores = next(self.scores([path], step=step, keep_windows=keep_windows))
+    def _one(self, path: PathLike, **options: Any) -> FileScores:
+        scores = next(self.scores([path], **options))
         if scores.error:
             raise UserError(scores.error)
         return scores

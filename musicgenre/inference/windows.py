@@ -12,19 +12,17 @@ new frames that no earlier window covers, as a fraction of what a regular window
     score(file) = sum(weight * score(window)) / sum(weight)
 
 where `covered` is the end of the window before, and `stride` is the step from one window to the
-next. All windows but the last have the weight 1. For 29 s in consecutive windows of 3 s, nine have
-the weight 1 and the last, from 26 to 29 s, has 2/3. If windows overlap (a step shorter than a
-window), all again have the weight 1 but the last, which counts as the fraction of a step that it
-advances. If a model was trained on crops and an evaluation takes several per clip, `end`,
-`covered` and `stride` are those of the clips, so that the crops of a clip count equally.
+next. For 29 s in consecutive windows of 3 s, nine have the weight 1 and the last, from 26 to 29 s,
+has 2/3. Overlapping windows (a step shorter than a window) have the weight 1, but the last counts
+as the fraction of a step that it advances. If a model was trained on crops and an evaluation takes
+several per clip, `end`, `covered` and `stride` are those of the clips: the crops of a clip count
+equally.
 """
 
 import collections
 import dataclasses
 import itertools
 import os
-import queue
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -44,16 +42,14 @@ from musicgenre.audio.features import (
     to_db,
 )
 from musicgenre.errors import UserError
-from musicgenre.models import apply_model
+from musicgenre.models.apply import apply_model, normalise
 from musicgenre.runs.model import TrainedModel
 
 # Windows per call of the network.
 BATCH = 8
-# Files that are decoded while the network computes, and the most windows of each that wait for it.
+# Files that are decoded while the network computes, and the windows of each that are made at once.
 _FILES_AHEAD = 4
 _WINDOWS_AHEAD = 2 * BATCH
-# How often a waiting thread checks whether its windows are still wanted, seconds.
-_POLL_SECONDS = 0.1
 
 
 class Window(NamedTuple):
@@ -116,17 +112,14 @@ class Network:
     """
 
     def __init__(self, model: TrainedModel) -> None:
-        # Imported here because it brings Optax, which tagging needs for nothing else.
-        from musicgenre.models.apply import normalise
-
         module = model.module
 
         def scores(saved: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-            normalised = normalise(x, saved["norm"])
+            x = normalise(x, saved["norm"])
             try:
-                logits, embedding = apply_model(module, saved["variables"], normalised)
+                logits, embedding = apply_model(module, saved["variables"], x)
             except KeyError:  # a user's network that sows no embedding
-                logits = jnp.asarray(module.apply(saved["variables"], normalised, train=False))
+                logits = jnp.asarray(module.apply(saved["variables"], x, train=False))
                 embedding = jnp.zeros((len(x), 0))
             return model.probabilities(logits), embedding
 
@@ -140,23 +133,20 @@ class Network:
           inputs: `[n, frames, bands]`, n up to `BATCH`.
         """
         scores = jax.device_get(self._scores(self._saved, padded_batch(inputs)))
-        probabilities, embeddings = (
-            np.asarray(values[: len(inputs)], np.float32) for values in scores
-        )
+        probabilities, embeddings = (np.asarray(one[: len(inputs)], np.float32) for one in scores)
         return probabilities, embeddings
 
 
 def no_embedding(model: TrainedModel) -> str:
     """Returns the message for a network that has no embedding."""
-    return (
-        f"the model {model.config.model.name!r} sows no embedding; see README, 'Your own network'."
-    )
+    name = model.config.model.name
+    return f"the model {name!r} sows no embedding; see docs/tutorials/add_network.md."
 
 
 def padded_batch(inputs: np.ndarray) -> np.ndarray:
     """Returns inputs `[n, ...]` padded to the next power of two, so that few sizes are compiled."""
     room = (1 << (len(inputs) - 1).bit_length()) - len(inputs)
-    return np.concatenate([inputs, np.zeros((room, *inputs.shape[1:]), inputs.dtype)])
+    return np.pad(inputs, [(0, room)] + [(0, 0)] * (inputs.ndim - 1))
 
 
 class FileWindows:
@@ -195,14 +185,9 @@ class FileWindows:
 
     def _counted(self) -> Iterator[np.ndarray]:
         spec = self.model.features
-        blocks = self._blocks or stream_audio(
-            self.path,
-            spec.sample_rate,
-            min_seconds=self._min_seconds,
-            block=BLOCK,
-            resampler=spec.resampler,
-        )
-        for block in blocks:
+        options: dict[str, Any] = {"min_seconds": self._min_seconds, "resampler": spec.resampler}
+        decoded = stream_audio(self.path, spec.sample_rate, block=BLOCK, **options)
+        for block in self._blocks or decoded:
             self.samples += len(block)
             yield block
 
@@ -230,20 +215,14 @@ def score_file(windows: FileWindows, network: Network, *, keep_windows: bool = F
     """
     found, probabilities, embeddings = zip(*score_windows(windows, network), strict=True)
     spec, weights = windows.model.features, [window.weight for window in found]
-    mean = FileScores(
-        windows.path, weighted_mean(weights, probabilities), weighted_mean(weights, embeddings)
-    )
+    means = weighted_mean(weights, probabilities), weighted_mean(weights, embeddings)
     if not keep_windows:
-        return mean
-    starts = np.array([window.start for window in found])
-    ends = starts + np.array([window.length for window in found])
-    each = WindowScores(
-        starts * spec.hop_length / spec.sample_rate,
-        np.minimum(ends * spec.hop_length, windows.samples) / spec.sample_rate,
-        np.array(probabilities),
-        np.array(embeddings),
-    )
-    return dataclasses.replace(mean, windows=each)
+        return FileScores(windows.path, *means)
+    starts, lengths = np.array([(window.start, window.length) for window in found]).T
+    ends = np.minimum((starts + lengths) * spec.hop_length, windows.samples) / spec.sample_rate
+    starts = starts * spec.hop_length / spec.sample_rate
+    each = WindowScores(starts, ends, np.array(probabilities), np.array(embeddings))
+    return FileScores(windows.path, *means, each)
 
 
 def score_files(
@@ -268,66 +247,41 @@ def score_files(
       keep_windows: include the scores of every window.
       min_seconds: shorter files are refused.
     """
-    network = network or Network(model)
-    queued: collections.deque[_ReadAhead] = collections.deque()
-    names = iter(paths)
-    with ThreadPoolExecutor(_FILES_AHEAD, thread_name_prefix="decode") as pool:
+    network, names = network or Network(model), iter(paths)
+    pool = ThreadPoolExecutor(_FILES_AHEAD, thread_name_prefix="decode")
 
-        def start(count: int) -> None:
-            for path in itertools.islice(names, count):
-                queued.append(_ReadAhead(path, model, step=step, min_seconds=min_seconds))
-                pool.submit(queued[-1].run)
+    def started(count: int) -> Iterator[_ReadAhead]:
+        for path in itertools.islice(names, count):
+            yield _ReadAhead(pool, path, model, step=step, min_seconds=min_seconds)
 
-        try:
-            start(_FILES_AHEAD)
-            while queued:
-                try:
-                    yield score_file(queued[0], network, keep_windows=keep_windows)
-                except UserError as error:
-                    yield FileScores(queued[0].path, error=str(error))
-                queued.popleft()
-                start(1)
-        finally:
-            for windows in queued:
-                windows.stop()
+    try:
+        queued = collections.deque(started(_FILES_AHEAD))
+        while queued:
+            try:
+                yield score_file(queued[0], network, keep_windows=keep_windows)
+            except UserError as error:
+                yield FileScores(queued[0].path, error=str(error))
+            queued.popleft()
+            queued.extend(started(1))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class _ReadAhead(FileWindows):
-    """The windows of a file, computed by `run` in a thread; a few of them wait to be taken."""
+    """The windows of a file; the next ones are made in a thread while some are consumed."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def __init__(self, pool: ThreadPoolExecutor, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._made: queue.Queue[Window | Exception | None] = queue.Queue(_WINDOWS_AHEAD)
-        self._stopped = threading.Event()
+        self._pool, self._remaining = pool, super().__iter__()
+        self._next = pool.submit(self._take)
 
-    def run(self) -> None:
-        """Makes all windows, then puts None, or the error that prevents them."""
-        try:
-            for window in super().__iter__():
-                self._put(window)
-                if self._stopped.is_set():
-                    return
-            self._put(None)
-        except Exception as error:  # raised again by the consumer
-            self._put(error)
-
-    def stop(self) -> None:
-        """Stops the thread, whose remaining windows are not wanted."""
-        self._stopped.set()
+    def _take(self) -> list[Window]:
+        return list(itertools.islice(self._remaining, _WINDOWS_AHEAD))
 
     def __iter__(self) -> Iterator[Window]:
-        while (item := self._made.get()) is not None:
-            if isinstance(item, Exception):
-                raise item
-            yield item
-
-    def _put(self, item: Window | Exception | None) -> None:
-        while not self._stopped.is_set():
-            try:
-                self._made.put(item, timeout=_POLL_SECONDS)
-                return
-            except queue.Full:
-                continue
+        while batch := self._next.result():
+            self._next = self._pool.submit(self._take)
+            yield from batch
 
 
 def stream_windows(
@@ -338,8 +292,7 @@ def stream_windows(
     Args:
       blocks: mono samples, float32 `[any]`, at the front end's rate.
       spec: the model's front end.
-      model: gives the clip's length and padding, and the length of the crops if it was trained on
-        these.
+      model: gives the clip's length and padding, and the length of crops.
       step: frames from one window to the next, at most a window. 0 uses the windows of an
         evaluation: consecutive clips, and `data.eval_chunks` crops per clip if the model was
         trained on crops.
@@ -349,15 +302,13 @@ def stream_windows(
     """
     frames, clip_frames = model.frames, model.layout.frames
     if not 0 <= step <= frames:
-        raise UserError(
-            f"the step of {step} frames must be at least 1 and at most a window's {frames}."
-        )
+        limits = f"at least 1 and at most a window's {frames}"
+        raise UserError(f"the step of {step} frames must be {limits}.")
     crops = frames < clip_frames
     stride = step or clip_frames
     last, covered = -1, 0
-    for start, power in _clips(
-        stream_power(blocks, spec), clip_frames, clip_frames if crops else stride, spec
-    ):
+    parts, every = stream_power(blocks, spec), clip_frames if crops else stride
+    for start, power in _clips(parts, clip_frames, every, spec):
         features, length = model.layout.fit(_finished(power, spec))
         end = covered
         for first in _crop_starts(length, frames, step, model) if crops else [0]:
@@ -375,21 +326,16 @@ def stream_windows(
 
 def file_inputs(samples: np.ndarray, model: TrainedModel, *, step: int = 0) -> np.ndarray:
     """Returns the windows of a file's samples `[samples]`, float16 `[windows, frames, bands]`."""
-    return np.stack(
-        [window.inputs for window in stream_windows([samples], model.features, model, step=step)]
-    )
+    windows = stream_windows([samples], model.features, model, step=step)
+    return np.stack([window.inputs for window in windows])
 
 
 def stream_power(blocks: Iterable[np.ndarray], spec: FeatureSpec) -> Iterator[np.ndarray]:
     """Yields a file's power spectrogram in parts, float32 `[any, bands]`, before the logarithm.
 
-    The frames are those of the file as a whole, centred on multiples of the hop: each block is
-    computed with as much of its neighbours as its first and last frames need.
-
-    Args:
-      blocks: mono samples, float32 `[any]`.
-      spec: the front end. For the type "waveform" the parts are framed samples, for "mfcc" mel
-        power.
+    The frames are those of the file as a whole, centred on multiples of the hop: each block of mono
+    samples, float32 `[any]`, is computed with as much of its neighbours as its first and last
+    frames need. For the type "waveform" the parts are framed samples, for "mfcc" mel power.
     """
     hop = spec.hop_length
     if spec.kind == "waveform":

@@ -1,19 +1,16 @@
 """A trained model in one file without pickle: safetensors with its arrays, and JSON notes."""
 
-import dataclasses
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from musicgenre.config import to_plain
 from musicgenre.errors import UserError
 from musicgenre.files import write_arrays
-from musicgenre.runs.notes import TrainedModel, saved_shapes
+from musicgenre.runs.notes import TrainedModel, model_of_notes, run_notes, saved_shapes
 from musicgenre.runs.provenance import KEY, PREFIX, SCHEMA, TrainedOn, read_bundle_arrays
 
 # Models that come with the package: <name>.safetensors.
@@ -21,14 +18,6 @@ WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 SUFFIX = ".safetensors"
 _NOTES = ["config", "label_names", "task", "features", "layout", "dataset"]
 _NOTES += ["step", "which", "metric", "measure", "card"]
-
-
-class Bundle(NamedTuple):
-    """A bundle's notes, the model's `variables` and `norm`, and its training clips."""
-
-    notes: dict[str, Any]
-    value: dict[str, Any]
-    trained_on: TrainedOn
 
 
 def packaged_models() -> dict[str, Path]:
@@ -39,10 +28,9 @@ def packaged_models() -> dict[str, Path]:
 def save_bundle(
     model: TrainedModel, path: str | os.PathLike[str], card: str = "", *, half: bool = False
 ) -> None:
-    """Writes a model to one file, atomically.
+    """Writes a model to one file, atomically, with a record of its training clips.
 
-    Paths on this machine are left out. The ids, hashes, groups and fingerprints of the training
-    clips are included; see `musicgenre.runs.provenance`.
+    Paths on this machine are left out.
 
     Args:
       model: a trained model.
@@ -65,33 +53,22 @@ def save_bundle(
             name: _halved(value) if name.startswith(("variables/params/", "norm/")) else value
             for name, value in arrays.items()
         }
-    config = to_plain(model.config)
+    notes = run_notes(model.config, model)
+    config, (metric, measure) = notes["config"], model.measure
     config["init_from"] = ""
     if "distill" in config:  # runs of earlier versions have none
         config["distill"]["teachers"] = []
     config["data"].update(root="", store="", stores_root="stores")
-    metric, measure = model.measure
-    notes = {
-        "schema": SCHEMA,
-        "config": config,
-        "label_names": list(model.label_names),
-        "task": model.task,
-        "features": model.features.to_dict(),
-        "layout": dataclasses.asdict(model.layout),
-        "dataset": {**model.dataset, "root": ""},
-        "step": model.step,
-        "which": model.which,
-        "metric": metric,
-        "measure": measure,
-        "card": card or model.card,
-    }
+    notes |= {"schema": SCHEMA, "dataset": {**model.dataset, "root": ""}}
+    notes |= {"step": model.step, "which": model.which, "metric": metric, "measure": measure}
+    notes["card"] = card or model.card
     if model.temperature != 1:
         notes["temperature"] = model.temperature
     write_arrays(path, arrays | model.trained_on.to_arrays(), notes, key=KEY)
 
 
-def read_bundle(path: Path) -> Bundle:
-    """Reads a file of `save_bundle`; `musicgenre.runs.model.load_model` builds the model from it.
+def read_bundle(path: Path) -> TrainedModel:
+    """Reads a file of `save_bundle`.
 
     Raises:
       UserError: the file is missing, damaged, not a model or of a newer version, or its arrays do
@@ -100,9 +77,20 @@ def read_bundle(path: Path) -> Bundle:
     arrays, notes = read_bundle_arrays(path)
     if missing := [name for name in _NOTES if name not in notes]:
         raise UserError(f"{path}: damaged: its notes lack {missing[0]!r}.")
-    value = {name: array for name, array in arrays.items() if not name.startswith(PREFIX)}
-    fitted = _fitted(path, value, saved_shapes(notes))
-    return Bundle(notes, fitted, TrainedOn.from_arrays(arrays, path))
+    trained_on = TrainedOn.from_arrays(arrays, path)
+    arrays = {name: array for name, array in arrays.items() if not name.startswith(PREFIX)}
+    wanted: dict[str, jax.ShapeDtypeStruct] = flatten_dict(saved_shapes(notes), sep="/")
+    for name in sorted(wanted.keys() | arrays.keys()):
+        there, needed = (list(d[name].shape) if name in d else None for d in (arrays, wanted))
+        if there != needed:
+            raise UserError(
+                f"{path}: the array {name!r} has the shape {there} where this version's network "
+                f"has {needed}."
+            )
+    values = {name: jax.numpy.asarray(arrays[name], wanted[name].dtype) for name in wanted}
+    fields = {name: notes[name] for name in ("step", "which", "card")}
+    model = unflatten_dict(values, sep="/")
+    return model_of_notes(notes, model, workdir=path, trained_on=trained_on, **fields)
 
 
 def model_card(model: TrainedModel, remarks: str = "") -> str:
@@ -113,9 +101,9 @@ def model_card(model: TrainedModel, remarks: str = "") -> str:
       remarks: text to add, such as the result on the test split.
     """
     data, config = model.dataset, model.config
-    metric, measure = model.measure
-    seconds = model.frames * model.features.hop_length / model.features.sample_rate
-    clip = model.layout.frames * model.features.hop_length / model.features.sample_rate
+    (metric, measure), rate = model.measure, model.features.sample_rate
+    seconds = model.frames * model.features.hop_length / rate
+    clip = model.layout.frames * model.features.hop_length / rate
     measured = "not measured"
     if measure is not None:
         measured = (
@@ -147,30 +135,7 @@ def model_card(model: TrainedModel, remarks: str = "") -> str:
     return "\n".join(lines) + "\n" + (f"\n{remarks.strip()}\n" if remarks.strip() else "")
 
 
-def _fitted(path: Path, arrays: Mapping[str, np.ndarray], expected: Any) -> dict[str, Any]:
-    """Returns the arrays as the tree that the network takes, in its types."""
-    wanted: dict[str, jax.ShapeDtypeStruct] = flatten_dict(expected, sep="/")
-    if names := wanted.keys() ^ arrays.keys():
-        name = min(names)
-        problem = "is missing" if name in wanted else "does not belong to the network"
-        raise UserError(
-            f"{path}: the array {name!r} {problem}. "
-            "This version's network differs from the saved one."
-        )
-    for name, shape in wanted.items():
-        if arrays[name].shape != shape.shape:
-            raise UserError(
-                f"{path}: the array {name!r} has the shape {arrays[name].shape} where "
-                f"{shape.shape} is needed."
-            )
-    tree: dict[str, Any] = unflatten_dict(
-        {name: jax.numpy.asarray(arrays[name], wanted[name].dtype) for name in wanted}, sep="/"
-    )
-    return tree
-
-
 def _halved(value: np.ndarray) -> np.ndarray:
-    """Returns an array as float16, or as it is if that would change the model noticeably."""
     if value.dtype != np.float32:
         return value
     with np.errstate(over="ignore"):

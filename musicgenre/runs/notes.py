@@ -26,12 +26,10 @@ class TrainedModel:
 
     Attributes:
       workdir: the run that it comes from, or the file of a bundle.
-      step: the checkpoint's step.
-      which: the checkpoint as it was requested: "last", "best" or the step.
+      step, which: the checkpoint's step, and its name: "last", "best" or the step.
       measure: name and value (at this step) of the validation measure that selects the best
         checkpoint.
-      config: the run's config.
-      module: the Linen module.
+      config, module: the run's config and Linen module.
       model: its `variables`, and the `norm` of its training split.
       label_names: labels in the order of its outputs.
       task: "single_label", "multi_label" or "regression".
@@ -60,7 +58,6 @@ class TrainedModel:
     trained_on: TrainedOn = UNKNOWN
 
     def __post_init__(self) -> None:
-        """Refuses a temperature without meaning."""
         if not 0 < self.temperature < math.inf:
             raise UserError(
                 f"{self.workdir}: a temperature must be a number above 0, not {self.temperature}."
@@ -84,21 +81,21 @@ class TrainedModel:
         # A late import: it brings Optax, which tagging does not need otherwise.
         from musicgenre.models.apply import probabilities
 
-        return probabilities(
-            logits if self.temperature == 1 else logits / self.temperature, self.task
-        )
+        scaled = logits if self.temperature == 1 else logits / self.temperature
+        return probabilities(scaled, self.task)
 
 
 def model_of_notes(notes: Mapping[str, Any], variables: Any, **fields: Any) -> TrainedModel:
     """Returns a model from saved notes and the content of `TrainState.model()`.
 
     Args:
-      notes: see `run_notes`; `temperature` may be among them.
+      notes: see `run_notes`; also `metric`, `measure` and optionally `temperature`.
       variables: `variables` and `norm`.
       **fields: the fields of `TrainedModel` that the notes do not have: `workdir`, `step`, `which`,
-        `measure`, and optionally `trained_on` and `card`.
+        and optionally `trained_on` and `card`.
     """
     return TrainedModel(
+        measure=(notes["metric"], notes["measure"]),
         config=from_plain(notes["config"]),
         module=saved_module(notes),
         model=variables,
@@ -112,15 +109,15 @@ def model_of_notes(notes: Mapping[str, Any], variables: Any, **fields: Any) -> T
     )
 
 
-def run_notes(config: ConfigDict, store: Store) -> dict[str, Any]:
-    """Returns the notes with which a checkpoint's model can be used without the store."""
+def run_notes(config: ConfigDict, source: Store | TrainedModel) -> dict[str, Any]:
+    """Returns the notes with which a model of a store can be used without the store."""
     return {
         "config": to_plain(config),
-        "label_names": list(store.label_names),
-        "task": store.task,
-        "features": store.features.to_dict(),
-        "layout": dataclasses.asdict(store.layout),
-        "dataset": store.dataset,
+        "label_names": list(source.label_names),
+        "task": source.task,
+        "features": source.features.to_dict(),
+        "layout": dataclasses.asdict(source.layout),
+        "dataset": source.dataset,
     }
 
 
@@ -132,7 +129,7 @@ def saved_module(notes: Mapping[str, Any]) -> nn.Module:
         num_classes=len(notes["label_names"]),
         frames=frames,
         bands=bands,
-        kind=FeatureSpec.from_dict(notes["features"]).kind,
+        kind=notes["features"]["kind"],
         dtype=notes["config"]["dtype"],
     )
 
@@ -140,12 +137,7 @@ def saved_module(notes: Mapping[str, Any]) -> nn.Module:
 def saved_shapes(notes: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the shapes of the saved `TrainState.model()`, for this machine's first device."""
     frames, bands = _input_shape(notes)
-    module = saved_module(notes)
-    x = jax.ShapeDtypeStruct((1, frames, bands), jnp.float32)
-    variables = dict(
-        jax.eval_shape(lambda key, x: module.init(key, x, train=False), jax.random.key(0), x)
-    )
-    variables.pop("intermediates", None)
+    variables = variable_shapes(saved_module(notes), frames, bands)
     norm_shape = (frames if notes["config"]["data"]["normalise"] == "position" else 1, bands)
     norm = {name: jax.ShapeDtypeStruct(norm_shape, jnp.float32) for name in ("mean", "std")}
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -155,7 +147,13 @@ def saved_shapes(notes: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
+def variable_shapes(module: nn.Module, frames: int, bands: int) -> dict[str, Any]:
+    """Returns the shapes of a module's variables, as a checkpoint or bundle holds them."""
+    x = jax.ShapeDtypeStruct((1, frames, bands), jnp.float32)
+    found = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), x)
+    return {name: shapes for name, shapes in found.items() if name != "intermediates"}
+
+
 def _input_shape(notes: Mapping[str, Any]) -> tuple[int, int]:
-    """Returns the frames and bands of one input of the network."""
     frames = notes["config"]["data"]["crop_frames"] or notes["layout"]["frames"]
     return frames, FeatureSpec.from_dict(notes["features"]).bands

@@ -44,13 +44,8 @@ def analyse(
 ) -> dict[str, Any]:
     """Returns labels, labels over time, spectrogram and nearest files, in bounded memory.
 
-    Args:
-      tagger: the model.
-      path: the sound file.
-      name: the file's name in the result.
-      max_seconds: longer files are refused.
-      index: where the nearest files are looked up.
-      wanted: is called from time to time; the work ends when it returns False.
+    Longer files than `max_seconds` are refused. `wanted` is called from time to time; the work ends
+    when it returns False.
 
     Returns:
       `file`; `seconds`; `labels`: `label` and `probability` of each, equal to those of `Tagger.tag`
@@ -83,11 +78,8 @@ def analyse(
         consecutive = whole if model.frames == model.layout.frames else scores(model.frames)[0]
         assert consecutive.embedding is not None
         neighbours = [
-            {
-                "file": "/".join(PurePath(found.path).parts[-2:]),
-                "similarity": float(found.similarity),
-            }
-            for found in index.search(consecutive.embedding, NEIGHBOURS)
+            {"file": "/".join(PurePath(near).parts[-2:]), "similarity": float(similarity)}
+            for near, similarity in index.search(consecutive.embedding, NEIGHBOURS)
         ]
     return {
         "file": name,
@@ -109,10 +101,8 @@ def _blocks(
 ) -> Iterator[np.ndarray]:
     """Yields a file's samples at the model's rate; decodes no more of a file that is too long."""
     spec = tagger.model.features
-    too_long = UserError(
-        f"{path}: longer than the {max_seconds:g} s of sound that this server accepts. Send a part "
-        "of it, or restart the server with a larger --max_seconds."
-    )
+    limit = f"longer than the {max_seconds:g} s of sound that this server accepts"
+    too_long = UserError(f"{path}: {limit}. Send a part of it, or raise --max_seconds.")
     samples, block = 0, BLOCK
     # `stream_audio` reports unreadable files.
     with (
@@ -123,13 +113,8 @@ def _blocks(
             raise too_long
         # At a rate of 1 Hz a block of the usual size would be three days of sound.
         block = min(BLOCK, max(int(_BLOCK_SECONDS * file.samplerate), 1))
-    for part in stream_audio(
-        path,
-        spec.sample_rate,
-        min_seconds=tagger.min_seconds,
-        block=block,
-        resampler=spec.resampler,
-    ):
+    options: dict[str, Any] = {"min_seconds": tagger.min_seconds, "resampler": spec.resampler}
+    for part in stream_audio(path, spec.sample_rate, block=block, **options):
         if not wanted():
             raise Abandoned
         samples += len(part)
@@ -147,8 +132,7 @@ def _spectrogram(tagger: Tagger, path: Path) -> dict[str, Any]:
       column in seconds; `seconds` from one column to the next; `ticks`: pairs of a position (0 is
       the middle of the lowest band) and its frequency in Hz.
     """
-    # Imported here because it brings matplotlib.
-    from musicgenre.inference.spectrogram import mel_ticks, overview, overview_spec
+    from musicgenre.inference.spectrogram import mel_ticks, overview, overview_spec  # matplotlib
 
     spec = overview_spec(tagger.model.features)
     power, seconds = overview(path, spec, COLUMNS, min_seconds=tagger.min_seconds)

@@ -85,13 +85,9 @@ def create_app(
     Uploads are stored in a private folder under random names until they are answered. The folder is
     deleted when the server stops.
 
-    Args:
-      tagger: the model.
-      index: of embeddings of this model, for the nearest files.
-      limits: of uploads.
-      hosts: names of this server besides `localhost` and addresses. A request for another host is
-        refused, so that no page can reach this server by a name that its owner directs here (DNS
-        rebinding).
+    `index` holds embeddings of this model, for the nearest files. `hosts` are names of this server
+    besides `localhost` and addresses. A request for another host is refused, so that no page can
+    reach this server by a name that its owner directs here (DNS rebinding).
     """
     limits = limits or Limits()
     about = _about(tagger, index, limits)
@@ -107,14 +103,7 @@ def create_app(
             app.state.turn = anyio.Lock()
             yield
 
-    app = FastAPI(
-        title="musicgenre",
-        version=__version__,
-        lifespan=lifespan,
-        docs_url=None,
-        redoc_url=None,
-        openapi_url=None,
-    )
+    app = FastAPI(title="musicgenre", version=__version__, lifespan=lifespan, openapi_url=None)
 
     @app.get("/api/model")
     async def model() -> Response:
@@ -153,14 +142,8 @@ def create_app(
 
         def work() -> Response:
             try:
-                found = analyse(
-                    tagger,
-                    path,
-                    name,
-                    max_seconds=limits.max_seconds,
-                    index=index,
-                    wanted=lambda: not gone.is_set(),
-                )
+                longest, wanted = limits.max_seconds, lambda: not gone.is_set()
+                found = analyse(tagger, path, name, max_seconds=longest, index=index, wanted=wanted)
             except UserError as error:
                 return _error(422, str(error).replace(str(path), name))
             except Abandoned:
@@ -211,10 +194,8 @@ class _Guard:
         if host in self._hosts or is_address(host):
             await self._app(scope, receive, send_with_headers)
         else:
-            refusal = _error(
-                400, "this server does not accept that host name; start it with --allow_host."
-            )
-            await refusal(scope, receive, send_with_headers)
+            refusal = "this server does not accept that host name; start it with --allow_host."
+            await _error(400, refusal)(scope, receive, send_with_headers)
 
 
 def _host(header: str) -> str:

@@ -147,7 +147,7 @@ def flipped(path):
         (lambda path: path.write_bytes(b""), "not a readable model"),
         (lambda path: path.write_text("no model at all, but some text"), "not a readable model"),
         (lambda path: save_file({"a": np.zeros(3)}, path), "holds other arrays and no model"),
-        (flipped, "its arrays are not those that were saved"),
+        (flipped, "its arrays do not match their SHA-256"),
         (lambda path: changed_notes(path, schema=3), "does not read schema 3"),
         (
             lambda path: changed_notes(path, temperature=-1),
@@ -156,7 +156,7 @@ def flipped(path):
         (lambda path: changed_notes(path, label_names=None), "its notes lack 'label_names'"),
         (
             lambda path: changed_notes(path, label_names=["one", "two"]),
-            r"has the shape \(3,\) where \(2,\) is needed",
+            r"has the shape \[3\] where .* has \[2\]",
         ),
         (lambda path: changed_notes(path, features={"bands": 3}), "features.bands is not a field"),
         (

@@ -40,6 +40,8 @@ def tiny_model(
         "config": to_plain(config),
         "label_names": list(labels),
         "task": task,
+        "metric": "accuracy",
+        "measure": 0.5,
         "features": feature_spec(config).to_dict(),
         "layout": vars(clip_layout(config)),
         "dataset": {
@@ -71,10 +73,5 @@ def tiny_model(
         for name, shape in shapes["norm"].items()
     }
     return model_of_notes(
-        notes,
-        {"variables": variables, "norm": norm},
-        workdir=Path("run"),
-        step=7,
-        which="last",
-        measure=("accuracy", 0.5),
+        notes, {"variables": variables, "norm": norm}, workdir=Path("run"), step=7, which="last"
     )
