@@ -6,7 +6,6 @@ import io
 import socket
 import threading
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from fastapi.testclient import TestClient
 from tiny_model import tiny_model
 
 from musicgenre import Tagger
+from musicgenre.inference.index import Neighbour
 from musicgenre.web import analysis, app
 from musicgenre.web.app import NAME_HEADER, Limits, create_app
 
@@ -65,10 +65,8 @@ class Index:
 
     def search(self, embedding, k, exclude=None):
         self.asked = embedding
-        return [
-            SimpleNamespace(path=f"/home/somebody/music/album {i}/{i}.flac", similarity=1 - i / 10)
-            for i in range(k)
-        ]
+        paths = (f"/home/somebody/music/album {i}/{i}.flac" for i in range(k))
+        return [Neighbour(path, 1 - i / 10) for i, path in enumerate(paths)]
 
 
 def test_the_answer_is_what_the_tagger_says(tagger, tmp_path):
