@@ -40,14 +40,10 @@ def test_a_temperature_from_an_evaluation_or_a_number(bundle, tmp_path, capsys):
     # A bundle of it keeps the temperature, unless another is given.
     again = tmp_path / "again.safetensors"
     assert main(["bundle", str(out), str(again)]) == 0 and load_model(again).temperature == 1.25
-    assert (
-        main(["bundle", str(out), str(again), "--temperature=0.8"]) == 0
-        and load_model(again).temperature == 0.8
-    )
-    assert (
-        main(["bundle", str(out), str(again), "--temperature=1"]) == 0
-        and load_model(again).temperature == 1
-    )
+    assert main(["bundle", str(out), str(again), "--temperature=0.8"]) == 0
+    assert load_model(again).temperature == 0.8
+    assert main(["bundle", str(out), str(again), "--temperature=1"]) == 0
+    assert load_model(again).temperature == 1
     assert np.array_equal(load_model(again).model["norm"]["mean"], model.model["norm"]["mean"])
     with safe_open(again, "np") as file:
         assert "temperature" not in json.loads(file.metadata()["musicgenre"])

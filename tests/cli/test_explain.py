@@ -57,10 +57,8 @@ def test_a_folder_is_explained_and_its_bad_file_reported(bundle, music, tmp_path
     assert "bad.wav: not a sound file" in captured.err and "1 file done, 1 failed" in captured.err
     tagger = Tagger.load(bundle)
     label = tagger.tag(music / "c.flac", top=1)[0].label
-    assert (
-        f"{music}/c.flac: {label} " in captured.out
-        and f"1 file explained -> {out}/index.html" in captured.out
-    )
+    assert f"{music}/c.flac: {label} " in captured.out
+    assert f"1 file explained -> {out}/index.html" in captured.out
     for page in (out / "index.html", out / "c" / "index.html"):
         assert addresses(page) and all(path.is_file() for path in addresses(page)), page
     assert {path.suffix for path in addresses(out / "c" / "index.html")} == {
@@ -71,11 +69,9 @@ def test_a_folder_is_explained_and_its_bad_file_reported(bundle, music, tmp_path
     assert f"Evidence for {label}" in (out / "c" / "index.html").read_text().replace("&#x2F;", "/")
 
     with np.load(out / "c" / "activations.npz", allow_pickle=False) as found:
-        assert (
-            found["conv1"].shape == (32, 8)
-            and found["embedding"].shape == (16,)
-            and found["output"].shape == (3,)
-        )
+        assert found["conv1"].shape == (32, 8)
+        assert found["embedding"].shape == (16,)
+        assert found["output"].shape == (3,)
         shown = found["output"]
     with np.load(out / "c" / "saliency.npz", allow_pickle=False) as found:
         assert (
@@ -99,17 +95,14 @@ def test_a_folder_is_explained_and_its_bad_file_reported(bundle, music, tmp_path
     with open(out / "moments.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     units = {(row["layer"], row["unit"]) for row in rows}
-    assert {("output", "0"), ("output", "1"), ("output", "2")} < units and any(
-        layer == "embedding" for layer, _ in units
-    )
+    assert {("output", "0"), ("output", "1"), ("output", "2")} < units
+    assert any(layer == "embedding" for layer, _ in units)
     assert len(rows) == 2 * len(units) and len(list((out / "moments").glob("*.wav"))) == len(rows)
     strongest = float(windows.probabilities[:, 1].max())
     row = next(row for row in rows if row["layer"] == "output" and row["unit"] == "1")
-    assert (
-        row["label"] == "middle"
-        and row["rank"] == "1"
-        and float(row["activation"]) == pytest.approx(strongest, rel=1e-4)
-    )
+    assert row["label"] == "middle"
+    assert row["rank"] == "1"
+    assert float(row["activation"]) == pytest.approx(strongest, rel=1e-4)
     assert all(
         float(row["window_start"]) - 0.1 <= float(row["time"]) <= float(row["window_end"]) + 0.1
         for row in rows
@@ -139,19 +132,16 @@ def test_one_unit_of_a_layer(bundle, music, tmp_path, capsys):
         == 0
     )
     pages = [out / "index.html", out / "a b_1_" / "index.html"]
-    assert pages[1] in addresses(pages[0]) and all(
-        path.is_file() for page in pages for path in addresses(page)
-    )
+    assert pages[1] in addresses(pages[0])
+    assert all(path.is_file() for page in pages for path in addresses(page))
     text = pages[1].read_text()
-    assert (
-        "Evidence for low" in text and "Evidence for conv1 unit 3" in text and "audio" not in text
-    )
+    assert "Evidence for low" in text
+    assert "Evidence for conv1 unit 3" in text
+    assert "audio" not in text
     with np.load(out / "a b_1_" / "saliency-conv1_unit_3.npz") as found:
         # A unit of the first layer depends on as many frames as its kernel is long.
-        assert (
-            "grad_cam" not in found
-            and 1 <= np.count_nonzero(np.abs(found["gradient_times_input"]).sum(axis=1)) <= 4
-        )
+        assert "grad_cam" not in found
+        assert 1 <= np.count_nonzero(np.abs(found["gradient_times_input"]).sum(axis=1)) <= 4
     with open(out / "moments.csv", newline="") as file:
         (row,) = csv.DictReader(file)
     assert (row["layer"], row["unit"], row["file"]) == ("conv1", "3", str(music / "c.flac"))
@@ -203,13 +193,10 @@ def test_other_front_ends(kind, music, tmp_path):
 def test_the_layers_are_listed_without_a_file(bundle, capsys):
     assert run("--list-layers", f"--model={bundle}") == 0
     lines = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()]
-    assert (
-        lines[0] == ["layer", "type", "values", "units"]
-        and ["conv2", "Conv", "8 x 16", "16"] in lines
-    )
-    assert ["output", "Output", "3", "3"] in lines and lines[-1][0].startswith(
-        "Grad-CAM uses 'conv2'"
-    )
+    assert lines[0] == ["layer", "type", "values", "units"]
+    assert ["conv2", "Conv", "8 x 16", "16"] in lines
+    assert ["output", "Output", "3", "3"] in lines
+    assert lines[-1][0].startswith("Grad-CAM uses 'conv2'")
 
 
 @pytest.mark.parametrize(

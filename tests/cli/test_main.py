@@ -78,7 +78,7 @@ def test_answers_without_work_import_no_jax():
         (["bundle", "runs/x"], "missing argument: out"),
         (["bundle", "runs/x", "a.safetensors", "b"], "unexpected argument 'b'"),
         (["export", "--out=x.onnx"], "missing argument: model"),
-        (["download"], "--root is needed: Folder of the data set"),
+        (["download"], "--root is needed: Folder, created if missing."),
         (["figures"], "nothing to draw"),
         (["robustness", "--workdir=x", "--out=y"], "name either sound"),
         (["serve", "x"], "unexpected argument 'x'"),

@@ -138,10 +138,8 @@ def test_from_the_shell_to_sigterm(bundle, tmp_path, capsys):
         assert [(entry["label"], entry["probability"]) for entry in found["labels"]] == Tagger.load(
             bundle
         ).tag(music[1])
-        assert (
-            found["neighbours"][0]["file"] == f"{tmp_path.name}/1.wav"
-            and len(found["neighbours"]) == 3
-        )
+        assert found["neighbours"][0]["file"] == f"{tmp_path.name}/1.wav"
+        assert len(found["neighbours"]) == 3
         nearest, second, _ = (entry["similarity"] for entry in found["neighbours"])
         assert nearest == pytest.approx(1, abs=1e-5) and second < 0.9999
         # Stopped in the middle of an upload.

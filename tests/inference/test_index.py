@@ -239,11 +239,9 @@ def test_an_update_embeds_only_what_is_new_or_has_changed(tagger, tmp_path):
     sound(tmp_path / "1.wav", 8)
     os.utime(files[1], ns=(same.st_atime_ns, same.st_mtime_ns + 1))
     assert os.stat(files[1]).st_size == same.st_size
-    assert (
-        index.stored(files[0]) is None
-        and index.stored(files[1]) is None
-        and index.stored(files[2]) is not None
-    )
+    assert index.stored(files[0]) is None
+    assert index.stored(files[1]) is None
+    assert index.stored(files[2]) is not None
     os.remove(files[2])
     new = sound(tmp_path / "new.wav", 9)
     assert index.update(tagger, [files[0], files[1], new], [tmp_path]) == Update(1, 2, 0, 1, 0)
@@ -276,11 +274,9 @@ def test_only_what_is_certainly_gone_is_taken_out(tagger, tmp_path):
     # A file that is named and is not there is taken out, and said so.
     messages = []
     assert index.update(tagger, [a, d], failed=messages.append) == Update(0, 0, 1, 0, 1)
-    assert (
-        sorted(index.paths) == sorted([a, c, odd])
-        and "no such file" in messages[0]
-        and d in messages[0]
-    )
+    assert sorted(index.paths) == sorted([a, c, odd])
+    assert "no such file" in messages[0]
+    assert d in messages[0]
 
 
 def test_a_file_that_has_become_bad_is_reported_and_not_kept(tagger, sounds, tmp_path):
@@ -292,11 +288,9 @@ def test_a_file_that_has_become_bad_is_reported_and_not_kept(tagger, sounds, tmp
     done = index.update(
         tagger, [bad, *sounds[:3]], failed=messages.append, save_to=tmp_path / "music.index"
     )
-    assert (
-        done == Update(1, 0, 2, 0, 1)
-        and len(messages) == 1
-        and "bad.wav: not a sound file" in messages[0]
-    )
+    assert done == Update(1, 0, 2, 0, 1)
+    assert len(messages) == 1
+    assert "bad.wav: not a sound file" in messages[0]
     assert EmbeddingIndex.load(tmp_path / "music.index").paths == sounds[:3]
     # A new index of bad files only is not written at all.
     assert (
@@ -343,10 +337,8 @@ def test_an_interruption_keeps_what_was_there_and_what_is_done(
             again.update(tagger, [new], save_to=path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert path.read_bytes() == before and sorted(os.listdir(tmp_path)) == [
-        "music.index",
-        "new.wav",
-    ]
+    assert path.read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["music.index", "new.wav"]
     assert path.stat().st_mode == Path(new).stat().st_mode
 
 

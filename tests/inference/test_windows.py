@@ -83,9 +83,8 @@ def test_windows_are_consecutive_and_the_last_ends_with_the_file(hops, starts, l
     assert [window.start for window in found] == starts
     assert [window.length for window in found] == lengths
     assert [window.weight for window in found] == weights
-    assert {window.inputs.shape for window in found} == {(64, 16)} and found[
-        0
-    ].inputs.dtype == np.float16
+    assert {window.inputs.shape for window in found} == {(64, 16)}
+    assert found[0].inputs.dtype == np.float16
 
 
 def test_a_step_makes_windows_overlap():
@@ -140,9 +139,8 @@ def test_streamed_probabilities_equal_those_of_the_whole_file(
     weights = [w.weight for w in stream_windows([samples], model.features, model)]
     mean = np.average(full, axis=0, weights=weights)
     np.testing.assert_allclose(scores.probabilities, mean, atol=1e-5)
-    assert scores.windows.ends[-1] == pytest.approx(
-        seconds, abs=0.06
-    ) and scores.embedding.shape == (16,)
+    assert scores.windows.ends[-1] == pytest.approx(seconds, abs=0.06)
+    assert scores.embedding.shape == (16,)
 
 
 @pytest.mark.parametrize(
