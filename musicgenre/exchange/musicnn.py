@@ -71,9 +71,10 @@ class Source:
                     return
             wheels = sorted(self.path.glob("musicnn-*.whl"))
             if len(wheels) != 1:
-                nothing = "neither musicnn/configuration.py nor a wheel musicnn-*.whl"
-                found = f"{len(wheels)} wheels" if wheels else nothing
-                raise UserError(f"{self.path}: holds {found}. Name the wheel or folder. {_HINT}")
+                raise UserError(
+                    f"{self.path}: holds no musicnn/configuration.py, and {len(wheels)} wheels "
+                    f"musicnn-*.whl. Name the wheel or the package's folder. {_HINT}"
+                )
             self.path = wheels[0]
         if not self.path.is_file():
             raise UserError(f"{self.path}: no such file or folder. {_HINT}")
@@ -265,7 +266,7 @@ def _reported(source: Source, name: str) -> str:
     """Returns the published test results: ROC-AUC and PR-AUC, means over the tags."""
     if source.has(f"{name}/experiment.result"):
         text = source.read(f"{name}/experiment.result").decode("utf-8", "replace")
-        values = [float(value) for value in re.findall(r"AUC: *([0-9.]+)$", text, re.MULTILINE)]
+        values = [float(value) for value in re.findall(r"AUC: *(\d+\.\d+)\s*$", text, re.MULTILINE)]
         if len(values) == 2:
             return f"ROC-AUC {values[0]:.4f}, PR-AUC {values[1]:.4f} on the test split"
     return "not stated"

@@ -59,12 +59,11 @@ class TrainedModel:
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < math.inf:
-            raise UserError(
-                f"{self.workdir}: a temperature must be a number above 0, not {self.temperature}."
-            )
+            wrong = f"must be a number above 0, not {self.temperature}"
+            raise UserError(f"{self.workdir}: a temperature {wrong}.")
         if self.temperature != 1 and self.task == "regression":
             raise UserError(
-                f"{self.workdir}: a temperature is for probabilities, and a regression has none."
+                f"{self.workdir}: a temperature is for probabilities; a regression has none."
             )
 
     @property
@@ -73,11 +72,7 @@ class TrainedModel:
         return int(self.config.data.crop_frames) or self.layout.frames
 
     def probabilities(self, logits: jax.Array) -> jax.Array:
-        """Returns probabilities, or a regression's outputs, of logits `[batch, classes]`.
-
-        Everything that shows probabilities of a saved model uses this, so the temperature always
-        applies.
-        """
+        """Returns probabilities, or a regression's outputs, of logits `[batch, classes]`."""
         # A late import: it brings Optax, which tagging does not need otherwise.
         from musicgenre.models.apply import probabilities
 

@@ -345,11 +345,11 @@ def test_other_files_and_damaged_wheels_are_refused(package, wheel, tmp_path, mo
         archive.writestr("other/__init__.py", "")
     with pytest.raises(UserError, match=r"other.whl: holds no musicnn/configuration.py"):
         Source(tmp_path / "other.whl")
-    with pytest.raises(UserError, match=r"holds neither musicnn/configuration.py nor a wheel"):
+    with pytest.raises(UserError, match=r"holds no musicnn/configuration.py, and 0 wheels"):
         Source(tmp_path)
     for version in ("0.1.0", "0.1.1"):
         (tmp_path / f"musicnn-{version}.whl").write_bytes(b"")
-    with pytest.raises(UserError, match="holds 2 wheels"):
+    with pytest.raises(UserError, match="and 2 wheels"):
         Source(tmp_path)
     with zipfile.ZipFile(tmp_path / "bare.whl", "w") as archive:
         archive.writestr("musicnn/configuration.py", "")
