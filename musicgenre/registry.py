@@ -71,7 +71,7 @@ class Registry(Generic[T]):
 
 
 def import_user_module(module: str, field: str = "config.module") -> None:
-    """Imports a user's module, by its dotted name, that registers networks, data sets or objectives.
+    """Imports a user's module (a dotted name) that registers networks, data sets or objectives.
 
     Raises:
       UserError: there is no such module; the message names the config field.
@@ -80,8 +80,8 @@ def import_user_module(module: str, field: str = "config.module") -> None:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise UserError(
-            f"{field}={module!r}: no module {error.name!r}. Run from the folder that holds it, or put "
-            "that folder on PYTHONPATH."
+            f"{field}={module!r}: no module {error.name!r}. Run from the folder that holds it, or "
+            "put that folder on PYTHONPATH."
         ) from error
 
 

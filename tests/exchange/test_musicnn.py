@@ -80,7 +80,7 @@ VGG = {
 
 
 def network(name):
-    """A small net of one of the original's two shapes, and variables drawn for it."""
+    """A small network of one of the original's two architectures, with random variables."""
     fields = {"name": "vgg", "filters": 2} if name.endswith("vgg") else {"name": "musicnn", **SIZES}
     module = models.build(fields, num_classes=len(LABELS[name[:3]]), frames=66, bands=64)
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 66, 64))))
