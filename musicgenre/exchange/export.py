@@ -322,8 +322,7 @@ def _mended() -> Iterator[None]:
 def _run_stablehlo(path: Path) -> Callable[[np.ndarray], np.ndarray]:
     from jax import export
 
-    call = jax.jit(export.deserialize(bytearray(path.read_bytes())).call)
-    return lambda x: np.asarray(call(x))
+    return jax.jit(export.deserialize(bytearray(path.read_bytes())).call)
 
 
 def _run_onnx(path: Path) -> Callable[[np.ndarray], np.ndarray]:
