@@ -200,7 +200,8 @@ def protocol_splits(
     if protocol not in PROTOCOLS:
         hint = did_you_mean(protocol, PROTOCOLS)
         raise UserError(f"data.protocol: MTAT has no protocol {protocol!r}.{hint}")
-    if not 1 <= top_k <= (count := int(table.tags.any(axis=0).sum())):
+    count = int(table.tags.any(axis=0).sum())
+    if not 1 <= top_k <= count:
         raise UserError(f"data.top_k={top_k} is not one of 1 to {count}, the tags of {table.path}.")
     tagged = table.tags[:, :top_k].any(axis=1) | (protocol == "all")
     chosen: list[int] = np.flatnonzero(tagged).tolist()
