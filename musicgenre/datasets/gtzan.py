@@ -72,10 +72,7 @@ def load_gtzan(
         for clip_id, path in files.items()
         if protocol == "artist_folds" and clip_id not in artists
     ]
-    skipped += [
-        Skipped(clip_id, str(root / _genre(clip_id) / clip_id), "not on disk")
-        for clip_id in missing
-    ]
+    skipped += [Skipped(name, str(root / _genre(name) / name), "not on disk") for name in missing]
     clips = [
         Clip(clip_id, files[clip_id], (_genre(clip_id),), split, artists.get(clip_id, (None, 0))[0])
         for clip_id, split in splits.items()

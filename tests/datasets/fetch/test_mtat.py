@@ -2,10 +2,8 @@ import errno
 import hashlib
 import io
 import json
-import re
 import shutil
 import socket
-import stat
 import subprocess
 import sys
 import zipfile
@@ -117,9 +115,8 @@ def test_everything_is_fetched_once_and_intact(host, published, tmp_path):
     summary = fetch(root, host)
     assert (summary.fetched, summary.verified) == ([*TABLES, *PARTS], [])
     assert summary.unpacked == (12, 0, {})
-    for path in tree.rglob("*.mp3"):
-        assert (root / path.relative_to(tree)).read_bytes() == path.read_bytes()
-    for name, content in files.items():
+    mp3s = {str(path.relative_to(tree)): path.read_bytes() for path in tree.rglob("*.mp3")}
+    for name, content in (files | mp3s).items():
         assert (root / name).read_bytes() == content
     record = json.loads((root / "downloads.json").read_text())["files"]
     assert record[PARTS[1]]["sha256"] == hashlib.sha256(files[PARTS[1]]).hexdigest()
@@ -179,12 +176,11 @@ def test_a_broken_connection_is_resumed_where_it_broke(host, published, tmp_path
 
 
 def test_what_came_is_kept_for_the_next_run(host, published, tmp_path):
-    part = interrupt(tmp_path, host, PARTS[1], 200_000)
-    size = part.stat().st_size
-    assert published[1][PARTS[1]].startswith(part.read_bytes()) and size >= 200_000 - 2**16
+    part = interrupt(tmp_path, host, PARTS[1], 200_000).read_bytes()
+    assert published[1][PARTS[1]].startswith(part) and len(part) >= 200_000 - 2**16
     assert not (tmp_path / PARTS[1]).exists()
     summary = fetch(tmp_path, host)
-    assert ranges(host, PARTS[1]) == [f"bytes={size}-"] and ranges(host, PARTS[0]) == []
+    assert ranges(host, PARTS[1]) == [f"bytes={len(part)}-"] and ranges(host, PARTS[0]) == []
     assert summary.fetched == list(PARTS[1:]) and summary.unpacked.broken == {}
 
 
@@ -215,17 +211,12 @@ def test_a_run_that_stopped_between_the_last_byte_and_the_renaming(host, publish
     assert (tmp_path / PARTS[1]).read_bytes() == published[1][PARTS[1]]
 
 
+DATE = "Wed, 21 Oct 2015 07:28:00 GMT"
+
+
+@pytest.mark.parametrize("checks_if_range", [True, False])
 @pytest.mark.parametrize(
-    ("etags", "modified", "checks_if_range"),
-    [
-        ("strong", "", True),
-        ("weak", "Wed, 21 Oct 2015 07:28:00 GMT", True),
-        ("", "Wed, 21 Oct 2015 07:28:00 GMT", True),
-        ("strong", "", False),
-        ("", "Wed, 21 Oct 2015 07:28:00 GMT", False),
-        ("", "", True),
-        ("weak", "", True),
-    ],
+    ("etags", "modified"), [("strong", ""), ("weak", DATE), ("", DATE), ("", ""), ("weak", "")]
 )
 def test_parts_of_two_versions_are_never_joined(host, tmp_path, etags, modified, checks_if_range):
     host.etags, host.modified, host.checks_if_range = etags, modified, checks_if_range
@@ -243,7 +234,7 @@ def test_parts_of_two_versions_are_never_joined(host, tmp_path, etags, modified,
 
 
 def test_a_partial_file_is_resumed_under_a_weak_tag(host, tmp_path):
-    host.etags, host.modified = "weak", "Wed, 21 Oct 2015 07:28:00 GMT"
+    host.etags, host.modified = "weak", DATE
     host.cuts[PARTS[1]] = [200_000]
     fetch(tmp_path, host)
     assert len(ranges(host, PARTS[1])) == 2
@@ -287,8 +278,7 @@ def test_responses_that_persist_and_those_that_may_not(host, tmp_path, monkeypat
     with pytest.raises(UserError, match=r"info_final\.csv: the host responds 404 .*--base_url"):
         fetch(tmp_path, host)
     assert [entry for entry in host.log if entry[1] == INFO] == [("GET", INFO, "")]
-    host.files[INFO] = b"x"
-    host.statuses[INFO] = [503, 429, 500]
+    host.files[INFO], host.statuses[INFO] = b"x", [503, 429, 500]
     with pytest.raises(UserError, match=r"clip_info_final\.csv: .*too many 500 error responses"):
         fetch(tmp_path, host, attempts=2)
     host.statuses[INFO] = [503, 500]
@@ -346,48 +336,39 @@ def write_archive(path, *members, method=zipfile.ZIP_DEFLATED):
     return path
 
 
-def link(name):
-    info = zipfile.ZipInfo(name)
-    info.external_attr = (stat.S_IFLNK | 0o777) << 16
-    return info
-
-
 GOOD = ("0/a-b-01-c-0-29.mp3", b"sound")
 
 
-LEAVING = ("../x.mp3", "0/../../x.mp3", "0/..", "/etc/x.mp3", "0//x", "./x.mp3", "..\\x", "C:x.mp3")
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        *[(name, f"the member {re.escape(repr(name))} would leave the folder") for name in LEAVING],
-        (link("0/a-b-02-c-0-29.mp3"), r"0/a-b-02-c-0-29\.mp3' is a link or a device"),
-        ("0/A-b-01-c-0-29.mp3", "'0/A-b-01-c-0-29.mp3' occurs twice"),
-    ],
-)
-def test_an_archive_that_could_do_harm_is_refused(tmp_path, name, message):
-    path = write_archive(tmp_path / "a.zip", GOOD, (name, b"x"))
+def test_members_that_would_leave_the_folder_are_ignored(tmp_path):
+    names = (
+        "../x.mp3",
+        "0/../../x.mp3",
+        "/etc/x.mp3",
+        "0//x.mp3",
+        "./x.mp3",
+        "0/..\\x.mp3",
+        "0/C:x.mp3",
+    )
+    path = write_archive(tmp_path / "a.zip", *((name, b"x") for name in names), GOOD)
     root = tmp_path / "root"
     root.mkdir()
-    with pytest.raises(UserError, match=f"{message}.*; nothing was unpacked"):
-        unpack(root, [path], progress=False)
-    assert sorted(tmp_path.rglob("*")) == [path, root]
+    assert unpack(root, [path], progress=False) == (1, 0, {})
+    assert sorted(tmp_path.rglob("*")) == [path, root, root / "0", root / GOOD[0]]
 
 
 def test_archives_that_would_take_too_much_space(tmp_path, monkeypatch):
     zeros = ("1/a-b-02-c-0-29.mp3", bytes(3 * 2**20))
     path = write_archive(tmp_path / "a.zip", GOOD, zeros)
-    with pytest.raises(UserError, match="would unpack to 3,145,733, more than is allowed"):
+    with pytest.raises(UserError, match="would unpack to 3,145,733 bytes, more than is allowed"):
         unpack(tmp_path, [path], progress=False)
     path = write_archive(tmp_path / "a.zip", GOOD)
     monkeypatch.setattr(module, "MAX_UNPACKED_BYTES", 4)
-    with pytest.raises(UserError, match="would unpack to 5, more than is allowed"):
+    with pytest.raises(UserError, match="would unpack to 5 bytes, more than is allowed"):
         unpack(tmp_path, [path], progress=False)
     monkeypatch.undo()
     usage = shutil._ntuple_diskusage(10, 6, 4)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(UserError, match="unpacking needs 0 MiB, 0 are free"):
+    with pytest.raises(UserError, match="unpacking needs 5 bytes, 4 are free"):
         unpack(tmp_path, [path], progress=False)
 
 
