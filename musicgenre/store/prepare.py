@@ -183,7 +183,7 @@ class StorePlan:
         for record in _read_shards(self.shards, recipe.made_with, verify, progress):
             self.add(record)
         self._todo = np.flatnonzero(self._rows["state"] <= _STALE)
-        self.todo = [dataset.clips[i] for i in self._todo]
+        self.todo = [dataset.clips[int(i)] for i in self._todo]
         self.reusable = count - len(self.todo)
 
     def tasks(self, clips_per_shard: int, *, fill_gaps: bool = False) -> Iterator[ShardTask]:
@@ -233,7 +233,7 @@ class StorePlan:
         lost = [Skipped(clips[i].clip_id, str(clips[i].path), self._reasons[i]) for i in unusable]
         skipped = [dataclasses.asdict(entry) for entry in [*dataset.skipped, *lost]]
         kept = np.flatnonzero(self._rows["state"] == _COMPUTED)
-        used, rows = [clips[i] for i in kept], self._rows[kept]
+        used, rows = [clips[int(i)] for i in kept], self._rows[kept]
         splits = dict(sorted(Counter(clip.split for clip in used).items()))
         for i in unusable:
             if (split := clips[i].split) not in splits:
