@@ -119,7 +119,7 @@ def test_a_pair_is_reported_once_under_its_strongest_type():
     assert result.without_hash == 1
 
 
-def test_counts_are_exact_where_examples_are_not(monkeypatch):
+def test_counts_are_exact_although_examples_are_limited(monkeypatch):
     evaluated = AuditSide([f"e{i}" for i in range(30)], [""] * 30, ["x"] * 20 + [None] * 10)
     trained = AuditSide([f"t{i}" for i in range(5)], [None] * 5, ["x", "x", "x", "y", None])
     monkeypatch.setattr(module, "MAX_EXAMPLES", 4)

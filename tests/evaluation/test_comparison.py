@@ -68,7 +68,7 @@ def test_a_model_with_more_windows_weighs_no_more():
     assert kept.windows.shape == (2, 6, 3)
 
 
-def test_numbers_have_a_mean_too():
+def test_regressions_are_averaged_too():
     values = dict(task="regression", targets=np.zeros((2, 3)), audit=None)
     both = ensemble([member(FIRST, **values), member(SECOND, **values)], ["s0", "s1"])
     assert measure(both, resamples=20)["mse"] == pytest.approx(
@@ -77,7 +77,7 @@ def test_numbers_have_a_mean_too():
     assert both.notes[0].startswith("Arithmetic mean of the outputs ")
 
 
-def test_the_audit_that_found_something_is_shown():
+def test_an_audit_with_findings_is_shown():
     side = AuditSide(["x", "y"], ["1", "2"], ["one", "two"])
     clean, leak = (
         audit(side, AuditSide(["z"], ["3"], ["three"])),
@@ -130,7 +130,7 @@ def test_summary_over_seeds(tmp_path):
     assert "ensemble" not in page and "ensemble" not in saved
 
 
-def test_the_ensemble_stands_beside_its_seeds(tmp_path):
+def test_the_ensemble_is_listed_next_to_its_seeds(tmp_path):
     metrics = measure(member(FIRST), resamples=20)
     page = summarise_seeds(
         tmp_path, [("s0", metrics), ("s1", metrics)], title="x", ensemble=metrics

@@ -35,7 +35,7 @@ def test_resampling_groups_is_wider_where_groups_agree():
     assert ratio == pytest.approx(np.sqrt(10), rel=0.08)
 
 
-def test_clips_of_unknown_group_stand_alone():
+def test_a_clip_of_unknown_group_is_its_own_group():
     correct = np.arange(50) % 2
     assert bootstrap_mean(correct, [None] * 50) == bootstrap_mean(correct)
     # A group that happens to be called like an unknown clip's number is no unknown clip.
@@ -65,7 +65,7 @@ def test_same_seed_same_interval():
     assert bootstrap_mean(values, seed=3) != bootstrap_mean(values, seed=4)
 
 
-def test_bootstrap_without_an_answer_is_none():
+def test_an_undefined_bootstrap_is_none():
     assert bootstrap_mean(np.ones(5), ["one"] * 5) is None
     assert bootstrap(lambda counts: [float("nan")], 5, resamples=20) == [None]
 

@@ -113,7 +113,7 @@ def test_a_class_never_predicted_counts_as_precision_zero():
 
 
 @pytest.mark.parametrize("clips", [1, 5])
-def test_one_class_present_gives_none_and_no_nan(clips):
+def test_a_single_class_gives_none_rather_than_nan(clips):
     scores = np.tile([[0.2, 0.5, 0.2, 0.1]], (clips, 1))
     measured = single_label_metrics(scores, np.ones(clips, int), list("abcd"))
     assert measured["macro_roc_auc"] is None
@@ -233,7 +233,7 @@ def test_a_constant_output_is_left_out_of_r2():
         regression_metrics(truth * [[1, 1], [np.nan, 1], [1, 1]], truth, ("moves", "constant"))
 
 
-def test_the_mean_over_windows_in_any_order():
+def test_the_mean_over_windows_does_not_depend_on_their_order():
     scores = np.array([[0.2, 0.8], [1.0, 0.0], [0.4, 0.6], [0.6, 0.4]], np.float32)
     average = average_by_clip(scores, np.array([1, 0, 1, 1]), 2)
     np.testing.assert_allclose(average, [[1, 0], [0.4, 0.6]], rtol=1e-6)

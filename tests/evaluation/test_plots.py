@@ -122,7 +122,7 @@ def test_reliability_and_roc_show_the_numbers_of_the_metrics():
     assert alone.get_legend() is None
 
 
-def test_a_comparison_has_intervals_values_and_leaks():
+def test_a_comparison_shows_intervals_values_and_leaks():
     row = {"name": "a", "mean": 0.5, "interval": None, "values": [0.4, 0.6]}
     [axes] = plots.comparison_plot([row], "accuracy", percent=True).axes
     assert [list(line.get_xdata()) for line in axes.lines] == [[40, 60], [50]]

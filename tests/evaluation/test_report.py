@@ -96,7 +96,7 @@ def test_files_and_numbers(tmp_path):
     assert headline(saved) == saved["headline"]
 
 
-def test_html_stands_alone_and_escapes(tmp_path):
+def test_the_html_is_self_contained_and_escaped(tmp_path):
     page = write_report(tmp_path, single(), resamples=50).read_text(encoding="utf-8")
     for target in re.findall(r"""(?:src|href)\s*=\s*["']?([^"'\s>]+)""", page):
         assert target.startswith(("data:image/png;base64,", "#"))
@@ -230,7 +230,7 @@ def test_a_temperature_fitted_elsewhere_or_given(tmp_path):
     )
 
 
-def test_a_temperature_comes_on_top_of_the_models_own():
+def test_a_temperature_multiplies_the_models_own():
     scored = single(temperature=1.5)
     plain, on_top = (quick(one, calibration=one)["calibration"] for one in (single(), scored))
     assert on_top["temperature"] == pytest.approx(1.5 * plain["temperature"])

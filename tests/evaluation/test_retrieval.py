@@ -86,7 +86,7 @@ def test_equal_embeddings_and_zeros_count_once():
         ({"embeddings": np.zeros(4)}, r"must be \[clips, d\]"),
     ],
 )
-def test_input_that_cannot_be_used(changes, message):
+def test_unusable_input_is_refused(changes, message):
     arguments = {
         "embeddings": on_circle(0, 10, 20, 30),
         "labels": np.array([0, 0, 1, 1]),

@@ -101,7 +101,7 @@ def test_without_labels_the_decision_before_is_followed(tested):
     assert len(headline(found)) == 3 and "ccuracy" not in " ".join(headline(found))
 
 
-def test_one_artist_has_no_bootstrap_and_no_try_has_no_line(tested):
+def test_one_artist_has_no_bootstrap_and_no_attempt_has_no_line(tested):
     found = measure(dataclasses.replace(tested, groups=["a"] * 6, equalised=np.zeros((0, 6, 2))))
     assert found["transforms"][1]["accuracy_change_interval"] is None
     assert found["equalisers"]["changed"]["count"] == 0 and len(headline(found)) == 3
@@ -152,6 +152,6 @@ def test_reports_on_synthetic_models_say_so_first(tested, tmp_path):
         ({"equalised": np.zeros((3, 5, 2))}, r"equalised\) are \[5, 2\]"),
     ],
 )
-def test_what_does_not_fit_together(tested, change, message):
+def test_inputs_that_do_not_fit_together_are_refused(tested, change, message):
     with pytest.raises(UserError, match=message):
         measure(dataclasses.replace(tested, **change))

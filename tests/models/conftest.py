@@ -1,4 +1,4 @@
-"""What the tests of the networks share; each fixture returns a function."""
+"""Shared fixtures of the networks' tests; each returns a function."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -43,7 +43,7 @@ def test_the_published_count(variable_shapes, count):
     assert count(params) == 60_965_224 - 2 * 11 * 11 * 96
 
 
-def test_local_response_normalisation_equals_a_direct_loop():
+def test_local_response_normalisation_equals_a_loop():
     x = 30 * np.random.default_rng(0).standard_normal((2, 3, 7))
     expected = np.empty_like(x)
     for channel in range(7):
@@ -131,7 +131,7 @@ def test_fewest_frames_and_bands(variable_shapes, check_runs):
         ({"grouped": (1,)}, "convolution 1 cannot be halved"),
     ],
 )
-def test_fields_that_do_not_belong_together(fields, message):
+def test_fields_that_exclude_each_other_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
         models.build(NARROW | fields, num_classes=3, frames=100, bands=100)
 

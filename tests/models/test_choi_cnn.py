@@ -83,7 +83,7 @@ def test_the_smallest_input_runs_and_one_below_is_refused(name, bands, check_run
             build(name, 1280, 95)
 
 
-def test_fields_that_do_not_go_together_are_named():
+def test_fields_that_exclude_each_other_are_named():
     with pytest.raises(UserError, match=r"'k2c2'.*model.filters=\(8,\)"):
         build("k2c2", filters=(8,))
     with pytest.raises(

@@ -59,7 +59,7 @@ def test_the_network_is_the_one_described():
 
 
 @pytest.mark.parametrize("output_dropout", [False, True])
-def test_the_authors_dropout_of_logits_is_a_flag(output_dropout):
+def test_dropout_of_logits_as_the_authors_use_it_is_optional(output_dropout):
     module = models.build(
         {"name": "conv1d", "output_dropout": output_dropout}, num_classes=50, frames=387, bands=128
     )
@@ -84,7 +84,7 @@ def built(frames=16, bands=3, **fields):
     ("pooling", "features"), [("mean", 256), ("mean_max", 512), ("attention", 256)]
 )
 def test_a_global_pool_counts_its_channels_once(pooling, features, parameter_count):
-    """Whatever the frames; attention adds one weight a channel and no bias."""
+    """For any number of frames; attention adds one weight per channel and no bias."""
     expected = (
         CONVOLUTIONS
         + (features * 2048 + 2048)
@@ -163,7 +163,7 @@ def test_one_flat_window_over_all_is_maximum_and_mean(filled, apply):
     )
 
 
-def test_widths_share_the_filters_and_lie_side_by_side(filled, apply, parameter_count):
+def test_widths_share_the_filters_and_are_concatenated(filled, apply, parameter_count):
     module = built(bands=1, widths=(1, 3), pooling="mean", filters=(2,), stride=2, pool=1, dense=())
     # One filter of width 1 and one of width 3 on one band, each with a bias; a head of 2 x 2 + 2.
     assert parameter_count(module, 16, 1) == (1 + 1) + (3 + 1) + 6
@@ -224,6 +224,6 @@ def test_a_global_pool_needs_fewer_frames(layer_shapes):
         ),
     ],
 )
-def test_ends_and_widths_that_do_not_fit_are_named(fields, message):
+def test_invalid_ends_and_widths_are_named(fields, message):
     with pytest.raises(UserError, match=message):
         built(frames=647, **fields)

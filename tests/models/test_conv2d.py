@@ -29,9 +29,9 @@ def test_it_has_as_many_parameters_as_conv1d(frames, windows, expected, paramete
     assert 0 < sizes["conv2d"] / sizes["conv1d"] - 1 < 0.005
 
 
-def test_it_has_the_fields_of_conv1d_with_all_but_the_filters_alike():
+def test_it_has_the_fields_of_conv1d_and_equal_defaults_except_the_filters():
     one, two = (models.resolve({"name": name}) for name in ("conv1d", "conv2d"))
-    # Widths side by side and other ends are for the one dimension.
+    # Several widths and other ends exist for one dimension only.
     assert two.keys() == one.keys() - {"pooling", "widths"}
     assert {field for field in two if one[field] != two[field]} == {"name", "filters"}
 

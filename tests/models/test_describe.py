@@ -89,7 +89,7 @@ class Branches(nn.Module):
         return nn.Dense(3, name="head")(x.mean(axis=1))
 
 
-def test_branches_skips_and_shared_layers_come_out_as_they_are():
+def test_branches_skips_and_shared_layers_are_found():
     layers = describe(Branches(), 20, 5)
     assert names(layers) == {
         1: ("stem", [(0,)]),
@@ -123,7 +123,7 @@ class Lifted(nn.Module):
         return nn.Dense(2, name="head")(x[:, -1])
 
 
-def test_modules_of_flax_are_one_layer_each():
+def test_each_flax_module_is_one_layer():
     layers = describe(Lifted(), 10, 6)
     assert [(layer.name, layer.kind) for layer in layers[1:-1]] == [
         ("saved", "Dense"),
@@ -154,7 +154,7 @@ def test_nothing_is_computed():
     assert total_parameters(describe(Vast(), 1000, 10_000)) == 10**14 + 10**7 + 3 * 10**7 + 3
 
 
-def test_a_users_module_is_a_layer_by_its_class_and_methods_are_followed():
+def test_a_users_module_is_named_after_its_class_and_methods_are_followed():
     class Mix(nn.Module):
         width: int
 

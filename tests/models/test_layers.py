@@ -48,9 +48,9 @@ def product_and_gradients(conv, x, kernel, stride, dy):
     return y, *gradients(dy)
 
 
-# Batch, frames, bands, channels, filters, size, stride: Winograd with a clip a turn, with several
-# and with all; stride 2 at odd and at even sizes; too few positions for Winograd; one channel; 1 x
-# 1; other sizes.
+# Batch, frames, bands, channels, filters, size, stride: Winograd clip by clip, with several and with
+# all clips at once; stride 2 at odd and at even sizes; too few positions for Winograd; one channel;
+# 1 x 1; other sizes.
 CASES = [
     (2, 47, 35, 128, 128, 3, 1),
     (6, 15, 18, 24, 16, 3, 1),
@@ -68,7 +68,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_fast_products_are_the_plain_ones(case):
+def test_fast_products_equal_the_plain_ones(case):
     """Float32 against XLA's convolution in float64."""
     batch, frames, bands, channels, filters, size, stride = case
     x = drawn(batch, frames, bands, channels)
@@ -87,7 +87,7 @@ def test_fast_products_are_the_plain_ones(case):
     assert [worst(a, b) < 2e-6 for a, b in zip(found, expected, strict=True)] == [True] * 3
 
 
-def test_several_kernels_are_one_after_the_other():
+def test_several_kernels_at_once_equal_each_alone():
     """Kernels on one input, by rows and of one channel; the input's gradient is their sum."""
     for shape, stride, count in [((3, 31, 44, 16), 2, 2), ((2, 15, 18, 1), 2, 3)]:
         x = np.float32(drawn(*shape))
@@ -108,7 +108,7 @@ def test_several_kernels_are_one_after_the_other():
 
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("plus", [True, False])
-def test_the_fast_normalisation_is_flax_s(enabled, relu, plus):
+def test_the_fast_normalisation_equals_flaxs(enabled, relu, plus):
     """Values, statistics and gradients in float32 against nn.BatchNorm in float64."""
     x, added = (
         drawn(2, 23, 15, 128) * 2 + 0.5,
@@ -171,7 +171,7 @@ def test_which_products_are_winograd():
 
 
 @pytest.mark.parametrize(("positions", "clips"), [(80, 6), (200, 2), (600, 1)])
-def test_clips_are_computed_some_at_a_time(positions, clips):
+def test_clips_are_computed_in_groups(positions, clips):
     seen = []
 
     def turn(parts, sums):
@@ -182,7 +182,7 @@ def test_clips_are_computed_some_at_a_time(positions, clips):
     (doubled,), (total,) = fast._some_clips_at_a_time(
         turn, [x], positions, [x.shape], [jnp.zeros(())]
     )
-    assert set(seen) == {clips}  # 512 positions a turn, and a divisor of the batch
+    assert set(seen) == {clips}  # 512 positions at once, and a divisor of the batch
     np.testing.assert_array_equal(doubled, 2 * x)
     assert total == 276
 
@@ -205,7 +205,7 @@ class Block(nn.Module):
         return layers.max_pool(x, (2, 2))
 
 
-def test_a_layer_is_nn_conv_with_batch_normalisation_under_jit(enabled):
+def test_a_layer_equals_nn_conv_with_batch_normalisation_under_jit(enabled):
     """Two layers of 128 channels at odd sizes in float32 against nn.Conv in float64."""
     x = drawn(2, 45, 29, 1)
 
@@ -269,7 +269,7 @@ def test_fast_products_are_off_until_training_in_float32_switches_them_on(fast_c
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_convolutions_together_are_each_of_them(enabled, train):
+def test_convolutions_of_one_input_equal_each_alone(enabled, train):
     class Pair(nn.Module):
         together: bool
 
@@ -313,7 +313,7 @@ def test_the_two_dimensional_networks_train_with_it(
 
 
 @pytest.mark.parametrize("shape", [(2, 9, 6, 3), (1, 12, 7, 2), (2, 33, 17, 128)])
-def test_the_overlapping_pool_is_nn_max_pool_and_so_is_its_gradient(shape):
+def test_the_overlapping_pool_and_its_gradient_equal_nn_max_pools(shape):
     """Values are rounded, so that many are equal: the first takes the gradient."""
     x = np.float32(np.maximum(np.round(drawn(*shape)), 0))
 
@@ -360,7 +360,7 @@ def test_of_equal_maxima_the_first_gets_the_gradient(window):
         for pool in (lambda v: max_pool(v, window), lambda v: nn.max_pool(v, window, window))
     )
     np.testing.assert_array_equal(ours, flax)
-    # In the global maximum one of them gets it, and all of it.
+    # In the global maximum exactly one of them gets the entire gradient.
     gradient = np.asarray(jax.jit(jax.grad(lambda x: global_max(x).sum()))(x)).reshape(2, -1, 3)
     assert (np.count_nonzero(gradient, axis=1) == 1).all() and gradient.sum() == 6
 

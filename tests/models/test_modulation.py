@@ -113,7 +113,7 @@ def test_the_front_is_the_one_described():
     ]
 
 
-def test_a_regular_beat_lies_in_its_rate_and_a_regular_comb_in_its_scale():
+def test_a_regular_beat_has_one_rate_and_a_regular_comb_one_scale():
     edges = tuple(range(17))
     time, band = np.arange(128), np.arange(32)
     # 5 cycles in each window of 32 frames, alike on all bands: rate 5, scale 0.
@@ -155,7 +155,7 @@ def test_views_count_loudness_differently():
     assert np.isfinite(silence[2]).all() and np.abs(silence[2]).max() <= 8
 
 
-def test_each_view_has_the_features_of_its_own():
+def test_each_view_has_features_of_its_loudness():
     x = clips()
     several = jax.jit(lambda x: modulation_features(x, **SMALL, floors=(20.0,), contrasts=(8.0,)))(
         x
@@ -173,11 +173,11 @@ def test_each_view_has_the_features_of_its_own():
         np.testing.assert_allclose(blocks[4], correlations(view, 3), atol=1e-3)
 
 
-def test_neither_level_nor_place_in_time_matters():
+def test_neither_level_nor_position_in_time_matters():
     x = clips(1, 64, 12)
     for block, louder in zip(features(x), features(x + 12.5), strict=True):
         np.testing.assert_allclose(block, louder, atol=1e-3)
-    # A beat of 2 cycles a window gives the same from any frame on; a slower one does not.
+    # A beat of 2 cycles per window gives the same from any frame on; a slower one does not.
     time = np.arange(48)
     edges = ((0, 1, 2), (0, 1, 2, 3))
 
@@ -196,13 +196,13 @@ def test_silence_around_a_clip_does_not_count():
     with_silence = np.concatenate([quiet, x, quiet[:, :4]], axis=1)
     np.testing.assert_array_equal(sounding(with_silence), [[0.0] * 8 + [1.0] * 40 + [0.0] * 4] * 2)
     several = jax.jit(lambda x: modulation_features(x, **SMALL, floors=(20.0,), contrasts=(8.0,)))
-    # The silence is a multiple of half a window, so that the windows which lie inside are the same.
+    # The silence is a multiple of half a window, so the windows inside it are the same.
     for block, plain in zip(several(with_silence), several(x), strict=True):
         np.testing.assert_allclose(block, plain, atol=1e-3)
     # A rest inside counts, and so does a clip that is all silence.
     rest = np.concatenate([x[:, :20], quiet, x[:, 20:]], axis=1)
     assert np.asarray(sounding(rest)).all() and np.asarray(sounding(quiet)).all()
-    # Sound that no window fits into is taken with the silence around it, rather than not at all.
+    # Sound shorter than a window is taken together with the silence around it.
     short = np.concatenate([np.tile(quiet, (1, 6, 1)), x[:, :4]], axis=1)
     found = several(short)
     assert all(np.isfinite(block).all() for block in found)
@@ -217,14 +217,14 @@ def test_bands_that_move_together_correlate():
     x[:, :, 1] = 3 * x[:, :, 0]
     x[:, :, 2] = -x[:, :, 0] + 7
     np.testing.assert_allclose(correlations(x, 3)[0], [1, -1, -1], atol=2e-3)
-    # What does not move has no correlation, rather than an undefined one.
+    # Constant bands have a correlation of zero rather than an undefined one.
     np.testing.assert_allclose(correlations(np.ones((1, 400, 3), np.float32), 3)[0], 0)
     np.testing.assert_allclose(
         jax.jit(deviation)(x, np.ones((1, 400)))[0], x[0].std(axis=0), rtol=1e-5
     )
 
 
-def test_bins_average_and_the_last_takes_the_rest():
+def test_bins_average_and_the_last_one_takes_the_remainder():
     np.testing.assert_allclose(
         bin_matrix((0, 1, 3, 7, 9), 6),
         [[1, 0, 0], [0, 0.5, 0], [0, 0.5, 0], [0, 0, 1 / 3], [0, 0, 1 / 3], [0, 0, 1 / 3]],
@@ -249,7 +249,7 @@ def test_the_sizes(variable_shapes, count, layer_shapes):
     assert layer_shapes(build(hidden=()), 64, 128)["embedding"] == (2, size)
 
 
-def test_each_kind_of_feature_has_the_same_weight(filled):
+def test_each_type_of_feature_has_the_same_weight(filled):
     """In training a feature's variance is its weight, and each block has the same in total."""
     module = build(16, 12, **SMALL, hidden=(), dropout=0.0, input_dropout=0.0)
     variables = filled(module, 16, 12)
@@ -331,6 +331,6 @@ def test_the_smallest_inputs_run_and_one_below_is_refused(check_runs):
         ({"contrasts": (-8.0,)}, "model.contrasts"),
     ],
 )
-def test_fields_that_do_not_fit_are_named(fields, message):
+def test_invalid_fields_are_named(fields, message):
     with pytest.raises(UserError, match=message):
         build(**fields)

@@ -40,7 +40,7 @@ def test_the_originals_sizes(layer_shapes, variable_shapes):
     assert layers["embedding"] == (2, 200)
 
 
-def test_shapes_and_number_of_the_published_weights(variable_shapes, count):
+def test_shapes_and_count_of_the_published_weights(variable_shapes, count):
     """Shapes of the public checkpoint MTT_musicnn; their sum is worked by hand."""
     variables = variable_shapes(
         models.build({"name": "musicnn"}, num_classes=50, frames=187, bands=96), 187, 96
@@ -148,7 +148,7 @@ def test_the_maximum_over_bands_has_the_gradient_of_flax_after_batch_norm():
 
 
 def test_fewest_frames_and_bands(check_runs):
-    """Two tenths of fewer than five bands is no band at all; one frame is enough."""
+    """Two tenths of fewer than five bands are no band; one frame is enough."""
     model = NARROW | {"timbral_heights": (0.2, 0.7)}
     check_runs(models.build(model, num_classes=3, frames=1, bands=5), (2, 1, 5), (2, 3))
     with pytest.raises(UserError, match=r"at least 5 bands.*1 frames x 4 bands"):
@@ -164,7 +164,7 @@ def test_fewest_frames_and_bands(check_runs):
 
 
 @pytest.mark.parametrize("height", [0.0, -0.4, 1.5])
-def test_a_height_is_a_share_of_the_bands(height):
+def test_a_height_is_a_fraction_of_the_bands(height):
     with pytest.raises(
         UserError,
         match=f"timbral_heights of 'musicnn' must be above 0 and at most 1, not {height:g}",

@@ -43,7 +43,7 @@ SMALL = {
 }
 for choi in ("k1c2", "k2c1", "k2c2"):
     SMALL[choi][0]["band_pools"] = (2, 2) if choi == "k2c2" else (1, 1)
-# Variants whose code differs from the defaults'.
+# Variants that run other code than the defaults.
 VARIANTS = [
     ("conv1d", {"pooling": "attention"}),
     ("conv1d", {"pooling": "mean_max", "widths": (2, 4), "batch_norm": True}),
@@ -90,7 +90,7 @@ def test_the_defaults_honour_the_contract_for_every_type_of_features(name, kind)
     (logits, embedding), variables = jax.eval_shape(run, shape)
     assert logits.shape == (2, 7) and logits.dtype == jnp.float32
     assert variables["params"]["head"]["kernel"].shape == (embedding.shape[1], 7)
-    # Transfer replaces the last layer, whatever its name.
+    # Transfer replaces the last layer under any name.
     assert layer_order(module, frames, bands)[-1] == "head"
 
 

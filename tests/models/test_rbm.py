@@ -45,7 +45,7 @@ def test_the_network_is_the_one_described():
 @pytest.mark.parametrize(
     ("frames", "bands", "layers"), [(1, 1, (4,)), (1, 1, ()), (7, 3, (2, 2, 2))]
 )
-def test_any_input_and_depth_will_do(frames, bands, layers):
+def test_any_input_size_and_depth_works(frames, bands, layers):
     module = models.build(
         {"name": "rbm", "layers": layers}, num_classes=3, frames=frames, bands=bands
     )
@@ -57,7 +57,7 @@ def test_any_input_and_depth_will_do(frames, bands, layers):
     assert embedding.shape == (2, layers[-1] if layers else frames * bands)
 
 
-def test_dropout_falls_on_the_hidden_units_in_training_only():
+def test_dropout_acts_on_the_hidden_units_in_training_only():
     module = models.build(
         {"name": "rbm", "layers": (400,), "dropout": 0.25}, num_classes=400, frames=2, bands=2
     )
@@ -70,4 +70,4 @@ def test_dropout_falls_on_the_hidden_units_in_training_only():
     dropped = module.apply({"params": params}, x, train=True, rngs={"dropout": jax.random.key(1)})
     kept = np.asarray(dropped != 0)
     np.testing.assert_allclose(np.asarray(dropped)[kept], 0.5 / 0.75, rtol=1e-6)
-    assert abs(kept.mean() - 0.75) < 0.09  # four deviations of 400 draws
+    assert abs(kept.mean() - 0.75) < 0.09  # four standard deviations of 400 draws

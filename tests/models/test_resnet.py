@@ -133,7 +133,7 @@ def test_an_identity_unit_whose_last_kernel_is_zero_lets_its_input_through(fille
     np.testing.assert_array_equal(apply(module, variables, x)[0], apply(short, fewer, x)[0])
 
 
-def test_any_input_will_do_and_a_stage_has_units(check_runs):
+def test_any_input_size_works_and_a_stage_needs_units(check_runs):
     for preactivation in (False, True):
         check_runs(build(1, 1, preactivation=preactivation, filters=2), (2, 1, 1), (2, 10))
     for blocks in ((), (1, 0)):

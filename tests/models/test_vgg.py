@@ -81,7 +81,7 @@ def test_fewest_frames_and_bands(check_runs):
 
 
 def test_dropout_is_where_the_original_has_it(filled):
-    """Dropping all after each pool or before the head leaves biases only."""
+    """Dropping everything after each pool or before the head leaves biases only."""
     x = np.random.default_rng(0).standard_normal((2, 66, 63), np.float32)
 
     def run(layer_dropout, dropout):

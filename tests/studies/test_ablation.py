@@ -68,7 +68,7 @@ def test_every_variant_is_trained_equally_often():
         ),
     ],
 )
-def test_folds_that_cannot_be_are_one_clear_line(config, variants, message):
+def test_impossible_folds_give_one_clear_line(config, variants, message):
     with pytest.raises(UserError, match=message):
         expand(config, variants, [0], folds=2)
 
@@ -96,7 +96,7 @@ def test_one_table_of_accuracy_and_leaks_over_the_folds(by_artists, tmp_path):
     out = tmp_path / "ablation"
     [row] = run_folds(by_artists, VARIANTS[:1], out, [0], 2, steps=9, progress=False)
 
-    # In each of two folds there are 33 segments to train on, which are 5 steps an epoch.
+    # In each of two folds there are 33 segments to train on, which are 5 steps per epoch.
     assert (row.folds, row.trainings, row.steps, row.trained) == (2, 2, (10, 10), 33)
     assert (row.clips, row.unknown) == (66, 6)
 
@@ -115,7 +115,7 @@ def test_one_table_of_accuracy_and_leaks_over_the_folds(by_artists, tmp_path):
             ]
     assert min(leaked["same clip"], leaked["same artist"]) > 20 and row.leaks == leaked
 
-    # The accuracy is that of the predictions, and of the training's own last evaluation.
+    # The accuracy equals that of the predictions and of the training's last evaluation.
     right, groups = [], []
     for number in range(2):
         run = out / "segments" / f"fold{number}" / "seed0"
@@ -143,7 +143,7 @@ def test_one_table_of_accuracy_and_leaks_over_the_folds(by_artists, tmp_path):
     assert fraction in (out / "ablation.md").read_text().splitlines()[2]
     assert (out / "variants.png").stat().st_size > 10_000
 
-    # The same call trains and scores nothing again.
+    # The same call again trains and scores nothing.
     files = {path: path.stat().st_mtime_ns for path in out.rglob("held_out.csv")}
     assert len(files) == 2
     assert run_folds(by_artists, VARIANTS[:1], out, [0], 2, steps=9, progress=False) == [row]

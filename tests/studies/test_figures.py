@@ -307,7 +307,7 @@ def test_one_command_draws_all(run, tmp_path):
         (["--model=conv1d", "--frames=20"], "needs at least 235 frames"),
     ],
 )
-def test_mistakes_are_one_clear_line(arguments, message, tmp_path):
+def test_mistakes_give_one_clear_line(arguments, message, tmp_path):
     done = script(*arguments, f"--out={tmp_path}")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert message in done.stderr and not list(tmp_path.iterdir())

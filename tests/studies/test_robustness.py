@@ -81,7 +81,7 @@ def test_unchanged_sounds_get_the_scores_of_tagging(model, music):
         np.testing.assert_allclose(other.scores[0], one.scores[0], atol=1e-6, err_msg=one.name)
 
 
-def test_of_a_long_file_the_middle_is_taken(model, music, tmp_path):
+def test_a_long_file_is_cut_to_its_middle(model, music, tmp_path):
     noise = 0.1 * np.random.default_rng(0).standard_normal(22050 * 6)
     soundfile.write(tmp_path / "long.wav", noise, 22050, subtype="FLOAT")
     soundfile.write(tmp_path / "middle.wav", noise[2 * 22050 : 4 * 22050], 22050, subtype="FLOAT")
@@ -137,7 +137,7 @@ def test_unchanged_arrays_get_the_scores_of_an_evaluation(model, small_arrays, t
     )
 
 
-def test_a_clip_that_is_no_number_is_skipped(model, small_arrays, tmp_path):
+def test_a_clip_with_nan_is_skipped(model, small_arrays, tmp_path):
     with np.load(small_arrays / "valid.npz") as file:
         fields = dict(file)
     fields["spectrogram"][4, 3, 3] = np.nan
@@ -146,7 +146,7 @@ def test_a_clip_that_is_no_number_is_skipped(model, small_arrays, tmp_path):
     assert len(tested.clip_ids) == 8 and [row["clip_id"] for row in tested.skipped] == ["valid.4"]
 
 
-def test_crops_are_those_of_an_evaluation():
+def test_windows_are_those_of_an_evaluation():
     model = tiny_model(data__frames=100, data__crop_frames=64, data__eval_chunks=3)
     db = np.repeat(np.arange(82.0)[:, None], 16, axis=1)
     inputs, weights = array_windows(db, model)
@@ -158,7 +158,7 @@ def test_crops_are_those_of_an_evaluation():
     ]  # the last ends with the clip
 
 
-def test_models_and_files_that_do_not_fit(model, small_arrays):
+def test_models_and_files_that_do_not_fit_are_refused(model, small_arrays):
     file = small_arrays / "valid.npz"
     with pytest.raises(
         UserError, match=r"valid\.0: the model does not know the label 'low'\. Did you mean 'lo'"

@@ -61,13 +61,13 @@ def augmented(key=0, size=6, frames=40, **fields):
     given = batch(
         size, frames, offset=np.zeros(size, np.int32), length=np.full(size, frames, np.int32)
     )
-    # Zeros everywhere but in `mean` of the split: what is masked can be told from the rest.
+    # Zeros everywhere except in `mean`, so masked cells differ from the rest.
     return given["x"], jax.jit(Augmentation(frames, **fields))(
         given, jax.random.key(key), {"mean": np.full((1, 8), 500.0)}
     )
 
 
-def test_a_shift_by_whole_bands_moves_them_and_half_a_band_is_the_mean():
+def test_a_shift_by_one_band_moves_it_and_by_half_a_band_averages():
     x = clips().astype(np.float32)
     got = np.asarray(pitch_shift(x, jnp.array([1.0, -2.0, 0.5, 0.0, 20.0, 0.25])))
     np.testing.assert_array_equal(got[0, :, 1:], x[0, :, :-1])
@@ -115,7 +115,7 @@ def test_the_window_holds_the_fastest_clip():
         np.testing.assert_array_equal(full, part)
 
 
-def test_segments_change_their_order_and_nothing_is_lost():
+def test_segments_are_permuted_without_loss():
     x = np.arange(10.0)[None, :, None] * np.ones((2, 1, 1))
     got = np.asarray(time_shuffle(x, jnp.array([[2, 0, 1], [0, 1, 2]])))[:, :, 0]
     # Bounds 0, 3, 7, 10.
@@ -142,13 +142,13 @@ def test_a_band_limit_falls_in_straight_lines_to_the_floor():
     np.testing.assert_allclose(
         got[0], [[-25, -20, -10, -10, 0, -10, -10, -10], [-25, -20, -10, -10, -10, -10, -10, -10]]
     )
-    # Band 4 lies half a band beyond the edge, and is what the floor is counted from.
+    # Band 4 is half a band beyond the edge; the floor is relative to it.
     np.testing.assert_allclose(got[1, 0], [-10, -10, -10, -10, -1.5, -14.5, -17.5, -20.5])
     np.testing.assert_allclose(got[1, 1], [-10, -10, -10, -10, -11.5, -14.5, -17.5, -20.5])
     np.testing.assert_array_equal(got[2], x[2])
 
 
-def test_each_end_is_limited_on_its_own_and_as_far_as_its_share():
+def test_both_ends_are_limited_independently_up_to_their_fraction():
     size = 800
     flat = batch(size) | {"x": np.zeros((size, 40, 8), np.float16)}
     limit = jax.jit(
@@ -164,7 +164,7 @@ def test_each_end_is_limited_on_its_own_and_as_far_as_its_share():
     np.testing.assert_allclose((got[:, 0, [0, 7]] < 0).all(axis=1).mean(), 1 / 4, atol=0.05)
 
 
-def test_masks_and_cuts_are_where_they_are_said_to_be():
+def test_masks_and_cuts_are_at_the_recorded_positions():
     x = np.ones((2, 6, 4), np.float32)
     got = np.asarray(mask(x, jnp.array([1, 4]), jnp.array([2, 0]), jnp.float32(9), axis=1))
     assert got[0, :, 0].tolist() == [1, 9, 9, 1, 1, 1] and (got[1] == 1).all()
@@ -186,7 +186,7 @@ def test_windows_come_from_the_right_clip_and_frame():
     np.testing.assert_array_equal(gather_windows(x, np.array([2]), np.array([0]), 40)[0], x[2])
 
 
-def test_shares_follow_the_beta_distribution():
+def test_mixing_weights_follow_the_beta_distribution():
     for alpha in (0.2, 1.0, 3.0):
         got = np.asarray(beta(jax.random.uniform(jax.random.key(1), (4000,)), alpha))
         assert scipy.stats.kstest(got, scipy.stats.beta(alpha, alpha).cdf).pvalue > 0.01
@@ -198,8 +198,10 @@ def test_masks_cover_half_of_their_widest_on_average_each_to_its_own_width():
     masked = (np.asarray(got["x"]) == 500.0).all(axis=2)
     widths = masked.sum(axis=1)
     assert set(widths) == set(range(21))  # half of 40 frames, and none at all
-    np.testing.assert_allclose(widths.mean(), 10, atol=0.9)  # 3 deviations of the mean of 400
-    # One piece each, and none of the frames is left out or preferred beyond what the edges do.
+    np.testing.assert_allclose(
+        widths.mean(), 10, atol=0.9
+    )  # three standard deviations of the mean of 400
+    # One piece each; apart from the edges all frames are masked equally often.
     assert (np.abs(np.diff(masked.astype(int), axis=1)).sum(axis=1) <= 2).all()
     assert masked.any(axis=0).all()
     _, got = augmented(size=400, band_masks=2, band_mask_share=0.25, probability=0.5)
@@ -233,7 +235,7 @@ def test_changes_of_level_have_their_range_and_shape(fields):
         np.testing.assert_allclose(std.mean(), 1.0, atol=0.12)
 
 
-def test_a_clips_mean_fills_masks_where_there_is_no_normalisation():
+def test_without_normalisation_masks_are_filled_with_the_clips_mean():
     x, got = augmented(size=20, time_masks=1, time_mask_share=0.9, clip_mean=True)
     got = np.asarray(got["x"])
     masked = (got != x).all(axis=2)
@@ -244,7 +246,7 @@ def test_a_clips_mean_fills_masks_where_there_is_no_normalisation():
         )
 
 
-def test_mixed_clips_are_the_sum_of_their_shares():
+def test_mixed_clips_are_weighted_sums():
     x, got = augmented(mixup=0.4)
     x, share = x.astype(np.float32), np.asarray(got["mix"])
     assert ((share > 0) & (share < 1)).all()
@@ -274,13 +276,13 @@ def test_the_key_decides_and_each_clip_has_its_own():
         batch() | {"x": np.zeros((6, 40, 8), np.float16)}, jax.random.key(0), NORM
     )
     assert len(set(np.asarray(same["x"])[:, 0, 0].tolist())) == 6
-    # One more kind leaves what the others draw as it was.
+    # Another augmentation does not change what the others draw.
     _, more = augmented(0, gain=6.0, time_masks=1)
     _, less = augmented(0, time_masks=1)
     np.testing.assert_array_equal(np.asarray(more["x"]) == 500.0, np.asarray(less["x"]) == 500.0)
 
 
-def test_what_no_clip_is_chosen_for_changes_nothing():
+def test_augmentations_with_probability_zero_change_nothing():
     fields = {name: value for name, value in EVERYTHING.items() if name not in ("mixup", "cutmix")}
     x, got = augmented(probability=1e-9, pass_share=1e-9, **fields)
     np.testing.assert_array_equal(got["x"], x)
@@ -289,7 +291,7 @@ def test_what_no_clip_is_chosen_for_changes_nothing():
     np.testing.assert_array_equal(got["mix"], 1.0)
 
 
-def test_off_is_none():
+def test_switched_off_augmentation_is_none():
     config = base_config()
     assert Augmentation.from_config(config, 647) is None
     config.augment.eq = 1.0
@@ -356,7 +358,7 @@ def test_a_mixed_batch_has_the_loss_and_gradient_of_its_soft_labels(task):
         np.testing.assert_allclose(metrics["accuracy"], soft[np.arange(6), best].mean(), rtol=1e-5)
 
 
-def test_parts_of_a_batch_are_augmented_as_the_whole_batch():
+def test_parts_of_a_batch_are_augmented_like_the_full_batch():
     y = (np.arange(6) % 3).astype(np.int32)
     augmentation = Augmentation(40, gain=6.0, mixup=0.4)
     _, _, one, full = stepped("single_label", y, augmentation, class_weights=jnp.ones(3))
@@ -421,7 +423,7 @@ def test_parts_of_a_batch_are_augmented_as_the_whole_batch():
         ({"steps_per_call": 0}, "config.steps_per_call must be at least 1"),
     ],
 )
-def test_settings_that_cannot_work_are_named(fields, message):
+def test_impossible_settings_are_named(fields, message):
     config = base_config()
     config.data.normalise = "band"
     config.update_from_flattened_dict(fields)

@@ -48,7 +48,7 @@ def assert_same(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-def test_it_learns_and_writes_what_a_run_needs(small_config, tmp_path):
+def test_a_run_learns_and_is_complete(small_config, tmp_path):
     config = changed(
         small_config,
         epochs=15,
@@ -72,7 +72,7 @@ def test_it_learns_and_writes_what_a_run_needs(small_config, tmp_path):
     assert model.features.n_mels == 16 and model.config.model.filters == (8, 16)
     (line,) = (tmp_path / "run" / "train_clips.json").read_text().splitlines()
     assert len(json.loads(line)["clip_id"]) == 24
-    # The normalisation is the training split's alone: about -40 dB plus the share of raised bands.
+    # Only the training split counts: about -40 dB, plus 12 dB in a third of the clips of a band.
     assert model.model["norm"]["mean"].shape == (1, 16)
     np.testing.assert_allclose(
         np.asarray(model.model["norm"]["mean"])[0, :15].mean(), -36.0, atol=0.5
@@ -184,8 +184,8 @@ def test_a_killed_run_ends_up_bit_identical(
     assert uninterrupted == resumed
 
 
-def test_without_augmentation_a_run_is_what_it_was_before_there_was_any(small_config, tmp_path):
-    """Losses of the version before augmentation, resident clips and several steps per call."""
+def test_without_augmentation_losses_equal_recorded_ones(small_config, tmp_path):
+    """Losses of the version that had no augmentation, resident clips or several steps per call."""
     loop.train(
         changed(small_config, model__batch_norm=True, data__crop_frames=60),
         tmp_path / "run",
@@ -199,9 +199,7 @@ def test_without_augmentation_a_run_is_what_it_was_before_there_was_any(small_co
     np.testing.assert_allclose(rows[-1]["valid_loss"], 1.160520, rtol=1e-3)
 
 
-def test_where_the_clips_lie_and_how_many_steps_a_call_takes_does_not_matter(
-    small_config, tmp_path
-):
+def test_resident_clips_and_steps_per_call_change_nothing(small_config, tmp_path):
     config = changed(
         small_config, model__batch_norm=True, epochs=2, log_every=4, eval_every=2, **AUGMENTED
     )
@@ -213,7 +211,7 @@ def test_where_the_clips_lie_and_how_many_steps_a_call_takes_does_not_matter(
     for name, fields in runs.items():
         loop.train(changed(config, **fields), tmp_path / name, progress=False)
     assert_same(parameters(tmp_path / "plain"), parameters(tmp_path / "resident"))
-    # The same order of operations, but XLA may fuse them otherwise inside the loop.
+    # The order of operations is the same, but XLA may fuse them differently in the loop.
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
         parameters(tmp_path / "plain"),
@@ -252,7 +250,7 @@ def test_only_clips_that_fit_are_put_on_the_device(small_config, monkeypatch):
         resident_clips(spread, store, clips, "always")
 
 
-def test_reading_ahead_does_not_show_in_the_state(small_config):
+def test_reading_ahead_does_not_change_the_saved_state(small_config):
     store = Store.open(store_path(small_config))
     spread = Parallel.create("jit", jax.devices()[:1])
 
@@ -289,7 +287,7 @@ def test_a_trace_covers_the_calls_of_its_steps(small_config, tmp_path, monkeypat
     assert events == ["start", 2, "stop", 1]
 
 
-def test_a_run_of_the_version_before_goes_on(small_config, tmp_path):
+def test_a_run_of_the_previous_version_resumes(small_config, tmp_path):
     small_config.epochs = 1
     loop.train(small_config, tmp_path / "run", progress=False)
     path = tmp_path / "run" / "config.json"
@@ -380,7 +378,7 @@ def test_another_config_in_the_same_workdir_is_refused(small_config, tmp_path):
         )
 
 
-def test_a_loss_that_is_no_number_stops_the_run(small_config, tmp_path):
+def test_a_nan_loss_stops_the_run(small_config, tmp_path):
     config = changed(
         small_config,
         optimizer__name="sgd",
@@ -393,7 +391,7 @@ def test_a_loss_that_is_no_number_stops_the_run(small_config, tmp_path):
         loop.train(config, tmp_path / "run", progress=False)
 
 
-def test_a_measure_that_the_split_does_not_have_is_refused(small_config, tmp_path, monkeypatch):
+def test_a_metric_that_the_split_lacks_is_refused(small_config, tmp_path, monkeypatch):
     monkeypatch.setattr(
         supervised, "validation_measures", lambda *_: {"loss": 1.0, "macro_f1": 0.5}
     )
@@ -413,7 +411,7 @@ def test_patience_stops_early_and_stays_stopped(small_config, tmp_path):
     assert again.step == result.step
 
 
-def test_the_best_checkpoint_is_kept_beside_the_latest(small_config, tmp_path, monkeypatch):
+def test_the_best_and_the_latest_checkpoint_are_kept(small_config, tmp_path, monkeypatch):
     measured = iter([0.2, 0.9, 0.3, 0.4, 0.5, 0.1])
 
     def measures(*_):
@@ -466,8 +464,8 @@ def test_every_option_trains(small_config, tmp_path, fields):
     assert_same(parameters(tmp_path / "run")["norm"], statistics)
 
 
-def test_a_full_disk_is_named_and_what_was_there_stays(small_config, tmp_path):
-    """A tiny tmpfs stands for the full disk."""
+def test_a_full_disk_is_named_and_keeps_earlier_files(small_config, tmp_path):
+    """A tiny tmpfs simulates the full disk."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]

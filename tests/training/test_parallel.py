@@ -190,7 +190,7 @@ def free_port():
 
 @pytest.fixture
 def config(small_config):
-    """Crops and augmentation are on: what a clip undergoes must not depend on its device.
+    """Windows and augmentation are on: they must not depend on a clip's device.
 
     Two chunks of each of the 9 validation clips are 18 rows, which no number of devices divides.
     """
@@ -218,7 +218,7 @@ def learnt(workdir):
 
 
 def assert_close(one, other, atol=1e-6):
-    """What was learnt is the same, and so is what was measured of it on the validation clips."""
+    """Parameters are the same, and so are the metrics on the validation clips."""
     for left, right in zip(learnt(one), learnt(other), strict=True):
         np.testing.assert_allclose(left, right, atol=atol, rtol=1e-5)
     rows = [
@@ -231,7 +231,7 @@ def assert_close(one, other, atol=1e-6):
 
 
 def test_many_devices_give_the_single_devices_result(config, tmp_path):
-    # With averaged parameters and a batch in parts; 24 clips are 2 steps an epoch.
+    # With averaged parameters and a batch in parts; 24 clips are 2 steps per epoch.
     config.update_from_flattened_dict(
         {"batch_size": 16, "optimizer.accumulate": 2, "ema_decay": 0.9}
     )
@@ -331,7 +331,7 @@ def test_two_processes_give_the_single_processs_result(config, tmp_path):
 
 
 # A user's module, which the config names: it shards arrays from 64 numbers, and lets process 1 die
-# as if its machine had gone, in the second step after the first checkpoint.
+# as if its machine had failed, in the second step after the first checkpoint.
 DYING = """
 import os, pathlib, signal, sys, time
 import jax
@@ -361,7 +361,7 @@ if os.environ.get("FATE") == "die":
 """
 
 
-def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(
+def test_a_killed_process_ends_the_other_and_the_same_command_resumes(
     config, tmp_path, monkeypatch
 ):
     (tmp_path / "dying.py").write_text(DYING)
@@ -430,7 +430,7 @@ def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(
     assert_close(tmp_path / "one", tmp_path / "run")
 
 
-def test_a_batch_that_cannot_be_cut_is_refused():
+def test_a_batch_that_cannot_be_divided_is_refused():
     spread = Parallel.create("jit")
     with pytest.raises(
         UserError, match=r"batch_size=7 is not divisible by \d+ devices x optimizer.accumulate=2"

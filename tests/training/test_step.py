@@ -42,7 +42,7 @@ def batch(size=12, tags=False):
 
 
 @pytest.mark.parametrize("tags", [False, True])
-def test_one_batch_is_learnt_by_heart(tags):
+def test_one_batch_is_memorised(tags):
     state, step = small(optax.adam(3e-3), task="multi_label" if tags else "single_label")
     for _ in range(120):
         state, metrics = step(state, batch(tags=tags))
@@ -50,7 +50,7 @@ def test_one_batch_is_learnt_by_heart(tags):
     assert ("accuracy" in metrics) == (not tags)
 
 
-def test_parts_of_a_batch_give_the_whole_batchs_gradient():
+def test_parts_of_a_batch_give_the_gradient_of_the_full_batch():
     full, step = small(optax.sgd(0.1))
     parts, part_step = small(optax.sgd(0.1), accumulate=3)
     for _ in range(3):
@@ -62,7 +62,7 @@ def test_parts_of_a_batch_give_the_whole_batchs_gradient():
     )
 
 
-def test_dropout_differs_by_step_and_is_the_same_again():
+def test_dropout_differs_by_step_and_is_reproducible():
     state, step = small(optax.sgd(0.0), dropout=0.5)
     first, a = step(state, batch())
     _, b = step(first, batch())

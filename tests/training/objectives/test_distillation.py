@@ -149,7 +149,7 @@ def test_soft_losses_by_hand():
     each = -(weights * targets * np.log(p) + (1 - targets) * np.log(1 - p))
     got = soft_losses(logits, jnp.asarray(targets), jnp.asarray(weights), task="multi_label")
     np.testing.assert_allclose(got, each.mean(axis=1), rtol=1e-6)
-    # Of certain teachers it is the loss of the labels, each class with its weight.
+    # With certain teachers it is the loss of the labels, weighted by class.
     y, tags = jnp.array([2, 1]), jnp.array([[1.0, 0, 1], [0, 0, 1]])
     for task, hard, soft in (("single_label", y, jnp.eye(3)[y]), ("multi_label", tags, tags)):
         expected = clip_losses(logits, hard, jnp.asarray(weights), 0.0, task=task)
@@ -207,7 +207,7 @@ class Net(nn.Module):
 
 
 def soft_step(task, teacher, *, weight=0.3, augmentation=None, accumulate=1):
-    """A step on six clips, with what it needs to be worked out otherwise."""
+    """A step on six clips, with what an independent computation needs."""
     module = Net()
     optimizer = optax.sgd(1.0)
     state = create_state(module, optimizer, NORM, seed=0, frames=40, bands=8, ema=False)
@@ -325,7 +325,7 @@ def test_teachers_of_two_folds_teach_what_they_had_not_seen(data_folder, tmp_pat
     assert evaluate_model(load_model(tmp_path / "run"), store, "valid").audit.clean
 
 
-def test_where_every_teacher_trained_all_teach_and_it_is_said(
+def test_if_every_teacher_trained_on_a_clip_all_teach_it_with_a_warning(
     data_folder, tmp_path, capsys, caplog
 ):
     config = student(data_folder, distill__teachers=halves(data_folder)[:1])
@@ -345,7 +345,7 @@ def test_where_every_teacher_trained_all_teach_and_it_is_said(
 
 
 def test_switched_off_it_is_bit_exactly_plain_training(data_folder, tmp_path):
-    """Without teachers, and with teachers of no weight; with weight, it is something else."""
+    """Without teachers and with teachers of weight zero; with a weight, results differ."""
     for name, fields in {
         "plain": {"distill.weight": 0.9, "distill.temperature": 3.0},
         "weightless": {"distill.teachers": halves(data_folder), "distill.weight": 0.0},
@@ -372,7 +372,7 @@ def test_a_stopped_run_resumes_bit_exactly_without_its_teachers(data_folder, tmp
     assert same(tmp_path / "uninterrupted", tmp_path / "cut")
     assert [row["step"] for row in read_rows(tmp_path / "cut") if "valid_loss" in row] == [4]
 
-    # What the teachers said is not to be lost or changed under a run.
+    # The teachers' predictions must not be lost or changed during a run.
     saved = (tmp_path / "cut" / "teachers.npy").read_bytes()
     (tmp_path / "cut" / "teachers.npy").write_bytes(saved[:-4] + bytes(4))
     with pytest.raises(
@@ -395,7 +395,7 @@ def test_a_stopped_run_resumes_bit_exactly_without_its_teachers(data_folder, tmp
         train(config, tmp_path / "cut", progress=False)
 
 
-def test_the_audit_counts_what_the_teachers_saw(data_folder, tmp_path, caplog):
+def test_the_audit_counts_the_teachers_training_clips(data_folder, tmp_path, caplog):
     """One of the teachers of a student has seen the clips that the student is evaluated on."""
     half = {
         "data.protocol": "random_kfold",
@@ -418,7 +418,7 @@ def test_the_audit_counts_what_the_teachers_saw(data_folder, tmp_path, caplog):
         changed(config, distill__teachers=(str(tmp_path / "leaky"), halves(data_folder)[0])), store
     )
     assert [len(teacher.trained_on) for teacher in again] == [12, 6]
-    # A table over folds says it, too: each fold's clips were in the other's teacher's training.
+    # A table over folds shows it, too: each fold's clips trained the other fold's teacher.
     base = student(
         data_folder,
         **{"data.protocol": "random_kfold", "data.files.valid": "", "epochs": 1, "eval_every": 1},
@@ -429,7 +429,7 @@ def test_the_audit_counts_what_the_teachers_saw(data_folder, tmp_path, caplog):
     assert (row.steps, row.trained) == ((1, 1), 12)
 
 
-def test_clips_are_gathered_from_all_that_a_run_learnt_from():
+def test_clips_are_collected_from_every_source_of_a_run():
     def record(*ids, **others):
         return {
             "clip_id": list(ids),
@@ -451,7 +451,7 @@ def test_clips_are_gathered_from_all_that_a_run_learnt_from():
     )
 
 
-def test_a_bundle_teaches_tags_and_its_clips_are_not_known(tmp_path, prepared, caplog):
+def test_a_bundle_teaches_tags_although_its_clips_are_unknown(tmp_path, prepared, caplog):
     """A list of tones with tags, and a teacher that had a temperature given."""
     generator = np.random.default_rng(0)
     lines = ["path,labels,split"]
@@ -534,7 +534,7 @@ def test_teachers_that_do_not_fit_are_named(data_folder, tmp_path, monkeypatch):
                 tmp_path / "run",
                 progress=False,
             )
-    # Nothing was begun that a mended config could not go on with.
+    # The workdir is still usable with a corrected config.
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match=r"needs the cross entropy: leave config\.loss\.name empty"):
         train(

@@ -161,7 +161,7 @@ def test_long_chains_give_the_gradient_of_the_likelihood():
         return free_energy(rbm, data).mean() + jax.nn.logsumexp(-free_energy(rbm, every))
 
     exact = jax.grad(loss)(rbm)
-    # A mean of 40,000 values between 0 and 1 deviates by at most 0.0025.
+    # A mean of 40,000 values in 0..1 has a standard deviation of at most 0.0025.
     jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, atol=0.01), gradient, exact)
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(exact)) > 0.1
     # One step does not: it is biased.
@@ -188,14 +188,14 @@ def test_long_gaussian_chains_give_the_gradient_of_the_likelihood():
     assert float(jnp.abs(exact.weights).max()) > 0.1
 
 
-def test_gibbs_steps_keep_the_machines_distribution():
+def test_gibbs_steps_preserve_the_machines_distribution():
     rbm = some_rbm(3, 2)
     p = np.exp(-np.asarray(free_energy(rbm, states(3)), np.float64))
     p /= p.sum()
     rows = np.random.default_rng(0).choice(8, 50_000, p=p)
     v = gibbs_step(rbm, jnp.asarray(states(3)[rows], jnp.float32), jax.random.key(0))
     counts = np.bincount(np.asarray(v @ jnp.array([4, 2, 1]), int), minlength=8) / len(rows)
-    np.testing.assert_allclose(counts, p, atol=0.009)  # four deviations
+    np.testing.assert_allclose(counts, p, atol=0.009)  # four standard deviations
 
 
 def bars_and_stripes(size):
@@ -222,7 +222,7 @@ def test_bars_and_stripes_become_likely():
     (trained, _), errors = jax.jit(lambda state: jax.lax.scan(step, state, keys))(
         (rbm, optimizer.init(rbm))
     )
-    # The best that can be had is the data's own distribution.
+    # The optimum is the distribution of the data.
     assert before < log_likelihood(trained, data) < -np.log(14)
     assert errors[-1] < errors[0]
 
@@ -358,7 +358,7 @@ def test_a_pretraining_stopped_three_times_ends_up_bit_identical(rbm_config, tmp
     assert done.returncode == 0, done.stderr
     assert "pretrained 2 layers in 24 steps; reconstruction error on valid: layer1 " in done.stdout
     assert_same(parameters(tmp_path / "full"), parameters(tmp_path / "cut"))
-    # Once more there is nothing left to do.
+    # Calling it again does nothing.
     rows = read_rows(tmp_path / "cut")
     again = pretrain(rbm_config, tmp_path / "cut", progress=False)
     assert again.measures == full.measures and read_rows(tmp_path / "cut") == rows

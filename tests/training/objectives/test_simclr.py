@@ -96,13 +96,14 @@ def test_the_loss_does_not_depend_on_the_order_of_views_and_clips():
 def test_random_embeddings_are_at_chance():
     z = jax.random.normal(jax.random.key(2), (20, 128, 4000))
     losses, nearest = jax.vmap(lambda z: nt_xent(z, clips(64), 1.0))(z)
-    # Cosines deviate by 1 / sqrt(4000) = 0.016. Of 2560 views, 1/127 are found: 20.2 +- 4.5.
+    # Cosines have a standard deviation of 1 / sqrt(4000) = 0.016. Of 2560 views, 1/127 are found:
+    # 20.2 +- 4.5.
     np.testing.assert_allclose(losses, np.log(127), atol=0.08)
     assert 3 / 2560 < float(nearest.mean()) < 38 / 2560
 
 
-def test_a_clip_that_comes_twice_is_no_other_clip_and_filling_rows_are_nothing():
-    """The loss of the others is what it would be without these rows."""
+def test_a_repeated_clip_is_no_negative_and_padding_does_not_count():
+    """The loss of the other rows is as without these."""
     z = jax.random.normal(jax.random.key(3), (8, 5))
     twice, _ = nt_xent(z, jnp.array([4, 4, 7, 7, 9, 9, 4, 4]), 0.5)
     np.testing.assert_allclose(twice[:2], losses_by_the_definition(z[:6], 0.5)[:2], rtol=1e-5)
@@ -125,7 +126,7 @@ def counted(count, frames, bands=4):
     return jnp.asarray(np.broadcast_to(values, (count, frames, bands)), jnp.float16)
 
 
-def test_views_are_crops_of_their_clip():
+def test_views_are_windows_of_their_clip():
     x, length = counted(6, 40), jnp.array([40, 12, 40, 40, 30, 40])
     views = jax.jit(contrast(12).views)
     starts = []
@@ -147,7 +148,7 @@ def test_views_are_crops_of_their_clip():
     assert (pairs[0] == pairs[1]).mean() < 0.1  # by chance 1 in 29
     assert (
         abs(np.corrcoef(pairs[0].ravel(), pairs[1].ravel())[0, 1]) < 0.25
-    )  # 240 pairs: four deviations
+    )  # 240 pairs: four standard deviations
 
 
 def test_resident_clips_give_the_same_views():
@@ -159,7 +160,7 @@ def test_resident_clips_give_the_same_views():
         np.testing.assert_array_equal(views(x, chosen, length, jax.random.key(4), NORM), some)
 
 
-def test_each_view_is_augmented_for_itself():
+def test_views_are_augmented_independently():
     x, length = counted(4, 100), jnp.full(4, 100)
     result = np.asarray(
         jax.jit(contrast(20, Augmentation(20, time_stretch=0.5, gain=40.0)).views)(
@@ -212,7 +213,7 @@ def test_a_step_moves_the_network_and_the_projection_but_no_head():
         lambda old, now: 0.75 * np.asarray(old) + 0.25 * np.asarray(now), state.params, new.params
     )
     assert distance(new.ema, average) < 1e-6
-    # The step is what the seed and the step's number say.
+    # A step depends on the seed and its number alone.
     again, _ = step(state, batch)
     jax.tree.map(np.testing.assert_array_equal, again.params, new.params)
     other, _ = step(dataclasses.replace(state, step=state.step + 1), batch)
@@ -285,7 +286,7 @@ def rows_of(workdir):
 
 
 def test_an_epoch_is_a_row_and_a_line(config, tmp_path, capsys):
-    """Over the epochs the loss of the views falls; what it reaches is nobody's promise."""
+    """Over the epochs the loss of the views falls."""
     config.pretrain.epochs = config.eval_every = 20
     result = pretrain(config, tmp_path / "run", progress=False)
     rows, said = read_rows(tmp_path / "run"), capsys.readouterr().out.splitlines()
@@ -302,7 +303,7 @@ def test_an_epoch_is_a_row_and_a_line(config, tmp_path, capsys):
     assert f"--config.init_from={tmp_path / 'run'}" in result.line()
 
 
-def test_training_takes_all_but_the_head_and_remembers_the_clips(config, tmp_path):
+def test_training_copies_all_but_the_head_and_records_the_clips(config, tmp_path):
     pretrain(config, tmp_path / "pre", progress=False)
     config.seed, config.epochs, config.eval_every = 1, 1, 1
     config.init_from = str(tmp_path / "pre")
@@ -332,7 +333,7 @@ def test_training_takes_all_but_the_head_and_remembers_the_clips(config, tmp_pat
     assert after["head"]["bias"].any()
     # The clips that pretraining saw count as trained on.
     record = json.loads((tmp_path / "probe" / "train_clips.json").read_text())
-    assert record["init_from"]["clip_id"] == []  # none that the run does not have itself
+    assert record["init_from"]["clip_id"] == []  # no clips beyond the run's own
     seen = load_model(tmp_path / "probe").trained_on
     assert sorted(seen.clip_ids) == sorted(f"train.{row}" for row in range(24))
 
@@ -387,7 +388,7 @@ def test_a_stopped_pretraining_is_finished_by_the_main_bit_for_bit(config, tmp_p
     assert lines[-1] == expected.line().replace("uninterrupted", "cut")
     assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "uninterrupted")
     assert_same(parameters(tmp_path / "uninterrupted"), parameters(tmp_path / "cut"))
-    # Once more there is nothing left to do.
+    # Calling it again does nothing.
     assert pretrain(config, tmp_path / "uninterrupted", progress=False) == expected
 
 
@@ -429,7 +430,7 @@ def test_without_a_validation_split_and_for_another_network(config, tmp_path, pr
         set(result.measures[0]) == {"train_loss", "train_nearest", "train_chance"}
         and "valid loss" not in result.line()
     )
-    # Training without labels does not go on as training with them.
+    # A run without labels does not resume as a run with labels.
     with pytest.raises(UserError, match=r"stage: pretrain -> \(absent\). Choose another --workdir"):
         loop.train(config, tmp_path / "run", progress=False)
 
@@ -470,7 +471,7 @@ def test_mistakes_are_named(config, tmp_path, fields, message):
         pretrain(config, tmp_path / "run", progress=False)
 
 
-def test_what_pmap_and_a_misspelt_field_mean_is_said(config, tmp_path):
+def test_pmap_and_a_misspelt_field_give_clear_messages(config, tmp_path):
     with pytest.raises(UserError, match="--parallel=pmap: simclr compares all clips of a batch"):
         pretrain(config, tmp_path / "run", progress=False, parallel="pmap")
     config.pretrain.projektion = 3
