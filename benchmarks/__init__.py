@@ -1,1 +1,1 @@
-"""Claims about speed: one script each, which measures both sides in turns and prints their ratio. Run with `python -m`."""
+"""One script per claim about speed: it times both sides alternately and prints their ratio."""

@@ -1,5 +1,6 @@
-"""The networks that are benchmarked, with the inputs they are meant for."""
+"""The benchmarked networks and the inputs that they are meant for."""
 
+import argparse
 import dataclasses
 from typing import Any
 
@@ -11,12 +12,12 @@ class Net:
     """A network.
 
     Attributes:
-      model: its section of a config.
-      clip_frames: frames of a clip in the store.
-      crop_frames: frames of a crop; 0 takes whole clips.
+      model: the `model` section of its config.
+      clip_frames: frames per clip in the store.
+      crop_frames: frames per random window; 0 takes the entire clip.
       bands: mel bands.
-      cpu_batch: clips of a batch with which a round takes seconds on a CPU.
-      bar: how many times PyTorch's time a training step may take on a CPU.
+      cpu_batch: clips per batch for which a round takes seconds on a CPU.
+      bar: upper limit of a training step's time over PyTorch's on a CPU.
     """
 
     model: dict[str, Any]
@@ -28,7 +29,7 @@ class Net:
 
     @property
     def frames(self) -> int:
-        """Frames of an input."""
+        """Frames per input."""
         return self.crop_frames or self.clip_frames
 
 
@@ -42,3 +43,22 @@ NETS = {
 }
 DEFAULT_NETS = tuple(NETS)[:5]
 TINY = {"tiny": Net({"name": "conv1d", "filters": (4, 8), "dense": (8,)}, 100, 64, 16, 8, 1.0)}
+
+
+def chosen_nets(parser: argparse.ArgumentParser, names: str, tiny: bool) -> dict[str, Net]:
+    """Returns the networks that --nets names (comma-separated), or the default ones.
+
+    Raises:
+      SystemExit: a name is unknown.
+    """
+    nets = TINY if tiny else NETS
+    chosen = [name for name in names.split(",") if name] or list(TINY if tiny else DEFAULT_NETS)
+    check_choice(parser, "nets", chosen, nets)
+    return {name: nets[name] for name in chosen}
+
+
+def check_choice(parser: argparse.ArgumentParser, flag: str, values: Any, known: Any) -> None:
+    """Ends with a usage error at the first value that is not known."""
+    for value in values:
+        if value not in known:
+            parser.error(f"--{flag}: {value!r} is none of {', '.join(known)}")

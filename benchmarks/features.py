@@ -1,87 +1,69 @@
-r"""Features: ours against librosa's on 30 s clips, and preparing a store against the sum of its parts.
+r"""Features against librosa's on 30 s clips, and preparing a store against the sum of its steps.
 
-    python -m benchmarks.features                       # all of it, about eight minutes on free cores
-    python -m benchmarks.features --clips=0             # the front end alone
-    python -m benchmarks.features --rounds=0            # preparing alone
-    python -m benchmarks.features --tiny                # a dry run of seconds
+    python -m benchmarks.features                  # everything, about eight minutes on idle cores
+    python -m benchmarks.features --clips=0        # the front end alone
+    python -m benchmarks.features --rounds=0       # preparing alone
+    python -m benchmarks.features --tiny           # a dry run of seconds
 
-Both sides run in one thread and take turns. A ratio is of processor time, of which other work on the machine takes nothing
-away, though it makes caches cold; the ratio of the clock's time stands beside it. Bars: log-mels within 1e-4 dB of librosa's at
-twice its speed; preparing at 0.9 or more of the rate of its parts (decode, resample, mel, write), each measured alone over the
-same clips; 1.9 times as fast on two processes, for which two cores must be free: how much of them is free is printed, too. The
-processes prepare as many clips as GTZAN has; files are used more than once.
+Both sides run in one thread and alternate. Ratios are of processor time, which hardly depends on
+other work on the machine, unless "wall clock" is printed. Targets: log-mels within 1e-4 dB of
+librosa's at twice its speed; preparing at 0.9 or more of the rate of its steps (decode, resample,
+mel, write), each measured alone over the same clips; two processes 1.9 times as fast as one. That
+needs two idle cores: how much of them is idle is printed. The processes prepare as many clips as
+GTZAN has, from fewer files.
 
-What preparing does besides is the SHA-256 of each source, by which audits find copies, that of each shard, and the manifest. The
-first costs as much as the processor's SHA instructions take for the file: with and without it as a part, both are printed.
+Besides, preparing computes the SHA-256 of each source, by which audits find copies, and of each
+shard, and writes the manifest. The comparison is printed with and without the sources' hashes as a
+step. Real clips are added from the folder `gtzan_audio` (one folder of .au files per genre) of the
+folder that MUSICGENRE_REAL_DATA names, or from --real.
 """
 
-import argparse
 import dataclasses
 import functools
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import librosa
 import numpy as np
-import soundfile
 from threadpoolctl import threadpool_limits
 
-from benchmarks._timing import Timing, alternate, machine, ratio
+from benchmarks._clips import MP3, RENDERED_STYLES, WAV, FileType, write_clips
+from benchmarks._timing import (
+    TINY,
+    alternate,
+    flags,
+    machine,
+    print_table,
+    print_timings,
+    ratio,
+    verdict,
+)
 from musicgenre.audio.decode import load_audio
 from musicgenre.audio.features import FeatureSpec, compute_features
 from musicgenre.audio.layout import ClipLayout
 from musicgenre.audio.resample import resample
-from musicgenre.datasets.base import Clip, Dataset, make_dataset
-from musicgenre.datasets.synthetic import STYLES, render_clip
+from musicgenre.datasets.base import Clip, Dataset
+from musicgenre.datasets.synthetic import render_clip
 from musicgenre.files import sha256
 from musicgenre.store.prepare import CLIPS_PER_SHARD, prepare_store
 
-ERROR_BAR, SPEED_BAR, PARTS_BAR, PROCESSES_BAR = 1e-4, 2.0, 0.9, 1.9
-REAL_CLIPS = Path(__file__).resolve().parents[2] / "shared" / "data" / "gtzan_audio"
-# Keeps a core busy for so many seconds and says what share of it there was.
-_SPIN = "import sys,time\nend=time.time()+float(sys.argv[1])\nwhile time.time()<end: pass\nprint(time.process_time())"
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """A kind of sound file: its ending, rate in Hz and channels."""
-
-    ending: str
-    rate: int
-    channels: int
-
-    def __str__(self) -> str:
-        return f"{self.ending}, {self.rate} Hz, {self.channels} ch"
-
-
-KINDS = (Kind("wav", 22_050, 1), Kind("mp3", 44_100, 2))
-
-
-def in_turns(
-    contestants: Mapping[str, Callable[[], object]], *, rounds: int, units: int = 1
-) -> tuple[dict[str, Timing], dict[str, Timing]]:
-    """Times functions in turns, as `alternate` does; returns the clock's time and this process's processor time of each."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-
-    def timed(name: str) -> None:
-        start = time.process_time()
-        contestants[name]()
-        seconds[name].append((time.process_time() - start) / units)
-
-    clock = alternate(
-        {name: functools.partial(timed, name) for name in contestants}, rounds=rounds, units=units
-    )
-    return clock, {name: Timing(name, tuple(values[-rounds:])) for name, values in seconds.items()}
+MOST_ERROR, LEAST_SPEED, LEAST_OF_STEPS, LEAST_OF_PROCESSES = 1e-4, 2.0, 0.9, 1.9
+FILE_TYPES = (WAV, MP3)
+# Keeps a core busy for some seconds and prints how many of them it got.
+_SPIN = """import sys, time
+end = time.time() + float(sys.argv[1])
+while time.time() < end: pass
+print(time.process_time())"""
 
 
 def librosa_features(samples: np.ndarray, spec: FeatureSpec) -> np.ndarray:
-    """Returns what a user of librosa computes of the kinds "logmel", "mfcc" and "stft" re the maximum, `[frames, bands]`."""
+    """Returns "logmel", "mfcc" or "stft" features by librosa, `[frames, bands]`."""
     transform: dict[str, Any] = {"y": samples, "n_fft": spec.n_fft, "hop_length": spec.hop_length}
     if spec.kind == "stft":
         power = np.abs(librosa.stft(**transform)) ** 2
@@ -93,82 +75,68 @@ def librosa_features(samples: np.ndarray, spec: FeatureSpec) -> np.ndarray:
     return db.T
 
 
-def made_up_clips(seconds: float, rate: int) -> dict[str, np.ndarray]:
-    """Returns clips by name: rendered music, noise, a tone that dies away, and a loud tone over noise 70 dB below."""
+def synthetic_clips(seconds: float, rate: int) -> dict[str, np.ndarray]:
+    """Returns music, noise, a decaying tone, and a loud tone with noise 70 dB below it."""
     t = np.arange(int(seconds * rate)) / rate
     noise = np.random.default_rng(0).standard_normal(len(t))
     tone = np.sin(2 * np.pi * 440 * t)
     return {
-        "made-up music": render_clip(next(iter(STYLES)), seed=0, seconds=seconds, sample_rate=rate),
+        "synthetic music": render_clip(RENDERED_STYLES[0], 0, seconds, rate),
         "noise": (0.1 * noise).astype(np.float32),
-        "dying tone": (0.9 * tone * np.exp(-t)).astype(np.float32),
+        "decaying tone": (0.9 * tone * np.exp(-t)).astype(np.float32),
         "tone over noise": (0.9 * tone + 3e-4 * noise).astype(np.float32),
     }
 
 
 def compare(
     clips: Mapping[str, np.ndarray], spec: FeatureSpec, rounds: int
-) -> tuple[list[str], float, float]:
-    """Measures both sides on each clip, one thread each.
+) -> tuple[list[list[str]], float, float]:
+    """Measures both sides on each clip in one thread.
 
     Returns:
-      A line for each clip, the median over the clips of librosa's processor time over ours, and the largest difference.
+      A row of `COMPARISON` per clip, the median over the clips of librosa's time over ours, and the
+      largest difference.
     """
-    lines, ratios, errors = [], [], []
+    rows, ratios, errors = [], [], []
     with threadpool_limits(1):
         for name, samples in clips.items():
-            contestants: dict[str, Callable[[], np.ndarray]] = {
+            sides: dict[str, Callable[[], np.ndarray]] = {
                 "librosa": functools.partial(librosa_features, samples, spec),
                 "ours": functools.partial(compute_features, samples, spec),
             }
-            errors.append(float(np.abs(contestants["ours"]() - contestants["librosa"]()).max()))
-            clock, processor = in_turns(contestants, rounds=rounds)
-            ours = ratio(processor["librosa"], processor["ours"])
-            ratios.append(ours.median)
-            by_the_clock = ratio(clock["librosa"], clock["ours"]).median
-            lines.append(
-                f"  {name:<20} librosa {1e3 * processor['librosa'].median:7.2f} ms, ours "
-                f"{1e3 * processor['ours'].median:7.2f} ms: {ours.median:.2f} times as fast (quartiles {ours.low:.2f} to "
-                f"{ours.high:.2f}; by the clock {by_the_clock:.2f}), largest difference {errors[-1]:.1e}"
-            )
-    return lines, float(np.median(ratios)), max(errors)
+            errors.append(float(np.abs(sides["ours"]() - sides["librosa"]()).max()))
+            wall, cpu = alternate(sides, rounds=rounds)
+            speed = ratio(cpu["librosa"], cpu["ours"])
+            ratios.append(speed.median)
+            wall_speed = ratio(wall["librosa"], wall["ours"]).median
+            times = [f"{1e3 * float(np.median(cpu[side])):.2f}" for side in sides]
+            speeds = [f"{speed.median:.2f}", f"{speed.low:.2f} to {speed.high:.2f}"]
+            rows.append([name, *times, *speeds, f"{wall_speed:.2f}", f"{errors[-1]:.1e}"])
+    return rows, float(np.median(ratios)), max(errors)
 
 
-def write_clips(folder: Path, kind: Kind, count: int, seconds: float) -> Dataset:
-    """Writes made-up clips in all styles, some of them several times, and returns them as a data set of one split."""
-    folder.mkdir(parents=True)
-    styles = list(STYLES)[:4]
-    for number, style in enumerate(styles):
-        mono = render_clip(style, seed=0, seconds=seconds, sample_rate=kind.rate)
-        sides = [mono, np.roll(mono, 441)][: kind.channels]
-        soundfile.write(folder / f"{number:05d}.{kind.ending}", np.stack(sides, axis=1), kind.rate)
-    for number in range(len(styles), count):
-        shutil.copy(
-            folder / f"{number % len(styles):05d}.{kind.ending}",
-            folder / f"{number:05d}.{kind.ending}",
-        )
+COMPARISON = ("", "librosa ms", "ours ms", "ratio", "quartiles", "wall clock", "max difference")
+
+
+def make_clips(folder: Path, file_type: FileType, count: int, seconds: float) -> Dataset:
+    """Writes synthetic clips and returns them as a data set with one split."""
+    paths = write_clips(folder, [file_type], count, seconds)
     clips = tuple(
-        Clip(
-            f"{number:05d}",
-            folder / f"{number:05d}.{kind.ending}",
-            (styles[number % len(styles)],),
-            "train",
-        )
-        for number in range(count)
+        Clip(path.stem, path, (RENDERED_STYLES[number % len(RENDERED_STYLES)],), "train")
+        for number, path in enumerate(paths)
     )
-    return make_dataset(
-        Dataset("made up", folder, "made up", "single_label", tuple(sorted(styles)), clips)
-    )
+    labels = tuple(sorted(RENDERED_STYLES))
+    return Dataset("synthetic", folder, "one split", "single_label", labels, clips)
 
 
 class Preparing:
-    """The clips of a data set prepared as a whole, and step by step.
+    """Prepares the clips of a data set at once and step by step.
 
     Args:
-      dataset: the clips, all of one length.
+      dataset: clips of one length.
       rate: of the files, Hz.
-      seconds: of a clip.
-      folder: for stores, each of which is removed again.
+      seconds: length of a clip.
+      folder: where stores are written and removed again.
     """
 
     def __init__(self, dataset: Dataset, rate: int, seconds: float, folder: Path) -> None:
@@ -176,20 +144,19 @@ class Preparing:
         self.spec = FeatureSpec()
         self.layout = ClipLayout(self.spec.frames(seconds))
         self.decoded = [load_audio(clip.path, rate).samples for clip in dataset.clips[:4]]
-        self.resampled = [
-            resample(samples, rate, self.spec.sample_rate) for samples in self.decoded
-        ]
+        target = self.spec.sample_rate
+        self.resampled = [resample(samples, rate, target) for samples in self.decoded]
         self.rows = [self._row(samples) for samples in self.resampled]
 
-    def parts(self) -> dict[str, Callable[[], None]]:
-        """Returns functions that take each one step with all clips; the steps in between are not part of their time."""
+    def steps(self) -> dict[str, Callable[[], None]]:
+        """Returns functions by name; each takes one step of preparing for all clips."""
         count = len(self.dataset.clips)
 
         def decode() -> None:
             for clip in self.dataset.clips:
                 load_audio(clip.path, self.rate)
 
-        def resampling() -> None:
+        def resample_all() -> None:
             for number in range(count):
                 resample(self.decoded[number % 4], self.rate, self.spec.sample_rate)
 
@@ -199,28 +166,23 @@ class Preparing:
 
         def write() -> None:
             for first in range(0, count, CLIPS_PER_SHARD):
-                rows = np.stack(
-                    [
-                        self.rows[number % 4]
-                        for number in range(first, min(first + CLIPS_PER_SHARD, count))
-                    ]
-                )
+                numbers = range(first, min(first + CLIPS_PER_SHARD, count))
+                rows = np.stack([self.rows[number % 4] for number in numbers])
                 np.save(self.folder / "rows.npy", rows, allow_pickle=False)
 
-        def hashing() -> None:
+        def hash_sources() -> None:
             for clip in self.dataset.clips:
                 sha256(clip.path)
 
-        resampling_steps = {"resample": resampling} if self.rate != self.spec.sample_rate else {}
-        return {"decode": decode} | resampling_steps | {"mel": mel, "write": write, "hash": hashing}
+        resampling = {"resample": resample_all} if self.rate != self.spec.sample_rate else {}
+        return {"decode": decode, **resampling, "mel": mel, "write": write, "hash": hash_sources}
 
     def prepare(self, workers: int, clips: int = 0) -> None:
-        """Prepares a fresh store of so many clips, which may be more than there are files, or of all."""
+        """Prepares a new store of `clips` clips (0: all); files are used repeatedly if needed."""
         files = self.dataset.clips
-        numbers = range(clips or len(files))
         chosen = tuple(
             dataclasses.replace(files[number % len(files)], clip_id=f"{number:05d}")
-            for number in numbers
+            for number in range(clips or len(files))
         )
         dataset = dataclasses.replace(self.dataset, clips=chosen)
         store = self.folder / "store"
@@ -228,173 +190,111 @@ class Preparing:
         shutil.rmtree(store)
 
     def _row(self, samples: np.ndarray) -> np.ndarray:
-        row: np.ndarray = self.layout.fit(compute_features(samples, self.spec))[0].astype(
-            np.float16
-        )
-        return row
+        return self.layout.fit(compute_features(samples, self.spec))[0].astype(np.float16)
 
 
-def free_cores(processes: int, seconds: float = 1.0) -> float:
+def idle_cores(processes: int, seconds: float = 1.0) -> float:
     """Returns how many cores that many busy processes get at this moment."""
+    command = [sys.executable, "-c", _SPIN, str(seconds)]
     spinning = [
-        subprocess.Popen(
-            [sys.executable, "-c", _SPIN, str(seconds)], stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(processes)
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes)
     ]
     return sum(float(process.communicate()[0]) for process in spinning) / seconds
 
 
-def report_front_end(real: Path, rounds: int, seconds: float) -> None:
+def report_front_end(real: str, rounds: int, seconds: float) -> None:
     """Prints the front end against librosa."""
-    made_up = made_up_clips(seconds, FeatureSpec().sample_rate)
-    files = sorted(real.glob("*/*.au"))
+    files = sorted(Path(real).glob("*/*.au")) if real else []
     for kind in ("logmel", "mfcc", "stft"):
         spec = FeatureSpec(kind=kind)
-        print(f"\n{spec.describe()}: one clip of {seconds:g} s, {rounds} rounds")
-        clips = made_up | {file.stem: load_audio(file, spec.sample_rate).samples for file in files}
-        lines, speed, error = compare(clips, spec, rounds)
-        print("\n".join(lines))
+        print(f"\n{spec.describe()}: processor time per clip of {seconds:g} s, rounds: {rounds}")
+        clips = synthetic_clips(seconds, spec.sample_rate)
+        clips |= {file.stem: load_audio(file, spec.sample_rate).samples for file in files}
+        rows, speed, error = compare(clips, spec, rounds)
+        print_table(COMPARISON, rows)
         print(f"  median over the clips: {speed:.2f} times as fast; largest difference {error:.1e}")
         if kind == "logmel":
-            fast, equal = (
-                "met" if met else "NOT met" for met in (speed >= SPEED_BAR, error <= ERROR_BAR)
-            )
             print(
-                f"  bars: at least {SPEED_BAR:g} times, {fast}; at most {ERROR_BAR:g} dB, {equal}"
+                f"  targets: at least {LEAST_SPEED:g} times, {verdict(speed >= LEAST_SPEED)}; "
+                f"at most {MOST_ERROR:g} dB, {verdict(error <= MOST_ERROR)}"
             )
 
 
-def report_parts(kind: Kind, preparing: Preparing, rounds: int) -> None:
-    """Prints preparing in one process against the sum of its parts."""
+def report_steps(file_type: FileType, preparing: Preparing, rounds: int) -> None:
+    """Prints preparing in one process against the sum of its steps."""
     count = len(preparing.dataset.clips)
-    parts = preparing.parts()
+    steps = preparing.steps()
+    functions = steps | {"prepare": functools.partial(preparing.prepare, 1)}
     with threadpool_limits(1):
-        clock, processor = in_turns(
-            parts | {"prepare": functools.partial(preparing.prepare, 1)}, rounds=rounds, units=count
-        )
-    print(f"\nprepare, {kind}: one process, {count} clips, {rounds} rounds; processor time a clip")
-    for timing in processor.values():
-        print(timing.line())
-    without = [part for part in parts if part != "hash"]
-    for name, timings in (("processor time", processor), ("clock", clock)):
-        bar = PARTS_BAR if name == "processor time" else None
-        for what, steps in (
-            ("the parts", without),
-            ("the parts and the sources' checksums", list(parts)),
-        ):
-            total = Timing(
-                what, tuple(np.sum([timings[step].seconds for step in steps], axis=0).tolist())
-            )
-            print(
-                ratio(total, timings["prepare"]).line(
-                    f"rate over that of {what}, {name}", at_least=bar
-                )
-            )
+        wall, cpu = alternate(functions, rounds=rounds, units=count)
+    print(f"\nprepare, {file_type}: one process, {count} clips, rounds: {rounds}")
+    print("processor time per clip:")
+    print_timings(cpu)
+    for clock, times in (("processor time", cpu), ("wall clock", wall)):
+        target = LEAST_OF_STEPS if times is cpu else None
+        total = np.sum([times[step] for step in steps if step != "hash"], axis=0)
+        for what, seconds in (("steps", total), ("steps and hashes", total + times["hash"])):
+            result = ratio(seconds, times["prepare"])
+            print(result.line(f"rate over that of the {what}, {clock}", at_least=target))
 
 
-def report_processes(kind: Kind, preparing: Preparing, clips: int, rounds: int) -> None:
-    """Prints preparing in two processes against one, with and without what it takes to start them."""
+def report_processes(file_type: FileType, preparing: Preparing, clips: int, rounds: int) -> None:
+    """Prints preparing in two processes against one, with and without their start-up."""
     half = clips // 2
-    print(f"\nprepare, {kind}: two processes against one, by the clock, {rounds} rounds")
-    print(f"  before, two busy loops get {free_cores(2):.2f} cores")
-    clock = alternate(
-        {
-            f"{workers} x {count}": functools.partial(preparing.prepare, workers, count)
-            for workers in (1, 2)
-            for count in (half, clips)
-        },
-        rounds=rounds,
-        warmup=0,
-    )
-    one, two = (
-        Timing(
-            "",
-            tuple(
-                np.subtract(
-                    clock[f"{workers} x {clips}"].seconds, clock[f"{workers} x {half}"].seconds
-                ).tolist()
-            ),
-        )
+    print(f"\nprepare, {file_type}: two processes against one, wall clock, rounds: {rounds}")
+    print(f"  before: two busy loops get {idle_cores(2):.2f} cores")
+    runs = {
+        f"{workers} x {count}": functools.partial(preparing.prepare, workers, count)
         for workers in (1, 2)
-    )
-    start = 2 * clock[f"2 x {half}"].median - clock[f"2 x {clips}"].median
+        for count in (half, clips)
+    }
+    wall, _ = alternate(runs, rounds=rounds, warmup=0)
+    one, two = (wall[f"{workers} x {clips}"] - wall[f"{workers} x {half}"] for workers in (1, 2))
+    for what, result in (
+        (f"{clips} clips including start-up", ratio(wall[f"1 x {clips}"], wall[f"2 x {clips}"])),
+        (f"{clips - half} further clips alone", ratio(one, two)),
+    ):
+        print(result.line(what, at_least=LEAST_OF_PROCESSES))
+    start = 2 * np.median(wall[f"2 x {half}"]) - np.median(wall[f"2 x {clips}"])
     print(
-        ratio(one, two).line(
-            f"the second {clips - half} clips alone, without the start", at_least=PROCESSES_BAR
-        )
+        f"  one process takes {1e3 * np.median(one) / (clips - half):.2f} ms per clip; "
+        f"starting two took {start:.2f} s"
     )
-    print(
-        ratio(clock[f"1 x {clips}"], clock[f"2 x {clips}"]).line(
-            f"{clips} clips with the start", at_least=PROCESSES_BAR
-        )
-    )
-    print(
-        f"  one process takes {1e3 * one.median / (clips - half):.2f} ms a clip; starting two took {start:.2f} s"
-    )
-    print(f"  afterwards, two busy loops get {free_cores(2):.2f} cores")
+    print(f"  afterwards: two busy loops get {idle_cores(2):.2f} cores")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--real",
-        type=Path,
-        default=REAL_CLIPS,
-        help="folder with GTZAN's folders of .au files; may be missing",
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=21, help="of the front end, 0 for none (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--clips",
-        type=int,
-        default=256,
-        help="to prepare, at least 8; 0 for none (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--process_clips",
-        type=int,
-        default=1000,
-        help="for two processes, 0 for none (default: %(default)s)",
-    )
-    parser.add_argument("--prepare_rounds", type=int, default=5, help="(default: %(default)s)")
-    parser.add_argument(
-        "--seconds", type=float, default=30.0, help="of a made-up clip (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--tiny", action="store_true", help="a dry run of seconds: its figures mean nothing"
-    )
-    given = parser.parse_args(arguments)
-    rounds, clips, prepare_rounds, seconds = (
-        given.rounds,
-        given.clips,
-        given.prepare_rounds,
-        given.seconds,
-    )
+    given = flags(
+        __doc__,
+        ("real", "", "folder of real clips"),
+        ("rounds", 21, "rounds of the front end; 0 for none"),
+        ("clips", 256, "clips to prepare, at least 8; 0 for none"),
+        ("process_clips", 1000, "clips for two processes; 0 for none"),
+        ("prepare_rounds", 5, "rounds of preparing"),
+        ("seconds", 30.0, "length of a synthetic clip"),
+        TINY,
+    ).parse_args(arguments)
+    if not given.real and (data := os.environ.get("MUSICGENRE_REAL_DATA")):
+        given.real = str(Path(data) / "gtzan_audio")
     if given.tiny:
-        rounds, clips, prepare_rounds, seconds, given.process_clips = (
-            min(rounds, 1),
-            min(clips, 8),
-            1,
-            2.0,
+        given.rounds, given.clips, given.process_clips = (
+            min(given.rounds, 1),
+            min(given.clips, 8),
             12,
         )
+        given.prepare_rounds, given.seconds = 1, 2.0
     print(machine(("librosa", "numpy", "scipy", "soundfile", "soxr")))
-    if rounds:
-        report_front_end(given.real, rounds, seconds)
-    for kind in KINDS if clips else ():
+    if given.rounds:
+        report_front_end(given.real, given.rounds, given.seconds)
+    for file_type in FILE_TYPES if given.clips else ():
         with tempfile.TemporaryDirectory(prefix="musicgenre-features-") as temporary:
             folder = Path(temporary)
-            preparing = Preparing(
-                write_clips(folder / "clips", kind, clips, seconds), kind.rate, seconds, folder
-            )
-            report_parts(kind, preparing, prepare_rounds)
+            dataset = make_clips(folder / "clips", file_type, given.clips, given.seconds)
+            preparing = Preparing(dataset, file_type.rate, given.seconds, folder)
+            report_steps(file_type, preparing, given.prepare_rounds)
             if given.process_clips:
-                report_processes(kind, preparing, given.process_clips, prepare_rounds)
+                report_processes(file_type, preparing, given.process_clips, given.prepare_rounds)
     return 0
 
 

@@ -1,21 +1,18 @@
-r"""How large it may become: bytes, time and cost of a store, and the start of training on one with up to a million clips.
+r"""Bytes, time and cost of a store, and the start of training on one of up to a million clips.
 
-python benchmarks/scale.py --price_core_hour=0.05 --price_gb_month=0.02
-python benchmarks/scale.py --entries=1000,10000 --clips=5      # a first look in a minute
+    python -m benchmarks.scale --price_core_hour=0.05 --price_gb_month=0.02
+    python -m benchmarks.scale --entries=1000,10000 --clips=5      # a first look in a minute
 
-Three tables: what a clip costs in each step of preparing, measured here on made-up audio; what follows for GTZAN, MTAT and
-a million tracks; and stores of more and more clips. Those are written by the code that prepares any store, but for their
-shards, which are sparse files: they have their true size and take no room. Each is planned and opened in a process of its own.
+Prints what each step of preparing a clip costs, measured here on synthetic audio; what follows for
+GTZAN, MTAT and a million tracks; and how growing stores behave. These stores are written by the
+code that prepares any store, except for their shards: sparse files of the right size that take no
+room on the disk. Each is planned and opened in a new process.
 """
 
-import argparse
 import dataclasses
 import functools
 import hashlib
 import json
-import os
-import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,11 +23,12 @@ from typing import Any
 import numpy as np
 import soundfile
 
+from benchmarks._timing import TINY, alternate, flags, in_new_process, memory_mb, print_table
 from musicgenre.audio.decode import load_audio
 from musicgenre.audio.features import FeatureSpec, compute_features
 from musicgenre.audio.layout import ClipLayout
 from musicgenre.audio.resample import resample
-from musicgenre.datasets.base import Clip, Dataset, make_dataset
+from musicgenre.datasets.base import Clip, Dataset
 from musicgenre.files import sha256, write_text
 from musicgenre.store.loader import normalisation, train_batches
 from musicgenre.store.prepare import (
@@ -45,23 +43,23 @@ from musicgenre.store.prepare import (
 from musicgenre.store.store import Store
 
 BATCH = 32
-# Mean and deviation of every position read all clips to train on: measured for each clip, on stores up to this size.
+# Statistics per position read every training clip; they are measured on stores up to this size.
 _STATISTICS_UP_TO = 1_000
 LABELS = tuple(f"tag {number:02d}" for number in range(50))
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class Published:
     """A data set as it is published.
 
     Attributes:
       name: for the tables.
-      clips: how many.
-      seconds: of a clip.
+      clips: number of clips.
+      seconds: length of a clip.
       rate: of its files, Hz.
       channels: of its files.
       ending: of its files.
-      frames: of a clip in the store, with 128 mel bands and a hop of 1,024 samples at 22,050 Hz.
+      frames: per clip in the store, with a hop of 1,024 samples at 22,050 Hz.
     """
 
     name: str
@@ -73,145 +71,153 @@ class Kind:
     frames: int
 
 
-KINDS = (
-    Kind("GTZAN", 1_000, 30.013, 22_050, 1, "wav", 647),
-    Kind("MTAT", 25_863, 29.12, 16_000, 1, "mp3", 628),
-    Kind("a million tracks", 1_000_000, 30.0, 44_100, 2, "mp3", 647),
+DATASETS = (
+    Published("GTZAN", 1_000, 30.013, 22_050, 1, "wav", 647),
+    Published("MTAT", 25_863, 29.12, 16_000, 1, "mp3", 628),
+    Published("a million tracks", 1_000_000, 30.0, 44_100, 2, "mp3", 647),
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Projection:
-    """What a store of a data set takes: bytes of its shards, hours of one core, and money for them, once and a month."""
-
-    shard_bytes: int
-    core_hours: float
-    price_once: float
-    price_month: float
-
-
 def project(
-    kind: Kind, seconds_per_clip: float, bands: int, price_core_hour: float, price_gb_month: float
-) -> Projection:
+    published: Published,
+    seconds_per_clip: float,
+    bands: int,
+    price_core_hour: float,
+    price_gb_month: float,
+) -> tuple[int, float, float, float]:
     """Returns what a data set's store takes.
 
     Args:
-      kind: the data set.
+      published: the data set.
       seconds_per_clip: of one core.
-      bands: values of a frame, float16.
-      price_core_hour: of one core for one hour.
-      price_gb_month: of 10^9 bytes for one month.
+      bands: values per frame, float16.
+      price_core_hour: price of one core for one hour.
+      price_gb_month: price of 10^9 bytes for one month.
+
+    Returns:
+      Bytes of its shards, core-hours, price of preparing it, and price per month.
     """
-    # NumPy's header is 128 bytes a shard.
-    size = kind.clips * kind.frames * bands * 2 + 128 * -(-kind.clips // CLIPS_PER_SHARD)
-    hours = kind.clips * seconds_per_clip / 3600
-    return Projection(size, hours, hours * price_core_hour, size / 1e9 * price_gb_month)
+    # NumPy's header takes 128 bytes per shard.
+    shards = -(-published.clips // CLIPS_PER_SHARD)
+    size = 2 * published.clips * published.frames * bands + 128 * shards
+    hours = published.clips * seconds_per_clip / 3600
+    return size, hours, hours * price_core_hour, size / 1e9 * price_gb_month
 
 
-def made_up(kind: Kind, path: Path) -> Path:
+def write_clip(published: Published, path: Path) -> Path:
     """Writes a clip of noise and tones in a data set's format, and returns its path."""
     generator = np.random.default_rng(0)
-    t = np.arange(int(kind.seconds * kind.rate)) / kind.rate
-    tones = np.sin(2 * np.pi * np.array([110.0, 220.0, 331.0, 554.0, 1660.0])[:, None] * t).sum(
-        axis=0
-    )
-    samples = 0.1 * tones[:, None] + 0.05 * generator.standard_normal((len(t), kind.channels))
-    soundfile.write(path, samples, kind.rate)
+    t = np.arange(int(published.seconds * published.rate)) / published.rate
+    pitches = np.array([110.0, 220.0, 331.0, 554.0, 1660.0])
+    tones = np.sin(2 * np.pi * pitches[:, None] * t).sum(axis=0)
+    noise = generator.standard_normal((len(t), published.channels))
+    soundfile.write(path, 0.1 * tones[:, None] + 0.05 * noise, published.rate)
     return path
 
 
-def measure_clip(kind: Kind, spec: FeatureSpec, clips: int, folder: Path) -> dict[str, list[float]]:
-    """Returns the processor's seconds for each step of preparing a clip, `clips` values of each, in this process, on one core.
+def measure_clip(
+    published: Published, spec: FeatureSpec, clips: int, folder: Path
+) -> dict[str, np.ndarray]:
+    """Returns processor seconds on one core of each step of preparing a clip, `[clips]`.
 
-    They are what core-hours are made of: waiting for the disk, or for a core that others use, is not in them.
+    They do not count waiting for the disk or for a core that others use.
     """
-    path = made_up(kind, folder / f"clip.{kind.ending}")
-    layout = ClipLayout(kind.frames)
+    path, rate = write_clip(published, folder / f"clip.{published.ending}"), published.rate
+    layout = ClipLayout(published.frames)
     recipe = Recipe(spec, layout)
     clip = Clip("clip", path, ("tag",), "train")
-    seconds: dict[str, list[float]] = {}
-
-    def timed(step: str, function: Callable[[], Any], share: int = 1) -> Any:
-        start = time.process_time()
-        result = function()
-        seconds.setdefault(step, []).append((time.process_time() - start) / share)
-        return result
-
     task = ShardTask(0, (clip,) * CLIPS_PER_SHARD, (["", 0, 0, None],) * CLIPS_PER_SHARD)
+    decoded = load_audio(path, rate).samples
+    samples = layout.cut(resample(decoded, rate, spec.sample_rate), spec)
+    row = layout.fit(compute_features(samples, spec))[0].astype(np.float16)
+    made = [ClipFeatures(row, published.frames, sha256(path))] * CLIPS_PER_SHARD
+    steps: dict[str, Callable[[], object]] = {
+        "hash": functools.partial(sha256, path),
+        "decode": functools.partial(load_audio, path, rate),
+        "resample": functools.partial(resample, decoded, rate, spec.sample_rate),
+        "mel": functools.partial(compute_features, samples, spec),
+        "write": functools.partial(write_shard, folder / "shards", task, made, recipe.made_with),
+        "process_clip": functools.partial(recipe, clip),
+    }
     with one_thread():
-        recipe(clip)  # the first clip also makes the filters
-        for _ in range(clips):
-            digest = timed("hash", functools.partial(sha256, path))
-            samples = timed("decode", functools.partial(load_audio, path, kind.rate)).samples
-            samples = timed(
-                "resample", functools.partial(resample, samples, kind.rate, spec.sample_rate)
-            )
-            features = timed(
-                "mel", functools.partial(compute_features, layout.cut(samples, spec), spec)
-            )
-            fitted = layout.fit(features)[0].astype(np.float16)
-            made = [ClipFeatures(fitted, kind.frames, digest)] * CLIPS_PER_SHARD
-            writing = functools.partial(
-                write_shard, folder / "shards", task, made, recipe.made_with
-            )
-            timed("write", writing, CLIPS_PER_SHARD)
-            timed("process_clip", functools.partial(recipe, clip))
-    return seconds
+        _, cpu = alternate(steps, rounds=clips)
+    cpu["write"] /= CLIPS_PER_SHARD
+    return cpu
 
 
-def made_up_dataset(entries: int) -> Dataset:
-    """Returns a data set of clips whose files are nowhere: eight of ten to train on, three tags each, ten by an artist."""
+def listed_dataset(entries: int) -> Dataset:
+    """Returns clips without files: eight of ten for training, three tags each, ten per artist."""
     splits = ("train",) * 8 + ("valid", "test")
     clips = tuple(
         Clip(
             f"{i:07d}",
             Path(f"/music/{i % 1000:03d}/{i:07d}.mp3"),
-            (LABELS[i % 50], LABELS[(i + 7) % 50], LABELS[(i + 20) % 50]),
+            tuple(LABELS[(i + shift) % 50] for shift in (0, 7, 20)),
             splits[i % 10],
             f"artist {i // 10}",
         )
         for i in range(entries)
     )
-    return make_dataset(Dataset("made up", Path("/music"), "made up", "multi_label", LABELS, clips))
+    return Dataset("listed", Path("/music"), "tenths", "multi_label", LABELS, clips)
+
+
+class Laps:
+    """Seconds of consecutive parts by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts the next part now."""
+        self._begin = time.perf_counter()
+
+    def __call__(self, name: str) -> None:
+        """Ends a part and starts the next one."""
+        self.seconds[name] = time.perf_counter() - self._begin
+        self.restart()
 
 
 def build(folder: Path, entries: int, frames: int) -> dict[str, float]:
-    """Makes a store of sparse shards and returns what its planning took: seconds, GB of memory, MB of what it wrote."""
-    start = time.perf_counter()
-    dataset = made_up_dataset(entries)
+    """Makes a store of sparse shards and returns what listing its clips and planning it took."""
+    lap = Laps()
+    dataset = listed_dataset(entries)
     recipe = Recipe(FeatureSpec(), ClipLayout(frames))
-    result = {"dataset_s": time.perf_counter() - start, "dataset_GB": _peak_gb()}
-    records: dict[int, dict[str, Any]] = {}
+    lap("list clips (s)")
+    result = {"list clips, peak (GB)": memory_mb() / 1e3}
+    same_size: dict[int, dict[str, Any]] = {}
     (folder / "shards").mkdir(parents=True)
     for number, first in enumerate(range(0, entries, CLIPS_PER_SHARD)):
         clips = dataset.clips[first : first + CLIPS_PER_SHARD]
-        _sparse_shard(folder / "shards" / f"{number:05d}.npy", clips, frames, recipe, records)
-    start = time.perf_counter()
-    # Their checksums are right, too; reading 165 GB of zeros would say nothing of planning.
+        _sparse_shard(folder / "shards" / f"{number:05d}.npy", clips, frames, recipe, same_size)
+    lap.restart()
+    # The checksums are right, too, but reading 165 GB of zeros is not a part of planning.
     plan = StorePlan(dataset, recipe, folder, verify=False)
-    result |= {"plan_s": time.perf_counter() - start, "todo": float(len(plan.todo))}
-    start = time.perf_counter()
+    lap("plan (s)")
     plan.finish()
-    result |= {"finish_s": time.perf_counter() - start, "plan_GB": _peak_gb()}
-    columns = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-    records_size = sum(file.stat().st_size for file in (folder / "shards").glob("*.json"))
-    return result | {"columns_MB": columns / 1e6, "records_MB": records_size / 1e6}
+    lap("write columns (s)")
+    result |= {"plan, peak (GB)": memory_mb() / 1e3, "clips to do": float(len(plan.todo))}
+    for name, files in (("columns", folder.iterdir()), ("records", folder.glob("shards/*.json"))):
+        size = sum(file.stat().st_size for file in files if file.is_file())
+        result[f"{name} (MB)"] = size / 1e6
+    return lap.seconds | result
 
 
 def _sparse_shard(
-    file: Path, clips: Sequence[Clip], frames: int, recipe: Recipe, known: dict[int, dict[str, Any]]
+    file: Path,
+    clips: Sequence[Clip],
+    frames: int,
+    recipe: Recipe,
+    same_size: dict[int, dict[str, Any]],
 ) -> None:
-    """Writes a shard of silence without its bytes, and its record; `known` keeps what shards of one size share."""
-    header = {
-        "descr": "<f2",
-        "fortran_order": False,
-        "shape": (len(clips), frames, recipe.spec.bands),
-    }
+    """Writes a sparse shard of zeros and its record; shards of one size share their checksum."""
+    shape = (len(clips), frames, recipe.spec.bands)
     with open(file, "wb") as handle:
+        header = {"descr": "<f2", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(handle, header)
-        handle.truncate(handle.tell() + 2 * len(clips) * frames * recipe.spec.bands)
-    if len(clips) not in known:
-        known[len(clips)] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        handle.truncate(handle.tell() + 2 * int(np.prod(shape)))
+    if len(clips) not in same_size:
+        same_size[len(clips)] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
     entries = [
         {
             "clip_id": clip.clip_id,
@@ -223,242 +229,165 @@ def _sparse_shard(
         }
         for row, clip in enumerate(clips)
     ]
-    record = (
-        recipe.made_with
-        | {"file": file.name, "rows": len(clips)}
-        | known[len(clips)]
-        | {"clips": entries}
-    )
-    # As `write_json` does, but for waiting for the disk: there are thousands.
-    file.with_suffix(".json").write_text(
-        json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    record = recipe.made_with | {"file": file.name, "rows": len(clips)} | same_size[len(clips)]
+    # As `write_json` writes it, but without waiting for the disk thousands of times.
+    text = json.dumps(record | {"clips": entries}, indent=1, ensure_ascii=False) + "\n"
+    file.with_suffix(".json").write_text(text, encoding="utf-8")
 
 
 def start(folder: Path, batches: int) -> dict[str, float]:
-    """Opens a store and takes batches as a training run does; returns seconds, and GB of memory at its peak."""
-    result = {"before_GB": _peak_gb()}
-    begin = time.perf_counter()
-
-    def lap(name: str) -> None:
-        nonlocal begin
-        now = time.perf_counter()
-        result[name] = now - begin
-        begin = time.perf_counter()
-
+    """Opens a store and takes batches as training does; returns what that took."""
+    result = {"before, peak (GB)": memory_mb() / 1e3}
+    lap = Laps()
     store = Store.open(folder)
-    lap("open_s")
+    lap("open (s)")
     iterator = train_batches(store, batch_size=BATCH, steps=10 * batches, seed=0)
-    lap("iterator_s")
+    lap("iterator (s)")
     next(iterator)
-    lap("batch_s")
-    result |= {
-        "first_batch_s": sum(value for name, value in result.items() if name.endswith("_s")),
-        "first_batch_GB": _peak_gb(),
-    }
-    begin = time.perf_counter()
-    Store.open(folder, verify=False)
-    lap("reopen_s")
-    np.random.default_rng(0).permutation(len(store.indices("train")))
-    lap("shuffle_s")
-    result |= _against_maps(store, batches)
-    result["statistics_ms"] = 0.0
-    if len(store) <= _STATISTICS_UP_TO:
-        begin = time.perf_counter()
-        normalisation(store, "position")
-        result["statistics_ms"] = 1e3 * (time.perf_counter() - begin) / len(store.indices("train"))
-    begin = time.perf_counter()
+    lap("batch (s)")
+    result |= lap.seconds | {"first batch (s)": sum(lap.seconds.values())}
+    result["first batch, peak (GB)"] = memory_mb() / 1e3
     clips = store.indices("train")
+    lap.restart()
+    Store.open(folder, verify=False)
+    lap("open without checksums (s)")
+    np.random.default_rng(0).permutation(len(clips))
+    lap("shuffle (s)")
+    result |= _against_maps(store, batches)
+    if len(store) <= _STATISTICS_UP_TO:
+        lap.restart()
+        normalisation(store, "position")
+        lap("statistics (s)")
+    lap.restart()
     record = {
         "clip_id": store.clip_ids[clips].tolist(),
         "sha256": store.hashes[clips].tolist(),
         "group": [store.groups[i] for i in clips],
     }
     write_text(folder / "train_clips.json", json.dumps(record, ensure_ascii=False) + "\n")
-    lap("train_clips_s")
-    return result | {"train_clips_GB": _peak_gb()}
+    lap("train_clips.json (s)")
+    return result | lap.seconds | {"train_clips.json, peak (GB)": memory_mb() / 1e3}
 
 
 def _against_maps(store: Store, batches: int) -> dict[str, float]:
-    """Returns milliseconds of a batch gathered by the store, and by a bare loop over NumPy's memory maps, alternating."""
+    """Returns milliseconds per batch read by the store and by a loop over NumPy's memory maps."""
     files = sorted((store.path / "shards").glob("*.npy"))
-    maps: dict[int, np.ndarray] = {}
     generator = np.random.default_rng(1)
     chosen = [generator.integers(0, len(store), BATCH) for _ in range(batches)]
 
-    def mapped(indices: np.ndarray) -> np.ndarray:
+    @functools.cache
+    def mapped(shard: int) -> np.ndarray:
+        return np.load(files[shard], mmap_mode="r", allow_pickle=False)
+
+    def copy_from_maps(indices: np.ndarray) -> None:
         result = np.empty((BATCH, store.layout.frames, store.bands), np.float16)
         for position, i in enumerate(indices.tolist()):
             shard, row = divmod(i, CLIPS_PER_SHARD)
-            if shard not in maps:
-                maps[shard] = np.load(files[shard], mmap_mode="r", allow_pickle=False)
-            result[position] = maps[shard][row]
-        return result
+            result[position] = mapped(shard)[row]
 
-    seconds: dict[str, list[float]] = {"gather": [], "maps": []}
-    ways: list[tuple[str, Callable[[np.ndarray], np.ndarray]]] = [
-        ("gather", store.gather),
-        ("maps", mapped),
-    ]
-    # Fills the page cache by maps of its own; of a large store a run comes back to a clip only an epoch later.
+    # Fills the page cache through other maps: in a large store a clip is read once per epoch.
     other = Store.open(store.path, verify=False)
     for indices in chosen:
         other.gather(indices)
-    for indices in chosen:
-        ways.reverse()  # who comes second finds the clips in the processor's cache
-        for name, function in ways:
-            begin = time.perf_counter()
-            function(indices)
-            seconds[name].append(time.perf_counter() - begin)
-    return {f"{name}_ms": 1e3 * float(np.median(values)) for name, values in seconds.items()}
+
+    def each(function: Callable[[np.ndarray], object]) -> Callable[[], object]:
+        batches = iter(chosen)
+        return lambda: function(next(batches))
+
+    functions = {"from the store": each(store.gather), "from maps": each(copy_from_maps)}
+    wall, _ = alternate(functions, rounds=len(chosen), warmup=0)
+    return {f"batch {way} (ms)": 1e3 * float(np.median(wall[way])) for way in wall}
 
 
-def _peak_gb() -> float:
-    """Returns the most memory that this process has held, in 10^9 bytes."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        # Linux hands the other count down to a process from the one that started it.
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024 / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def _in_own_process(step: str, folder: Path, *numbers: int) -> dict[str, float]:
-    """Runs a step in a fresh process, whose memory is its own, and returns its result."""
-    command = [
-        sys.executable,
-        os.path.abspath(__file__),
-        f"--step={step}",
-        str(folder),
-        *map(str, numbers),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{step} of {folder} failed:\n{done.stderr}")
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
-def _print_clip_costs(clips: int, folder: Path) -> dict[str, float]:
-    """Measures and prints what a clip costs; returns the seconds of a clip for each data set."""
-    spec = FeatureSpec()
-    print(
-        f"\nprocessor ms for a clip on one core, median (interquartile range) of {clips}, made-up audio"
-    )
-    total = {}
-    for kind in KINDS:
-        seconds = measure_clip(kind, spec, clips, folder)
-        low, middle, high = (
-            {step: 1e3 * float(np.quantile(values, q)) for step, values in seconds.items()}
-            for q in (0.25, 0.5, 0.75)
-        )
-        parts = ", ".join(
-            f"{step} {middle[step]:.1f} ({low[step]:.1f}-{high[step]:.1f})" for step in middle
-        )
-        whole = middle["process_clip"] + middle["write"]
-        ratio = whole / sum(value for step, value in middle.items() if step != "process_clip")
-        print(
-            f"  {kind.name} ({kind.ending}, {kind.rate} Hz, {kind.channels} ch, {kind.seconds} s): {parts}; "
-            f"in all {whole:.1f}, {ratio:.2f} times the sum of the steps"
-        )
-        total[kind.name] = whole / 1e3
+def report_clips(clips: int, folder: Path) -> dict[str, float]:
+    """Measures and prints what a clip costs; returns its seconds by data set."""
+    rows, total, steps = [], {}, []
+    for published in DATASETS:
+        milliseconds = {
+            step: 1e3 * np.quantile(seconds, (0.25, 0.5, 0.75))
+            for step, seconds in measure_clip(published, FeatureSpec(), clips, folder).items()
+        }
+        steps = list(milliseconds)
+        whole = milliseconds["process_clip"][1] + milliseconds["write"][1]
+        of_steps = sum(q[1] for step, q in milliseconds.items() if step != "process_clip")
+        cells = [f"{q[1]:.1f} ({q[0]:.1f}-{q[2]:.1f})" for q in milliseconds.values()]
+        rows.append([published.name, *cells, f"{whole:.1f}", f"{whole / of_steps:.2f}"])
+        total[published.name] = whole / 1e3
+    print(f"\nprocessor ms per clip on one core, synthetic audio; median (quartiles) of {clips}")
+    print_table(["", *steps, "process_clip + write", "over the steps"], rows)
     return total
 
 
-def _print_projection(
-    total: dict[str, float], price_core_hour: float, price_gb_month: float
-) -> None:
-    """Prints what the data sets take, at the prices that were given."""
-    bands = FeatureSpec().bands
-    print(
-        f"\nassumed prices: {price_core_hour:g} for a core-hour, {price_gb_month:g} for a GB-month"
-    )
-    print(
-        f"  {'':16s} {'clips':>9s} {'frames x bands':>14s} {'store GB':>9s} {'core-hours':>10s} {'once':>7s} {'a month':>8s}"
-    )
-    for kind in KINDS:
-        made = project(kind, total[kind.name], bands, price_core_hour, price_gb_month)
-        shape = f"{kind.frames} x {bands}"
-        print(
-            f"  {kind.name:16s} {kind.clips:9,d} {shape:>14s} {made.shard_bytes / 1e9:9.3f} {made.core_hours:10.4f} "
-            f"{made.price_once:7.4f} {made.price_month:8.4f}"
-        )
+def report_costs(total: dict[str, float], price_core_hour: float, price_gb_month: float) -> None:
+    """Prints what the data sets take at these prices."""
+    bands, rows = FeatureSpec().bands, []
+    for published in DATASETS:
+        seconds = total[published.name]
+        size, *rest = project(published, seconds, bands, price_core_hour, price_gb_month)
+        shape = f"{published.frames} x {bands}"
+        numbers = [f"{size / 1e9:.3f}", *(f"{number:.4f}" for number in rest)]
+        rows.append([published.name, f"{published.clips:,d}", shape, *numbers])
+    print(f"\nassumed prices: {price_core_hour:g} per core-hour, {price_gb_month:g} per GB-month")
+    header = ["", "clips", "frames x bands", "store GB", "core-hours", "once", "per month"]
+    print_table(header, rows)
 
 
-def _print_growth(entries: Sequence[int], frames: int, batches: int, root: Path) -> None:
+def report_growth(entries: Sequence[int], frames: int, batches: int, root: Path) -> None:
     """Makes and opens stores of these sizes and prints what that takes."""
     bands = FeatureSpec().bands
     print(f"\nstores of sparse shards, {frames} x {bands} float16, batches of {BATCH}")
-    first = 0.0
+    stores: list[dict[str, float]] = []
     for number in entries:
         folder = root / str(number)
-        made = _in_own_process("build", folder, number, frames)
-        found = _in_own_process("start", folder, batches)
-        first = first or found["first_batch_s"]
-        share = found["statistics_ms"]
-        statistics = f"statistics {share:.2f} ms a clip to train on; " if share else ""
-        print(
-            f"  {number:9,d} clips, {number * frames * bands * 2 / 1e9:8.3f} GB: open {found['open_s']:.3f} s "
-            f"({found['reopen_s']:.3f} s without the checksums of shards), iterator "
-            f"{found['iterator_s']:.3f} s, batch {found['batch_s']:.3f} s: first batch after {found['first_batch_s']:.3f} s "
-            f"({found['first_batch_s'] / first:.1f} times the first row's), peak {found['first_batch_GB']:.2f} GB "
-            f"({found['before_GB']:.2f} before)\n"
-            f"    {statistics}shuffle {1e3 * found['shuffle_s']:.1f} ms an epoch; batch {found['gather_ms']:.2f} ms, bare memory "
-            f"maps {found['maps_ms']:.2f} ms ({found['gather_ms'] / found['maps_ms']:.2f} times); train_clips.json "
-            f"{found['train_clips_s']:.2f} s, peak {found['train_clips_GB']:.2f} GB\n"
-            f"    prepare again: clips listed {made['dataset_s']:.1f} s, {made['dataset_GB']:.2f} GB; planned "
-            f"{made['plan_s']:.1f} s, written {made['finish_s']:.1f} s, peak {made['plan_GB']:.2f} GB, to do {made['todo']:.0f}; "
-            f"columns {made['columns_MB']:.1f} MB, records of the shards {made['records_MB']:.1f} MB",
-            flush=True,
+        made, found = run_step("build", folder, number, frames), run_step("start", folder, batches)
+        found["first batch over the first store's"] = found["first batch (s)"] / (
+            stores[0]["first batch (s)"] if stores else found["first batch (s)"]
         )
+        found["batch from the store over maps"] = (
+            found["batch from the store (ms)"] / found["batch from maps (ms)"]
+        )
+        stores.append({"shards (GB)": 2 * number * frames * bands / 1e9} | made | found)
+    rows = [
+        [name, *(f"{store[name]:,.3f}" if name in store else "-" for store in stores)]
+        for name in stores[0]
+    ]
+    print_table(["", *(f"{number:,d} clips" for number in entries)], rows)
+
+
+def run_step(step: str, folder: Path, *numbers: int) -> dict[str, float]:
+    """Returns `build` or `start` of a new process, whose memory counts nothing else."""
+    of = ",".join(map(str, numbers))
+    return in_new_process("scale", f"--step={step}", f"--folder={folder}", f"--numbers={of}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--clips",
-        type=int,
-        default=25,
-        help="Repeats of each step; 0 leaves the first two tables out.",
-    )
-    parser.add_argument(
-        "--entries",
-        default="1000,10000,100000,1000000",
-        help="Sizes of the stores; empty for none.",
-    )
-    parser.add_argument("--frames", type=int, default=647, help="Frames of a clip in those stores.")
-    parser.add_argument(
-        "--batches", type=int, default=20, help="Batches of the comparison with memory maps."
-    )
-    parser.add_argument(
-        "--price_core_hour", type=float, default=0.05, help="An assumption, in any currency."
-    )
-    parser.add_argument(
-        "--price_gb_month", type=float, default=0.02, help="An assumption, in any currency."
-    )
-    parser.add_argument("--step", choices=("build", "start"), help=argparse.SUPPRESS)
-    parser.add_argument("of", nargs="*", help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
+    given = flags(
+        __doc__,
+        ("clips", 25, "repetitions of each step; 0 leaves out the first two tables"),
+        ("entries", "1000,10000,100000,1000000", "sizes of the stores; empty for none"),
+        ("frames", 647, "frames per clip in these stores"),
+        ("batches", 20, "batches to compare with memory maps"),
+        ("price_core_hour", 0.05, "an assumption, in any currency"),
+        ("price_gb_month", 0.02, "an assumption, in any currency"),
+        ("step", "", None),
+        ("folder", "", None),
+        ("numbers", "", None),
+        TINY,
+    ).parse_args(arguments)
     if given.step:
-        folder, *numbers = given.of
         function = build if given.step == "build" else start
-        print(json.dumps(function(Path(folder), *map(int, numbers))))
+        print(json.dumps(function(Path(given.folder), *map(int, given.numbers.split(",")))))
         return 0
+    if given.tiny:
+        given.clips, given.entries, given.frames, given.batches = 2, "100,200", 8, 2
     with tempfile.TemporaryDirectory(prefix="musicgenre-scale-") as root:
         if given.clips:
-            total = _print_clip_costs(given.clips, Path(root))
-            _print_projection(total, given.price_core_hour, given.price_gb_month)
+            total = report_clips(given.clips, Path(root))
+            report_costs(total, given.price_core_hour, given.price_gb_month)
         if given.entries:
-            _print_growth(
-                [int(number) for number in given.entries.split(",")],
-                given.frames,
-                given.batches,
-                Path(root),
-            )
+            entries = [int(number) for number in given.entries.split(",")]
+            report_growth(entries, given.frames, given.batches, Path(root))
     return 0
 
 

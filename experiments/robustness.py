@@ -66,7 +66,7 @@ def main() -> int:
         lengths = {name: FLAGS[name].value for name in ("seconds", "min_seconds")}
         tested = probe_sounds(model, clips, **lengths, **common)
     measures = measure(tested, seed=FLAGS.seed)
-    report = write_report(FLAGS.out, tested, measures=measures)
+    report = write_report(FLAGS.out, tested, measures)
     if tested.synthetic:
         print("SYNTHETIC: the model was trained on synthetic audio; this says nothing about music.")
     print("\n".join(headline(measures)))

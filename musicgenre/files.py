@@ -7,17 +7,18 @@ import os
 import uuid
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from musicgenre.errors import UserError
 
-if TYPE_CHECKING:
-    import numpy as np
+StrPath = str | os.PathLike[str]
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, renamed to `path` on success and removed on failure.
+def replacing(path: StrPath) -> Iterator[Path]:
+    """Yields a temporary path in the folder of `path`, renamed to `path` on success.
 
     Raises:
       UserError: the folder cannot be written or the disk is full; `path` is as it was before.
@@ -40,18 +41,18 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
+def write_text(path: StrPath, text: str) -> None:
     """Writes `text` (UTF-8) to `path` atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
+def write_json(path: StrPath, value: Any) -> None:
     """Writes `value` as indented JSON to `path` atomically."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: str | os.PathLike[str], what: str = "JSON file") -> Any:
+def read_json(path: StrPath, what: str = "JSON file") -> Any:
     """Reads a JSON file.
 
     Raises:
@@ -65,7 +66,7 @@ def read_json(path: str | os.PathLike[str], what: str = "JSON file") -> Any:
         raise UserError(f"{path}: not a readable {what} ({error}).") from error
 
 
-def sha256(path: str | os.PathLike[str]) -> str:
+def sha256(path: StrPath) -> str:
     """Returns the SHA-256 of a file's bytes in hexadecimal."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
@@ -77,10 +78,8 @@ def fingerprint(value: Any, digits: int = 8) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:digits]
 
 
-def arrays_digest(arrays: "Mapping[str, np.ndarray]") -> str:
+def arrays_digest(arrays: Mapping[str, np.ndarray]) -> str:
     """Returns the SHA-256 of named arrays in hexadecimal; their order does not matter."""
-    import numpy as np
-
     total = hashlib.sha256()
     for name in sorted(arrays):
         total.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
@@ -89,50 +88,29 @@ def arrays_digest(arrays: "Mapping[str, np.ndarray]") -> str:
 
 
 def write_arrays(
-    path: str | os.PathLike[str],
-    arrays: "Mapping[str, np.ndarray]",
-    notes: Mapping[str, Any],
-    *,
-    key: str,
+    path: StrPath, arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any], *, key: str
 ) -> None:
-    """Writes named arrays with notes and a checksum to one safetensors file, atomically.
+    """Writes contiguous arrays and JSON notes with a checksum to a safetensors file, atomically.
 
-    Args:
-      path: the file.
-      arrays: contiguous arrays by name.
-      notes: JSON values, `schema` among them. `sha256`, the arrays' digest, is added.
-      key: what the notes are called in the file's metadata; it tells one type of file from another.
-
-    Raises:
-      UserError: the file cannot be written; an old one is unchanged.
+    The notes, `schema` among them, are the file's metadata `key`, which tells one type of file from
+    another; the arrays' digest is added as `sha256`. Raises UserError like `replacing`.
     """
     from safetensors.numpy import save
 
-    text = json.dumps(
-        {**notes, "sha256": arrays_digest(arrays)},
-        ensure_ascii=False,
-        allow_nan=False,
-        sort_keys=True,
-    )
+    notes = {**notes, "sha256": arrays_digest(arrays)}
+    text = json.dumps(notes, ensure_ascii=False, allow_nan=False, sort_keys=True)
     with replacing(path) as temporary:
         # save_file would ignore the umask and raise no OSError on a full disk.
         temporary.write_bytes(save(dict(arrays), metadata={key: text}))
 
 
 def read_arrays(
-    path: str | os.PathLike[str], *, key: str, schemas: Collection[int], what: str, remedy: str
-) -> "tuple[dict[str, np.ndarray], dict[str, Any]]":
-    """Reads a file of `write_arrays`.
+    path: StrPath, *, key: str, schemas: Collection[int], what: str, remedy: str
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Returns the arrays and the notes of a file of `write_arrays`.
 
-    Args:
-      path: the file.
-      key: as it was written.
-      schemas: the values of `schema` that the caller can read.
-      what: the type of file for messages, such as "model".
-      remedy: a sentence that ends the message about a file that is damaged or of another type.
-
-    Returns:
-      The arrays by name, and the notes.
+    `schemas` are the values of the notes' `schema` that the caller can read. Messages call the
+    file `what`, such as "model", and end in `remedy`.
 
     Raises:
       UserError: the file is missing, damaged, of another type or of a newer version.
@@ -144,25 +122,20 @@ def read_arrays(
     try:
         with safe_open(os.fspath(path), framework="numpy") as file:
             text = (file.metadata() or {}).get(key)
-            if text is None:
-                raise UserError(f"{path}: holds other arrays and no {what}. {remedy}")
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"{path}: not a readable {what}, or cut short ({error}). {remedy}"
         ) from error
+    if text is None:
+        raise UserError(f"{path}: holds other arrays and no {what}. {remedy}")
     try:
         notes = json.loads(text)
         schema, checksum = notes["schema"], notes["sha256"]
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: damaged: its notes cannot be read ({error}). {remedy}") from error
     if schema not in schemas:
-        raise UserError(
-            f"{path}: this version does not read schema {schema!r} "
-            f"(it reads {', '.join(map(str, schemas))}). Update musicgenre."
-        )
+        raise UserError(f"{path}: this version does not read schema {schema!r}. Update musicgenre.")
     if arrays_digest(arrays) != checksum:
-        raise UserError(
-            f"{path}: damaged: its arrays are not those that were saved (SHA-256). {remedy}"
-        )
+        raise UserError(f"{path}: damaged: its arrays do not match their SHA-256. {remedy}")
     return arrays, notes

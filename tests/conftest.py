@@ -1,4 +1,4 @@
-"""Shared settings and fixtures; data are made on the fly."""
+"""Shared settings and fixtures; data are generated on the fly."""
 
 import atexit
 import os
@@ -26,7 +26,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 flags.FLAGS.mark_as_parsed()
 logging.set_verbosity(logging.WARNING)
 
-# The folder of real clips and arrays. Where the variable is not set, the tests marked `real` are skipped.
+# Names the folder of real clips and arrays; without it the tests marked `real` are skipped.
 REAL_DATA = "MUSICGENRE_REAL_DATA"
 
 
@@ -62,7 +62,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small_arrays(tmp_path: Path) -> Path:
-    """A folder with train, valid and test arrays of three easily told classes: 24 + 9 + 9 clips, 64 frames x 16 mels."""
+    """A folder with arrays of three easy classes: 24 + 9 + 9 clips of 64 frames x 16 mel bands."""
     generator = np.random.default_rng(0)
     for split, count in (("train", 24), ("valid", 9), ("test", 9)):
         label = np.arange(count) % 3
@@ -85,9 +85,13 @@ def prepared() -> Callable[[ConfigDict], PrepareSummary]:
 
     def prepare(config: ConfigDict) -> PrepareSummary:
         dataset = load_dataset(dataset_options(config))
-        place = store_path(config)
         return prepare_store(
-            dataset, feature_spec(config), clip_layout(config), place, workers=1, progress=False
+            dataset,
+            feature_spec(config),
+            clip_layout(config),
+            store_path(config),
+            workers=1,
+            progress=False,
         )
 
     return prepare

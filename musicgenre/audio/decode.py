@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -40,9 +39,7 @@ def load_audio(
     min_seconds: float = 1.0,
     resampler: str = "soxr_hq",
 ) -> Audio:
-    """Decodes a sound file, mixes it down to mono and resamples it.
-
-    As in `librosa.load`, the mean of the channels is resampled, by default with soxr's "HQ".
+    """Decodes a sound file, mixes it down to mono and resamples it, by default as `librosa.load`.
 
     Args:
       path: a file in any format of libsndfile (wav, au, flac, ogg, mp3, aiff).
@@ -50,16 +47,13 @@ def load_audio(
       min_seconds: shorter files are refused.
       resampler: see `musicgenre.audio.resample.resample`.
 
-    Returns:
-      The samples, float32 `[samples]`, and their rate.
-
     Raises:
       UserError: the file is missing, empty, not audio, truncated, shorter than `min_seconds`,
         silent, or has samples that are not finite. The message names the file.
     """
-    sound = _Sound(Path(path), min_seconds, BLOCK)
-    mono = np.concatenate(list(sound))
-    return Audio(resample(mono, sound.rate, sample_rate, resampler), sample_rate)
+    file = _open(path)
+    mono = np.concatenate(list(_blocks(file, path, min_seconds, BLOCK)))
+    return Audio(resample(mono, file.samplerate, sample_rate, resampler), sample_rate)
 
 
 def stream_audio(
@@ -72,22 +66,12 @@ def stream_audio(
 ) -> Iterator[np.ndarray]:
     """Yields the samples of `load_audio`, bit for bit, in blocks and so in bounded memory.
 
-    Args:
-      path: see `load_audio`.
-      sample_rate: rate of the result in Hz.
-      min_seconds: shorter files are refused.
-      block: samples per channel decoded at a time.
-      resampler: see `musicgenre.audio.resample.resample`.
-
-    Yields:
-      Mono samples, float32 `[any]`.
-
-    Raises:
-      UserError: see `load_audio`. Some errors, such as truncation, are detected only at the end:
-        discard the blocks that came before.
+    `block` is the number of samples per channel decoded at a time. Some errors, such as truncation,
+    are raised only at the end: discard the blocks that came before.
     """
-    sound = _Sound(Path(path), min_seconds, block)
-    yield from resample_stream(sound, sound.rate, sample_rate, resampler)
+    file = _open(path)
+    blocks = _blocks(file, path, min_seconds, block)
+    yield from resample_stream(blocks, file.samplerate, sample_rate, resampler)
 
 
 class _Sequential(soundfile.SoundFile):
@@ -98,68 +82,60 @@ class _Sequential(soundfile.SoundFile):
         return False
 
 
-class _Sound:
-    """The checked mono samples of a file, at the file's `rate` in Hz, in blocks float32 `[any]`."""
+def _open(path: str | os.PathLike[str]) -> soundfile.SoundFile:
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file.")
+    if os.path.getsize(path) == 0:
+        raise UserError(f"{path}: empty file (0 bytes).")
+    try:
+        return _Sequential(os.fsencode(path))  # bytes, since a path may not be valid text
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        raise _undecodable(path, error) from error
 
-    def __init__(self, path: Path, min_seconds: float, block: int) -> None:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file.")
-        if path.stat().st_size == 0:
-            raise UserError(f"{path}: empty file (0 bytes).")
-        self._path, self._min_seconds, self._block = path, min_seconds, block
-        try:
-            self._file = _Sequential(_name(path))
-        except (soundfile.LibsndfileError, RuntimeError) as error:
-            raise self._undecodable(error) from error
-        self.rate = int(self._file.samplerate)
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        """Decodes the file; yields nothing after a sample that is not finite."""
-        length, bad, peak = 0, 0, 0.0
-        with self._file as file:
-            declared, log = file.frames, file.extra_info
-            while len(samples := self._read(file)):
-                length += len(samples)
-                bad += samples.size - int(np.isfinite(samples).sum())
-                if not bad:
-                    mono = _mixed_down(samples)
-                    peak = max(peak, float(np.abs(mono).max()))
-                    yield mono
-        self._check(declared, length, log, bad, peak)
+def _blocks(
+    file: soundfile.SoundFile, path: str | os.PathLike[str], min_seconds: float, size: int
+) -> Iterator[np.ndarray]:
+    """Yields checked mono samples, float32 `[any]`, and none after one that is not finite."""
+    length, bad, peak = 0, 0, 0.0
+    with file:
+        declared, rate, log = file.frames, file.samplerate, file.extra_info
+        while True:
+            try:
+                samples = file.read(size, dtype="float32", always_2d=True)
+            except (soundfile.LibsndfileError, RuntimeError) as error:
+                raise _undecodable(path, error) from error
+            if not len(samples):
+                break
+            length += len(samples)
+            bad += samples.size - int(np.isfinite(samples).sum())
+            if not bad:
+                mono = _mixed_down(samples)
+                peak = max(peak, float(np.abs(mono).max()))
+                yield mono
+    match = _DECLARED_AND_PRESENT.search(log)
+    promised, present = map(int, match.groups()) if match else (0, 0)
+    problems = {
+        f"truncated (its header promises {promised} bytes of sound, {present} are present)": (
+            promised not in _STREAMED_LENGTHS and present < promised
+        ),
+        f"truncated ({declared} frames promised, {length} could be decoded)": (
+            declared < 2**62 and declared - length > _SLACK_SECONDS * rate
+        ),
+        "holds no sound (0 samples)": length == 0,
+        f"too short ({length / rate:.2f} s; at least {min_seconds:g} s are needed)": (
+            length / rate < min_seconds
+        ),
+        f"{bad} of its samples are not finite numbers (NaN or infinity)": bad > 0,
+        f"silent (no sample above {SILENCE_PEAK:.1e} of full scale)": peak < SILENCE_PEAK,
+    }
+    for problem in (text for text, found in problems.items() if found):
+        raise UserError(f"{path}: {problem}.")
 
-    def _read(self, file: soundfile.SoundFile) -> np.ndarray:
-        try:
-            samples: np.ndarray = file.read(self._block, dtype="float32", always_2d=True)
-        except (soundfile.LibsndfileError, RuntimeError) as error:
-            raise self._undecodable(error) from error
-        return samples
 
-    def _check(self, declared: int, length: int, log: str, bad: int, peak: float) -> None:
-        """Raises UserError if the decoded file cannot be used."""
-        seconds = length / self.rate
-        match = _DECLARED_AND_PRESENT.search(log)
-        promised, present = (int(match[1]), int(match[2])) if match else (0, 0)
-        problem = ""
-        if promised not in _STREAMED_LENGTHS and present < promised:
-            problem = (
-                f"truncated (its header promises {promised} bytes of sound, {present} are there)"
-            )
-        elif declared < 2**62 and declared - length > _SLACK_SECONDS * self.rate:
-            problem = f"truncated ({declared} frames promised, {length} could be decoded)"
-        elif length == 0:
-            problem = "holds no sound (0 samples)"
-        elif seconds < self._min_seconds:
-            problem = f"too short ({seconds:.2f} s; at least {self._min_seconds:g} s are needed)"
-        elif bad:
-            problem = f"{bad} of its samples are not finite numbers (NaN or infinity)"
-        elif peak < SILENCE_PEAK:
-            problem = f"silent (no sample above {SILENCE_PEAK:.1e} of full scale)"
-        if problem:
-            raise UserError(f"{self._path}: {problem}.")
-
-    def _undecodable(self, error: Exception) -> UserError:
-        reason = str(getattr(error, "error_string", error)).rstrip(".")
-        return UserError(f"{self._path}: not a sound file that can be decoded ({reason}).")
+def _undecodable(path: str | os.PathLike[str], error: Exception) -> UserError:
+    reason = str(getattr(error, "error_string", error)).rstrip(".")
+    return UserError(f"{path}: not a sound file that can be decoded ({reason}).")
 
 
 def _mixed_down(samples: np.ndarray) -> np.ndarray:
@@ -168,15 +144,5 @@ def _mixed_down(samples: np.ndarray) -> np.ndarray:
         return samples[:, 0]
     if samples.shape[1] == 2:
         # Bit-identical to NumPy's mean over two channels, which takes half as long as decoding.
-        return (samples[:, 0] + samples[:, 1]) * np.float32(0.5)
-    mono: np.ndarray = samples.mean(axis=1, dtype=np.float32)
-    return mono
-
-
-def _name(path: Path) -> str | bytes:
-    """Returns a path for soundfile, which needs bytes where the path is not valid text."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        return os.fsencode(path)
-    return str(path)
+        return np.asarray((samples[:, 0] + samples[:, 1]) * np.float32(0.5))
+    return np.asarray(samples.mean(axis=1, dtype=np.float32))

@@ -1,4 +1,4 @@
-"""Samples to log-mels, MFCCs, STFTs or framed waveforms, and the specification of these."""
+"""Samples to log-mels, MFCCs, STFTs or framed waveforms, and their specification."""
 
 import dataclasses
 import functools
@@ -29,8 +29,8 @@ class FeatureSpec:
     hop_length=1024)` at 22,050 Hz, then `power_to_db(ref=np.max)`, with centred frames.
 
     Attributes:
-      kind: "logmel", "mfcc" (an orthonormal DCT-II of the log-mel bands), "stft" (the power
-        spectrogram in dB, without mel bands) or "waveform" (samples in frames of `hop_length`).
+      kind: "logmel", "mfcc" (an orthonormal DCT-II of the log-mel bands), "stft" (without mel
+        bands) or "waveform" (samples in frames of `hop_length`).
       sample_rate: Hz.
       n_fft: length of the Hann window and the transform, samples.
       hop_length: samples between frames.
@@ -64,34 +64,32 @@ class FeatureSpec:
         choices = {"kind": KINDS, "compression": COMPRESSIONS, "resampler": RESAMPLERS}
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:
-                raise UserError(
-                    f"features.{name}: {value!r} is not known." + did_you_mean(value, allowed)
-                )
+                hint = did_you_mean(value, allowed)
+                raise UserError(f"features.{name}: {value!r} is not known.{hint}")
         for name in ("sample_rate", "n_fft", "hop_length", "n_mels", "n_mfcc"):
             if getattr(self, name) < 1:
                 raise UserError(f"features.{name} must be at least 1, not {getattr(self, name)}.")
-        if not 0 <= self.fmin < self.top_frequency <= self.sample_rate / 2:
-            raise UserError(
-                f"features.fmin={self.fmin:g} and fmax={self.top_frequency:g} must lie between 0 "
-                f"and half the sample rate ({self.sample_rate / 2:g} Hz), in that order."
-            )
-        if self.top_db <= 0:
-            raise UserError(f"features.top_db must be positive, not {self.top_db:g}.")
         try:
-            valid = self.db_ref == "max" or float(self.db_ref) > 0
+            reference = 1.0 if self.db_ref == "max" else float(self.db_ref)
         except ValueError:
-            valid = False
-        if not valid:
-            raise UserError(
-                f"features.db_ref must be 'max' or a positive number, not {self.db_ref!r}."
-            )
-        if self.kind == "mfcc" and self.n_mfcc > self.n_mels:
-            raise UserError(f"features.n_mfcc={self.n_mfcc} exceeds features.n_mels={self.n_mels}.")
-        if self.compression != "db" and self.kind not in ("logmel", "stft"):
-            raise UserError(
-                f"features.compression={self.compression!r} is for log-mels and the STFT, not for "
-                f"features.kind={self.kind!r}: leave it at 'db'."
-            )
+            reference = 0.0
+        top, half = self.top_frequency, self.sample_rate / 2
+        rules = {
+            f"fmin={self.fmin:g} and fmax={top:g} must be in order between 0 and half the sample "
+            f"rate ({half:g} Hz)": 0 <= self.fmin < top <= half,
+            f"top_db must be positive, not {self.top_db:g}": self.top_db > 0,
+            f"db_ref must be 'max' or a positive number, not {self.db_ref!r}": reference > 0,
+            f"n_mfcc={self.n_mfcc} exceeds features.n_mels={self.n_mels}": (
+                self.kind != "mfcc" or self.n_mfcc <= self.n_mels
+            ),
+            f"compression={self.compression!r} is for log-mels and the STFT, not for "
+            f"features.kind={self.kind!r}: leave it at 'db'": (
+                self.compression == "db" or self.kind in ("logmel", "stft")
+            ),
+        }
+        for rule, holds in rules.items():
+            if not holds:
+                raise UserError(f"features.{rule}.")
 
     @property
     def top_frequency(self) -> float:
@@ -101,12 +99,8 @@ class FeatureSpec:
     @property
     def bands(self) -> int:
         """Values per frame: mel bands, cepstral coefficients, STFT frequencies, or samples."""
-        return {
-            "logmel": self.n_mels,
-            "mfcc": self.n_mfcc,
-            "stft": 1 + self.n_fft // 2,
-            "waveform": self.hop_length,
-        }[self.kind]
+        sizes = self.n_mels, self.n_mfcc, 1 + self.n_fft // 2, self.hop_length
+        return sizes[KINDS.index(self.kind)]
 
     def frames(self, seconds: float) -> int:
         """Returns the frames of a clip: one per complete hop, and one more except for waveforms."""
@@ -118,24 +112,19 @@ class FeatureSpec:
         return (frames if self.kind == "waveform" else frames - 1) * self.hop_length
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as JSON values, without the resampler if it is the default.
-
-        Stores and models older than that field thus keep their fingerprints.
-        """
+        """Returns the fields as JSON values."""
         values = dataclasses.asdict(self)
         if self.resampler == RESAMPLERS[0]:
-            del values["resampler"]
+            del values["resampler"]  # stores and models older than this field keep fingerprints
         return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "FeatureSpec":
         """Builds a spec; raises UserError for an unknown field, naming the nearest known one."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        for name in values:
-            if name not in known:
-                raise UserError(
-                    f"features.{name} is not a field of the front end." + did_you_mean(name, known)
-                )
+        known = cls.__dataclass_fields__.keys()
+        for name in sorted(values.keys() - known):
+            hint = did_you_mean(name, known)
+            raise UserError(f"features.{name} is not a field of the front end.{hint}")
         return cls(**values)
 
     @property
@@ -145,14 +134,12 @@ class FeatureSpec:
 
     def describe(self) -> str:
         """Returns one line for people."""
-        rate = f"{self.sample_rate} Hz"
-        if self.resampler != RESAMPLERS[0]:
-            rate += f" by {self.resampler}"
+        default = self.resampler == RESAMPLERS[0]
+        rate = f"{self.sample_rate} Hz" + ("" if default else f" by {self.resampler}")
         if self.kind == "waveform":
             return f"waveform, {rate}, frames of {self.hop_length} samples"
-        scale = f"dB re {self.db_ref}, top {self.top_db:g} dB"
-        if self.compression != "db":
-            scale = "log10(10000 x + 1) of the power"
+        decibels = f"dB re {self.db_ref}, top {self.top_db:g} dB"
+        scale = decibels if self.compression == "db" else "log10(10000 x + 1) of the power"
         return (
             f"{self.kind} {self.bands} bands, {rate}, n_fft {self.n_fft}, hop {self.hop_length}, "
             f"{self.fmin:g}-{self.top_frequency:g} Hz, {scale}"
@@ -165,21 +152,17 @@ def mel_frequencies(low: float, high: float, count: int) -> np.ndarray:
     Slaney's scale ("Auditory Toolbox", 1998) is linear to 1 kHz, 15 mels, and then logarithmic with
     27 mels per factor of 6.4.
     """
-    to_mels, to_octaves = 15 / 1000, 27 / math.log(6.4)
-
-    def mels(hertz: float) -> float:
-        return 15 + to_octaves * math.log(hertz / 1000) if hertz >= 1000 else to_mels * hertz
-
-    spaced = np.linspace(mels(low), mels(high), count)
-    return np.where(spaced < 15, spaced / to_mels, 1000 * np.exp((spaced - 15) / to_octaves))
+    linear, log = 15 / 1000, 27 / math.log(6.4)
+    ends = [15 + log * math.log(hz / 1000) if hz >= 1000 else linear * hz for hz in (low, high)]
+    mels = np.linspace(ends[0], ends[1], count)
+    return np.where(mels < 15, mels / linear, 1000 * np.exp((mels - 15) / log))
 
 
 @functools.lru_cache(maxsize=8)
 def mel_filters(spec: FeatureSpec) -> np.ndarray:
     """Returns the transposed filter bank, float32 `[1 + n_fft // 2, n_mels]`.
 
-    Equals `librosa.filters.mel`, without importing librosa: each band is a triangle of unit area
-    over Hz, from the centre of the band below to that of the band above.
+    Equals `librosa.filters.mel`, whose import takes long: triangles of unit area over Hz.
     """
     frequencies = np.arange(1 + spec.n_fft // 2)[:, None] * (spec.sample_rate / spec.n_fft)
     edges = mel_frequencies(spec.fmin, spec.top_frequency, spec.n_mels + 2)
@@ -190,8 +173,8 @@ def mel_filters(spec: FeatureSpec) -> np.ndarray:
     filters = (triangles * (2 / (above - below))).astype(np.float32)
     if empty := int((~filters.any(axis=0)).sum()):
         warnings.warn(
-            f"{empty} of {spec.n_mels} mel bands lie between two frequencies of the transform and "
-            "are always silent: lower features.n_mels or raise features.n_fft.",
+            f"{empty} of {spec.n_mels} mel bands contain no frequency of the transform and are "
+            "always silent: lower features.n_mels or raise features.n_fft.",
             stacklevel=2,
         )
     return filters
@@ -199,25 +182,17 @@ def mel_filters(spec: FeatureSpec) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def _mel_groups(spec: FeatureSpec) -> tuple[tuple[slice, slice, np.ndarray], ...]:
-    """Returns (bands, frequencies, filters) for groups of 8 neighbouring bands.
+    """Returns (bands, frequencies, filters) for groups of neighbouring bands.
 
-    Only 2 % of the report's 128 x 1025 weights are not zero; products of 8 bands each take a sixth
-    of the time.
+    Only 2 % of the weights are not zero; products of 8 bands each take a sixth of the time.
     """
-    filters = mel_filters(spec)
-    groups = []
+    filters, groups = mel_filters(spec), []
     for first in range(0, spec.n_mels, _BANDS):
-        bands = slice(first, min(first + _BANDS, spec.n_mels))
+        bands = slice(first, first + _BANDS)
         used = np.flatnonzero(filters[:, bands].any(axis=1))
         bins = slice(used[0], used[-1] + 1) if len(used) else slice(0, 1)
         groups.append((bands, bins, np.ascontiguousarray(filters[bins, bands])))
     return tuple(groups)
-
-
-@functools.lru_cache(maxsize=8)
-def _window(n_fft: int) -> np.ndarray:
-    """Returns the periodic Hann window, float64 `[n_fft]`."""
-    return np.hanning(n_fft + 1)[:-1]
 
 
 def frame_count(samples: int, spec: FeatureSpec) -> int:
@@ -228,13 +203,10 @@ def frame_count(samples: int, spec: FeatureSpec) -> int:
 
 
 def _power_blocks(samples: np.ndarray, spec: FeatureSpec) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yields the power spectrogram of mono samples `[samples]` in blocks of frames.
+    """Yields slices of frames and their power, float32 `[any, 1 + n_fft // 2]`, reused after.
 
     The transform is in double precision like librosa's; single precision differs by more than 1e-4
-    dB in quiet cells. Intermediate arrays stay in the cache and are reused.
-
-    Yields:
-      Which frames, and their power, float32 `[any, 1 + n_fft // 2]`, valid until the next block.
+    dB in quiet cells. Intermediate arrays stay in the cache.
     """
     n_fft, hop, count = spec.n_fft, spec.hop_length, frame_count(len(samples), spec)
     # Frame k is centred on sample k * hop; both ends are padded with zeros.
@@ -242,7 +214,7 @@ def _power_blocks(samples: np.ndarray, spec: FeatureSpec) -> Iterator[tuple[slic
     if not count:
         return
     frames = np.lib.stride_tricks.sliding_window_view(samples, n_fft)[::hop]
-    windowed = np.empty((_PART, n_fft))
+    window, windowed = np.hanning(n_fft + 1)[:-1], np.empty((_PART, n_fft))  # periodic
     spectrum = np.empty((_PART, 1 + n_fft // 2), np.complex128)
     rounded = np.empty(spectrum.shape, np.complex64)
     power = np.empty((_BLOCK, 1 + n_fft // 2), np.float32)
@@ -251,7 +223,7 @@ def _power_blocks(samples: np.ndarray, spec: FeatureSpec) -> Iterator[tuple[slic
         for row in range(0, rows, _PART):
             part = slice(0, min(_PART, rows - row))
             windowed[part] = frames[start + row :][part]
-            np.multiply(windowed[part], _window(n_fft), out=windowed[part])
+            windowed[part] *= window
             np.fft.rfft(windowed[part], out=spectrum[part])
             rounded[part] = spectrum[part]
             np.abs(rounded[part], out=power[row : row + part.stop])
@@ -260,10 +232,7 @@ def _power_blocks(samples: np.ndarray, spec: FeatureSpec) -> Iterator[tuple[slic
 
 
 def mel_power(samples: np.ndarray, spec: FeatureSpec) -> np.ndarray:
-    """Returns the mel power spectrogram, float32 `[frames, mels]`, of mono samples `[samples]`.
-
-    Equals `librosa.feature.melspectrogram` transposed.
-    """
+    """Returns `librosa.feature.melspectrogram(samples)` transposed, float32 `[frames, mels]`."""
     result = np.empty((frame_count(len(samples), spec), spec.n_mels), np.float32)
     for frames, power in _power_blocks(samples, spec):
         for bands, bins, filters in _mel_groups(spec):
@@ -280,10 +249,7 @@ def stft_power(samples: np.ndarray, spec: FeatureSpec) -> np.ndarray:
 
 
 def frame_waveform(samples: np.ndarray, hop_length: int) -> np.ndarray:
-    """Returns consecutive samples as float32 `[frames, hop_length]`.
-
-    An incomplete last frame is dropped; fewer samples than one frame are padded with zeros.
-    """
+    """Returns complete frames of samples, at least one (zero-padded), `[frames, hop_length]`."""
     samples = np.pad(samples, (0, max(hop_length - len(samples), 0)))
     complete = samples[: len(samples) // hop_length * hop_length]
     return np.ascontiguousarray(complete.reshape(-1, hop_length), np.float32)
@@ -292,7 +258,7 @@ def frame_waveform(samples: np.ndarray, hop_length: int) -> np.ndarray:
 def to_db(power: np.ndarray, spec: FeatureSpec) -> np.ndarray:
     """Returns one clip's power `[frames, bands]` in dB, at least its maximum minus `top_db`."""
     floor, ceiling = np.float32(1e-10), np.float32(np.inf)
-    reference = power.max() if spec.db_ref == "max" else np.float32(float(spec.db_ref))
+    reference = power.max() if spec.db_ref == "max" else np.float32(spec.db_ref)
     # Clipping to two bounds takes a quarter of the time of NumPy's maximum with a number.
     db = np.log10(np.clip(power, floor, ceiling), dtype=np.float32)
     db *= 10
@@ -303,8 +269,7 @@ def to_db(power: np.ndarray, spec: FeatureSpec) -> np.ndarray:
 def compress(power: np.ndarray, spec: FeatureSpec) -> np.ndarray:
     """Returns one clip's power `[frames, bands]` in dB (see `to_db`) or as log10(10000 x + 1).
 
-    The original musicnn rounds the power to float16 before the logarithm. That changes a value by
-    at most 2.2e-4 and is left out; the store's float16 changes it by up to ten times as much.
+    The original musicnn also rounds the power to float16, which changes a value by at most 2.2e-4.
     """
     if spec.compression == "db":
         return to_db(power, spec)
@@ -325,8 +290,6 @@ def compute_features(samples: np.ndarray, spec: FeatureSpec) -> np.ndarray:
     """
     if spec.kind == "waveform":
         return frame_waveform(samples, spec.hop_length)
-    if spec.kind == "stft":
-        return compress(stft_power(samples, spec), spec)
-    if spec.kind == "logmel":
-        return compress(mel_power(samples, spec), spec)
-    return mfcc_from_db(to_db(mel_power(samples, spec), spec), spec.n_mfcc)
+    power = (stft_power if spec.kind == "stft" else mel_power)(samples, spec)
+    scaled = compress(power, spec)
+    return mfcc_from_db(scaled, spec.n_mfcc) if spec.kind == "mfcc" else scaled

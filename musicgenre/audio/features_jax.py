@@ -4,7 +4,6 @@ For programs that take audio (`musicgenre.exchange.export`) and for training wit
 the transform "rfft64" it equals `musicgenre.audio.features.compute_features` to 1e-3 dB.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -32,14 +31,12 @@ def features(
       samples: float32 `[batch, samples]`, mono at the spec's rate.
       spec: the front end.
       frames: keep the first so many, which then determine reference and floor; 0 keeps all.
-      transform: how a spectrum is computed. The numbers are the largest differences from
-        `compute_features`: log-mels of eight real clips of 30 s, log-mels of the worst synthetic
-        signal (a loud chord over faint noise), and single frequencies ("stft") of either.
-          "rfft64": in double precision, whatever `jax_enable_x64` is. 2e-5, 2e-5 and 2e-5 dB.
-          "rfft32": in single precision. 2e-4, 2e-3 and 6e-3 dB: a cell 80 dB below the frame's
-            loudest holds rounding errors.
+      transform: how a spectrum is computed, with the largest difference from `compute_features` in
+        log-mels of eight real clips and of the worst synthetic signal:
+          "rfft64": in double precision, even without `jax_enable_x64`; 2e-5 and 2e-5 dB.
+          "rfft32": in single precision; 2e-4 and 2e-3 dB.
           "matmul": in single precision by matrix products, for programs without a Fourier transform
-            (ONNX) or double precision (TPU). 3e-4, 4e-3 and 7e-3 dB.
+            (ONNX) or double precision (TPU); 3e-4 and 4e-3 dB.
           "auto": "matmul" on a TPU, otherwise "rfft64".
 
     Returns:
@@ -56,7 +53,8 @@ def features(
     scaled = compress(power, spec)
     if spec.kind != "mfcc":
         return scaled
-    return _product(scaled, _cosines(spec.n_mels, spec.n_mfcc))
+    cosines = scipy.fft.dct(np.eye(spec.n_mels), norm="ortho")[:, : spec.n_mfcc]
+    return _product(scaled, cosines.astype(np.float32))
 
 
 def stft_power(
@@ -64,21 +62,18 @@ def stft_power(
 ) -> jax.Array:
     """Returns the power spectrogram, float32 `[batch, frames, 1 + n_fft // 2]`; see `features`."""
     if transform not in TRANSFORMS:
-        raise UserError(
-            f"transform: {transform!r} is not known." + did_you_mean(transform, TRANSFORMS)
-        )
+        hint = did_you_mean(transform, TRANSFORMS)
+        raise UserError(f"transform: {transform!r} is not known.{hint}")
     cut = _frames(samples, spec, _wanted(frames, frame_count(samples.shape[1], spec)))
-    functions: dict[str, Callable[[jax.Array], jax.Array]] = {
+    if transform == "auto":
+        auto: jax.Array = jax.lax.platform_dependent(cut, tpu=_power_matmul, default=_power_rfft64)
+        return auto
+    powers: dict[str, Callable[[jax.Array], jax.Array]] = {
         "rfft64": _power_rfft64,
         "rfft32": _power,
         "matmul": _power_matmul,
     }
-    power: jax.Array = (
-        jax.lax.platform_dependent(cut, tpu=_power_matmul, default=_power_rfft64)
-        if transform == "auto"
-        else functions[transform](cut)
-    )
-    return power
+    return powers[transform](cut)
 
 
 def frame_waveform(samples: jax.Array, hop_length: int, *, frames: int = 0) -> jax.Array:
@@ -93,15 +88,10 @@ def compress(power: jax.Array, spec: FeatureSpec) -> jax.Array:
     """Returns the power `[batch, frames, bands]` in dB or log10(10000 x + 1), by the spec."""
     if spec.compression != "db":
         return jnp.log10(10000.0 * power + 1.0)
-    if spec.db_ref == "max":
-        reference = power.max(axis=(1, 2), keepdims=True)
-    else:
-        reference = jnp.float32(float(spec.db_ref))
-
-    def decibels(power: jax.Array) -> jax.Array:
-        return 10.0 * jnp.log10(jnp.maximum(power, 1e-10))
-
-    db = decibels(power) - decibels(reference)
+    own = spec.db_ref == "max"
+    reference = power.max(axis=(1, 2), keepdims=True) if own else jnp.float32(float(spec.db_ref))
+    db, zero = (10.0 * jnp.log10(jnp.maximum(x, 1e-10)) for x in (power, reference))
+    db = db - zero
     return jnp.maximum(db, db.max(axis=(1, 2), keepdims=True) - spec.top_db)
 
 
@@ -117,70 +107,49 @@ def _frames(samples: jax.Array, spec: FeatureSpec, frames: int) -> jax.Array:
     Concatenated from shifted views of hops: a plain copy on every device, without a gather.
     """
     n_fft, hop = spec.n_fft, spec.hop_length
-    runs = -(-n_fft // hop)
-    before = n_fft // 2
+    runs, before = -(-n_fft // hop), n_fft // 2
     total = (frames + runs - 1) * hop
     used = samples[:, : total - before].astype(jnp.float32)
     padded = jnp.pad(used, ((0, 0), (before, total - before - used.shape[1])))
     hops = padded.reshape(samples.shape[0], frames + runs - 1, hop)
-    return jnp.concatenate([hops[:, run : run + frames] for run in range(runs)], axis=-1)[
-        ..., :n_fft
-    ]
-
-
-# JAX would apply its own differentiation and batching rules later, outside `enable_x64`, where they
-# compute in single precision or fail. Hence the custom rules.
-@jax.custom_vjp
-def _power_rfft64(frames: jax.Array) -> jax.Array:
-    return _double_power(frames)
-
-
-def _forward(frames: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _double_power(frames), frames
-
-
-def _backward(frames: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
-    return (_double_gradient(frames, gradient),)
-
-
-_power_rfft64.defvjp(_forward, _backward)
-
-
-@jax.custom_batching.custom_vmap
-def _double_power(frames: jax.Array) -> jax.Array:
-    with jax.enable_x64(True):
-        return _power(frames.astype(jnp.float64)).astype(jnp.float32)
-
-
-@jax.custom_batching.custom_vmap
-def _double_gradient(frames: jax.Array, gradient: jax.Array) -> jax.Array:
-    with jax.enable_x64(True):
-        pull = jax.vjp(_power, frames.astype(jnp.float64))[1]
-        return pull(gradient.astype(jnp.float64))[0].astype(jnp.float32)
-
-
-@_double_power.def_vmap
-def _double_power_vmap(
-    size: int, batched: Sequence[bool], frames: jax.Array
-) -> tuple[jax.Array, bool]:
-    return _double_power(frames), True
-
-
-@_double_gradient.def_vmap
-def _double_gradient_vmap(
-    size: int, batched: Sequence[bool], *arrays: jax.Array
-) -> tuple[jax.Array, bool]:
-    filled = [
-        array if mapped else jnp.broadcast_to(array, (size, *array.shape))
-        for array, mapped in zip(arrays, batched, strict=True)
-    ]
-    return _double_gradient(*filled), True
+    shifted = [hops[:, run : run + frames] for run in range(runs)]
+    return jnp.concatenate(shifted, axis=-1)[..., :n_fft]
 
 
 def _power(frames: jax.Array) -> jax.Array:
     """Returns the power of frames `[..., n_fft]` in their precision, `[..., 1 + n_fft // 2]`."""
-    spectrum = jnp.fft.rfft(frames * _window(frames.shape[-1]).astype(frames.dtype))
+    window = scipy.signal.get_window("hann", frames.shape[-1])
+    spectrum = jnp.fft.rfft(frames * window.astype(frames.dtype))
     return jnp.square(spectrum.real) + jnp.square(spectrum.imag)
+
+
+def _in_double(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Runs a function of float32 arrays in double precision.
+
+    JAX would apply its own batching rule outside `enable_x64`, where it fails; hence this one.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def run(*arrays: jax.Array) -> jax.Array:
+        with jax.enable_x64(True):
+            return function(*(x.astype(jnp.float64) for x in arrays)).astype(jnp.float32)
+
+    @run.def_vmap
+    def _(size: int, batched: Sequence[bool], *arrays: jax.Array) -> tuple[jax.Array, bool]:
+        pairs = zip(arrays, batched, strict=True)
+        return run(*(x if own else jnp.broadcast_to(x, (size, *x.shape)) for x, own in pairs)), True
+
+    return run
+
+
+_power_double = _in_double(_power)
+_gradient_double = _in_double(lambda frames, gradient: jax.vjp(_power, frames)[1](gradient)[0])
+# JAX's own derivative would be computed in single precision.
+_power_rfft64 = jax.custom_vjp(_power_double)
+_power_rfft64.defvjp(
+    lambda frames: (_power_double(frames), frames),
+    lambda frames, gradient: (_gradient_double(frames, gradient),),
+)
 
 
 def _power_matmul(frames: jax.Array) -> jax.Array:
@@ -191,23 +160,22 @@ def _power_matmul(frames: jax.Array) -> jax.Array:
     full matrix, and its shorter sums round less.
     """
     n_fft = frames.shape[-1]
-    outer, inner = _factors(n_fft)
-    # Only the frequencies up to half the rate.
-    upper = -(-(n_fft // 2 + 1) // outer)
+    inner = next(factor for factor in range(math.isqrt(n_fft), 0, -1) if n_fft % factor == 0)
+    outer, bins = n_fft // inner, n_fft // 2 + 1
+    upper = -(-bins // outer)  # only the frequencies up to half the rate
+    window = scipy.signal.get_window("hann", n_fft).astype(np.float32)
+    x = (frames * window).reshape(*frames.shape[:2], outer, inner)
     cos, sin = _wave(outer, outer, outer)
-    x = (frames * _window(n_fft).astype(np.float32)).reshape(*frames.shape[:2], outer, inner)
-    # [outer, outer] times [..., outer, inner].
     real, imaginary = _product(cos, x), _product(-sin, x)
     cos, sin = _wave(outer, inner, n_fft)
     real, imaginary = real * cos + imaginary * sin, imaginary * cos - real * sin
     cos, sin = _wave(inner, upper, inner)
-    # [..., outer, inner] times [inner, upper].
     real, imaginary = (
         _product(real, cos) + _product(imaginary, sin),
         _product(imaginary, cos) - _product(real, sin),
     )
     power = jnp.square(real) + jnp.square(imaginary)
-    return power.swapaxes(-1, -2).reshape(*frames.shape[:2], upper * outer)[..., : n_fft // 2 + 1]
+    return power.swapaxes(-1, -2).reshape(*frames.shape[:2], upper * outer)[..., :bins]
 
 
 def _product(a: jax.Array | np.ndarray, b: jax.Array | np.ndarray) -> jax.Array:
@@ -215,29 +183,8 @@ def _product(a: jax.Array | np.ndarray, b: jax.Array | np.ndarray) -> jax.Array:
     return jnp.matmul(jnp.asarray(a), jnp.asarray(b), precision=jax.lax.Precision.HIGHEST)
 
 
-@functools.lru_cache(maxsize=8)
-def _window(n_fft: int) -> np.ndarray:
-    """Returns the periodic Hann window, float64 `[n_fft]`."""
-    window: np.ndarray = scipy.signal.get_window("hann", n_fft, fftbins=True)
-    return window
-
-
-def _factors(n: int) -> tuple[int, int]:
-    """Returns the two most equal factors of n, the larger first."""
-    inner = next(factor for factor in range(math.isqrt(n), 0, -1) if n % factor == 0)
-    return n // inner, inner
-
-
 def _wave(rows: int, columns: int, period: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns cosine and sine of 2 pi r c / period, float32 `[rows, columns]`."""
     # Integer arithmetic removes complete periods without rounding.
     angle = 2 * np.pi * (np.outer(np.arange(rows), np.arange(columns)) % period) / period
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-
-
-@functools.lru_cache(maxsize=8)
-def _cosines(n_mels: int, n_mfcc: int) -> np.ndarray:
-    """Returns the matrix of the orthonormal DCT-II, float32 `[n_mels, n_mfcc]`."""
-    return np.ascontiguousarray(
-        scipy.fft.dct(np.eye(n_mels), axis=-1, type=2, norm="ortho")[:, :n_mfcc], np.float32
-    )

@@ -23,13 +23,9 @@ def read_genre(path: str | os.PathLike[str]) -> list[str]:
 
 
 def write_genre(path: str | os.PathLike[str], genres: Sequence[str]) -> None:
-    """Sets the genres in a file's tags.
+    """Sets the genres in the tags of an mp3, flac, ogg, opus, wav or aiff file.
 
     A copy of the file is changed and read back, and then replaces the file. A link stays a link.
-
-    Args:
-      path: mp3, flac, ogg, opus, wav or aiff.
-      genres: replace the file's genres.
 
     Raises:
       UserError: the format has no genre tag, or the file cannot be written; it is unchanged.
@@ -50,14 +46,10 @@ def write_genre(path: str | os.PathLike[str], genres: Sequence[str]) -> None:
             file.save()
             kept = _genres(file_type(temporary))
         except mutagen.MutagenError as error:
-            raise UserError(
-                f"{path}: its tags cannot be written ({error}); the file is unchanged."
-            ) from error
+            reason = f"its tags cannot be written ({error}); the file is unchanged."
+            raise UserError(f"{path}: {reason}") from error
         if kept != list(genres):
-            raise UserError(
-                f"{path}: its tags do not keep the genre {', '.join(genres)}; the file is "
-                "unchanged."
-            )
+            raise UserError(f"{path}: its tags do not keep the genre {', '.join(genres)}.")
 
 
 def _open(path: Path) -> Any:
@@ -75,4 +67,4 @@ def _genres(file: Any) -> list[str]:
         return []
     if isinstance(file.tags, ID3):
         return [genre for frame in file.tags.getall("TCON") for genre in frame.genres]
-    return [str(genre) for genre in file.tags.get("GENRE", [])]
+    return list(map(str, file.tags.get("GENRE", [])))

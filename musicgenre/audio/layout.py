@@ -33,12 +33,12 @@ class ClipLayout:
         """Raises UserError for an invalid value, naming the field."""
         if self.frames < 1:
             raise UserError(f"data.frames must be at least 1, not {self.frames}.")
-        if self.pad not in ("repeat", "silence", "zero"):
-            raise UserError(f"data.pad must be 'repeat', 'silence' or 'zero', not {self.pad!r}.")
-        if self.excerpt not in ("start", "middle", "spread"):
-            raise UserError(
-                f"data.excerpt must be 'start', 'middle' or 'spread', not {self.excerpt!r}."
-            )
+        choices = {"pad": ("repeat", "silence", "zero"), "excerpt": ("start", "middle", "spread")}
+        for field, (one, two, three) in choices.items():
+            if (value := getattr(self, field)) not in (one, two, three):
+                raise UserError(
+                    f"data.{field} must be {one!r}, {two!r} or {three!r}, not {value!r}."
+                )
 
     def features(self, samples: np.ndarray, spec: FeatureSpec) -> np.ndarray:
         """Returns features of the kept part of mono samples `[samples]`, float32 `[any, bands]`.
@@ -49,9 +49,7 @@ class ClipLayout:
         if self.excerpt != "spread":
             return compute_features(self.cut(samples, spec), spec)
         if spec.kind == "waveform":
-            raise UserError(
-                "data.excerpt='spread' needs spectrogram frames: take 'start' or 'middle'."
-            )
+            raise UserError("data.excerpt='spread' needs spectrograms: take 'start' or 'middle'.")
         wanted = self.frames * spec.hop_length
         if len(samples) > (1 + _TOLERANCE) * wanted:
             samples = samples[:wanted]
@@ -78,6 +76,6 @@ class ClipLayout:
                 features = np.take(features, np.arange(self.frames) % length, axis=0)
             else:
                 value = 0.0 if self.pad == "zero" else features.min()
-                missing = ((0, self.frames - length), (0, 0))
-                features = np.pad(features, missing, constant_values=value)
+                missing = self.frames - length
+                features = np.pad(features, ((0, missing), (0, 0)), constant_values=value)
         return features, length

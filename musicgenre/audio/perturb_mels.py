@@ -21,8 +21,7 @@ from musicgenre.audio.perturb_sound import (
     Transform,
     all_changes,
     band_filter,
-    describe,
-    without_chance,
+    fixed,
 )
 
 # Power in a band from which a filter removes everything.
@@ -44,10 +43,7 @@ _WHAT = {
 def reference(db: np.ndarray, spec: FeatureSpec, top: float = 0.0) -> np.ndarray:
     """Returns a changed spectrogram in dB as the front end would give it, float32 `[frames, mels]`.
 
-    Args:
-      db: `[frames, mels]`.
-      spec: the front end.
-      top: dB of the loudest cell if the reference is the clip's own; 8-bit arrays may miss 0 dB.
+    `top` is the loudest cell if the reference is the clip's own; 8-bit arrays may miss 0 dB.
     """
     if spec.db_ref == "max":
         db = db - (db.max() - top)
@@ -57,27 +53,25 @@ def reference(db: np.ndarray, spec: FeatureSpec, top: float = 0.0) -> np.ndarray
 def band_gains(response: np.ndarray, spec: FeatureSpec) -> np.ndarray:
     """Returns a filter's gain in each mel band for a flat spectrum within the band, dB `[mels]`.
 
-    Args:
-      response: the filter's power (not dB) at the frequencies of the transform, `[1 + n_fft // 2]`.
-      spec: the front end.
+    `response` is its power (not dB) at the frequencies of the transform, `[1 + n_fft // 2]`.
     """
     filters = mel_filters(spec).astype(np.float64)
     total = filters.sum(axis=0)
     # A band without any frequency is unchanged.
     power = np.where(total > 0, (response @ filters) / np.where(total > 0, total, 1.0), 1.0)
-    gains: np.ndarray = 10 * np.log10(np.maximum(power, _TINY))
-    return gains
+    return np.asarray(10 * np.log10(np.maximum(power, _TINY)))
 
 
 def equaliser_gains(equaliser: Equaliser, spec: FeatureSpec) -> np.ndarray:
     """Returns `band_gains` of an equaliser, dB `[mels]`."""
-    return band_gains(10 ** (equaliser.response(_frequencies(spec)) / 10), spec)
+    frequencies = np.fft.rfftfreq(spec.n_fft, 1 / spec.sample_rate)
+    return band_gains(10 ** (equaliser.response(frequencies) / 10), spec)
 
 
-def filter_gains(kind: str, frequency: float, spec: FeatureSpec) -> np.ndarray:
-    """Returns `band_gains` of `musicgenre.audio.perturb_sound.band_filter`, dB `[mels]`."""
+def _filter_gains(spec: FeatureSpec, kind: str, frequency: float) -> np.ndarray:
+    frequencies = np.fft.rfftfreq(spec.n_fft, 1 / spec.sample_rate)
     sections = band_filter(kind, frequency, spec.sample_rate)
-    _, response = scipy.signal.sosfreqz(sections, worN=_frequencies(spec), fs=spec.sample_rate)
+    response = scipy.signal.sosfreqz(sections, worN=frequencies, fs=spec.sample_rate)[1]
     return band_gains(np.square(np.abs(response)), spec)
 
 
@@ -91,24 +85,13 @@ def change_tempo(db: np.ndarray, factor: float) -> np.ndarray:
 
 
 def change_pitch(db: np.ndarray, spec: FeatureSpec, semitones: float) -> np.ndarray:
-    """Transposes `[frames, mels]` by linear interpolation between bands, constant beyond them.
-
-    Args:
-      db: `[frames, mels]`.
-      spec: the front end.
-      semitones: upwards.
-    """
+    """Transposes `[frames, mels]` by linear interpolation between bands, constant beyond them."""
     centres = mel_frequencies(spec.fmin, spec.top_frequency, spec.n_mels + 2)[1:-1]
     source = librosa.hz_to_mel(centres * 2 ** (-semitones / 12))
     positions = np.interp(source, librosa.hz_to_mel(centres), np.arange(spec.n_mels))
     lower = np.minimum(positions.astype(int), spec.n_mels - 2)
     fraction = positions - lower
     return db[:, lower] * (1 - fraction) + db[:, lower + 1] * fraction
-
-
-def change_speed(db: np.ndarray, spec: FeatureSpec, factor: float) -> np.ndarray:
-    """Plays `[frames, mels]` `factor` times as fast, like a tape, `[at most frames, mels]`."""
-    return change_pitch(change_tempo(db, factor), spec, 12 * math.log2(factor))
 
 
 def white_noise(
@@ -125,65 +108,57 @@ def white_noise(
     level = (power.mean(axis=0) @ widths) / widths.sum() * 10 ** (-snr / 10)
     count = _independent(spec)
     noise = level * generator.gamma(count, 1 / count, db.shape)
-    changed: np.ndarray = 10 * np.log10(power + noise)
-    return changed
+    return np.asarray(10 * np.log10(power + noise))
 
 
-def silence_before(db: np.ndarray, spec: FeatureSpec, seconds: float) -> np.ndarray:
+def silence_before(db: np.ndarray, frames: int, top_db: float) -> np.ndarray:
     """Puts frames of silence before `[frames, mels]` and drops as many at the end."""
-    count = min(frame_number(seconds, spec), len(db) - 1)
-    silence = np.full((count, db.shape[1]), db.max() - spec.top_db, db.dtype)
+    count = min(frames, len(db) - 1)
+    silence = np.full((count, db.shape[1]), db.max() - top_db, db.dtype)
     return np.concatenate([silence, db[: len(db) - count]])
 
 
-def begin_later(db: np.ndarray, spec: FeatureSpec, seconds: float) -> np.ndarray:
-    """Drops the first seconds, rounded to whole frames; at least one frame remains."""
-    return db[min(frame_number(seconds, spec), len(db) - 1) :]
-
-
-def frame_number(seconds: float, spec: FeatureSpec) -> int:
-    """Returns the frame centred nearest to a time."""
-    return round(seconds * spec.sample_rate / spec.hop_length)
+def begin_later(db: np.ndarray, frames: int) -> np.ndarray:
+    """Drops the first frames; at least one remains."""
+    return db[min(frames, len(db) - 1) :]
 
 
 def mel_transforms(spec: FeatureSpec, seed: int = 0) -> tuple[list[Transform], list[Missing]]:
     """Returns the changes available for log-mel spectrograms in dB, and those that need the sound.
 
     Their `apply` takes `[frames, mels]` and returns `[at most frames, mels]` as the front end would
-    give them (`reference`).
-
-    Args:
-      spec: the front end.
-      seed: of the random equalisers, which are those of `sound_transforms`.
+    give them (`reference`). The random equalisers are those of `sound_transforms`.
     """
-    fixed = without_chance
+
+    def referenced(change: Apply) -> Apply:
+        return lambda db, generator: reference(change(db, generator), spec, float(db.max()))
+
+    def frames(seconds: float) -> int:
+        return round(seconds * spec.sample_rate / spec.hop_length)
+
+    def speed(db: np.ndarray, factor: float) -> np.ndarray:
+        return change_pitch(change_tempo(db, factor), spec, 12 * math.log2(factor))
+
     makers: dict[str, Callable[[Any], Apply]] = {
         "level": lambda gain: fixed(np.add, np.float32(gain)),
         "eq": lambda equaliser: fixed(np.add, equaliser_gains(equaliser, spec)),
-        "later": lambda seconds: fixed(begin_later, spec, seconds),
-        "silence": lambda seconds: fixed(silence_before, spec, seconds),
+        "later": lambda seconds: fixed(begin_later, frames(seconds)),
+        "silence": lambda seconds: fixed(silence_before, frames(seconds), spec.top_db),
         "tempo": lambda factor: fixed(change_tempo, factor),
-        "speed": lambda factor: fixed(change_speed, spec, factor),
+        "speed": lambda factor: fixed(speed, factor),
         "pitch": lambda semitones: fixed(change_pitch, spec, semitones),
-        "limit": lambda limit: fixed(np.add, filter_gains(limit[0], limit[1], spec)),
+        "limit": lambda limit: fixed(np.add, _filter_gains(spec, *limit)),
         "noise": lambda snr: functools.partial(white_noise, spec=spec, snr=snr),
     }
     changes, missing = all_changes(spec.sample_rate, seed)
-    found = []
+    made = []
     for change in changes:
         # Frames are too coarse for the shortest of the delays.
-        if change.type not in makers or change.name == "begins 0.02 s later":
+        if change.type in makers and change.name != "begins 0.02 s later":
+            made.append(change.made(referenced(makers[change.type](change.value)), _WHAT))
+        else:
             missing.append(Missing(change.name, "it needs the sound, not a spectrogram."))
-            continue
-        apply = functools.partial(_referenced, makers[change.type](change.value), spec)
-        found.append(Transform(change.name, change.irrelevant, describe(change, _WHAT), apply))
-    return found, missing
-
-
-def _referenced(
-    change: Apply, spec: FeatureSpec, db: np.ndarray, generator: np.random.Generator
-) -> np.ndarray:
-    return reference(change(db, generator), spec, float(db.max()))
+    return made, missing
 
 
 def _independent(spec: FeatureSpec) -> np.ndarray:
@@ -197,10 +172,4 @@ def _independent(spec: FeatureSpec) -> np.ndarray:
     for distance, correlation in ((1, 2 / 3), (2, 1 / 6)):
         variance += 2 * correlation**2 * (filters[distance:] * filters[:-distance]).sum(axis=0)
     squared = np.square(filters.sum(axis=0))
-    count: np.ndarray = np.maximum(squared / np.maximum(variance, _TINY), 1.0)
-    return count
-
-
-def _frequencies(spec: FeatureSpec) -> np.ndarray:
-    frequencies: np.ndarray = np.fft.rfftfreq(spec.n_fft, 1 / spec.sample_rate)
-    return frequencies
+    return np.asarray(np.maximum(squared / np.maximum(variance, _TINY), 1.0))

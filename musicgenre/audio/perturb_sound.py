@@ -8,18 +8,19 @@ decision when only other things change. The choice of changes is this project's.
 those that can be applied to a spectrogram.
 """
 
-import dataclasses
 import functools
 import math
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.fft
 import scipy.signal
 import soundfile
+from librosa.effects import pitch_shift, time_stretch
 
 from musicgenre.audio.decode import load_audio
 from musicgenre.audio.resample import resample
@@ -31,14 +32,11 @@ Apply = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 EQ_CENTRES = 62.5 * 2.0 ** np.arange(9)
 # Ranges of the random equalisers, dB: a small turn of a tone control, and a clearly audible one.
 GENTLE_EQ, STRONG_EQ = 3.0, 6.0
-# Changes of tempo (fraction) and pitch (a quarter tone).
-TEMPO, SEMITONES = 0.02, 0.5
 # Zero padding while filtering in the frequency domain, seconds: longer than the filters ring.
 _ROOM = 0.25
-# Order of the band-limiting filters; each order adds 6 dB per octave.
-_ORDER = 8
 # From this sample rate on, in Hz: highest and lowest constant kbit/s of an mp3 (MPEG-1, 2 and 2.5).
 _MP3_RATES = ((32000, 320, 32), (16000, 160, 8), (0, 64, 8))
+_FILTERS = {"above": "lowpass", "below": "highpass"}
 # How each type of change is made to sound; v is its value.
 _WHAT = {
     "level": "Every sample multiplied by a constant, without clipping.",
@@ -59,8 +57,7 @@ _WHAT = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Transform:
+class Transform(NamedTuple):
     """A change to a clip.
 
     Attributes:
@@ -77,16 +74,14 @@ class Transform:
     apply: Apply
 
 
-@dataclasses.dataclass(frozen=True)
-class Missing:
+class Missing(NamedTuple):
     """A change that is not available here, and why."""
 
     name: str
     reason: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """A change before it is made for sound or spectrograms: `type` and `value` say how."""
 
     name: str
@@ -94,8 +89,14 @@ class Change:
     type: str
     value: Any = None
 
+    def made(self, apply: Apply, what: Mapping[str, str]) -> Transform:
+        """Returns the transform by `apply`, described by a format string for each type."""
+        semitones = 12 * math.log2(self.value) if self.type == "speed" else 0.0
+        text = what[self.type].format(v=self.value, semitones=semitones)
+        return Transform(self.name, self.irrelevant, text, apply)
 
-@dataclasses.dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False)
 class Equaliser:
     """A smooth curve over frequency: linear over octaves between points, constant beyond them.
 
@@ -108,12 +109,6 @@ class Equaliser:
     what: str = ""
 
     @classmethod
-    def random(cls, generator: np.random.Generator, limit: float) -> "Equaliser":
-        """Draws each gain uniformly from -limit to limit, dB."""
-        what = f"Random gains of up to {limit:g} dB per octave band, the same for every clip."
-        return cls(generator.uniform(-limit, limit, len(EQ_CENTRES)), what)
-
-    @classmethod
     def tilt(cls, limit: float) -> "Equaliser":
         """Returns a line from -limit at the lowest point to limit at the highest, dB."""
         what = f"A tilt from {-limit:+g} dB at 62.5 Hz to {limit:+g} dB at 16 kHz."
@@ -122,15 +117,14 @@ class Equaliser:
     def response(self, frequencies: np.ndarray) -> np.ndarray:
         """Returns the gain in dB at frequencies in Hz, of the same shape."""
         octaves = np.log2(np.maximum(frequencies, EQ_CENTRES[0]))
-        gains: np.ndarray = np.interp(octaves, np.log2(EQ_CENTRES), self.gains)
-        return gains
+        return np.asarray(np.interp(octaves, np.log2(EQ_CENTRES), self.gains))
 
 
 def random_equalisers(count: int, limit: float, seed: int) -> list[Equaliser]:
-    """Returns the random equalisers of a seed; the first ones do not depend on the count."""
-    return [
-        Equaliser.random(np.random.default_rng([seed, number]), limit) for number in range(count)
-    ]
+    """Returns equalisers with gains from -limit to limit, dB, whatever the count for one seed."""
+    what = f"Random gains of up to {limit:g} dB per octave band, the same for every clip."
+    generators = (np.random.default_rng([seed, number]) for number in range(count))
+    return [Equaliser(each.uniform(-limit, limit, len(EQ_CENTRES)), what) for each in generators]
 
 
 def equalise(samples: np.ndarray, rate: int, equaliser: Equaliser) -> np.ndarray:
@@ -142,20 +136,8 @@ def equalise(samples: np.ndarray, rate: int, equaliser: Equaliser) -> np.ndarray
 
 
 def band_filter(kind: str, frequency: float, rate: int) -> np.ndarray:
-    """Returns a Butterworth filter of order 8 (48 dB per octave) as second-order sections.
-
-    Args:
-      kind: "lowpass" or "highpass".
-      frequency: cutoff (-3 dB), Hz.
-      rate: Hz.
-
-    Raises:
-      UserError: the frequency is not below half the rate.
-    """
-    if not 0 < frequency < rate / 2:
-        raise UserError(f"a {kind} filter of {frequency:g} Hz is not possible at {rate} Hz.")
-    sections: np.ndarray = scipy.signal.butter(_ORDER, frequency, kind, fs=rate, output="sos")
-    return sections
+    """Returns a Butterworth "lowpass" or "highpass" (48 dB per octave) as second-order sections."""
+    return np.asarray(scipy.signal.butter(8, frequency, kind, fs=rate, output="sos"))
 
 
 def limit_band(samples: np.ndarray, rate: int, kind: str, frequency: float) -> np.ndarray:
@@ -178,37 +160,6 @@ def quantise(samples: np.ndarray, generator: np.random.Generator, bits: int) -> 
     return (rounded / steps).astype(np.float32)
 
 
-def silence_before(samples: np.ndarray, rate: int, seconds: float) -> np.ndarray:
-    """Puts silence before the samples `[n]` and keeps the first `n`."""
-    return np.concatenate([np.zeros(round(seconds * rate), np.float32), samples])[: len(samples)]
-
-
-def begin_later(samples: np.ndarray, rate: int, seconds: float) -> np.ndarray:
-    """Drops the first seconds."""
-    return samples[round(seconds * rate) :]
-
-
-def change_tempo(samples: np.ndarray, factor: float) -> np.ndarray:
-    """Plays `factor` times as fast at the same pitch (librosa's phase vocoder), `[at most n]`."""
-    from librosa.effects import time_stretch  # slow to import, as below
-
-    stretched: np.ndarray = time_stretch(samples, rate=factor)
-    return stretched[: len(samples)].astype(np.float32)
-
-
-def change_speed(samples: np.ndarray, rate: int, factor: float) -> np.ndarray:
-    """Plays `factor` times as fast, like a tape: the pitch changes, too, `[at most n]`."""
-    return resample(samples, round(factor * rate), rate)[: len(samples)]
-
-
-def change_pitch(samples: np.ndarray, rate: int, semitones: float) -> np.ndarray:
-    """Transposes at the same tempo (librosa's phase vocoder, then resampling), `[n]`."""
-    from librosa.effects import pitch_shift
-
-    shifted: np.ndarray = pitch_shift(samples, sr=rate, n_steps=semitones)
-    return shifted.astype(np.float32)
-
-
 def through_file(
     samples: np.ndarray,
     rate: int,
@@ -218,14 +169,14 @@ def through_file(
     file_rate: int = 0,
     **how: Any,
 ) -> np.ndarray:
-    """Writes the samples `[n]` to a file and decodes it, float32 `[n]`.
+    """Writes mono samples `[n]` to a file of equal channels and decodes it, float32 `[n]`.
 
     Args:
       samples: mono.
       rate: Hz.
       suffix: such as ".mp3".
-      channels: number of equal channels.
-      file_rate: rate of the file in Hz; 0 is `rate`.
+      channels: of the file.
+      file_rate: of the file in Hz; 0 is `rate`.
       how: arguments of `soundfile.write`.
 
     Raises:
@@ -238,9 +189,8 @@ def through_file(
             soundfile.write(path, written, file_rate, **how)
         except (soundfile.LibsndfileError, RuntimeError, ValueError, TypeError) as error:
             reason = str(getattr(error, "error_string", error)).rstrip(".")
-            raise UserError(
-                f"this libsndfile ({soundfile.__libsndfile_version__}) cannot write it ({reason})."
-            ) from error
+            version = soundfile.__libsndfile_version__
+            raise UserError(f"this libsndfile ({version}) cannot write it ({reason}).") from error
         decoded = load_audio(path, rate, min_seconds=0.0).samples[: len(samples)]
     return np.pad(decoded, (0, len(samples) - len(decoded)))
 
@@ -255,14 +205,12 @@ def through_mp3(samples: np.ndarray, rate: int, kbits: int) -> np.ndarray:
     if not lowest < kbits <= highest:
         raise UserError(f"an mp3 of {rate} Hz has {lowest} to {highest} kbit/s.")
     # libsndfile maps its level from 0 to 1 linearly onto these rates.
-    how: dict[str, Any] = {
-        "bitrate_mode": "CONSTANT",
-        "compression_level": (highest - kbits) / (highest - lowest),
-    }
+    level = (highest - kbits) / (highest - lowest)
+    how: dict[str, Any] = {"bitrate_mode": "CONSTANT", "compression_level": level}
     return through_file(samples, rate, ".mp3", format="MP3", subtype="MPEG_LAYER_III", **how)
 
 
-def without_chance(function: Callable[..., np.ndarray], *arguments: Any, **named: Any) -> Apply:
+def fixed(function: Callable[..., np.ndarray], *arguments: Any, **named: Any) -> Apply:
     """Returns `function(clip, *arguments, **named)` as an `apply` that ignores its generator."""
     return lambda clip, generator: function(clip, *arguments, **named)
 
@@ -270,15 +218,15 @@ def without_chance(function: Callable[..., np.ndarray], *arguments: Any, **named
 def all_changes(rate: int, seed: int) -> tuple[list[Change], list[Missing]]:
     """Returns all changes to sound at `rate` Hz in report order, and those without effect there."""
     other = 44100 if rate != 44100 else 48000
-    tempos = (1 - TEMPO, 1 + TEMPO)
     gentle, strong = (
         enumerate(random_equalisers(count, limit, seed), start=1)
         for count, limit in ((3, GENTLE_EQ), (2, STRONG_EQ))
     )
-    limits = (("lowpass", 8000.0), ("lowpass", 4000.0), ("highpass", 100.0), ("highpass", 300.0))
-    named = [
-        (f"nothing {'above' if kind == 'lowpass' else 'below'} {frequency:g} Hz", (kind, frequency))
-        for kind, frequency in limits
+    faster = (("-", 0.98), ("+", 1.02))
+    sides = {8000.0: "above", 4000.0: "above", 100.0: "below", 300.0: "below"}
+    limits = [
+        Change(f"nothing {side} {hz:g} Hz", False, "limit", (_FILTERS[side], hz))
+        for hz, side in sides.items()
     ]
     changes = [
         *(Change(f"level {gain:+d} dB", True, "level", gain) for gain in (-20, -6, 6)),
@@ -296,29 +244,22 @@ def all_changes(rate: int, seed: int) -> tuple[list[Change], list[Missing]]:
         Change("Ogg Vorbis", True, "vorbis"),
         Change("mp3, 64 kbit/s", False, "mp3", 64),
         Change("8 bit", False, "bits", 8),
-        *(Change(f"tempo {100 * (f - 1):+.0f} %", False, "tempo", f) for f in tempos),
-        *(Change(f"speed {100 * (f - 1):+.0f} %", False, "speed", f) for f in tempos),
-        *(Change(f"pitch {s:+g} semitone", False, "pitch", s) for s in (-SEMITONES, SEMITONES)),
-        *(Change(name, False, "limit", value) for name, value in named if value[1] < rate / 2),
+        *(Change(f"tempo {sign}2 %", False, "tempo", f) for sign, f in faster),
+        *(Change(f"speed {sign}2 %", False, "speed", f) for sign, f in faster),
+        *(Change(f"pitch {s:+g} semitone", False, "pitch", s) for s in (-0.5, 0.5)),
+        *(each for each in limits if each.value[1] < rate / 2),
         *(Change(f"noise at {snr} dB", False, "noise", snr) for snr in (30, 20)),
     ]
-    return changes, [
-        Missing(name, f"at {rate} Hz there is nothing above {rate / 2:g} Hz.")
-        for name, value in named
-        if value[1] >= rate / 2
-    ]
+    reason = f"at {rate} Hz there is nothing above {rate / 2:g} Hz."
+    return changes, [Missing(each.name, reason) for each in limits if each.value[1] >= rate / 2]
 
 
 def sound_transforms(rate: int, seed: int = 0) -> tuple[list[Transform], list[Missing]]:
     """Returns the changes available for mono samples at `rate` Hz, and the others.
 
-    Their `apply` takes float32 `[n]` and returns `[at most n]`.
-
-    Args:
-      rate: Hz.
-      seed: of the random equalisers.
+    Their `apply` takes float32 `[n]` and returns `[at most n]`. The seed is that of the random
+    equalisers.
     """
-    fixed = without_chance
     wav: dict[str, Any] = {"format": "WAV", "subtype": "FLOAT", "channels": 2}
     makers: dict[str, Callable[[Any], Apply]] = {
         "level": lambda gain: fixed(np.multiply, np.float32(10 ** (gain / 20))),
@@ -327,13 +268,13 @@ def sound_transforms(rate: int, seed: int = 0) -> tuple[list[Transform], list[Mi
         "channels": lambda other: fixed(through_file, rate, ".wav", file_rate=other, **wav),
         "bits": lambda bits: functools.partial(quantise, bits=bits),
         "eq": lambda equaliser: fixed(equalise, rate, equaliser),
-        "later": lambda seconds: fixed(begin_later, rate, seconds),
-        "silence": lambda seconds: fixed(silence_before, rate, seconds),
+        "later": lambda v: lambda clip, _: clip[round(v * rate) :],
+        "silence": lambda v: lambda clip, _: np.pad(clip, (round(v * rate), 0))[: len(clip)],
         "mp3": lambda kbits: fixed(through_mp3, rate, kbits),
         "vorbis": lambda _: fixed(through_file, rate, ".ogg", format="OGG", subtype="VORBIS"),
-        "tempo": lambda factor: fixed(change_tempo, factor),
-        "speed": lambda factor: fixed(change_speed, rate, factor),
-        "pitch": lambda semitones: fixed(change_pitch, rate, semitones),
+        "tempo": lambda v: lambda clip, _: time_stretch(clip, rate=v)[: len(clip)],
+        "speed": lambda v: lambda clip, _: resample(clip, round(v * rate), rate)[: len(clip)],
+        "pitch": lambda semitones: fixed(pitch_shift, sr=rate, n_steps=semitones),
         "limit": lambda limit: fixed(limit_band, rate, *limit),
         "noise": lambda snr: functools.partial(white_noise, snr=snr),
     }
@@ -343,17 +284,10 @@ def sound_transforms(rate: int, seed: int = 0) -> tuple[list[Transform], list[Mi
     possible = []
     for change in changes:
         apply = makers[change.type](change.value)
-        if change.type in ("mp3", "vorbis"):  # which not every libsndfile can write
-            try:
+        try:
+            if change.type in ("mp3", "vorbis"):  # which not every libsndfile can write
                 apply(samples, noise)
-            except UserError as error:
-                missing.append(Missing(change.name, str(error)))
-                continue
-        possible.append(Transform(change.name, change.irrelevant, describe(change, _WHAT), apply))
+            possible.append(change.made(apply, _WHAT))
+        except UserError as error:
+            missing.append(Missing(change.name, str(error)))
     return possible, missing
-
-
-def describe(change: Change, what: Mapping[str, str]) -> str:
-    """Returns the description of a change, from a format string for each type."""
-    semitones = 12 * math.log2(change.value) if change.type == "speed" else 0.0
-    return what[change.type].format(v=change.value, semitones=semitones)

@@ -20,7 +20,6 @@ def resample(samples: np.ndarray, rate: int, wanted: int, resampler: str = "soxr
     https://ccrma.stanford.edu/~jos/resample/) with the parameters of resampy 0.4, which librosa
     used when the original musicnn's scores were computed. resampy interpolates its filter from a
     table and differs from this one by up to 4e-4 of full scale in white noise, 7e-5 in music.
-    Before version 0.4 the name meant a longer filter.
 
     Args:
       samples: `[samples]`.
@@ -32,55 +31,32 @@ def resample(samples: np.ndarray, rate: int, wanted: int, resampler: str = "soxr
       float32 `[samples * wanted / rate]`, rounded up for "soxr_hq" (as in librosa) and down for
       "kaiser_best" (as in resampy).
     """
-    if rate == wanted:
-        return np.ascontiguousarray(samples, np.float32)
-    if resampler == "soxr_hq":
-        import soxr  # slow to import, and most files do not need it
-
-        resampled = soxr.resample(np.asarray(samples, np.float32), rate, wanted, quality="HQ")
-        return _of_length(resampled, math.ceil(len(samples) * (wanted / rate)))
-    return np.concatenate(list(_by_kaiser([samples], rate, wanted)))
+    blocks = [np.asarray(samples, np.float32)]
+    return np.concatenate(list(resample_stream(blocks, rate, wanted, resampler)))
 
 
 def resample_stream(
     blocks: Iterable[np.ndarray], rate: int, wanted: int, resampler: str = "soxr_hq"
 ) -> Iterator[np.ndarray]:
-    """Yields `resample` of the concatenated blocks, bit for bit, in bounded memory.
-
-    Args:
-      blocks: mono samples, float32 `[any]`.
-      rate: their rate in Hz.
-      wanted: rate of the result in Hz.
-      resampler: "soxr_hq" or "kaiser_best".
-
-    Yields:
-      float32 `[any]`.
-    """
+    """Yields `resample` of the concatenated blocks, float32 `[any]`, bit for bit."""
     if rate == wanted:
         return iter(blocks)
     return (_by_soxr if resampler == "soxr_hq" else _by_kaiser)(blocks, rate, wanted)
 
 
 def _by_soxr(blocks: Iterable[np.ndarray], rate: int, wanted: int) -> Iterator[np.ndarray]:
-    import soxr
+    import soxr  # slow to import, and most files do not need it
 
     stream = soxr.ResampleStream(rate, wanted, 1, dtype="float32", quality="HQ")
     taken = made = 0
     for block in blocks:
-        taken += len(block)
         resampled = stream.resample_chunk(block)
-        made += len(resampled)
+        taken, made = taken + len(block), made + len(resampled)
         yield resampled
     rest = stream.resample_chunk(np.zeros(0, np.float32), last=True)
     # The total has librosa's length, whatever the length of the filter's tail.
-    yield _of_length(rest, max(math.ceil(taken * (wanted / rate)) - made, 0))
-
-
-def _of_length(samples: np.ndarray, length: int) -> np.ndarray:
-    """Returns samples trimmed or zero-padded to a length."""
-    if len(samples) == length:
-        return samples
-    return np.pad(samples, (0, max(length - len(samples), 0)))[:length]
+    missing = max(math.ceil(taken * (wanted / rate)) - made, 0)
+    yield np.pad(rest, (0, max(missing - len(rest), 0)))[:missing]
 
 
 @functools.lru_cache(maxsize=2)
@@ -92,9 +68,8 @@ def _filter(rate: int, wanted: int) -> np.ndarray:
     longer = max(rate, wanted) // divisor
     time = np.arange(_ZEROS * longer + 1) / longer  # in zero crossings
     half = _ROLLOFF * np.sinc(_ROLLOFF * time)
-    half *= scipy.special.i0(
-        _BETA * np.sqrt(np.maximum(1 - np.square(time / _ZEROS), 0))
-    ) / scipy.special.i0(_BETA)
+    argument = _BETA * np.sqrt(np.maximum(1 - np.square(time / _ZEROS), 0))
+    half *= scipy.special.i0(argument) / scipy.special.i0(_BETA)
     half *= min(1.0, wanted / rate)
     return np.concatenate([half[:0:-1], half])
 
@@ -112,10 +87,9 @@ def _by_kaiser(blocks: Iterable[np.ndarray], rate: int, wanted: int) -> Iterator
     kernel = _filter(rate, wanted)
     half = len(kernel) // 2
     reach = half // up + 1
-    before = -(-reach // down)  # groups of `down` samples
+    before, delay = -(-reach // down), -(-half // down)  # in groups of `down` samples
     # The filter's centre falls on an output sample.
-    kernel = np.concatenate([np.zeros(-half % down), kernel])
-    delay = -(-half // down)
+    kernel = np.pad(kernel, (-half % down, 0))
 
     # `waiting` begins `before` groups ahead of the next group to resample.
     waiting, taken, made = np.zeros(before * down), 0, 0

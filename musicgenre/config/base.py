@@ -49,25 +49,20 @@ def check_config(config: ConfigDict) -> None:
     known, values = dict(flatten(base_config())), dict(flatten(config))
     own = {f"data.{key}": value for key, value in _own_data_fields(config).items()}
     for name, value in values.items():
-        if name in own:
-            check_type(name, value, own[name])
+        if name in own or (name in known and name.startswith("features.")):
+            check_type(name, value, (own | known)[name])
         elif name not in known and not name.startswith(("model.", "pretrain.")):
-            raise UserError(
-                f"config.{name} is not a field of the configuration."
-                + did_you_mean(name, known | own)
-            )
-        elif name.startswith("features."):
-            check_type(name, value, known[name])
+            hint = did_you_mean(name, known | own)
+            raise UserError(f"config.{name} is not a field of the configuration.{hint}")
     if missing := [name for name in known if name not in values]:
-        raise UserError(
-            f"config.{missing[0]} is missing: start the config from "
-            "musicgenre.config.base_config()."
-        )
+        raise UserError(f"config.{missing[0]} is missing: start from base_config().")
     _make(sections.Experiment, config)
     for section, cls in sections.SECTIONS.items():
         _make(cls, config[section])
-    _check_together(config)
-    _check_augment(config)
+    clip_layout(config)
+    for problem, text in (*_contradictions(config), *_unfit_augmentations(config)):
+        if problem:
+            raise UserError(f"config.{text}")
 
 
 def _make(cls: type[Section], values: Any) -> Section:
@@ -83,43 +78,39 @@ def _own_data_fields(config: ConfigDict) -> dict[str, Any]:
     return extra_fields(str(config.data.get("dataset", "")))
 
 
-def _check_together(config: ConfigDict) -> None:
-    """Raises UserError where fields contradict each other."""
-    if config.optimizer.transferred_rate != 1 and not config.init_from:
-        raise UserError(
-            "config.optimizer.transferred_rate has no effect without config.init_from, the run to "
-            "start from."
+def _contradictions(config: ConfigDict) -> Iterator[tuple[Any, str]]:
+    """Yields whether fields contradict each other, and a message that follows "config."."""
+    data, optimizer = config.data, config.optimizer
+    yield (
+        optimizer.transferred_rate != 1 and not config.init_from,
+        "optimizer.transferred_rate has no effect without config.init_from, the run to start from.",
+    )
+    for name in config.distill.teachers:
+        yield (
+            not isinstance(name, str) or not name,
+            f"distill.teachers takes the names of models, such as ('gtzan',), not {name!r}.",
         )
-    teachers = config.distill.teachers
-    if unnamed := [name for name in teachers if not isinstance(name, str) or not name]:
-        raise UserError(
-            "config.distill.teachers takes the names of models, such as ('gtzan',), not "
-            f"{unnamed[0]!r}."
-        )
-    if config.batch_size % config.optimizer.accumulate:
-        raise UserError(
-            f"config.batch_size={config.batch_size} does not divide by "
-            f"optimizer.accumulate={config.optimizer.accumulate}."
-        )
-    if config.data.crop_frames and config.data.normalise == "position":
-        raise UserError(
-            "config.data.crop_frames needs a normalisation that does not depend on the position in "
-            "the clip: set --config.data.normalise=band."
-        )
-    if config.features.kind == "waveform" and config.data.pad == "silence":
-        raise UserError(
-            "config.data.pad='silence' is the quietest value of a spectrogram: take 'repeat' or "
-            "'zero' for a waveform."
-        )
-    if len(config.data.fractions) != 3:
-        raise UserError(
-            "config.data.fractions takes three numbers (train, valid, test), not "
-            f"{config.data.fractions!r}."
-        )
-    feature_spec(config)
-    clip_layout(config)
+    yield (
+        config.batch_size % optimizer.accumulate,
+        f"batch_size={config.batch_size} does not divide by optimizer.accumulate="
+        f"{optimizer.accumulate}.",
+    )
+    yield data.crop_frames and data.normalise == "position", f"data.crop_frames {_BY_BAND}"
+    yield (
+        config.features.kind == "waveform" and data.pad == "silence",
+        "data.pad='silence' is the quietest value of a spectrogram: take 'repeat' or 'zero' for a "
+        "waveform.",
+    )
+    yield (
+        len(data.fractions) != 3,
+        f"data.fractions takes three numbers (train, valid, test), not {data.fractions!r}.",
+    )
 
 
+_BY_BAND = (
+    "needs a normalisation that does not depend on the position in the clip: set "
+    "--config.data.normalise=band."
+)
 # Types of features that an augmentation applies to. Those in dB need compression "db" as well.
 _DECIBELS = ("gain", "eq", "noise", "low_pass", "high_pass")
 _AUGMENTED = {
@@ -129,43 +120,39 @@ _AUGMENTED = {
 } | dict.fromkeys(_DECIBELS, ("logmel", "stft"))
 
 
-def _check_augment(config: ConfigDict) -> None:
-    """Raises UserError for an augmentation that the features cannot undergo."""
+def _unfit_augmentations(config: ConfigDict) -> Iterator[tuple[Any, str]]:
+    """Yields whether an augmentation cannot be applied, and a message that follows "config."."""
     augment, spec = config.augment, feature_spec(config)
     frames = config.data.crop_frames or config.data.frames
-
-    def wrong(name: str, reason: str) -> UserError:
-        return UserError(f"config.augment.{name}={augment[name]} {reason}")
-
+    said = {name: f"augment.{name}={value}" for name, value in augment.items()}
     for name, value in augment.items():
-        if value == float("inf"):
-            raise wrong(name, "must be a finite number.")
-    if augment.time_shuffle == 1 or augment.time_shuffle > frames:
-        raise wrong("time_shuffle", f"must be 0 (off) or from 2 segments to the {frames} frames.")
-    if augment.pitch_shift >= spec.bands:
-        raise wrong("pitch_shift", f"must be below the {spec.bands} bands.")
+        yield value == float("inf"), f"{said[name]} must be a finite number."
+    yield (
+        augment.time_shuffle == 1 or augment.time_shuffle > frames,
+        f"{said['time_shuffle']} must be 0 (off) or from 2 segments to the {frames} frames.",
+    )
+    too_far = f"{said['pitch_shift']} must be below the {spec.bands} bands."
+    yield augment.pitch_shift >= spec.bands, too_far
     for name, size, what in (("time", frames, "frames"), ("band", spec.bands, "bands")):
-        if augment[f"{name}_masks"] and augment[f"{name}_mask_share"] * size < 1:
-            raise wrong(f"{name}_mask_share", f"of {size} {what} is less than one: empty masks.")
+        widest = f"{name}_mask_share"
+        empty = augment[f"{name}_masks"] and augment[widest] * size < 1
+        yield empty, f"{said[widest]} of {size} {what} is less than one: empty masks."
     for name, kinds in _AUGMENTED.items():
-        if augment[name] and spec.kind not in kinds:
-            wanted = f"features.kind={' or '.join(kinds)}, not {spec.kind!r}"
-            raise wrong(name, f"is for {wanted}: leave it at 0.")
-        if augment[name] and name in _DECIBELS and spec.compression != "db":
-            raise wrong(
-                name,
-                f"is in dB, which features.compression={spec.compression!r} is not: leave it at 0.",
-            )
+        wanted = f"features.kind={' or '.join(kinds)}, not {spec.kind!r}"
+        unfit = augment[name] and spec.kind not in kinds
+        yield unfit, f"{said[name]} is for {wanted}: leave it at 0."
+        yield (
+            augment[name] and name in _DECIBELS and spec.compression != "db",
+            f"{said[name]} is in dB, which features.compression={spec.compression!r} is not: leave "
+            "it at 0.",
+        )
     for name in ("time_stretch", "time_shuffle"):
-        if augment[name] and config.data.normalise == "position":
-            raise wrong(
-                name,
-                "needs a normalisation that does not depend on the position in the clip: set "
-                "--config.data.normalise=band.",
-            )
+        yield augment[name] and config.data.normalise == "position", f"{said[name]} {_BY_BAND}"
     for name in ("mixup", "cutmix"):
-        if augment[name] and config.batch_size < 2:
-            raise wrong(name, "mixes the clips of a batch: config.batch_size must be at least 2.")
+        yield (
+            augment[name] and config.batch_size < 2,
+            f"{said[name]} mixes the clips of a batch: config.batch_size must be at least 2.",
+        )
 
 
 def feature_spec(config: ConfigDict) -> FeatureSpec:
@@ -225,10 +212,7 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
     def merge(default: Any, there: Any) -> Any:
         if not isinstance(default, Mapping) or not isinstance(there, Mapping):
             return there
-        return {
-            key: merge(default[key], there[key]) if key in there else default[key]
-            for key in default
-        } | {key: value for key, value in there.items() if key not in default}
+        return {**default, **{key: merge(default.get(key), there[key]) for key in there}}
 
     merged: dict[str, Any] = merge(to_plain(base_config()), values)
     return merged

@@ -1,6 +1,7 @@
 """Fields that know their meaning and range, and sections of them that check themselves."""
 
 import dataclasses
+import operator
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -12,27 +13,19 @@ def setting(
     meaning: str,
     *,
     choices: tuple[str, ...] = (),
-    at_least: float | None = None,
+    least: float | None = None,
     above: float | None = None,
-    at_most: float | None = None,
+    most: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """Returns a dataclass field with its default, meaning and range.
+    """Returns a dataclass field with its default, its meaning (with units) and its allowed values.
 
-    Args:
-      default: its value where a config does not set it; its type is the field's.
-      meaning: one or two sentences, with units.
-      choices: the values that it may have; any if empty.
-      at_least: smallest value.
-      above: value that it must exceed.
-      at_most: largest value.
-      below: value that it must stay under.
+    The field has its default's type. `choices` are its only values; `least`, `above`, `most` and
+    `below` limit a number.
     """
-    limits = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    limits = {"at least": least, "above": above, "at most": most, "below": below}
     known = {words: limit for words, limit in limits.items() if limit is not None}
     metadata = {"meaning": meaning, "choices": choices, "limits": known}
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -50,6 +43,11 @@ def check_type(name: str, value: Any, default: Any) -> None:
         raise UserError(f"config.{name} must be {wanted} like {default!r}, not {value!r}.")
 
 
+# A NaN fails every one of them.
+_HOLDS = {"at least": operator.ge, "above": operator.gt}
+_HOLDS |= {"at most": operator.le, "below": operator.lt}
+
+
 @dataclasses.dataclass(frozen=True)
 class Section:
     """A section of a config. Making one checks each of its fields.
@@ -61,29 +59,15 @@ class Section:
     prefix: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        """Checks types, choices and limits."""
-        for field in dataclasses.fields(self):
-            if field.metadata:
-                self._check(field)
-
-    def _check(self, field: Any) -> None:
-        name, value = self.prefix + field.name, getattr(self, field.name)
-        choices, limits = field.metadata["choices"], field.metadata["limits"]
-        check_type(name, value, default_of(field))
-        if choices and value not in choices:
-            raise UserError(f"config.{name}={value!r} is not known." + did_you_mean(value, choices))
-        # Written so that a NaN fails every one of them.
-        holds = {
-            "at least": lambda limit: value >= limit,
-            "above": lambda limit: value > limit,
-            "at most": lambda limit: value <= limit,
-            "below": lambda limit: value < limit,
-        }
-        if all(holds[words](limit) for words, limit in limits.items()):
-            return
-        if limits == {"at least": 0}:
-            raise UserError(f"config.{name} must not be negative, but is {value}.")
-        raise UserError(f"config.{name} must be {limits_text(limits)}, not {value}.")
+        for field in [field for field in dataclasses.fields(self) if field.metadata]:
+            name, value = self.prefix + field.name, getattr(self, field.name)
+            choices, limits = field.metadata["choices"], field.metadata["limits"]
+            check_type(name, value, field.default)
+            if choices and value not in choices:
+                hint = did_you_mean(value, choices)
+                raise UserError(f"config.{name}={value!r} is not known.{hint}")
+            if not all(_HOLDS[words](value, limit) for words, limit in limits.items()):
+                raise UserError(f"config.{name} must be {limits_text(limits)}, not {value}.")
 
 
 def limits_text(limits: dict[str, float]) -> str:

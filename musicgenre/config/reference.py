@@ -2,25 +2,17 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from musicgenre import models
 from musicgenre.audio.features import FeatureSpec
 from musicgenre.config import base, sections
-from musicgenre.config.fields import Section, default_of, documented_fields, limits_text
+from musicgenre.config.fields import Section, documented_fields, limits_text
 from musicgenre.models.registry import input_limits
 
 
-@dataclasses.dataclass(frozen=True)
-class FieldText:
-    """A field in words.
-
-    Attributes:
-      name: dotted, as in a flag.
-      default: its default.
-      meaning: what it does, with units.
-      allowed: choices or range; "" if any value of the type will do.
-    """
+class FieldText(NamedTuple):
+    """A field in words: dotted name, default, meaning with units, choices or range."""
 
     name: str
     default: Any
@@ -28,29 +20,25 @@ class FieldText:
     allowed: str = ""
 
 
-def section_texts() -> dict[str, tuple[str, list[FieldText]]]:
+Texts = dict[str, tuple[str, list[FieldText]]]
+
+
+def section_texts() -> Texts:
     """Returns section -> (what it is about, its fields), in the order of a config."""
-    texts: dict[str, tuple[str, list[FieldText]]] = {}
     every: dict[str, type[Section]] = {"": sections.Experiment, **sections.SECTIONS}
-    for name, cls in every.items():
-        texts[name] = (_summary(cls), list(_fields(cls)))
-    front_end = [
-        FieldText(f"features.{name}", default, meaning)
-        for name, default, meaning in documented_fields(FeatureSpec)
-    ]
+    texts: Texts = {name: (_summary(cls), list(_fields(cls))) for name, cls in every.items()}
+    own = documented_fields(FeatureSpec)
+    front_end = [FieldText(f"features.{name}", *description) for name, *description in own]
     return texts | {"features": (_summary(FeatureSpec), front_end)}
 
 
-def network_texts() -> dict[str, tuple[str, list[FieldText]]]:
+def network_texts() -> Texts:
     """Returns network -> (what it is, its own fields of the section `model`)."""
-    texts = {}
+    texts: Texts = {}
     for name, cls in models.registered().items():
-        own = models.hyperparameters(cls)
         meanings = {field: meaning for field, _, meaning in documented_fields(cls)}
-        fields = [
-            FieldText(f"model.{field}", default, meanings.get(field, ""))
-            for field, default in own.items()
-        ]
+        own = models.hyperparameters(cls).items()
+        fields = [FieldText(f"model.{key}", value, meanings.get(key, "")) for key, value in own]
         texts[name] = (_summary(cls), fields)
     return texts
 
@@ -58,9 +46,7 @@ def network_texts() -> dict[str, tuple[str, list[FieldText]]]:
 def listing(values: Mapping[str, Any] | None = None) -> Iterator[str]:
     """Yields lines for people: every field with its value, meaning and allowed values.
 
-    Args:
-      values: a config, whose values and network are shown; "*" marks those that differ from the
-        default. The defaults if None.
+    The values are the defaults, or those of a config; "*" marks the ones that it changes.
     """
     shown = dict(base.flatten(values)) if values is not None else {}
     texts = section_texts()
@@ -111,8 +97,7 @@ def _fields(cls: type[Section]) -> Iterator[FieldText]:
             continue
         choices, limits = field.metadata["choices"], field.metadata["limits"]
         allowed = ", ".join(choice or "''" for choice in choices) or limits_text(limits)
-        name = cls.prefix + field.name
-        yield FieldText(name, default_of(field), field.metadata["meaning"], allowed)
+        yield FieldText(cls.prefix + field.name, field.default, field.metadata["meaning"], allowed)
 
 
 def _summary(cls: Any) -> str:

@@ -28,67 +28,45 @@ class Data(Section):
 
     dataset: str = setting(
         "gtzan",
-        "gtzan, mtat, msd, folder, csv, arrays, synthetic, or a data set of your own. Its own "
-        "fields follow as --config.data.<field>.",
+        "gtzan, mtat, msd, folder, csv, arrays, synthetic or your own, whose fields follow here.",
     )
     root: str = setting("", "Folder or file of the data set.")
     store: str = setting("", "Folder of its spectrogram store; '' derives one below stores_root.")
     stores_root: str = setting("stores", "Folder of the derived stores.")
     protocol: str = setting(
         "fault_filtered",
-        "How the clips are split. gtzan: fault_filtered, artist_folds, random, stratified_kfold; "
-        "mtat: clean, all, report, grouped; arrays: files (fault_filtered means the same), "
-        "artist_kfold, random_kfold, segment_leaked.",
+        "The split. gtzan: fault_filtered, artist_folds, random, stratified_kfold; mtat: clean, "
+        "all, report, grouped; arrays: files, artist_kfold, random_kfold, segment_leaked.",
     )
-    top_k: int = setting(50, "mtat and msd: the most frequent tags become labels.", at_least=1)
+    top_k: int = setting(50, "mtat and msd: the most frequent tags become labels.", least=1)
     fold: int = setting(0, "Which fold is held out, from 0.")
     folds: int = setting(10, "Number of folds.")
-    split_seed: int = setting(42, "Seed of random splits.", at_least=0)
+    split_seed: int = setting(42, "Seed of random splits.", least=0)
     fractions: tuple[float, ...] = setting(
-        (0.7, 0.15, 0.15),
-        "Train, valid and test, where the data come without splits (folder, csv, msd, mtat's "
-        "grouped).",
+        (0.7, 0.15, 0.15), "Train, valid and test of folder, csv, msd, and mtat's grouped split."
     )
-    allow_missing: bool = setting(
-        False, "Skip and list clips that a list names but that are not on disk (or not fetched)."
-    )
-    task: str = setting(
-        "", "csv: single_label, multi_label or regression; '' follows from the columns."
-    )
+    allow_missing: bool = setting(False, "Skip clips that a list names but that are not on disk.")
+    task: str = setting("", "csv: single_label, multi_label or regression; '' is inferred.")
     files: Files = dataclasses.field(default_factory=Files)
-    array_layout: str = setting(
-        "mel_time", "arrays: axes after the clips.", choices=("mel_time", "time_mel")
-    )
+    array_layout: str = setting("mel_time", "Axes of arrays.", choices=("mel_time", "time_mel"))
     clips_per_style: int = setting(24, "synthetic: clips per style.")
     seconds: float = setting(6.0, "synthetic: length of a clip in seconds.", above=0)
-    min_seconds: float = setting(1.0, "Shorter sound files are skipped.", at_least=0)
-    frames: int = setting(647, "Frames per clip in the store.", at_least=0)
+    min_seconds: float = setting(1.0, "Shorter sound files are skipped.", least=0)
+    frames: int = setting(647, "Frames per clip in the store.", least=0)
     pad: str = setting("repeat", "What fills a shorter clip: repeat, silence or zero.")
     excerpt: str = setting("start", "What is kept of a longer one: start, middle or spread.")
     normalise: str = setting(
         "position",
-        "Mean and standard deviation of the training split, per position, band or globally.",
+        "Scope of the training split's mean and standard deviation.",
         choices=("position", "band", "global", "none"),
     )
-    normalise_clips: int = setting(
-        0,
-        "Training clips, evenly spaced, that these statistics are computed from; 0 takes all. "
-        "20,000 of a million are read in half a minute.",
-        at_least=0,
-    )
-    crop_frames: int = setting(
-        0, "Frames of a random training window; 0 trains on complete clips.", at_least=0
-    )
-    eval_chunks: int = setting(
-        1,
-        "With crop_frames: evenly spaced windows per clip; their scores are averaged.",
-        at_least=1,
-    )
-    workers: int = setting(0, "Grain worker processes. 0 is fastest for a memory map.", at_least=0)
+    normalise_clips: int = setting(0, "Training clips for these statistics; 0 takes all.", least=0)
+    crop_frames: int = setting(0, "Frames of a random training window; 0 is the clip.", least=0)
+    eval_chunks: int = setting(1, "Windows per clip whose scores are averaged.", least=1)
+    workers: int = setting(0, "Grain worker processes. 0 is fastest for a memory map.", least=0)
     on_device: str = setting(
         "auto",
-        "Keep all training clips on the devices, where each step gathers its batch: where they "
-        "fit, always or never. The result is the same.",
+        "Keep all training clips on the devices; auto where they fit. The result is the same.",
         choices=("auto", "always", "never"),
     )
 
@@ -99,40 +77,24 @@ class Augment(Section):
 
     prefix = "augment."
 
-    time_stretch: float = setting(
-        0.0, "Rates from 1 / (1 + this) to 1 + this.", at_least=0, at_most=1
-    )
-    time_shuffle: int = setting(0, "Segments of the clip that are permuted.", at_least=0)
-    pitch_shift: float = setting(0.0, "Largest shift up or down, in bands.", at_least=0)
-    gain: float = setting(0.0, "Largest change of level, dB.", at_least=0)
-    eq: float = setting(0.0, "Largest gain of a random curve over the bands, dB.", at_least=0)
-    eq_points: int = setting(4, "Points of that curve; 2 are a tilt.", at_least=2)
-    noise: float = setting(0.0, "Largest standard deviation of noise on each cell, dB.", at_least=0)
-    mixup: float = setting(
-        0.0, "Alpha of the beta distribution of mixing weights (Zhang 2018).", at_least=0
-    )
-    cutmix: float = setting(
-        0.0, "The same for the fraction of frames that remain (Yun 2019).", at_least=0
-    )
-    mix_share: float = setting(1.0, "Probability that a clip is mixed.", above=0, at_most=1)
-    time_masks: int = setting(0, "SpecAugment: masks over frames.", at_least=0)
-    time_mask_share: float = setting(
-        0.1, "Widest time mask, as a fraction of the frames.", above=0, at_most=1
-    )
-    band_masks: int = setting(0, "SpecAugment: masks over bands.", at_least=0)
-    band_mask_share: float = setting(
-        0.1, "Widest band mask, as a fraction of the bands.", above=0, at_most=1
-    )
-    low_pass: float = setting(
-        0.0, "Largest fraction of the bands removed at the top.", at_least=0, at_most=1
-    )
-    high_pass: float = setting(
-        0.0, "Largest fraction of the bands removed at the bottom.", at_least=0, at_most=1
-    )
-    pass_share: float = setting(1.0, "Probability of each of these two.", above=0, at_most=1)
-    probability: float = setting(
-        1.0, "Probability of each of the others but mixing.", above=0, at_most=1
-    )
+    time_stretch: float = setting(0.0, "Rates from 1 / (1 + this) to 1 + this.", least=0, most=1)
+    time_shuffle: int = setting(0, "Segments of the clip that are permuted.", least=0)
+    pitch_shift: float = setting(0.0, "Largest shift up or down, in bands.", least=0)
+    gain: float = setting(0.0, "Largest change of level, dB.", least=0)
+    eq: float = setting(0.0, "Largest gain of a random curve over the bands, dB.", least=0)
+    eq_points: int = setting(4, "Points of that curve; 2 are a tilt.", least=2)
+    noise: float = setting(0.0, "Largest standard deviation of noise on each cell, dB.", least=0)
+    mixup: float = setting(0.0, "Alpha of the mixing weights' beta (Zhang 2018).", least=0)
+    cutmix: float = setting(0.0, "Alpha of the remaining frames' beta (Yun 2019).", least=0)
+    mix_share: float = setting(1.0, "Probability that a clip is mixed.", above=0, most=1)
+    time_masks: int = setting(0, "SpecAugment: masks over frames.", least=0)
+    time_mask_share: float = setting(0.1, "Widest mask, fraction of frames.", above=0, most=1)
+    band_masks: int = setting(0, "SpecAugment: masks over bands.", least=0)
+    band_mask_share: float = setting(0.1, "Widest mask, fraction of bands.", above=0, most=1)
+    low_pass: float = setting(0.0, "Largest fraction of top bands removed.", least=0, most=1)
+    high_pass: float = setting(0.0, "Largest fraction of bottom bands removed.", least=0, most=1)
+    pass_share: float = setting(1.0, "Probability of each of these two.", above=0, most=1)
+    probability: float = setting(1.0, "Probability of the others but mixing.", above=0, most=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,17 +115,16 @@ class Pretrain(Section):
 
     method: str = setting(
         "",
-        "contrastive_divergence (stacked restricted Boltzmann machines), simclr (two views of each "
-        "clip, any network) or an objective of your own; '' is the first for the network rbm, the "
-        "second for all others.",
+        "contrastive_divergence (stacked restricted Boltzmann machines), simclr, or an objective "
+        "of your own; '' is the first for the network rbm, the second for all others.",
     )
-    epochs: int = setting(20, "Epochs; of contrastive divergence, per layer.", at_least=1)
+    epochs: int = setting(20, "Epochs; of contrastive divergence, per layer.", least=1)
     learning_rate: float = setting(0.01, "Contrastive divergence: learning rate.", above=0)
-    momentum: float = setting(0.5, "Contrastive divergence: momentum.", at_least=0, below=1)
-    weight_decay: float = setting(2e-4, "Contrastive divergence: weight decay.", at_least=0)
-    cd_steps: int = setting(1, "Contrastive divergence: Gibbs steps k of CD-k.", at_least=1)
+    momentum: float = setting(0.5, "Contrastive divergence: momentum.", least=0, below=1)
+    weight_decay: float = setting(2e-4, "Contrastive divergence: weight decay.", least=0)
+    cd_steps: int = setting(1, "Contrastive divergence: Gibbs steps k of CD-k.", least=1)
     temperature: float = setting(0.5, "simclr: temperature of the cosine similarities.", above=0)
-    projection: int = setting(128, "simclr: outputs of the projection head.", at_least=1)
+    projection: int = setting(128, "simclr: outputs of the projection head.", least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,38 +135,27 @@ class Optimizer(Section):
 
     name: str = setting("adam", "Optimiser.", choices=("sgd", "momentum", "adam", "adamw", "lamb"))
     learning_rate: float = setting(1e-3, "Peak learning rate.", above=0)
-    momentum: float = setting(0.9, "momentum: coefficient.", at_least=0, below=1)
-    b1: float = setting(0.9, "adam, adamw, lamb: decay of the first moment.", at_least=0, below=1)
-    b2: float = setting(0.999, "adam, adamw, lamb: decay of the second.", at_least=0, below=1)
+    momentum: float = setting(0.9, "momentum: coefficient.", least=0, below=1)
+    b1: float = setting(0.9, "adam, adamw, lamb: decay of the first moment.", least=0, below=1)
+    b2: float = setting(0.999, "adam, adamw, lamb: decay of the second.", least=0, below=1)
     eps: float = setting(1e-8, "adam, adamw, lamb: added to the denominator.", above=0)
-    weight_decay: float = setting(0.0, "adamw and lamb; on kernels only.", at_least=0)
+    weight_decay: float = setting(0.0, "adamw and lamb; on kernels only.", least=0)
     schedule: str = setting(
         "keras",
         "Learning rate over the steps; keras is rate / (1 + decay_rate * step).",
         choices=("constant", "cosine", "exponential", "keras"),
     )
-    decay_rate: float = setting(
-        0.01, "keras: as above; exponential: factor per decay_steps.", at_least=0
-    )
-    decay_steps: int = setting(1000, "exponential: steps per factor.", at_least=1)
-    warmup_steps: int = setting(0, "Steps of linear warm-up.", at_least=0)
-    clip_norm: float = setting(0.0, "Largest global norm of the gradient; 0 is off.", at_least=0)
+    decay_rate: float = setting(0.01, "See schedule; exponential: factor per decay_steps.", least=0)
+    decay_steps: int = setting(1000, "exponential: steps per factor.", least=1)
+    warmup_steps: int = setting(0, "Steps of linear warm-up.", least=0)
+    clip_norm: float = setting(0.0, "Largest global norm of the gradient; 0 is off.", least=0)
     transferred_rate: float = setting(
-        1.0,
-        "Factor of the rate for layers that come from init_from; 0 freezes them.",
-        at_least=0,
-        at_most=1,
+        1.0, "Factor of the rate for layers from init_from; 0 freezes them.", least=0, most=1
     )
     layer_decay: float = setting(
-        1.0,
-        "Factor of the rate from one layer to the one before it; below 1 the first layers move "
-        "least.",
-        at_least=1e-6,
-        at_most=1,
+        1.0, "Factor of the rate from one layer to the one before it.", least=1e-6, most=1
     )
-    accumulate: int = setting(
-        1, "Parts of a batch whose gradients are accumulated, to save memory.", at_least=1
-    )
+    accumulate: int = setting(1, "Parts of a batch whose gradients are accumulated.", least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,16 +166,11 @@ class Loss(Section):
 
     name: str = setting(
         "",
-        "cross_entropy (softmax, or sigmoid for tags) or mse (of probabilities, or of a "
-        "regression's outputs); '' follows from the task.",
+        "cross_entropy (softmax, or sigmoid for tags) or mse; '' follows from the task.",
         choices=("", "cross_entropy", "mse"),
     )
-    label_smoothing: float = setting(
-        0.0, "Fraction of the target spread over all classes.", at_least=0, below=1
-    )
-    class_weights: str = setting(
-        "none", "Balanced by the training split or not.", choices=("none", "balanced")
-    )
+    label_smoothing: float = setting(0.0, "Fraction spread over all classes.", least=0, below=1)
+    class_weights: str = setting("none", "Class weights.", choices=("none", "balanced"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,50 +182,33 @@ class Distill(Section):
     teachers: tuple[str, ...] = setting(
         (), "Workdirs, bundles or packaged models of the same labels and front end; () is off."
     )
-    weight: float = setting(0.5, "Weight of the teachers in the target.", at_least=0, at_most=1)
-    temperature: float = setting(
-        1.0, "Divides the teachers' logits; above 1 softens their predictions.", above=0
-    )
+    weight: float = setting(0.5, "Weight of the teachers in the target.", least=0, most=1)
+    temperature: float = setting(1.0, "Divides the teachers' logits.", above=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment(Section):
     """The top-level fields."""
 
-    seed: int = setting(
-        0, "Parameters, order of the clips, windows and dropout all derive from it.", at_least=0
-    )
-    module: str = setting(
-        "", "A Python module of yours that registers networks, data sets or objectives."
-    )
-    init_from: str = setting(
-        "", "Workdir, bundle or packaged model whose layers, but for the head, the run starts from."
-    )
-    batch_size: int = setting(32, "Clips per step, over all devices.", at_least=1)
-    epochs: int = setting(100, "Passes over the training split.", at_least=1)
-    dtype: str = setting(
-        "float32",
-        "Type of the computation; parameters stay float32.",
-        choices=("float32", "bfloat16"),
-    )
+    seed: int = setting(0, "Seed of parameters, clip order, windows and dropout.", least=0)
+    module: str = setting("", "Your module that registers networks, data sets or objectives.")
+    init_from: str = setting("", "Saved model whose layers, except the head, the run starts from.")
+    batch_size: int = setting(32, "Clips per step, over all devices.", least=1)
+    epochs: int = setting(100, "Passes over the training split.", least=1)
+    dtype: str = setting("float32", "Computation type.", choices=("float32", "bfloat16"))
     ema_decay: float = setting(
-        0.0,
-        "Decay of the moving average of the parameters, which evaluation uses; 0 is off.",
-        at_least=0,
-        below=1,
+        0.0, "Decay of the evaluated average of the parameters; 0 is off.", least=0, below=1
     )
-    steps_per_call: int = setting(
-        1, "Steps per compiled call: for networks of a few milliseconds.", at_least=1
-    )
-    eval_every: int = setting(1, "Epochs between evaluations and checkpoints.", at_least=1)
-    log_every: int = setting(10, "Steps between log rows.", at_least=1)
+    steps_per_call: int = setting(1, "Steps per compiled call, for small networks.", least=1)
+    eval_every: int = setting(1, "Epochs between evaluations and checkpoints.", least=1)
+    log_every: int = setting(10, "Steps between log rows.", least=1)
     select_metric: str = setting(
         "",
         "Validation metric that marks the best checkpoint; '' follows from the task.",
         choices=("", "accuracy", "loss", "macro_f1", "macro_roc_auc", "macro_pr_auc", "r2"),
     )
     patience: int = setting(
-        0, "Evaluations without improvement before training stops early; 0 is off.", at_least=0
+        0, "Evaluations without improvement that stop training; 0 is off.", least=0
     )
 
 

@@ -8,11 +8,10 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from musicgenre.datasets.base import Clip, Dataset, make_dataset
+from musicgenre.datasets.base import Clip, Dataset
 from musicgenre.datasets.gtzan import artist_groups
 from musicgenre.datasets.registry import register
 from musicgenre.datasets.splits import kfold_split
@@ -24,33 +23,24 @@ PROTOCOLS = ("files", *FOLD_PROTOCOLS)
 _SEGMENT = "#"
 # An archive that unpacks to more than this is refused before it is unpacked.
 MAX_BYTES = 8 * 2**30
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, RuntimeError)
 
 
 @dataclasses.dataclass(frozen=True)
 class ArrayFile:
     """Spectrograms and their clips.
 
-    Attributes:
-      path: the file.
-      values: `[clips, mels, frames]` ("mel_time") or `[clips, frames, mels]`; dB, or uint8 steps
-        below 0 dB.
-      db_min: dB of the lowest step of each clip when `values` is uint8, else None.
-      layout: "mel_time" or "time_mel".
-      clip_ids: `[clips]`.
-      labels: `[clips]`.
-      groups: `[clips]`, None where unknown.
-      label_names: in the order of the file's class numbers; empty where labels are strings without
-        a list.
+    `values` are dB, or uint8 steps below 0 dB. `layout` is "mel_time" or "time_mel".
     """
 
     path: Path
-    values: np.ndarray
-    db_min: np.ndarray | None
+    values: np.ndarray  # [clips, mels, frames] ("mel_time") or [clips, frames, mels]
+    db_min: np.ndarray | None  # dB of the lowest step of each clip when `values` is uint8
     layout: str
     clip_ids: list[str]
-    labels: list[str]
-    groups: list[str | None]
-    label_names: tuple[str, ...]
+    labels: list[str]  # [clips]
+    groups: list[str | None]  # [clips], None where unknown
+    label_names: tuple[str, ...]  # by class number; empty where labels are strings without a list
 
     @property
     def frames_and_bands(self) -> tuple[int, int]:
@@ -59,23 +49,17 @@ class ArrayFile:
         return (b, a) if self.layout == "mel_time" else (a, b)
 
     def segment_row(self, row: int, index: int, count: int) -> int:
-        """Returns the row number by which `spectrogram` knows a segment.
+        """Returns the row number by which `spectrogram` knows segment `index` of `count` of a clip.
 
         After the rows of complete clips come those of the first halves of all clips, their second
         halves, their first thirds and so on.
-
-        Args:
-          row: of the clip.
-          index: of the segment, from 0.
-          count: segments per clip.
         """
         return row + len(self.values) * (count * (count - 1) // 2 + index)
 
     def spectrogram(self, row: int) -> np.ndarray:
         """Returns the log-mel spectrogram in dB of a clip or segment, float32 `[frames, mels]`.
 
-        uint8 step s stands for `db_min * (1 - (s + 0.5) / 256)`, so that 0 dB is the clip's
-        maximum.
+        uint8 step s stands for `db_min * (1 - (s + 0.5) / 256)`: 0 dB is the clip's maximum.
 
         Args:
           row: of a clip, or a segment's as `segment_row` numbers it.
@@ -88,7 +72,7 @@ class ArrayFile:
         index, frames = block - count * (count - 1) // 2, self.frames_and_bands[0] // count
         part = slice(index * frames, (index + 1) * frames) if count > 1 else slice(None)
         values: np.ndarray = np.asarray(self.values[row], np.float32)
-        values = values[:, part] if self.layout == "mel_time" else values[part]
+        values = (values.T if self.layout == "mel_time" else values)[part]
         if self.db_min is not None:
             values = np.float32(self.db_min[row]) * (1 - (values + np.float32(0.5)) / 256)
         if not np.isfinite(values).all():
@@ -96,7 +80,7 @@ class ArrayFile:
                 f"{self.path}: the spectrogram of {self.clip_ids[row]} has values that are not "
                 "finite numbers."
             )
-        return np.ascontiguousarray(values.T if self.layout == "mel_time" else values)
+        return np.ascontiguousarray(values)
 
 
 @register("arrays", needs_root=False)
@@ -137,21 +121,13 @@ def load_arrays(
         impossible folds (see `kfold_split`), or clips too short for two segments.
     """
     if protocol not in PROTOCOLS:
-        raise UserError(
-            f"data.protocol: arrays have no protocol {protocol!r}."
-            + did_you_mean(protocol, PROTOCOLS)
-        )
-    given = {split: Path(root) / name for split, name in files.items() if name}
-    if not given:
-        raise UserError(
-            "data set 'arrays': no files. Set --config.data.files.train=... (and valid, test)."
-        )
-    absent = next((path for path in given.values() if not path.is_file()), None)
-    if not root and absent:
-        raise UserError(
-            f"{absent}: no such file. Set --config.data.root=... to the folder of the array files."
-        )
-    opened = {split: open_array_file(path, layout) for split, path in given.items()}
+        hint = did_you_mean(protocol, PROTOCOLS)
+        raise UserError(f"data.protocol: arrays have no protocol {protocol!r}.{hint}")
+    opened = {
+        split: open_array_file(Path(root) / name, layout) for split, name in files.items() if name
+    }
+    if not opened:
+        raise UserError("data set 'arrays': no files. Set --config.data.files.train=...")
     first = next(iter(opened.values()))
     names = first.label_names or tuple(sorted({x for file in opened.values() for x in file.labels}))
     segments = 1
@@ -178,44 +154,34 @@ def load_arrays(
         rows = zip(file.clip_ids, file.labels, file.groups, strict=True)
         for row, (clip_id, label, group) in enumerate(rows):
             clip = Clip(clip_id, file.path, (label,), split, group, row)
-            clips += [clip] if segments == 1 else _segments(clip, file, segments)
+            clips += [clip] if segments == 1 else _segments(clip, file, row, segments)
     described = "files given"
     if protocol != "files":
-        clips = _folds(clips, folds, fold, seed, by_artist=protocol == "artist_kfold")
+        pool = [clip for clip in clips if clip.split != "test"]
+        if not pool:
+            raise UserError(
+                "data set 'arrays': folds are made of the train and valid files. Set "
+                "--config.data.files.train=..."
+            )
+        groups = [clip.group for clip in pool] if protocol == "artist_kfold" else None
+        splits = kfold_split([clip.labels[0] for clip in pool], folds, fold, seed, groups)
+        clips = [clip for clip in clips if clip.split == "test"] + [
+            dataclasses.replace(clip, split=split) for clip, split in zip(pool, splits, strict=True)
+        ]
         cut = f", {segments} segments a clip" if segments > 1 else ""
         described = f"{protocol} fold {fold} of {folds}, seed {seed}{cut}"
-    return make_dataset(
-        Dataset("arrays", Path(root), described, "single_label", names, tuple(clips))
-    )
+    return Dataset("arrays", Path(root), described, "single_label", names, clips)
 
 
-def _segments(clip: Clip, file: ArrayFile, count: int) -> list[Clip]:
+def _segments(clip: Clip, file: ArrayFile, row: int, count: int) -> list[Clip]:
     """Returns a clip's segments. Those of a clip by an unknown artist are a group of their own."""
+    ids = [f"{clip.clip_id}{_SEGMENT}{index}" for index in range(count)]
+    rows = [file.segment_row(row, index, count) for index in range(count)]
+    group = clip.group or _own_group(clip.clip_id)
     return [
-        dataclasses.replace(
-            clip,
-            clip_id=f"{clip.clip_id}{_SEGMENT}{index}",
-            group=clip.group or _own_group(clip.clip_id),
-            row=file.segment_row(clip.row or 0, index, count),
-        )
-        for index in range(count)
+        dataclasses.replace(clip, clip_id=clip_id, group=group, row=row)
+        for clip_id, row in zip(ids, rows, strict=True)
     ]
-
-
-def _folds(clips: list[Clip], folds: int, fold: int, seed: int, by_artist: bool) -> list[Clip]:
-    """Returns the clips, those of train and valid split again by `kfold_split`."""
-    pool = [clip for clip in clips if clip.split != "test"]
-    if not pool:
-        raise UserError(
-            "data set 'arrays': folds are made of the train and valid files. Set "
-            "--config.data.files.train=..."
-        )
-    groups = [clip.group for clip in pool] if by_artist else None
-    splits = kfold_split([clip.labels[0] for clip in pool], folds, fold, seed, groups)
-    split_again = [
-        dataclasses.replace(clip, split=split) for clip, split in zip(pool, splits, strict=True)
-    ]
-    return split_again + [clip for clip in clips if clip.split == "test"]
 
 
 def _own_group(clip_id: str) -> str:
@@ -246,8 +212,11 @@ def open_array_file(path: Path, layout: str = "mel_time") -> ArrayFile:
     if layout not in ("mel_time", "time_mel"):
         raise UserError(f"data.array_layout must be 'mel_time' or 'time_mel', not {layout!r}.")
     if not path.is_file():
-        raise UserError(f"{path}: no such file.")
-    fields = _read_npz(path) if path.suffix == ".npz" else _read_npy(path)
+        raise UserError(f"{path}: no such file. Is --config.data.root the folder of the arrays?")
+    try:
+        fields = _read_npz(path) if path.suffix == ".npz" else _read_npy(path)
+    except _UNREADABLE as error:
+        raise UserError(f"{path}: not an {path.suffix} file that can be read ({error}).") from error
     for name in ("spectrogram", "label", "clip_id"):
         if name not in fields:
             raise UserError(f"{path}: no array {name!r}; it has {', '.join(sorted(fields))}.")
@@ -263,81 +232,47 @@ def open_array_file(path: Path, layout: str = "mel_time") -> ArrayFile:
         raise UserError(f"{path}: spectrogram {problem}.")
     for name in ("label", "clip_id", "group", "db_min"):
         if name in fields and fields[name].shape != (len(values),):
-            raise UserError(
-                f"{path}: {name} has the shape {list(fields[name].shape)} for {len(values)} "
-                "spectrograms."
-            )
+            shape = list(fields[name].shape)
+            raise UserError(f"{path}: {name} has the shape {shape} for {len(values)} spectrograms.")
     ids = [str(item) for item in fields["clip_id"]]
     names = tuple(str(name) for name in fields.get("genres", fields.get("label_names", ())))
     artists = artist_groups()
     groups = [artists.get(clip_id, (None, 0))[0] for clip_id in ids]
     if "group" in fields:
         groups = [str(group) or None for group in fields["group"]]
-    return ArrayFile(
-        path,
-        values,
-        db_min if values.dtype == np.uint8 else None,
-        layout,
-        ids,
-        _labels(path, fields["label"], names, ids),
-        groups,
-        names,
-    )
-
-
-def _labels(path: Path, label: np.ndarray, names: tuple[str, ...], ids: list[str]) -> list[str]:
-    """Returns the labels as text."""
-    if label.dtype.kind not in "iu":
-        return [str(item) for item in label]
-    if not names:
-        raise UserError(
-            f"{path}: label holds numbers, so an array genres (or label_names) with their names is "
-            "needed."
-        )
-    for number, clip_id in zip(label.tolist(), ids, strict=True):
-        if not 0 <= number < len(names):
-            raise UserError(
-                f"{path}: label {number} of {clip_id} is not one of the {len(names)} genres."
-            )
-    return [names[number] for number in label]
+    labels = fields["label"].tolist()
+    if fields["label"].dtype.kind in "iu":
+        if not names:
+            raise UserError(f"{path}: label holds numbers, so an array genres must name them.")
+        for number, clip_id in zip(labels, ids, strict=True):
+            if not 0 <= number < len(names):
+                raise UserError(
+                    f"{path}: label {number} of {clip_id} is not one of the {len(names)} genres."
+                )
+        labels = [names[number] for number in labels]
+    db_min = db_min if values.dtype == np.uint8 else None
+    return ArrayFile(path, values, db_min, layout, ids, list(map(str, labels)), groups, names)
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            total = sum(member.file_size for member in archive.infolist())
-        if total > MAX_BYTES:
-            raise UserError(
-                f"{path}: unpacks to {total / 2**30:.1f} GiB, more than the "
-                f"{MAX_BYTES / 2**30:.0f} GiB that are allowed. Split it, or use .npy files, which "
-                "need not fit into memory."
-            )
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        return {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        ValueError,
-        EOFError,
-        OSError,
-        RuntimeError,
-        MemoryError,
-    ) as error:
-        raise UserError(f"{path}: not an .npz archive that can be read ({error}).") from error
+    with zipfile.ZipFile(path) as archive:
+        total = sum(member.file_size for member in archive.infolist()) / 2**30
+    if total > MAX_BYTES / 2**30:
+        raise UserError(
+            f"{path}: unpacks to {total:.1f} GiB, more than {MAX_BYTES / 2**30:.0f} GiB. Split it, "
+            "or use .npy files, which need not fit into memory."
+        )
+    with np.load(path, allow_pickle=False) as file:
+        return {name: np.asarray(file[name]) for name in file.files}
 
 
 def _read_npy(path: Path) -> dict[str, np.ndarray]:
+    spectrogram = np.load(path, mmap_mode="r", allow_pickle=False)
     table = path.with_suffix(".csv")
-    try:
-        fields: dict[str, Any] = {"spectrogram": np.load(path, mmap_mode="r", allow_pickle=False)}
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path}: not an .npy array that can be read ({error}).") from error
     if not table.is_file():
         raise UserError(f"{table}: no such file; {path.name} needs it for clip_id and label.")
     with open(table, encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
-    for name in ("clip_id", "label", "group"):
-        if rows and name in rows[0]:
-            fields[name] = np.array([row[name] or "" for row in rows])
-    return fields
+    found = {"clip_id", "label", "group"} & set(rows[0] if rows else ())
+    columns = {name: np.array([row[name] or "" for row in rows]) for name in found}
+    return {"spectrogram": spectrogram, **columns}

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.resources
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from musicgenre.errors import UserError
@@ -49,20 +50,24 @@ class Skipped:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Clips, and what applies to all of them.
+    """Clips, and what applies to all of them. Sorts the clips by id and checks them.
 
     Attributes:
       name: the reader's name, such as "gtzan".
       root: the folder or file that was read.
       protocol: how the split was made, with its parameters, such as "artist_folds fold 1".
-      task: "single_label", "multi_label" or "regression".
+      task: one of `TASKS`.
       label_names: every label, or the name of every number of a regression, in the order of the
         model's outputs.
-      clips: sorted by `clip_id`; ids are unique.
+      clips: with unique ids.
       skipped: clips that the protocol names but that cannot be used, such as missing files.
       synthetic: True where the audio is synthetic; every report then says so.
       group_name: what a group is, such as "artist" or "track".
       notes: lines for people on how the clips were chosen and counted; `prepare` prints them first.
+
+    Raises:
+      UserError: no clips, a repeated clip id, an unknown label or split, not exactly one label
+        where the task is "single_label", or not one number per name where it is "regression".
     """
 
     name: str
@@ -70,47 +75,37 @@ class Dataset:
     protocol: str
     task: str
     label_names: tuple[str, ...]
-    clips: tuple[Clip, ...]
-    skipped: tuple[Skipped, ...] = ()
+    clips: Sequence[Clip]
+    skipped: Sequence[Skipped] = ()
     synthetic: bool = False
     group_name: str = "artist"
     notes: tuple[str, ...] = ()
 
-
-def make_dataset(dataset: Dataset) -> Dataset:
-    """Sorts the clips by id and checks what every data set promises.
-
-    Raises:
-      UserError: no clips, a repeated clip id, an unknown label or split, not exactly one label
-        where the task is "single_label", or not one number per name where it is "regression".
-    """
-    if not dataset.clips:
-        raise UserError(f"{dataset.root}: no usable clips found for the data set {dataset.name!r}.")
-    if dataset.task not in TASKS:
-        raise UserError(f"task must be one of {', '.join(TASKS)}, not {dataset.task!r}.")
-    ((clip_id, count),) = Counter(clip.clip_id for clip in dataset.clips).most_common(1)
-    if count > 1:
-        raise UserError(
-            f"{dataset.root}: the clip id {clip_id!r} occurs {count} times; ids must be unique."
-        )
-    names = dataset.label_names
-    known = set(names)
-    for clip in dataset.clips:
-        problem = ""
-        if clip.split not in SPLITS:
-            problem = f"split {clip.split!r} is not one of {', '.join(SPLITS)}"
-        elif unknown := [label for label in clip.labels if label not in known]:
-            problem = (
-                f"label {unknown[0]!r} is not one of the data set's labels ({', '.join(names)})"
-            )
-        elif dataset.task == "single_label" and len(clip.labels) != 1:
-            problem = f"{len(clip.labels)} labels where one is needed"
-        elif dataset.task == "regression" and len(clip.values) != len(names):
-            problem = f"{len(clip.values)} numbers where {len(names)} are needed"
-        if problem:
-            raise UserError(f"{clip.clip_id}: {problem}.")
-    clips = tuple(sorted(dataset.clips, key=lambda clip: clip.clip_id))
-    return dataclasses.replace(dataset, clips=clips)
+    def __post_init__(self) -> None:
+        if not self.clips:
+            raise UserError(f"{self.root}: no usable clips found for the data set {self.name!r}.")
+        if self.task not in TASKS:
+            raise UserError(f"task must be one of {', '.join(TASKS)}, not {self.task!r}.")
+        ((clip_id, count),) = Counter(clip.clip_id for clip in self.clips).most_common(1)
+        if count > 1:
+            raise UserError(f"{self.root}: the clip id {clip_id!r} occurs {count} times.")
+        known = dict.fromkeys(self.label_names)
+        for clip in self.clips:
+            problem = ""
+            if clip.split not in SPLITS:
+                problem = f"split {clip.split!r} is not one of {', '.join(SPLITS)}"
+            elif unknown := [label for label in clip.labels if label not in known]:
+                names = ", ".join(known)
+                problem = f"label {unknown[0]!r} is not one of the data set's labels ({names})"
+            elif self.task == "single_label" and len(clip.labels) != 1:
+                problem = f"{len(clip.labels)} labels where one is needed"
+            elif self.task == "regression" and len(clip.values) != len(known):
+                problem = f"{len(clip.values)} numbers where {len(known)} are needed"
+            if problem:
+                raise UserError(f"{clip.clip_id}: {problem}.")
+        # A frozen dataclass sets its fields this way.
+        object.__setattr__(self, "clips", tuple(sorted(self.clips, key=lambda c: c.clip_id)))
+        object.__setattr__(self, "skipped", tuple(self.skipped))
 
 
 def find_audio(root: Path) -> list[Path]:
@@ -135,11 +130,7 @@ def find_files(root: Path, suffixes: tuple[str, ...]) -> list[Path]:
 
 
 def packaged(name: str) -> str:
-    """Returns the text of a file in `musicgenre/datasets/data/`.
-
-    Raises:
-      UserError: it cannot be read.
-    """
+    """Returns the text of a file in `musicgenre/datasets/data/`; raises UserError if it is gone."""
     try:
         folder = importlib.resources.files("musicgenre.datasets")
         return folder.joinpath("data", name).read_text(encoding="utf-8")

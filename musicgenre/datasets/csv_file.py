@@ -1,14 +1,13 @@
 """A user's own music listed in a CSV file with labels or targets, optionally splits and groups."""
 
 import csv
-import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from musicgenre.datasets.base import SPLIT_ALIASES, Clip, Dataset, Skipped, make_dataset
+from musicgenre.datasets.base import SPLIT_ALIASES, Clip, Dataset, Skipped
 from musicgenre.datasets.registry import register
-from musicgenre.datasets.splits import fractions_text, group_split
+from musicgenre.datasets.splits import fractions_text, split_clips
 from musicgenre.errors import UserError, did_you_mean
 
 COLUMNS = ("path", "label", "labels", "targets", "split", "group", "clip_id")
@@ -27,11 +26,9 @@ def load_csv(
 ) -> Dataset:
     """Reads a CSV file (UTF-8; comma, semicolon or tab) with a header.
 
-    Columns: `path` (relative to the file's folder, or absolute), `label`, `labels` (tags separated
-      by
-    "|") or `targets` (the numbers of a regression separated by "|", equally many on each line), and
-    optionally `split`, `group` (what a split must keep together) and `clip_id` (otherwise the
-    path).
+    Columns: `path` (relative to the file's folder, or absolute); `label`, `labels` (tags separated
+    by "|") or `targets` (numbers separated by "|", equally many on each line); optionally `split`,
+    `group` (what a split must keep together) and `clip_id` (otherwise the path).
 
     Args:
       path: the file.
@@ -50,13 +47,11 @@ def load_csv(
     task = task or _TASK_OF[column]
     if (task == "regression") != (column == "targets"):
         raise UserError(
-            f"{path}, line 1: a regression, and nothing else, has the column targets; "
-            f"data.task={task!r} does not match."
+            f"{path}, line 1: the column {column} does not fit data.task={task!r}; only a "
+            "regression has targets."
         )
-    skipped: list[Skipped] = []
-    clips: list[Clip] = []
-    size = 0
-    seen: dict[Path, int] = {}
+    skipped, clips = list[Skipped](), list[Clip]()
+    size, seen = 0, dict[Path, int]()
     for line, row in rows:
         where = f"{path}, line {line}"
         labels, values = _truth(row[column], column, task, where)
@@ -66,16 +61,14 @@ def load_csv(
         if not row["path"]:
             raise UserError(f"{where}: empty path.")
         file = path.parent / row["path"]
-        if file in seen:
+        if seen.setdefault(file, line) != line:
             raise UserError(f"{where}: {row['path']} is already on line {seen[file]}.")
-        seen[file] = line
-        split = row.get("split", "")
-        if "split" in header and split.lower() not in SPLIT_ALIASES:
-            raise UserError(f"{where}: split {split!r} is not train, valid or test.")
+        split = SPLIT_ALIASES.get(row.get("split", "").lower(), "")
+        if "split" in header and not split:
+            raise UserError(f"{where}: split {row['split']!r} is not train, valid or test.")
         clip_id = row.get("clip_id") or row["path"]
         if file.is_file():
-            split, group = SPLIT_ALIASES.get(split.lower(), ""), row.get("group") or None
-            clips.append(Clip(clip_id, file, labels, split, group, values=values))
+            clips.append(Clip(clip_id, file, labels, split, row.get("group") or None, None, values))
         elif allow_missing:
             skipped.append(Skipped(clip_id, str(file), "not on disk"))
         else:
@@ -85,20 +78,12 @@ def load_csv(
             )
     protocol = "splits of the file"
     if "split" not in header and clips:
-        labels_or_none = [clip.labels[0] if clip.labels else "" for clip in clips]
-        parts = group_split(labels_or_none, [clip.group for clip in clips], seed, fractions)
-        clips = [
-            dataclasses.replace(clip, split=part) for clip, part in zip(clips, parts, strict=True)
-        ]
+        clips = split_clips(clips, seed, fractions)
         protocol = f"grouped, {fractions_text(fractions)}, seed {seed}"
     names = tuple(sorted({label for clip in clips for label in clip.labels}))
     if task == "regression":
         names = tuple(f"target{number + 1}" for number in range(size))
-    return make_dataset(
-        Dataset(
-            "csv", path, protocol, task, names, tuple(clips), tuple(skipped), group_name="group"
-        )
-    )
+    return Dataset("csv", path, protocol, task, names, clips, skipped, group_name="group")
 
 
 def _truth(
@@ -107,7 +92,7 @@ def _truth(
     """Returns the labels and the targets of a line, such as ("rock", "slow") or (0.5, -1.25)."""
     if task == "regression":
         try:
-            numbers = tuple(float(part) for part in text.split("|"))
+            numbers = tuple(map(float, text.split("|")))
         except ValueError:
             numbers = (math.nan,)
         if not all(map(math.isfinite, numbers)):
@@ -126,10 +111,11 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
     """Returns (line number, fields) of each row after the header, checked for its columns."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file. Set --config.data.root to a CSV file.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
+        raise UserError(
+            f"{path}: not a CSV file in UTF-8 that can be read ({error}). Set --config.data.root "
+            "to one."
+        ) from error
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
     reader = csv.reader(text.splitlines(), delimiter=delimiter)
     header = [name.strip() for name in next(reader, [])]
@@ -143,13 +129,12 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
         )
     rows = []
     for fields in filter(None, reader):
-        if len(fields) != len(header):
+        line, count = reader.line_num, len(header)
+        if len(fields) != count:
             raise UserError(
-                f"{path}, line {reader.line_num}: {len(fields)} fields where the header has "
-                f"{len(header)}."
+                f"{path}, line {line}: {len(fields)} fields where the header has {count}."
             )
-        values = (field.strip() for field in fields)
-        rows.append((reader.line_num, dict(zip(header, values, strict=True))))
+        rows.append((line, dict(zip(header, map(str.strip, fields), strict=True))))
     if not rows:
         raise UserError(f"{path}: no rows below the header.")
     return rows

@@ -7,17 +7,9 @@ random split most of the test clips have their artist in the training set.
 
 import csv
 import functools
-from collections import Counter
 from pathlib import Path
 
-from musicgenre.datasets.base import (
-    AUDIO_EXTENSIONS,
-    Clip,
-    Dataset,
-    Skipped,
-    make_dataset,
-    packaged,
-)
+from musicgenre.datasets.base import AUDIO_EXTENSIONS, SPLITS, Clip, Dataset, Skipped, packaged
 from musicgenre.datasets.registry import register
 from musicgenre.datasets.splits import check_fold, group_split, random_split, stratified_kfold
 from musicgenre.errors import UserError, did_you_mean
@@ -34,9 +26,10 @@ GENRES = (
     "reggae",
     "rock",
 )
+# Broken in the common copies, from which many people have deleted it.
+BROKEN = "jazz.00054"
 PROTOCOLS = ("fault_filtered", "artist_folds", "random", "stratified_kfold")
-# Where common copies have the genres' folders: the original archive in `genres`, Kaggle's in
-# `Data`.
+# Where common copies have the genres' folders.
 SUBFOLDERS = ("", "genres", "genres_original", "Data/genres_original")
 
 
@@ -53,28 +46,27 @@ def load_gtzan(
     """Reads a folder with files `<genre>/<genre>.NNNNN.<ext>`, where ext is au, wav, flac, mp3, ...
 
     Args:
-      root: the folder that holds the genres' folders, or one that holds them in one of
-        `SUBFOLDERS`.
+      root: the folder that holds the genres' folders, itself or in one of `SUBFOLDERS`.
       protocol: "fault_filtered" (443 / 197 / 290 clips), "artist_folds" (3 folds), "random" (the
         2017 report's 67 / 33) or "stratified_kfold".
       fold: which fold is the test split.
       folds: number of folds of "stratified_kfold".
       seed: of the splits that are drawn.
-      allow_missing: list clips of the protocol that are not on disk as skipped, instead of an
-        error.
+      allow_missing: list clips that are not on disk as skipped, instead of an error.
 
     Raises:
       UserError: another layout, an unknown protocol, two files of one clip, or a clip of the lists
-        that is not on disk.
+        other than `BROKEN` that is not on disk.
     """
     root = Path(root)
     files = _find(root)
     splits, described = _protocol(protocol, list(files), fold, folds, seed)
     artists = artist_groups()
     missing = [clip_id for clip_id in splits if clip_id not in files]
-    if missing and not allow_missing:
+    absent = [clip_id for clip_id in missing if clip_id != BROKEN]
+    if absent and not allow_missing:
         raise UserError(
-            f"{root}: {missing[0]} is not on disk ({len(missing)} of the {len(splits)} clips of "
+            f"{root}: {absent[0]} is not on disk ({len(absent)} of the {len(splits)} clips of "
             f"{protocol!r} are missing). Add them, or continue without them with "
             "--config.data.allow_missing=True."
         )
@@ -84,7 +76,11 @@ def load_gtzan(
         if protocol == "artist_folds" and clip_id not in artists
     ]
     skipped += [
-        Skipped(clip_id, str(root / _genre(clip_id) / clip_id), "not on disk")
+        Skipped(
+            clip_id,
+            str(root / _genre(clip_id) / clip_id),
+            "broken in the common copy" if clip_id == BROKEN else "not on disk",
+        )
         for clip_id in missing
     ]
     clips = [
@@ -92,9 +88,7 @@ def load_gtzan(
         for clip_id, split in splits.items()
         if clip_id in files
     ]
-    return make_dataset(
-        Dataset("gtzan", root, described, "single_label", GENRES, tuple(clips), tuple(skipped))
-    )
+    return Dataset("gtzan", root, described, "single_label", GENRES, clips, skipped)
 
 
 def _protocol(
@@ -112,15 +106,14 @@ def _protocol(
         splits = dict.fromkeys(artists, "test") | dict(zip(rest, parts, strict=True))
         return splits, f"artist_folds fold {fold} of 3, seed {seed}"
     if protocol == "random":
-        parts = random_split(len(clip_ids), seed)
-        return dict(zip(clip_ids, parts, strict=True)), f"random 67/33, seed {seed}"
-    if protocol == "stratified_kfold":
+        parts, described = random_split(len(clip_ids), seed), "random 67/33"
+    elif protocol == "stratified_kfold":
         parts = stratified_kfold([_genre(clip_id) for clip_id in clip_ids], folds, fold, seed)
-        described = f"stratified_kfold fold {fold} of {folds}, seed {seed}"
-        return dict(zip(clip_ids, parts, strict=True)), described
-    raise UserError(
-        f"data.protocol: GTZAN has no protocol {protocol!r}." + did_you_mean(protocol, PROTOCOLS)
-    )
+        described = f"stratified_kfold fold {fold} of {folds}"
+    else:
+        hint = did_you_mean(protocol, PROTOCOLS)
+        raise UserError(f"data.protocol: GTZAN has no protocol {protocol!r}.{hint}")
+    return dict(zip(clip_ids, parts, strict=True)), f"{described}, seed {seed}"
 
 
 def _find(root: Path) -> dict[str, Path]:
@@ -131,16 +124,13 @@ def _find(root: Path) -> dict[str, Path]:
             number = path.stem.removeprefix(f"{path.parent.name}.")
             if path.suffix.lower() not in AUDIO_EXTENSIONS or not number.isdigit():
                 continue
-            if path.stem in files:
-                raise UserError(
-                    f"{path} and {files[path.stem].name} are the same clip; keep one of them."
-                )
-            files[path.stem] = path
+            if files.setdefault(path.stem, path) != path:
+                raise UserError(f"{path} and {files[path.stem].name} are the same clip; keep one.")
         if files:
             return files
     raise UserError(
-        f"{root}: not GTZAN's layout. Expected folders {', '.join(GENRES)} with files such as "
-        "blues/blues.00000.wav (or .au); set --config.data.root to the folder that holds them."
+        f"{root}: not GTZAN's layout, ten folders with files such as blues/blues.00000.wav. Set "
+        "--config.data.root to the folder that holds them."
     )
 
 
@@ -151,19 +141,11 @@ def _genre(clip_id: str) -> str:
 @functools.lru_cache(maxsize=1)
 def artist_groups() -> dict[str, tuple[str, int]]:
     """Returns (artist, fold 1 to 3) of the 948 clips whose artist is known (412 artists)."""
-    rows = csv.DictReader(packaged("artist_groups.csv").splitlines())
-    return {
-        row["clip_id"]: (f"artist {row['artist_group']}", int(row["artist_fold"])) for row in rows
-    }
+    rows = list(csv.reader(packaged("artist_groups.csv").splitlines()))[1:]
+    return {clip_id: (f"artist {group}", int(fold)) for clip_id, group, fold in rows}
 
 
 def fault_filtered_lists() -> dict[str, str]:
     """Returns the split of each clip in the fault-filtered lists (443 / 197 / 290 clips)."""
-    splits = {
-        Path(line).stem: split
-        for split in ("train", "valid", "test")
-        for line in packaged(f"{split}_filtered.txt").split()
-    }
-    counts = Counter(splits.values())
-    assert counts == {"train": 443, "valid": 197, "test": 290}, "a packaged list is incomplete"
-    return splits
+    lines = {split: packaged(f"{split}_filtered.txt").split() for split in SPLITS}
+    return {Path(line).stem: split for split in SPLITS for line in lines[split]}

@@ -13,13 +13,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from musicgenre.datasets.base import Clip, Dataset, Skipped, find_audio, find_files, make_dataset
+from musicgenre.datasets.base import Clip, Dataset, Skipped, find_audio, find_files
 from musicgenre.datasets.registry import register
-from musicgenre.datasets.splits import fractions_text, group_split
+from musicgenre.datasets.splits import fractions_text, split_clips
 from musicgenre.errors import UserError
 
 # Folder of the previews in the data set's, and the list in it of the outcome for each song.
@@ -38,44 +38,28 @@ BLOCK = 1000
 MAX_TAGS = 10_000
 # Why a song has no preview, by its status in the list of outcomes.
 FINAL = {"not_found": "7digital does not have it", "no_audio": "7digital's response was no audio"}
+_Pairs = list[tuple[str, float]]
 _HDF5_ERRORS = (OSError, KeyError, ValueError, TypeError, RuntimeError, MemoryError, OverflowError)
 
 
 @dataclasses.dataclass(frozen=True)
 class Song:
-    """One song of the Million Song Dataset.
+    """One song of the Million Song Dataset."""
 
-    Attributes:
-      track_id: "TR" and 16 letters and digits; unique.
-      song_id: "SO..."; several tracks may be of one song.
-      title: of the song.
-      artist_name: as on the release.
-      artist_id: The Echo Nest's, "AR...".
-      release: the album.
-      year: of the release by MusicBrainz; 0 if unknown.
-      duration: of the complete song in seconds.
-      track_7digitalid: of this track in 7digital's shop; 0 or -1 if it has none.
-      release_7digitalid: of the release, likewise.
-      artist_7digitalid: of the artist, likewise.
-      artist_terms: The Echo Nest's tags of the artist with their weights (0 to 1), the strongest
-        first; none in a summary file.
-      artist_mbtags: MusicBrainz's tags of the artist with their counts, the most frequent first;
-        none in a summary file.
-    """
-
-    track_id: str
-    song_id: str
+    track_id: str  # "TR" and 16 letters and digits; unique
+    song_id: str  # "SO..."; several tracks may be of one song
     title: str
-    artist_name: str
-    artist_id: str
-    release: str
-    year: int
-    duration: float
-    track_7digitalid: int
+    artist_name: str  # as on the release
+    artist_id: str  # The Echo Nest's, "AR..."
+    release: str  # the album
+    year: int  # of the release by MusicBrainz; 0 if unknown
+    duration: float  # of the complete song in seconds
+    track_7digitalid: int  # in 7digital's shop; 0 or -1 if it has none, as the next two
     release_7digitalid: int
     artist_7digitalid: int
-    artist_terms: tuple[tuple[str, float], ...] = ()
-    artist_mbtags: tuple[tuple[str, int], ...] = ()
+    # Tags of the artist, the heaviest first; none in a summary file.
+    artist_terms: tuple[tuple[str, float], ...] = ()  # The Echo Nest's, with weights 0 to 1
+    artist_mbtags: tuple[tuple[str, int], ...] = ()  # MusicBrainz's, with counts
 
 
 def read_songs(path: str | os.PathLike[str]) -> Iterator[Song]:
@@ -100,54 +84,37 @@ def read_songs(path: str | os.PathLike[str]) -> Iterator[Song]:
                     raise UserError(
                         f"{path}: {name} has {len(table)} rows where metadata/songs has {count}."
                     )
-            terms = _Tags(file, path, "metadata", "artist_terms", "weight")
-            tags = _Tags(file, path, "musicbrainz", "artist_mbtags", "count")
+            lists = (
+                _tags(file, path, "metadata", "artist_terms", "weight"),
+                _tags(file, path, "musicbrainz", "artist_mbtags", "count"),
+            )
             for start in range(0, count, BLOCK):
-                stop = min(start + BLOCK, count)
                 columns: dict[str, list[Any]] = {}
                 for name, names in TABLES.items():
-                    rows = tables[name].fields(list(names))[start:stop]
+                    rows = tables[name].fields(list(names))[start : start + BLOCK]
                     columns |= {column: rows[column].tolist() for column in names}
-                for term, tag, *values in zip(
-                    terms.read(start, stop), tags.read(start, stop), *columns.values(), strict=True
-                ):
-                    yield _song(path, dict(zip(columns, values, strict=True)), term, tag)
+                for values in zip(*columns.values(), strict=True):
+                    yield _song(path, dict(zip(columns, values, strict=True)), *map(next, lists))
     except _HDF5_ERRORS as error:
         reason = " ".join(str(error.args[0] if error.args else type(error).__name__).split())
         raise UserError(f"{path}: not an HDF5 file that can be read ({reason}).") from error
 
 
-def _song(
-    path: Path,
-    values: Mapping[str, Any],
-    terms: Sequence[tuple[str, float]],
-    tags: Sequence[tuple[str, float]],
-) -> Song:
-    track_id = _text(values["track_id"])
-    if not TRACK_ID.fullmatch(track_id):
-        raise UserError(
-            f"{path}: analysis/songs has the track_id {track_id!r}; TR and 16 characters are "
-            "needed."
-        )
-    fields: dict[str, Any] = {name: _text(values[name]) for name in TEXTS}
-    fields |= {name: int(values[name]) for name in (*SHOP_IDS, "year")}
-    return Song(
-        track_id=track_id,
-        duration=float(values["duration"]),
-        artist_terms=tuple(terms),
-        artist_mbtags=tuple((name, int(number)) for name, number in tags),
-        **fields,
-    )
+def _song(path: Path, row: dict[str, Any], terms: _Pairs, tags: _Pairs) -> Song:
+    fields: dict[str, Any] = {
+        name: _text(value) if name in (*TEXTS, "track_id") else value for name, value in row.items()
+    }
+    if not TRACK_ID.fullmatch(fields["track_id"]):
+        raise UserError(f"{path}: {fields['track_id']!r} is not a track_id, TR and 16 characters.")
+    counts = tuple((name, int(count)) for name, count in tags)
+    return Song(artist_terms=tuple(terms), artist_mbtags=counts, **fields)
 
 
 def _h5py() -> Any:
     try:
         import h5py
     except ImportError as error:
-        raise UserError(
-            "the Million Song Dataset needs h5py, which is not installed: "
-            "pip install 'musicgenre[msd]'."
-        ) from error
+        raise UserError("MSD needs h5py: pip install 'musicgenre[msd]'.") from error
     return h5py
 
 
@@ -162,51 +129,31 @@ def _table(file: Any, path: Path, name: str) -> Any:
     return table
 
 
-class _Tags:
-    """The tags of every song with their weights.
-
-    They are two long arrays, and a column of a table says where each row's tags begin.
-    """
-
-    def __init__(self, file: Any, path: Path, group: str, names: str, weights: str) -> None:
-        self._path, self._table = path, file[f"{group}/songs"]
-        self._index, self._label = f"idx_{names}", f"{group}/{names}"
-        self._names, self._weights = file.get(self._label), file.get(f"{self._label}_{weights}")
-        if self._names is None and self._weights is None:
-            return
-        shapes = [getattr(array, "shape", None) for array in (self._names, self._weights)]
-        if shapes[0] is None or len(shapes[0]) != 1 or shapes[0] != shapes[1]:
-            raise UserError(
-                f"{path}: {self._label} and {self._label}_{weights} are not two lists of one "
-                f"length, but {shapes[0]} and {shapes[1]}."
-            )
-        if self._index not in self._table.dtype.names:
-            raise UserError(f"{path}: {group}/songs has no column {self._index!r}.")
-
-    def read(self, start: int, stop: int) -> list[list[tuple[str, float]]]:
-        """Returns the (tag, weight) pairs of each row, the heaviest first, repeated tags once."""
-        if self._names is None:
-            return [[] for _ in range(start, stop)]
-        # The tags of a row end where the next row's begin.
-        bounds = self._table.fields(self._index)[start : stop + 1].astype(np.int64).tolist()
-        if len(bounds) == stop - start:
-            bounds.append(self._names.shape[0])
-        for first, last in itertools.pairwise(bounds):
-            if not 0 <= first <= last <= min(self._names.shape[0], first + MAX_TAGS):
-                raise UserError(
-                    f"{self._path}: {self._index} is damaged (a song's {self._label} are {first} "
-                    f"to {last})."
-                )
-        names = self._names[bounds[0] : bounds[-1]].tolist()
-        weights = np.nan_to_num(self._weights[bounds[0] : bounds[-1]].astype(np.float64)).tolist()
-        result = []
-        for first, last in itertools.pairwise(bound - bounds[0] for bound in bounds):
-            pairs: dict[str, float] = {}
-            for name, weight in zip(names[first:last], weights[first:last], strict=True):
-                if text := _text(name):
-                    pairs.setdefault(text, weight)
-            result.append(sorted(pairs.items(), key=lambda pair: -pair[1]))
-        return result
+def _tags(file: Any, path: Path, group: str, names: str, weights: str) -> Iterator[_Pairs]:
+    """Yields the (tag, weight) pairs of each row, the heaviest first, repeated tags once."""
+    label, index, table = f"{group}/{names}", f"idx_{names}", file[f"{group}/songs"]
+    arrays = [file.get(label), file.get(f"{label}_{weights}")]
+    if arrays == [None, None]:
+        yield from itertools.repeat([])
+    shapes = [getattr(array, "shape", None) for array in arrays]
+    if shapes[0] is None or len(shapes[0]) != 1 or shapes[0] != shapes[1]:
+        raise UserError(
+            f"{path}: {label} and {label}_{weights} are not two lists of one length, but "
+            f"{shapes[0]} and {shapes[1]}."
+        )
+    if index not in table.dtype.names:
+        raise UserError(f"{path}: {group}/songs has no column {index!r}.")
+    # The tags of a row end where the next row's begin.
+    bounds = [*table.fields(index)[:].tolist(), shapes[0][0]]
+    for first, last in itertools.pairwise(bounds):
+        if not 0 <= first <= last <= min(shapes[0][0], first + MAX_TAGS):
+            raise UserError(f"{path}: {index} is damaged (a song's {label} are {first} to {last}).")
+        pairs: dict[str, float] = {}
+        values = np.nan_to_num(arrays[1][first:last].astype(np.float64)).tolist()
+        for name, value in zip(arrays[0][first:last], values, strict=True):
+            pairs.setdefault(_text(name), value)
+        pairs.pop("", None)
+        yield sorted(pairs.items(), key=lambda pair: -pair[1])
 
 
 def _text(value: Any) -> str:
@@ -222,21 +169,14 @@ def walk_songs(root: str | os.PathLike[str]) -> Iterator[Song | Skipped]:
     Files are in order of their paths. A song that is in several files comes several times.
 
     Raises:
-      UserError: h5py is not installed, no such folder or file, or no .h5 file in it.
+      UserError: h5py is not installed, or there is no .h5 file.
     """
     # Without h5py every file would be skipped for the same reason.
     _h5py()
     root = Path(root)
-    if not root.exists():
-        raise UserError(
-            f"{root}: no such folder. It should hold the .h5 files of the Million Song Dataset, at "
-            "any depth."
-        )
-    files = find_files(root, (".h5",)) if root.is_dir() else [root]
+    files = [root] if root.is_file() else find_files(root, (".h5",))
     if not files:
-        raise UserError(
-            f"{root}: no .h5 files of the Million Song Dataset in this folder or below."
-        )
+        raise UserError(f"{root}: no .h5 files of MSD in this folder or below.")
     for path in files:
         try:
             yield from read_songs(path)
@@ -247,9 +187,8 @@ def walk_songs(root: str | os.PathLike[str]) -> Iterator[Song | Skipped]:
 def no_songs(root: str | os.PathLike[str], skipped: Sequence[Skipped]) -> UserError:
     """Returns the error of a data set without a usable song."""
     first = f"; the first is {skipped[0].path}: {skipped[0].reason}" if skipped else ""
-    return UserError(
-        f"{root}: no song in its .h5 files, {len(skipped)} of which cannot be used{first}"
-    )
+    count = len(skipped)
+    return UserError(f"{root}: no song in its .h5 files, {count} of which cannot be used{first}")
 
 
 def find_previews(root: str | os.PathLike[str]) -> dict[str, Path]:
@@ -281,12 +220,9 @@ def load_msd(
 ) -> Dataset:
     """Reads the songs that have a preview, with their artists' commonest terms as tags.
 
-    The split is by artist: a song has its artist's terms, so songs of one artist have the same
-    tags, and any other split would give them away. These are not the Last.fm tags that published
-    results on the Million Song Dataset are about.
-
-    A song without a preview is skipped where that is final (no 7digital id, or `previews.csv`, the
-    list of fetched previews, says that there is none).
+    A song has its artist's terms, so the split is by artist: any other would give the tags away.
+    These are not the Last.fm tags of published results. A song without a preview is skipped where
+    that is final: it has no 7digital id, or `previews.csv` says that there is none.
 
     Args:
       root: the folder with the .h5 files at any depth and the folder "previews" (a preview may also
@@ -307,52 +243,33 @@ def load_msd(
     root = Path(root)
     audio = find_previews(root)
     found = _gather(root, audio)
-    fetch = f"musicgenre fetch_previews --root={root}"
+    fetch = f"Fetch them: musicgenre fetch_previews --root={root}"
     if not found.usable:
         raise UserError(
             f"{root}: none of the {found.songs} songs has a preview in {preview_folder(root)}. "
-            f"Fetch some: {fetch}"
+            f"{fetch}"
         )
     if found.unfetched and not allow_missing:
         raise UserError(
             f"{root}: {found.unfetched[0]} has no preview yet ({len(found.unfetched)} of "
-            f"{found.songs} songs were not fetched so far). Fetch them: {fetch}, or continue "
-            "without them with --config.data.allow_missing=True."
+            f"{found.songs} songs were not fetched so far). {fetch}, or continue without them with "
+            "--config.data.allow_missing=True."
         )
     counts = Counter(term for song in found.usable.values() for term, _ in song.artist_terms)
     if not counts:
         raise UserError(
-            f"{root}: no song with a preview has artist terms, which are the labels. A summary "
-            "file has none; the song files or an aggregate file are needed."
+            f"{root}: no song with a preview has artist terms. A summary file has none; use the "
+            "song files or an aggregate file."
         )
     names = tuple(sorted(counts, key=lambda term: (-counts[term], term))[:top_k])
-    labels = {
-        track_id: tuple(term for term, _ in song.artist_terms if term in names)
-        for track_id, song in found.usable.items()
-    }
-    reason = f"none of the {len(names)} commonest artist terms"
-    skipped = found.skipped + [
-        Skipped(track_id, str(audio[track_id]), reason)
-        for track_id in labels
-        if not labels[track_id]
-    ]
-    songs = [song for song in found.usable.values() if labels[song.track_id]]
-    splits = group_split(
-        [labels[song.track_id][0] for song in songs],
-        [song.artist_id or None for song in songs],
-        seed,
-        fractions,
-    )
-    clips = tuple(
-        Clip(
-            song.track_id,
-            audio[song.track_id],
-            labels[song.track_id],
-            split,
-            song.artist_id or None,
-        )
-        for song, split in zip(songs, splits, strict=True)
-    )
+    clips = []
+    for track_id, song in found.usable.items():
+        if labels := tuple(term for term, _ in song.artist_terms if term in names):
+            clips.append(Clip(track_id, audio[track_id], labels, "", song.artist_id or None))
+        else:
+            why = f"none of the {len(names)} commonest artist terms"
+            found.skipped.append(Skipped(track_id, str(audio[track_id]), why))
+    clips = split_clips(clips, seed, fractions)
     notes = [
         f"{found.songs} songs, {len(found.usable)} with a preview; {len(clips)} of them have one "
         f"of the {len(names)} commonest terms of {len(counts)}.",
@@ -365,70 +282,54 @@ def load_msd(
         notes.append(
             f"{strays} sound files are named after tracks that no .h5 file has; they are left out."
         )
-    protocol = f"by artist, top {len(names)} artist terms, {fractions_text(fractions)}, seed {seed}"
-    return make_dataset(
-        Dataset(
-            "msd", root, protocol, "multi_label", names, clips, tuple(skipped), notes=tuple(notes)
-        )
-    )
+    title = f"by artist, top {len(names)} artist terms, {fractions_text(fractions)}, seed {seed}"
+    skipped, lines = found.skipped, tuple(notes)
+    return Dataset("msd", root, title, "multi_label", names, clips, skipped, notes=lines)
 
 
-@dataclasses.dataclass
-class _Gathered:
-    """All songs of a data set."""
-
-    usable: dict[str, Song] = dataclasses.field(default_factory=dict)  # with a preview
-    skipped: list[Skipped] = dataclasses.field(default_factory=list)
-    unfetched: list[str] = dataclasses.field(default_factory=list)
-    songs: int = 0  # distinct ones
-    again: int = 0  # rows of a song seen before
+class _Gathered(NamedTuple):
+    usable: dict[str, Song]  # songs with a preview, by track id
+    skipped: list[Skipped]
+    unfetched: list[str]
+    songs: int  # distinct ones
+    again: int  # rows of a song seen before
 
 
 def _gather(root: Path, audio: Mapping[str, Path]) -> _Gathered:
     """Reads every song and sorts it by whether it has a preview, and why not."""
-    outcomes = read_outcomes(preview_folder(root) / OUTCOMES)
-    found, seen = _Gathered(), set[str]()
+    outcomes = _outcomes(preview_folder(root) / OUTCOMES)
+    usable, skipped, unfetched = dict[str, Song](), list[Skipped](), list[str]()
+    seen = Counter[str]()
     for item in walk_songs(root):
         if isinstance(item, Skipped):
-            found.skipped.append(item)
+            skipped.append(item)
             continue
         track_id = item.track_id
-        new = track_id not in seen
-        seen.add(track_id)
-        found.again += not new
+        seen[track_id] += 1
         if track_id in audio:
             # A summary file has the song but not its terms.
-            if new or not found.usable[track_id].artist_terms:
-                found.usable[track_id] = item
-        elif new:
+            if track_id not in usable or not usable[track_id].artist_terms:
+                usable[track_id] = item
+        elif seen[track_id] == 1:
             reason = FINAL.get(outcomes.get(track_id, ""), "")
             if item.track_7digitalid <= 0:
                 reason = "it has no 7digital id"
-            elif not reason:
-                found.unfetched.append(track_id)
+            if not reason:
+                unfetched.append(track_id)
             path = str(preview_folder(root) / f"{track_id}.mp3")
-            found.skipped.append(
-                Skipped(track_id, path, f"no preview: {reason or 'not fetched yet'}")
-            )
-    found.songs = len(seen)
+            skipped.append(Skipped(track_id, path, f"no preview: {reason or 'not fetched yet'}"))
     if not seen:
-        raise no_songs(root, found.skipped)
-    return found
+        raise no_songs(root, skipped)
+    return _Gathered(usable, skipped, unfetched, len(seen), seen.total() - len(seen))
 
 
-def read_outcomes(path: Path) -> dict[str, str]:
-    """Returns the status of each track id in the list that fetching writes, {} without a list.
-
-    Raises:
-      UserError: the file cannot be read or lacks a column.
-    """
+def _outcomes(path: Path) -> dict[str, str]:
+    """Returns the status of each track id in the list that fetching writes, {} without a list."""
     if not path.is_file():
         return {}
     try:
         with open(path, encoding="utf-8", newline="") as file:
             return {row["track_id"]: row["status"] for row in csv.DictReader(file)}
     except (OSError, UnicodeDecodeError, csv.Error, KeyError) as error:
-        reason = (
-            f"has no column {error}" if isinstance(error, KeyError) else f"not readable: {error}"
-        )
+        reason = f"no column {error}" if isinstance(error, KeyError) else f"not readable: {error}"
         raise UserError(f"{path}: {reason}. Delete it; fetch_previews writes it again.") from error

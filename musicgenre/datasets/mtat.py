@@ -10,6 +10,7 @@ training set. `grouped` draws a split that keeps tracks together.
 import dataclasses
 import functools
 import gzip
+import itertools
 import os
 import re
 import zlib
@@ -20,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from musicgenre.datasets.base import SPLITS, Clip, Dataset, Skipped, make_dataset
+from musicgenre.datasets.base import SPLITS, Clip, Dataset, Skipped
 from musicgenre.datasets.registry import register
 from musicgenre.datasets.splits import fractions_text, random_split, split_fractions
 from musicgenre.errors import UserError, did_you_mean
@@ -28,8 +29,8 @@ from musicgenre.errors import UserError, did_you_mean
 PROTOCOLS = ("report", "clean", "all", "grouped")
 TABLE_NAMES = ("annotations_final.csv", "annotations_final.csv.gz")
 # The split of each of the data set's sixteen folders.
-FOLDER_SPLITS = (
-    dict.fromkeys("0123456789ab", "train") | {"c": "valid"} | dict.fromkeys("def", "test")
+FOLDER_SPLITS = dict(
+    zip("0123456789abcdef", ["train"] * 12 + ["valid"] + ["test"] * 3, strict=True)
 )
 # Three mp3s of the published archive are empty.
 EMPTY_IN_THE_ARCHIVE = {
@@ -39,40 +40,30 @@ EMPTY_IN_THE_ARCHIVE = {
     "57881": "9/american_baroque-dances_and_suites_of_rameau_and_couperin-25-le_petit_rien_xiveme_"
     "ordre_couperin-88-117.mp3",
 }
-# A larger table is refused before it fills the memory; MTAT's has 12 MB, or 22 with its quotes.
-MAX_TABLE_BYTES = 2**28
 
-# artist-album-NN-title-START-END.mp3; the track is all but the seconds.
-_MP3_NAME = re.compile(r"(?P<track>(?P<artist>[^-]+)-.+)-\d+-\d+\.mp3")
+# FOLDER/artist-album-NN-title-START-END.mp3; the track is the name without the seconds.
+_MP3_PATH = re.compile(r"(?:.*/)?(?P<track>(?P<artist>[^-/]+)-[^/]+)-\d+-\d+\.mp3")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MtatTable:
-    """The label table.
-
-    Attributes:
-      path: the file.
-      clip_ids: `[clips]`, in ascending order of their numbers.
-      mp3_paths: `[clips]`, relative to the data set's folder, such as "f/a-b-01-title-30-59.mp3".
-      tag_names: `[tags]`, the most frequent first; equally frequent ones in alphabetical order.
-      tags: bool `[clips, tags]`, whether a clip has a tag.
-    """
+    """The label table."""
 
     path: Path
-    clip_ids: tuple[str, ...]
-    mp3_paths: tuple[str, ...]
-    tag_names: tuple[str, ...]
-    tags: np.ndarray
+    clip_ids: tuple[str, ...]  # [clips], in ascending order of their numbers
+    mp3_paths: tuple[str, ...]  # [clips], in the data set's folder: "f/a-b-01-title-30-59.mp3"
+    tag_names: tuple[str, ...]  # [tags], most frequent first, equally frequent ones alphabetically
+    tags: np.ndarray  # bool [clips, tags], whether a clip has a tag
 
     @functools.cached_property
     def tracks(self) -> tuple[str, ...]:
         """The track that each clip is an excerpt of: the mp3's name without seconds, `[clips]`."""
-        return tuple(match["track"] for match in map(_match_name, self.mp3_paths) if match)
+        return tuple(match["track"] for match in map(_MP3_PATH.fullmatch, self.mp3_paths) if match)
 
     @functools.cached_property
     def artists(self) -> tuple[str, ...]:
         """The artist of each clip, the beginning of the mp3's name, `[clips]`."""
-        return tuple(match["artist"] for match in map(_match_name, self.mp3_paths) if match)
+        return tuple(match["artist"] for match in map(_MP3_PATH.fullmatch, self.mp3_paths) if match)
 
 
 class Leak(NamedTuple):
@@ -113,72 +104,45 @@ def load_mtat(
       allow_missing: list clips whose mp3 is not on disk as skipped, instead of an error.
 
     Raises:
-      UserError: no table, a table that cannot be used (the message names its line and column), an
-        unknown protocol, or mp3s that are not on disk.
+      UserError: as `read_table` and `protocol_splits`, or mp3s that are not on disk.
     """
     root = Path(root)
     table = read_table(root)
     splits = protocol_splits(table, protocol, top_k=top_k, seed=seed, fractions=fractions)
-    chosen = [i for i, split in enumerate(splits) if split]
-    paths = dict(zip(chosen, _find(root, [table.mp3_paths[i] for i in chosen]), strict=True))
-    missing = [i for i in chosen if paths[i] is None]
-    details = {
-        "report": f" random 64/16/20 seed {seed}",
-        "grouped": f" by track {fractions_text(fractions)} seed {seed}",
-    }
-    described = f"{protocol}{details.get(protocol, '')}, top {top_k} tags"
-    numbers = Counter(splits)
-    counts = (
-        f"mtat, protocol {described}: "
-        + ", ".join(f"{split} {numbers[split]:,}" for split in SPLITS if numbers[split])
-        + f" of {len(splits):,} clips in the table"
-    )
-    if missing and (not allow_missing or len(missing) == len(chosen)):
+    grouped = f" by track {fractions_text(fractions)} seed {seed}"
+    details = {"report": f" random 64/16/20 seed {seed}", "grouped": grouped}
+    title = f"{protocol}{details.get(protocol, '')}, top {top_k} tags"
+    used, numbers = [i for i, split in enumerate(splits) if split], Counter(splits)
+    parts = ", ".join(f"{split} {numbers[split]:,}" for split in SPLITS if numbers[split])
+    counts = f"mtat, protocol {title}: {parts} of {len(splits):,} clips in the table"
+    names = table.tag_names[:top_k]
+    clips, skipped = [], []
+    for i, path in zip(used, _find(root, [table.mp3_paths[i] for i in used]), strict=True):
+        clip_id, tags = table.clip_ids[i], tuple(itertools.compress(names, table.tags[i]))
+        if path is None:
+            skipped.append(Skipped(clip_id, str(root / table.mp3_paths[i]), "not on disk"))
+        else:
+            clips.append(Clip(clip_id, path, tags, splits[i], table.tracks[i]))
+    if skipped and not (allow_missing and clips):
         advice = "Continue without them with --config.data.allow_missing=True, or fetch them: "
         raise UserError(
-            f"{root / table.mp3_paths[missing[0]]} is not on disk: {len(missing):,} of "
-            f"{len(chosen):,} mp3s are missing ({counts}). "
-            f"{'Fetch them: ' if allow_missing else advice}{_fetch_command(root)}"
+            f"{skipped[0].path} is not on disk: {len(skipped):,} of {len(used):,} mp3s are missing "
+            f"({counts}). {'Fetch them: ' if allow_missing else advice}{_fetch_command(root)}"
         )
-    names = table.tag_names[:top_k]
-    clips = tuple(
-        Clip(
-            table.clip_ids[i],
-            path,
-            tuple(names[tag] for tag in np.flatnonzero(table.tags[i, :top_k])),
-            splits[i],
-            table.tracks[i],
-        )
-        for i, path in paths.items()
-        if path is not None
-    )
-    skipped = tuple(
-        Skipped(table.clip_ids[i], str(root / table.mp3_paths[i]), "not on disk") for i in missing
-    )
     absent = "every mp3 is on disk"
-    if missing:
-        absent = f"{len(missing):,} mp3{'s are' if len(missing) != 1 else ' is'} not on disk"
+    if skipped:
+        absent = f"{len(skipped):,} mp3{'s are' if len(skipped) != 1 else ' is'} not on disk"
     notes = (f"{counts}; {absent}", *_notes(table, splits, top_k))
-    return make_dataset(
-        Dataset(
-            "mtat",
-            root,
-            described,
-            "multi_label",
-            names,
-            clips,
-            skipped,
-            group_name="track",
-            notes=notes,
-        )
+    return Dataset(
+        "mtat", root, title, "multi_label", names, clips, skipped, group_name="track", notes=notes
     )
 
 
 def read_table(root: str | Path) -> MtatTable:
     """Reads the label table of a folder.
 
-    Two forms of it are read with the same result: the original (quoted fields, tags in its own
-    order) and one without quotes, the tags by frequency.
+    Two forms are read alike: the original (quoted fields, tags in its own order) and one without
+    quotes, the tags by frequency.
 
     Args:
       root: the folder that holds `annotations_final.csv` or `annotations_final.csv.gz`.
@@ -186,14 +150,19 @@ def read_table(root: str | Path) -> MtatTable:
     Raises:
       UserError: there is none, or it cannot be used; the message names the file, line and column.
     """
-    for name in TABLE_NAMES:
-        path = Path(root) / name
-        if path.is_file():
-            return _parse(path, _read(path))
-    raise UserError(
-        f"{root}: no {' or '.join(TABLE_NAMES)} in this folder. Set --config.data.root to the one "
-        f"that holds it, or fetch MagnaTagATune with: {_fetch_command(root)}"
+    path = next(
+        (path for path in (Path(root, name) for name in TABLE_NAMES) if path.is_file()), None
     )
+    if not path:
+        raise UserError(
+            f"{root}: no {' or '.join(TABLE_NAMES)} in this folder. Set --config.data.root to the "
+            f"one that holds it, or fetch MagnaTagATune with: {_fetch_command(root)}"
+        )
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return _parse(path, data.decode("utf-8-sig"))
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not UTF-8 text that can be read ({error}).") from error
 
 
 def _fetch_command(root: str | Path) -> str:
@@ -222,17 +191,13 @@ def protocol_splits(
         that is not one of 0-9, a-f.
     """
     if protocol not in PROTOCOLS:
-        raise UserError(
-            f"data.protocol: MTAT has no protocol {protocol!r}." + did_you_mean(protocol, PROTOCOLS)
-        )
-    occurring = int(table.tags.any(axis=0).sum())
-    if not 1 <= top_k <= occurring:
-        raise UserError(
-            f"data.top_k={top_k} is not one of 1 to {occurring}, the tags that occur in "
-            f"{table.path}."
-        )
-    tagged = np.flatnonzero(table.tags[:, :top_k].any(axis=1)).tolist()
-    chosen: list[int] = list(range(len(table.clip_ids))) if protocol == "all" else tagged
+        hint = did_you_mean(protocol, PROTOCOLS)
+        raise UserError(f"data.protocol: MTAT has no protocol {protocol!r}.{hint}")
+    count = int(table.tags.any(axis=0).sum())
+    if not 1 <= top_k <= count:
+        raise UserError(f"data.top_k={top_k} is not one of 1 to {count}, the tags of {table.path}.")
+    tagged = table.tags[:, :top_k].any(axis=1) | (protocol == "all")
+    chosen: list[int] = np.flatnonzero(tagged).tolist()
     if protocol == "report":
         parts = _nested_random(len(chosen), seed)
     elif protocol == "grouped":
@@ -311,22 +276,19 @@ def split_tracks(
 
 def _nested_random(count: int, seed: int) -> list[str]:
     """Returns the report's split: a random fifth is "test", then a fifth of the rest "valid"."""
-    splits = np.array(random_split(count, seed, 0.2), object)
-    rest = np.flatnonzero(splits == "train")
-    splits[splits == "valid"] = "test"
-    splits[rest] = random_split(len(rest), seed, 0.2)
-    return splits.tolist()
+    outer = random_split(count, seed, 0.2)
+    inner = iter(random_split(outer.count("train"), seed, 0.2))
+    return ["test" if part == "valid" else next(inner) for part in outer]
 
 
 def _folder_split(table: MtatTable, row: int) -> str:
-    folder = table.mp3_paths[row].split("/")[0]
-    if folder not in FOLDER_SPLITS:
+    path = table.mp3_paths[row]
+    if path.split("/")[0] not in FOLDER_SPLITS:
         raise UserError(
-            f"{table.path}, clip {table.clip_ids[row]}, column mp3_path: {table.mp3_paths[row]!r} "
-            "is in none of the folders 0-9 and a-f, by which this protocol splits. Use "
-            "--config.data.protocol=grouped."
+            f"{table.path}, clip {table.clip_ids[row]}, column mp3_path: {path!r} is in none of "
+            "the folders 0-9 and a-f of this protocol. Use --config.data.protocol=grouped."
         )
-    return FOLDER_SPLITS[folder]
+    return FOLDER_SPLITS[path.split("/")[0]]
 
 
 def _notes(table: MtatTable, splits: Sequence[str], top_k: int) -> list[str]:
@@ -341,17 +303,13 @@ def _notes(table: MtatTable, splits: Sequence[str], top_k: int) -> list[str]:
     used = {i for i, split in zip(table.clip_ids, splits, strict=True) if split}
     empty = [i for i, path in EMPTY_IN_THE_ARCHIVE.items() if i in used and path in table.mp3_paths]
     if empty:
-        notes.append(
-            "known to be empty files in the published archive and counted above: clips "
-            + ", ".join(empty)
-        )
+        known = "known to be empty files in the published archive and counted above"
+        notes.append(f"{known}: clips {', '.join(empty)}")
     frequency = table.tags.sum(axis=0)
     if top_k < len(frequency) and frequency[top_k - 1] == frequency[top_k]:
         last, first = table.tag_names[top_k - 1 : top_k + 1]
-        notes.append(
-            f"the tags {last!r} and {first!r} are equally frequent; {first!r} is left out by "
-            "alphabetical order"
-        )
+        order = f"{first!r} is left out by alphabetical order"
+        notes.append(f"the tags {last!r} and {first!r} are equally frequent; {order}")
     return notes
 
 
@@ -361,38 +319,14 @@ def _find(root: Path, mp3_paths: Sequence[str]) -> list[Path | None]:
     @functools.cache
     def files(folder: Path) -> set[str]:
         # Listing each folder once is faster than 25,863 tests, by far on a network disk.
-        try:
-            with os.scandir(folder) as entries:
-                return {entry.name for entry in entries if entry.is_file()}
-        except (FileNotFoundError, NotADirectoryError):
-            return set()
+        return {e.name for e in os.scandir(folder) if e.is_file()} if folder.is_dir() else set()
 
     found: list[Path | None] = []
     for mp3_path in mp3_paths:
         folder, _, name = mp3_path.rpartition("/")
-        if name in files(root / folder):
-            found.append(root / mp3_path)
-        else:
-            found.append(root / name if name in files(root) else None)
+        homes = (home for home in (root / folder, root) if name in files(home))
+        found.append(next((home / name for home in homes), None))
     return found
-
-
-def _read(path: Path) -> str:
-    """Returns the table's text."""
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as stream:
-            data = stream.read(MAX_TABLE_BYTES + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({error}). Fetch it again.") from error
-    if len(data) > MAX_TABLE_BYTES:
-        raise UserError(
-            f"{path}: holds more than {MAX_TABLE_BYTES:,} bytes, so it is not MTAT's label table."
-        )
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: not UTF-8 text ({error.reason}).") from error
 
 
 def _parse(path: Path, text: str) -> MtatTable:
@@ -405,6 +339,7 @@ def _parse(path: Path, text: str) -> MtatTable:
         raise UserError(f"{path}: no rows below the header.")
     clip_column, path_column = header.index("clip_id"), header.index("mp3_path")
     tag_columns = [i for i in range(len(header)) if i not in (clip_column, path_column)]
+    names = [header[i] for i in tag_columns]
     first_lines: dict[object, int] = {}
     ids, mp3_paths, marks = [], [], []
     for line, row in enumerate(lines[1:], start=2):
@@ -413,54 +348,46 @@ def _parse(path: Path, text: str) -> MtatTable:
         if len(fields) != len(header):
             raise UserError(f"{where}: {len(fields)} fields where the header has {len(header)}.")
         clip_id, mp3_path = fields[clip_column], fields[path_column]
+        own = [fields[i] for i in tag_columns]
+        column, problem = "", ""
         if not (clip_id.isascii() and clip_id.isdigit()):
-            raise UserError(f"{where}, column clip_id: {clip_id!r} is not a number.")
-        if not _match_name(mp3_path) or mp3_path.startswith("/") or ".." in mp3_path.split("/"):
-            raise UserError(
-                f"{where}, column mp3_path: {mp3_path!r} is not a path such as "
-                "f/artist-album-01-title-START-END.mp3."
-            )
-        keys = (("clip_id", f"clip {clip_id}", int(clip_id)), ("mp3_path", mp3_path, mp3_path))
-        for column, name, key in keys:
-            if (first := first_lines.setdefault(key, line)) != line:
-                raise UserError(f"{where}, column {column}: {name} is already on line {first}.")
-        if not set(own := [fields[i] for i in tag_columns]) <= {"0", "1"}:
-            i = next(i for i in tag_columns if fields[i] not in ("0", "1"))
-            raise UserError(f"{where}, column {header[i]}: {fields[i][:40]!r} is not 0 or 1.")
+            column, problem = "clip_id", f"{clip_id!r} is not a number"
+        elif not _MP3_PATH.fullmatch(mp3_path) or {"", ".."} & set(mp3_path.split("/")):
+            wanted = "a path such as f/artist-album-01-title-START-END.mp3"
+            column, problem = "mp3_path", f"{mp3_path!r} is not {wanted}"
+        elif (first := first_lines.setdefault(int(clip_id), line)) != line:
+            column, problem = "clip_id", f"clip {clip_id} is already on line {first}"
+        elif (first := first_lines.setdefault(mp3_path, line)) != line:
+            column, problem = "mp3_path", f"{mp3_path} is already on line {first}"
+        elif not set(own) <= {"0", "1"}:
+            column, mark = next(x for x in zip(names, own, strict=True) if x[1] not in ("0", "1"))
+            problem = f"{mark[:40]!r} is not 0 or 1"
+        if problem:
+            raise UserError(f"{where}, column {column}: {problem}.")
         ids.append(clip_id)
         mp3_paths.append(mp3_path)
         marks.append("".join(own))
     tags = np.frombuffer("".join(marks).encode(), np.uint8).reshape(len(ids), -1) == ord("1")
-    names, counts = [header[i] for i in tag_columns], tags.sum(axis=0)
+    counts = tags.sum(axis=0)
     by_frequency = sorted(range(len(names)), key=lambda i: (-counts[i], names[i]))
     rows = sorted(range(len(ids)), key=lambda i: int(ids[i]))
-    return MtatTable(
-        path,
-        tuple(ids[i] for i in rows),
-        tuple(mp3_paths[i] for i in rows),
-        tuple(names[i] for i in by_frequency),
-        tags[np.ix_(rows, by_frequency)],
-    )
+
+    def pick(values: list[str], order: list[int]) -> tuple[str, ...]:
+        return tuple(values[i] for i in order)
+
+    tags = tags[np.ix_(rows, by_frequency)]
+    return MtatTable(path, pick(ids, rows), pick(mp3_paths, rows), pick(names, by_frequency), tags)
 
 
 def _check_header(path: Path, header: Sequence[str]) -> None:
-    for name in ("clip_id", "mp3_path"):
-        if name not in header:
-            # A header that differs in case, spaces or underscores.
-            plain = {re.sub(r"[\s_-]", "", column).lower(): column for column in header}
-            near = plain.get(name.replace("_", ""))
-            raise UserError(
-                f"{path}, line 1: no column {name} among the {len(header)} columns (they are "
-                "separated by tabs)." + (f" Is it {near!r}?" if near else "")
-            )
-    if len(header) < 3:
-        raise UserError(f"{path}, line 1: no column of a tag, only clip_id and mp3_path.")
-    name, count = Counter(header).most_common(1)[0]
-    if count > 1:
-        raise UserError(f"{path}, line 1: {count} columns named {name!r}.")
-    if "" in header:
-        raise UserError(f"{path}, line 1: a column without a name.")
-
-
-def _match_name(mp3_path: str) -> re.Match[str] | None:
-    return _MP3_NAME.fullmatch(mp3_path.rpartition("/")[2])
+    problem, ((name, count),) = "", Counter(header).most_common(1)
+    if absent := [column for column in ("clip_id", "mp3_path") if column not in header]:
+        problem = f"no column {absent[0]} among the {len(header)} columns, which tabs separate"
+    elif len(header) < 3:
+        problem = "no column of a tag, only clip_id and mp3_path"
+    elif count > 1:
+        problem = f"{count} columns named {name!r}"
+    elif "" in header:
+        problem = "a column without a name"
+    if problem:
+        raise UserError(f"{path}, line 1: {problem}.")

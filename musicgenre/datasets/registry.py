@@ -15,7 +15,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from musicgenre.datasets.base import Dataset, make_dataset
+from musicgenre.datasets.base import Dataset
 from musicgenre.errors import UserError, did_you_mean
 from musicgenre.registry import Registry
 
@@ -37,6 +37,7 @@ DEFAULT_PROTOCOL = "fault_filtered"
 
 _READERS: Registry[Reader] = Registry("data set", "musicgenre.datasets")
 _WITHOUT_ROOT: set[Reader] = set()
+_REQUIRED = inspect.Parameter.empty
 
 
 def register(name: str, *, needs_root: bool = True) -> Callable[[R], R]:
@@ -93,13 +94,13 @@ def load_dataset(options: Mapping[str, Any]) -> Dataset:
         raise UserError(f"the data set {name!r} needs its folder: set --config.data.root=...")
     own = _own_fields(name, read)
     for field in options.keys() - {"dataset", "root", *CONFIG_OPTIONS, *own}:
-        raise UserError(
-            f"data.{field} is not a field of the data set {name!r}." + did_you_mean(field, own)
-        )
-    taken = {key: options[key] for key in _parameters(read) if key in options}
+        hint = did_you_mean(field, own)
+        raise UserError(f"data.{field} is not a field of the data set {name!r}.{hint}")
+    parameters = _parameters(read)
+    taken = {key: options[key] for key in parameters if key in options}
     if (
         taken.get("protocol") == DEFAULT_PROTOCOL
-        and _parameters(read)["protocol"].default is not inspect.Parameter.empty
+        and parameters["protocol"].default is not _REQUIRED
     ):
         del taken["protocol"]
     found = read(root, **taken)
@@ -108,7 +109,7 @@ def load_dataset(options: Mapping[str, Any]) -> Dataset:
             f"the reader of the data set {name!r} returned {type(found).__name__}, not a "
             "musicgenre.datasets.Dataset."
         )
-    return make_dataset(found)
+    return found
 
 
 def _parameters(read: Reader) -> dict[str, inspect.Parameter]:
@@ -120,17 +121,15 @@ def _own_fields(name: str, read: Reader) -> dict[str, Any]:
     """Returns the options that are no fields of every config, with their defaults."""
     own = {}
     for key, parameter in _parameters(read).items():
+        problem = ""
         if key in RESERVED:
-            raise ValueError(
-                f"the data set {name!r}: its option {key!r} is a field of config.data with another "
-                "meaning"
-            )
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            raise ValueError(
-                f"the data set {name!r}: its reader must name its options, not take **{key}"
-            )
+            problem = f"its option {key!r} is a field of config.data with another meaning"
+        elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            problem = f"its reader must name its options, not take **{key}"
+        elif key not in CONFIG_OPTIONS and parameter.default is _REQUIRED:
+            problem = f"its option {key!r} needs a default"
+        if problem:
+            raise ValueError(f"the data set {name!r}: {problem}")
         if key not in CONFIG_OPTIONS:
-            if parameter.default is inspect.Parameter.empty:
-                raise ValueError(f"the data set {name!r}: its option {key!r} needs a default")
             own[key] = parameter.default
     return own

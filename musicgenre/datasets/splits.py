@@ -1,11 +1,12 @@
 """Ways to split clips into train, valid and test: pure functions of labels, groups and a seed."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
-from musicgenre.datasets.base import SPLITS
+from musicgenre.datasets.base import SPLITS, Clip
 from musicgenre.errors import UserError
 
 
@@ -15,7 +16,7 @@ def random_split(count: int, seed: int = 42, fraction: float = 0.33) -> list[str
     The report chose its network on that third and reported it, so it is not called a test split.
 
     Args:
-      count: clips.
+      count: clips, at least 2.
       seed: scikit-learn's `random_state`; the report's is 42.
       fraction: of the clips that is held out.
     """
@@ -28,9 +29,7 @@ def random_split(count: int, seed: int = 42, fraction: float = 0.33) -> list[str
 
 
 def stratified_kfold(labels: Sequence[str], folds: int, fold: int, seed: int) -> list[str]:
-    """Returns one fold of a stratified cross-validation with a test split.
-
-    Fold k is "test", the next one "valid", the rest "train".
+    """Returns one fold of a cross-validation: fold k is "test", the next "valid", the rest "train".
 
     Raises:
       UserError: fewer than 3 folds, no such fold, or a label with fewer clips than folds.
@@ -56,8 +55,7 @@ def kfold_split(
       folds: at least 2.
       fold: 0 .. folds - 1.
       seed: of the random order.
-      groups: the artist of each clip, who is then in one fold only; a clip with None is a group of
-        its own. None: clips are drawn one by one.
+      groups: the artist of each clip, who is then in one fold only; None for an unknown artist.
 
     Raises:
       UserError: fewer than 2 folds, no such fold, a label with fewer clips than folds, fewer groups
@@ -81,21 +79,18 @@ def _stratified(
     if groups is None:
         splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
         return [part for _, part in splitter.split(labels, labels)]
+    # A clip without a group is a group of its own, numbered after all others.
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    own = range(len(groups), 2 * len(groups))
     group_of = [
-        len(groups) + i if group is None else numbers[group] for i, group in enumerate(groups)
+        i if group is None else numbers[group] for i, group in zip(own, groups, strict=True)
     ]
-    if len(set(group_of)) < folds:
-        raise UserError(
-            f"the clips are of {len(set(group_of))} artists or other groups, fewer than the "
-            f"{folds} folds."
-        )
+    if (count := len(set(group_of))) < folds:
+        raise UserError(f"{count} artists or other groups are fewer than the {folds} folds.")
     groups_of_label = Counter(label for label, _ in set(zip(labels, group_of, strict=True)))
-    if alone := [label for label, count in groups_of_label.items() if count < 2]:
-        raise UserError(
-            f"all clips of the label {alone[0]!r} are of one artist or group, so it cannot be held "
-            "out."
-        )
+    label, count = groups_of_label.most_common()[-1]
+    if count < 2:
+        raise UserError(f"all clips of the label {label!r} are of one artist or group.")
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     return [part for _, part in splitter.split(labels, labels, group_of)]
 
@@ -117,17 +112,14 @@ def check_fold(fold: int, folds: int) -> None:
 def split_fractions(fractions: Sequence[float]) -> tuple[list[str], np.ndarray]:
     """Returns the splits that are not empty, and their fractions of the clips.
 
-    Args:
-      fractions: of train, valid and test; 0 leaves a split out.
-
     Raises:
       UserError: the fractions are negative or do not sum to 1, or nothing is for training.
     """
     values = np.asarray(fractions, float)
     if len(values) != 3 or min(values) < 0 or abs(sum(values) - 1) > 1e-6 or values[0] <= 0:
         raise UserError(
-            f"data.fractions={tuple(fractions)} must be three fractions (train, valid, test) that "
-            "sum to 1, the first above 0."
+            f"data.fractions={tuple(fractions)} must be three fractions that sum to 1, of train "
+            "(above 0), valid and test."
         )
     return [SPLITS[i] for i in np.flatnonzero(values)], values[values > 0]
 
@@ -135,6 +127,13 @@ def split_fractions(fractions: Sequence[float]) -> tuple[list[str], np.ndarray]:
 def fractions_text(fractions: Sequence[float]) -> str:
     """Returns (0.7, 0.15, 0.15) as "70/15/15"."""
     return "/".join(f"{100 * fraction:g}" for fraction in fractions)
+
+
+def split_clips(clips: Sequence[Clip], seed: int, fractions: Sequence[float]) -> list[Clip]:
+    """Returns clips with the splits of `group_split`, by the first label of each."""
+    labels = [clip.labels[0] if clip.labels else "" for clip in clips]
+    splits = group_split(labels, [clip.group for clip in clips], seed, fractions)
+    return [dataclasses.replace(clip, split=x) for clip, x in zip(clips, splits, strict=True)]
 
 
 def group_split(
@@ -159,9 +158,9 @@ def group_split(
       UserError: as `split_fractions`.
     """
     names, parts = split_fractions(fractions)
-    members: dict[tuple[bool, str], list[int]] = {}
+    members: dict[str | int, list[int]] = {}
     for i, group in enumerate(groups):
-        members.setdefault((group is None, str(i) if group is None else group), []).append(i)
+        members.setdefault(i if group is None else group, []).append(i)
     by_label: dict[str, list[list[int]]] = {}
     for clips in members.values():
         commonest = Counter(labels[i] for i in clips).most_common(1)[0][0]

@@ -7,31 +7,30 @@ instruments and tempos, and some differ in little but their rhythm. The audio sa
 real genres, and every report on it says that it is synthetic.
 """
 
+import functools
 import math
-import os
 import tomllib
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import soundfile
+from numpy.random import Generator
 from tqdm import tqdm
 
-from musicgenre.datasets.base import Clip, Dataset, make_dataset, packaged
+from musicgenre.datasets.base import Clip, Dataset, packaged
 from musicgenre.datasets.registry import register
 from musicgenre.errors import UserError, did_you_mean
 from musicgenre.files import read_json, replacing, write_json
 
-# Raised when the same parameters give another sound, so that no folder holds clips of two
-# renderers.
+# Raised when the same parameters give another sound: no folder holds clips of two renderers.
 RENDERER_VERSION = 1
 RECORD_NAME = "synthetic.json"
 # The artist of clip i is number i % 10. All three splits come first: three clips per style suffice.
 ARTIST_SPLITS = ("train", "valid", "test", *["train"] * 3, "valid", "test", *["train"] * 2)
-MIN_CLIPS, MAX_CLIPS = 3, 100_000
-MIN_SECONDS, MAX_SECONDS = 1.0, 600.0
 # Lower rates have no room for the cymbal.
 MIN_SAMPLE_RATE = 16000
 # How clip i is written, by i % 9: suffix, soundfile's format and subtype, rate in Hz, channels. It
@@ -59,16 +58,12 @@ class Timbre(NamedTuple):
     vibrato: float = 0.0  # depth in semitones, at 5.5 Hz
 
 
-def _falling(count: int, exponent: float) -> tuple[float, ...]:
-    return tuple(rank**-exponent for rank in range(1, count + 1))
-
-
 TIMBRES = {
-    "string": Timbre(_falling(12, 1.0), damping=1.3, release=0.15),
-    "nylon": Timbre(_falling(8, 1.6), damping=2.2, release=0.12),
+    "string": Timbre(tuple(h**-1.0 for h in range(1, 13)), damping=1.3, release=0.15),
+    "nylon": Timbre(tuple(h**-1.6 for h in range(1, 9)), damping=2.2, release=0.12),
     "rubber": Timbre((1.0, 0.7, 0.35, 0.2), damping=3.0, release=0.05),
     "sub": Timbre((1.0, 0.15, 0.05), attack=0.01, release=0.05),
-    "saw": Timbre(_falling(16, 1.0), attack=0.008, release=0.08),
+    "saw": Timbre(tuple(h**-1.0 for h in range(1, 17)), attack=0.008, release=0.08),
     "hollow": Timbre(tuple(float(h % 2) / h for h in range(1, 14)), attack=0.03, vibrato=0.12),
     "organ": Timbre((1, 0.8, 0.5, 0.5, 0, 0.3, 0, 0.35), attack=0.01, release=0.05, vibrato=0.06),
     "horn": Timbre((1, 0.4), fm_index=1.8, attack=0.045, release=0.09, vibrato=0.08),
@@ -106,41 +101,18 @@ class Style(NamedTuple):
     levels: Sequence[float] = (0, 0, 0, 0)  # drums, bass, chords and lead in dB
 
 
-def _load_styles() -> dict[str, Style]:
-    styles = tomllib.loads(packaged("synthetic_styles.toml"))
-    for fields in styles.values():
-        fields |= {part: Voice(**fields[part]) for part in ("bass", "chords", "lead")}
-    return {name: Style(**fields) for name, fields in styles.items()}
+PARTS = ("bass", "chords", "lead")
+STYLES = {
+    name: Style(**fields | {part: Voice(**fields[part]) for part in PARTS})
+    for name, fields in tomllib.loads(packaged("synthetic_styles.toml")).items()
+}
 
 
-STYLES = _load_styles()
-
-
-class Parameters(NamedTuple):
-    """What is drawn for one clip."""
-
-    tempo: float  # beats per minute
-    tonic: int  # pitch class, 0 is C
-    progression: Sequence[int]
-    start: float  # beats of the first bar that have passed when the clip begins
-    timbres: list[str]  # of bass, chords and lead
-    gains: np.ndarray  # of drums, bass, chords and lead, linear
-    detune: float  # semitones off concert pitch
-    softness: float  # harmonic h of every instrument is weakened by the factor h ** -softness
-    tilt: float  # slope of the recording's spectrum in dB per octave
-    cutoff: float  # frequency in Hz above which the recording fades
-    reverb: float  # seconds in which the room's echo falls by 60 dB
-    wet: float  # fraction of echo in the mix
-    noise: float  # level of the background noise in dB relative to the music
-    peak: float  # largest absolute sample
-
-
-def _draw(style: Style, habit: np.random.Generator, own: np.random.Generator) -> Parameters:
+def _draw(style: Style, habit: Generator, own: Generator) -> SimpleNamespace:
     """Draws a clip's parameters: the habits of its artist and the clip's own. The order matters."""
     slow, fast = style.tempo
-    spread = 0.25 * (fast - slow)
     tempo, keys = habit.uniform(slow, fast), habit.permutation(12)[:5]
-    timbres = [str(habit.choice(voice.timbres)) for voice in (style.bass, style.chords, style.lead)]
+    timbres = [str(habit.choice(getattr(style, part).timbres)) for part in PARTS]
     levels = np.asarray(style.levels) + habit.uniform(-5, 5, 4)
     detune, softness = habit.uniform(-0.4, 0.4), habit.uniform(-0.3, 0.7)
     tilt, cutoff = habit.uniform(-3.0, 3.0), np.exp(habit.uniform(np.log(3000), np.log(10000)))
@@ -149,31 +121,32 @@ def _draw(style: Style, habit: np.random.Generator, own: np.random.Generator) ->
     guests = own.choice(list(TIMBRES), 3).tolist()
     is_guest = own.uniform(size=3) < (0.25, 0.35, 0.5)
     levels += own.uniform(-4, 4, 4)
-    return Parameters(
+    spread = 0.25 * (fast - slow)
+    return SimpleNamespace(
         tempo=float(np.clip(tempo + own.uniform(-spread, spread), slow, fast)),
-        tonic=int(own.choice(keys)),
+        tonic=int(own.choice(keys)),  # pitch class, 0 is C
         progression=style.progressions[int(own.integers(len(style.progressions)))],
+        # Beats of the first bar that have passed when the clip begins.
         start=own.uniform(0, len(style.drums[0]) / style.steps_per_beat),
-        timbres=np.where(is_guest, guests, timbres).tolist(),
-        gains=10 ** (levels / 20),
-        detune=detune + own.uniform(-0.05, 0.05),
-        softness=softness + own.uniform(-0.2, 0.2),
-        tilt=tilt + own.uniform(-0.7, 0.7),
-        cutoff=float(cutoff),
-        reverb=reverb,
-        wet=wet,
-        noise=noise + own.uniform(-3, 3),
-        peak=10 ** (own.uniform(-14, -1.5) / 20),
+        timbres=np.where(is_guest, guests, timbres).tolist(),  # of bass, chords and lead
+        gains=10 ** (levels / 20),  # of drums, bass, chords and lead
+        detune=detune + own.uniform(-0.05, 0.05),  # semitones off concert pitch
+        softness=softness + own.uniform(-0.2, 0.2),  # harmonic h is weakened by h ** -softness
+        tilt=tilt + own.uniform(-0.7, 0.7),  # slope of the recording's spectrum, dB per octave
+        cutoff=float(cutoff),  # frequency in Hz above which the recording fades
+        reverb=reverb,  # seconds in which the room's echo falls by 60 dB
+        wet=wet,  # fraction of echo in the mix
+        noise=noise + own.uniform(-3, 3),  # dB relative to the music
+        peak=10 ** (own.uniform(-14, -1.5) / 20),  # largest absolute sample
     )
 
 
 def render_clip(
     style: str, seed: int, seconds: float = 6.0, sample_rate: int = 22050, index: int = 0
 ) -> np.ndarray:
-    """Renders one clip.
+    """Renders one clip, which depends on the arguments alone.
 
-    The result depends on the arguments alone. At another rate the music is the same and its noises
-    differ.
+    At another rate the music is the same and its noises differ.
 
     Args:
       style: a key of `STYLES`.
@@ -186,119 +159,100 @@ def render_clip(
       Mono samples, float32 `[round(seconds * sample_rate)]`, with a peak between 0.19 and 0.85.
 
     Raises:
-      UserError: no such style, a negative seed or index, or too low a sample rate.
+      UserError: no such style, or too low a sample rate.
     """
     if sample_rate < MIN_SAMPLE_RATE:
         raise UserError(f"sample_rate must be at least {MIN_SAMPLE_RATE} Hz, not {sample_rate}.")
     if style not in STYLES:
         raise UserError(f"No synthetic style {style!r}.{did_you_mean(style, STYLES)}")
-    if seed < 0 or index < 0:
-        raise UserError(
-            f"The seed and the clip's index must not be negative; they are {seed} and {index}."
-        )
     artist = _generator(style, seed, "artist", index % len(ARTIST_SPLITS))
     drawn = _draw(STYLES[style], artist, _generator(style, seed, "clip", index))
     notes, hits = _compose(STYLES[style], drawn, seconds, _generator(style, seed, "score", index))
     noise = _generator(style, seed, "noise", index)
     mix = np.zeros(round(seconds * sample_rate), np.float32)
-    sounds: dict[tuple[str, float, float], np.ndarray] = {}
-    for note in notes:
-        key = (note.timbre, note.pitch, note.seconds)
-        if key not in sounds:
-            sounds[key] = _note_sound(note, drawn.softness, sample_rate, noise)
-        _add(mix, sounds[key], note.time, note.gain, sample_rate)
+
+    @functools.cache
+    def sound_of(timbre: str, pitch: float, length: float) -> np.ndarray:
+        return _note_sound(TIMBRES[timbre], pitch, length, drawn.softness, sample_rate, noise)
+
+    for time, gain, *note in notes:
+        _add(mix, sound_of(*note), round(time * sample_rate), gain)
     kit = [_drum_sound(number, drawn.detune, sample_rate, noise) for number in range(3)]
-    for hit in hits:
-        _add(mix, kit[hit.drum], hit.time, hit.gain, sample_rate)
+    for time, gain, drum in hits:
+        _add(mix, kit[drum], round(time * sample_rate), gain)
     mix = _record(mix, drawn, sample_rate, noise)
     return (mix * (drawn.peak / np.abs(mix).max())).astype(np.float32)
 
 
-def _generator(style: str, seed: int, purpose: str, number: int) -> np.random.Generator:
+def _generator(style: str, seed: int, purpose: str, number: int) -> Generator:
     """Returns a generator per purpose, so that no draw depends on what was drawn elsewhere."""
-    return np.random.default_rng(
-        [seed, zlib.crc32(style.encode()), zlib.crc32(purpose.encode()), number]
-    )
-
-
-class _Note(NamedTuple):
-    time: float  # seconds from the beginning of the clip
-    timbre: str
-    pitch: float  # MIDI
-    seconds: float
-    gain: float
-
-
-class _Hit(NamedTuple):
-    time: float
-    drum: int  # kick, snare or cymbal
-    gain: float
+    key = [seed, zlib.crc32(style.encode()), zlib.crc32(purpose.encode()), number]
+    return np.random.default_rng(key)
 
 
 def _compose(
-    style: Style, drawn: Parameters, seconds: float, generator: np.random.Generator
-) -> tuple[list[_Note], list[_Hit]]:
-    """Writes the score: bars of patterns from before the clip's beginning to its end."""
+    style: Style, drawn: SimpleNamespace, seconds: float, rng: Generator
+) -> tuple[list[tuple[float, float, str, float, float]], list[tuple[float, float, int]]]:
+    """Writes the score: bars of patterns from before the clip's beginning to its end.
+
+    Returns:
+      The notes as (time in s, gain, timbre, MIDI pitch, length in s) and the strokes of drums as
+      (time in s, gain, number of the drum).
+    """
     beat = 60 / drawn.tempo
     step, steps = beat / style.steps_per_beat, len(style.drums[0])
     # Swing stretches the first half of a beat and shrinks the second.
     beats = np.arange(steps) / style.steps_per_beat
     onsets = (np.floor(beats) + np.interp(beats % 1, (0, 0.5, 1), (0, 0.5 + style.swing, 1))) * beat
-    voices = list(
-        zip((style.bass, style.chords, style.lead), drawn.timbres, drawn.gains[1:], strict=True)
-    )
-    notes: list[_Note] = []
-    hits: list[_Hit] = []
-    melody = 3
+    notes, hits, melody = [], [], 3
     for bar in range(math.ceil(seconds / (steps * step)) + 1):
         begin = bar * (steps * step) - drawn.start * beat
         root = drawn.progression[bar % len(drawn.progression)]
         for drum, pattern in enumerate(style.drums):
-            for position, velocity in _strokes(pattern, generator):
-                hits.append(_Hit(begin + onsets[position], drum, drawn.gains[0] * velocity))
-        for part, (voice, timbre, gain) in enumerate(voices):
-            for position, velocity in _strokes(voice.pattern, generator):
+            for position, velocity in _strokes(pattern, rng):
+                hits.append((begin + onsets[position], drawn.gains[0] * velocity, drum))
+        for part, voice in enumerate((style.bass, style.chords, style.lead)):
+            for position, velocity in _strokes(voice.pattern, rng):
                 octave = 0
                 if part == 1:
                     degrees = [root + tone for tone in style.chord_tones]
                 elif part == 2:
-                    melody = min(max(melody + int(generator.integers(-2, 3)), 0), 8)
+                    melody = min(max(melody + int(rng.integers(-2, 3)), 0), 8)
                     octave, degree = divmod(melody, len(style.scale))
                     degrees = [degree]
-                elif generator.uniform() < style.walking:
-                    degrees = [root + int(generator.integers(-2, 3))]
+                elif rng.uniform() < style.walking:
+                    degrees = [root + int(rng.integers(-2, 3))]
                 else:
-                    degrees = [root + int(generator.choice((0, 0, 0, style.chord_tones[-1])))]
+                    degrees = [root + int(rng.choice((0, 0, 0, style.chord_tones[-1])))]
+                time = begin + onsets[position]
+                gain = (0.5, 0.2, 0.3)[part] * drawn.gains[1 + part] * velocity
                 for degree in degrees:
                     above_low = drawn.tonic + style.scale[degree % len(style.scale)] - voice.low
                     pitch = voice.low + above_low % 12 + drawn.detune + 12 * octave
-                    loudness = (0.5, 0.2, 0.3)[part] * gain * velocity
-                    time, length = begin + onsets[position], voice.gate * step
-                    notes.append(_Note(time, timbre, pitch, length, loudness))
-    return [n for n in notes if n.time < seconds], [h for h in hits if h.time < seconds]
+                    notes.append((time, gain, drawn.timbres[part], pitch, voice.gate * step))
+    return [n for n in notes if n[0] < seconds], [h for h in hits if h[0] < seconds]
 
 
-def _strokes(pattern: str, generator: np.random.Generator) -> list[tuple[int, float]]:
+def _strokes(pattern: str, rng: Generator) -> list[tuple[int, float]]:
     """Returns the steps of a bar at which something sounds, with their velocities."""
-    chance, loud = generator.uniform(size=(2, len(pattern)))
+    chance, loud = rng.uniform(size=(2, len(pattern)))
     return [
         (position, (1.0 if mark == "X" else 0.6) * (0.8 + 0.2 * loud[position]))
         for position, mark in enumerate(pattern)
-        if mark != "." and (mark != "o" or chance[position] < 0.5)
+        if mark in "Xx" or (mark == "o" and chance[position] < 0.5)
     ]
 
 
 def _note_sound(
-    note: _Note, softness: float, sample_rate: int, generator: np.random.Generator
+    timbre: Timbre, pitch: float, seconds: float, softness: float, rate: int, rng: Generator
 ) -> np.ndarray:
     """Returns the sound of one note, float32 `[samples]`.
 
-    Harmonic h is the h-th power of one damped rotation, so that a single exponential and a
-    polynomial make them all.
+    Harmonic h is the h-th power of one damped rotation: a single exponential and a polynomial make
+    them all.
     """
-    timbre = TIMBRES[note.timbre]
-    frequency = 440 * 2 ** ((note.pitch - 69) / 12)
-    time = np.arange(round((note.seconds + timbre.release) * sample_rate)) / sample_rate
+    frequency = 440 * 2 ** ((pitch - 69) / 12)
+    time = np.arange(round((seconds + timbre.release) * rate)) / rate
     phase = 2 * np.pi * frequency * time
     if timbre.vibrato:
         phase += frequency * timbre.vibrato * np.log(2) / 12 / 5.5 * np.sin(2 * np.pi * 5.5 * time)
@@ -306,7 +260,7 @@ def _note_sound(
         phase += timbre.fm_index * np.exp(-time / 0.25) * np.sin(timbre.fm_ratio * phase)
     rotation = np.exp(1j * phase - timbre.damping * time).astype(np.complex64)
     # Harmonics above the Nyquist frequency would alias.
-    audible = max(1, min(len(timbre.harmonics), int(0.45 * sample_rate / frequency)))
+    audible = max(1, min(len(timbre.harmonics), int(0.45 * rate / frequency)))
     weights = [
         amplitude * rank**-softness
         for rank, amplitude in enumerate(timbre.harmonics[:audible], start=1)
@@ -317,65 +271,60 @@ def _note_sound(
         wave += np.float32(weight)
     sound = wave.imag / np.float32(np.sqrt(np.square(weights).sum()))
     if timbre.breath:
-        sound = sound + np.float32(timbre.breath) * generator.standard_normal(len(time), np.float32)
+        sound = sound + np.float32(timbre.breath) * rng.standard_normal(len(time), np.float32)
     fade = np.clip((time[-1] - time) / timbre.release, 0.0, 1.0)
     return sound * (np.minimum(time / timbre.attack, 1.0) * fade).astype(np.float32)
 
 
-def _drum_sound(
-    drum: int, detune: float, sample_rate: int, generator: np.random.Generator
-) -> np.ndarray:
+def _drum_sound(drum: int, detune: float, rate: int, rng: Generator) -> np.ndarray:
     """Returns one stroke of a drum, float64 `[samples]`; the kit is tuned with the instruments."""
     import scipy.signal  # slow to import
 
-    time = np.arange(round(0.3 * sample_rate)) / sample_rate
+    time = np.arange(round(0.3 * rate)) / rate
     pitch = 2 ** (detune / 2)
     if drum == 0:
         # The pitch falls from 170 to 50 Hz.
         phase = 2 * np.pi * pitch * (50 * time - 120 * 0.03 * np.exp(-time / 0.03))
         return 0.9 * np.sin(phase) * np.exp(-time / 0.09)
     low, high, decay, level = ((900, 6000, 0.06, 0.8), (5500, 10000, 0.03, 0.5))[drum - 1]
-    edges = (low, min(high, 0.45 * sample_rate))
-    band = scipy.signal.butter(2, edges, "bandpass", fs=sample_rate, output="sos")
-    noise = scipy.signal.sosfilt(band, generator.standard_normal(len(time)))
+    edges = (low, min(high, 0.45 * rate))
+    band = scipy.signal.butter(2, edges, "bandpass", fs=rate, output="sos")
+    noise = scipy.signal.sosfilt(band, rng.standard_normal(len(time)))
     sound: np.ndarray = level * noise * np.exp(-time / decay)
     if drum == 1:
         sound += 0.4 * np.sin(2 * np.pi * 190 * pitch * time) * np.exp(-time / 0.05)
     return sound
 
 
-def _add(mix: np.ndarray, sound: np.ndarray, time: float, gain: float, sample_rate: int) -> None:
+def _add(mix: np.ndarray, sound: np.ndarray, begin: int, gain: float) -> None:
     """Adds `sound` to `mix` in place, cut where it begins before the mix or ends after it."""
-    begin = round(time * sample_rate)
     first, last = max(begin, 0), min(begin + len(sound), len(mix))
     if first < last:
         mix[first:last] += np.float32(gain) * sound[first - begin : last - begin]
 
 
-def _record(
-    mix: np.ndarray, drawn: Parameters, sample_rate: int, generator: np.random.Generator
-) -> np.ndarray:
+def _record(mix: np.ndarray, drawn: SimpleNamespace, rate: int, rng: Generator) -> np.ndarray:
     """Applies the artist's room and recording: echo, spectral tilt, cutoff and noise."""
     import scipy.fft
 
-    times = np.arange(1, round(drawn.reverb * sample_rate), dtype=np.float32)
-    decay = np.exp(times / np.float32(sample_rate) * (math.log(1e-3) / drawn.reverb))
-    echo = generator.standard_normal(len(times), np.float32) * decay
+    times = np.arange(1, round(drawn.reverb * rate), dtype=np.float32)
+    decay = np.exp(times / np.float32(rate) * (math.log(1e-3) / drawn.reverb))
+    echo = rng.standard_normal(len(times), np.float32) * decay
     room = np.concatenate([[1 - drawn.wet], drawn.wet * echo / np.linalg.norm(echo)])
     length = int(scipy.fft.next_fast_len(len(mix) + len(room), real=True))
-    frequency = np.maximum(scipy.fft.rfftfreq(length, 1 / sample_rate), 30.0)
+    frequency = np.maximum(scipy.fft.rfftfreq(length, 1 / rate), 30.0)
     # The tilt pivots at 1 kHz.
     tape = (frequency / 1000) ** (drawn.tilt / (20 * math.log10(2)))
     tape /= 1 + (frequency / drawn.cutoff) ** 4
     spectrum = scipy.fft.rfft(mix, length) * scipy.fft.rfft(room.astype(np.float32), length)
     wet = scipy.fft.irfft(spectrum * tape.astype(np.float32), length)[: len(mix)]
     level = np.sqrt(np.mean(wet**2)) * np.float32(10 ** (drawn.noise / 20))
-    return wet + level * generator.standard_normal(len(mix), np.float32)
+    return wet + level * rng.standard_normal(len(mix), np.float32)
 
 
 @register("synthetic")
 def load_synthetic(
-    root: str | os.PathLike[str], seed: int = 0, clips_per_style: int = 24, seconds: float = 6.0
+    root: str | Path, seed: int = 0, clips_per_style: int = 24, seconds: float = 6.0
 ) -> Dataset:
     """Renders the clips that are missing below `root` and returns all of them.
 
@@ -387,27 +336,21 @@ def load_synthetic(
     Args:
       root: a folder for this data set alone; created if needed.
       seed: another seed makes other artists and other clips of the same styles.
-      clips_per_style: at least 3.
+      clips_per_style: 3 to 100,000.
       seconds: length of a clip, 1 to 600.
-
-    Returns:
-      The data set, single-label with the styles as labels.
 
     Raises:
       UserError: a parameter is out of range, `root` is not a folder, holds other files, was made
         with another seed, length or version of the renderer, or cannot be written.
     """
     root = Path(root)
-    if not MIN_CLIPS <= clips_per_style <= MAX_CLIPS:
-        raise UserError(
-            f"clips_per_style must be {MIN_CLIPS} to {MAX_CLIPS}, not {clips_per_style}."
-        )
-    if not MIN_SECONDS <= seconds <= MAX_SECONDS:
-        raise UserError(f"seconds must be {MIN_SECONDS:g} to {MAX_SECONDS:g}, not {seconds:g}.")
-    if seed < 0:
-        raise UserError(f"The seed must not be negative; it is {seed}.")
+    limits = {"clips_per_style": (3, 100_000), "seconds": (1, 600), "seed": (0, 2**64)}
+    values = {"clips_per_style": clips_per_style, "seconds": seconds, "seed": seed}
+    for name, (low, high) in limits.items():
+        if not low <= values[name] <= high:
+            raise UserError(f"{name} must be {low} to {high}, not {values[name]:g}.")
     _claim(root, seed, clips_per_style, float(seconds))
-    clips = []
+    clips, missing = [], []
     for style in STYLES:
         for index in range(clips_per_style):
             artist = index % len(ARTIST_SPLITS)
@@ -415,49 +358,33 @@ def load_synthetic(
             path = root / style / f"{clip_id}.{_FORMATS.get(index % 9, _WAV)[0]}"
             group = f"{style} artist {artist}"
             clips.append(Clip(clip_id, path, (style,), ARTIST_SPLITS[artist], group))
-    missing = [clip for clip in clips if not clip.path.exists()]
+            if not path.exists():
+                missing.append((path, style, seed, index, seconds))
     # None: no bar where the output is not a terminal.
-    hidden = True if os.environ.get("TQDM_DISABLE") or not missing else None
-    for clip in tqdm(missing, desc="render synthetic music", unit="clip", disable=hidden):
-        style, number = clip.clip_id.split(".")
-        _write_clip(clip.path, style, seed, int(number), seconds)
-    return make_dataset(
-        Dataset(
-            "synthetic",
-            root,
-            f"synthetic seed {seed}",
-            "single_label",
-            tuple(sorted(STYLES)),
-            tuple(clips),
-            synthetic=True,
-        )
-    )
+    disable = None if missing else True
+    for clip in tqdm(missing, "render synthetic music", unit="clip", disable=disable):
+        _write_clip(*clip)
+    names, described = tuple(sorted(STYLES)), f"synthetic seed {seed}"
+    return Dataset("synthetic", root, described, "single_label", names, clips, synthetic=True)
 
 
 def _claim(root: Path, seed: int, clips_per_style: int, seconds: float) -> None:
     """Records the parameters in `root`, or raises if the folder belongs to something else."""
     record = root / RECORD_NAME
     wanted = {"renderer": RENDERER_VERSION, "seed": seed, "seconds": seconds}
-    recorded = 0
-    if record.exists():
-        found = read_json(record, "record of the synthetic data set")
-        if not isinstance(found, dict) or not isinstance(found.get("clips_per_style"), int):
-            raise UserError(
-                f"{record}: not a record of the synthetic data set. Choose another root."
-            )
-        for name, value in wanted.items():
-            if found.get(name) != value:
-                raise UserError(
-                    f"{root}: was rendered with {name} {found.get(name)}, not {value}. Choose "
-                    "another root for the new clips, or delete this one."
-                )
-        recorded = found["clips_per_style"]
-    elif root.exists() and (not root.is_dir() or any(root.iterdir())):
+    found = read_json(record, "record of the synthetic data set") if record.exists() else {}
+    if not found and root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(
             f"{root}: is not an empty folder and holds no {RECORD_NAME}. Choose another root for "
             "the synthetic data set; nothing was changed."
         )
-    if clips_per_style > recorded:
+    for name, value in wanted.items():
+        if found and found.get(name) != value:
+            raise UserError(
+                f"{root}: was rendered with {name} {found.get(name)}, not {value}. Choose another "
+                "root for the new clips, or delete this one."
+            )
+    if clips_per_style > found.get("clips_per_style", 0):
         write_json(record, {**wanted, "clips_per_style": clips_per_style})
 
 

@@ -1,9 +1,8 @@
 """Leakage audit: was the model trained on recordings or artists of the evaluated split?"""
 
 import dataclasses
-import itertools
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,15 +13,15 @@ from musicgenre.errors import UserError
 # to MAX_SHIFT time cells: for a 30 s clip a cell is 0.47 s, so copies are found up to 1.9 s apart.
 TIME_CELLS, BAND_CELLS, MAX_SHIFT = 64, 32, 4
 
-# Measured on the 639 GTZAN clips of the fault-filtered train and valid lists, none a copy: the
-# highest cosine of all 203,841 pairs is 0.44. Copies with gain, a tilt of 8 dB, 1.5 dB of noise and
-# a shift of up to 1.2 s have 0.88 and more; eight clips through a 64 kbit/s MP3 and moved by up to
-# 0.7 s have 0.93 and more (through 24 kbit/s 0.63: those are missed). The threshold is high
-# because drum machines resemble each other: the closest of 240 synthetic clips have 0.76.
+# Among the 639 GTZAN clips of the fault-filtered train and valid lists the highest cosine is 0.44.
+# Copies with gain, a tilt of 8 dB, 1.5 dB of noise and a shift of up to 1.2 s have 0.88 and more;
+# clips through a 64 kbit/s MP3 and moved by up to 0.7 s 0.93 and more (through 24 kbit/s 0.63:
+# those are missed). Different clips with drum machines reach 0.76.
 NEAR_IDENTICAL = 0.8
 
+# Pairs listed per type of leak; the counts are always exact.
+MAX_EXAMPLES = 50
 _PAIRS_PER_BLOCK = 4_000_000
-_Pairs = list[tuple[int, int, str]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,17 +29,29 @@ class AuditSide:
     """The clips of one side of the comparison, in the same order in every field.
 
     Attributes:
-      clip_ids: unique ids, `[clips]`. The same id on both sides means the same clip, so prefix them
-        with the data set if the sides come from different ones.
+      clip_ids: unique ids, `[clips]`; the same id on both sides means the same clip.
       content_hashes: a hash of each sound file or array, `[clips]`; None or "" if there is none.
       groups: the artist or track of each clip, `[clips]`; None if unknown.
-      fingerprints: from `fingerprint_spectrogram`, float32 `[clips, d]`; None skips this check.
+      fingerprints: from `fingerprint_spectrogram`, float32 `[clips, 2048]`; None skips this check.
+
+    Raises:
+      UserError: the fields differ in length, or the fingerprints have another shape.
     """
 
     clip_ids: Sequence[str]
     content_hashes: Sequence[str | None]
     groups: Sequence[str | None]
     fingerprints: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        count = len(self.clip_ids)
+        for field in ("content_hashes", "groups"):
+            if (length := len(getattr(self, field))) != count:
+                raise UserError(f"audit: {count} clip ids but {length} {field}.")
+        wanted = (count, TIME_CELLS * BAND_CELLS)
+        if self.fingerprints is not None and np.shape(self.fingerprints) != wanted:
+            shape = np.shape(self.fingerprints)
+            raise UserError(f"audit: fingerprints must have the shape {wanted}, not {shape}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +69,8 @@ class Finding:
 
     Attributes:
       kind: "same clip", "same content", "near-identical" or "same artist" (or the group's name).
-      severity: "same recording" if the model was trained on the clip itself, "same artist" if it
-        was trained on other clips by the artist.
-      pairs: exact number of pairs of clips.
-      clips: exact number of evaluated clips among them.
+      severity: "same recording", or "same artist" for other clips by the artist.
+      pairs, clips: exact numbers of pairs, and of evaluated clips among them.
       examples: the first pairs, strongest first; for a shared artist one per evaluated clip.
     """
 
@@ -78,10 +87,8 @@ class AuditResult:
 
     Attributes:
       findings: every type that occurs, worst first.
-      evaluated: number of evaluated clips.
-      trained: number of training clips.
-      unknown_groups: evaluated clips whose artist is unknown.
-      unknown_groups_trained: training clips whose artist is unknown.
+      evaluated, trained: numbers of clips.
+      unknown_groups, unknown_groups_trained: clips of each side whose artist is unknown.
       without_hash: clips of both sides without a content hash.
       fingerprints_compared: whether spectrograms were compared.
       threshold: the cosine from which two spectrograms count as near-identical.
@@ -104,46 +111,38 @@ class AuditResult:
 
     @property
     def clean(self) -> bool:
-        """Whether all training clips are known and no check found anything.
-
-        `summary` names the checks that were not made.
-        """
+        """Whether all training clips are known and no check found anything."""
         return not self.findings and not self.unknown
 
     def summary(self) -> list[str]:
         """Returns the result in a few lines for people, including what could not be checked."""
         sides = f"{self.evaluated} evaluated clips against {self.trained} trained on"
-        warning = f"training clips unknown: {self.unknown}; leakage cannot be ruled out"
-        if self.findings:
-            lines = [f"LEAK: {sides}"] + [warning] * bool(self.unknown)
-        elif self.unknown:
-            known = f"nothing found among the training clips that are known: {sides}"
-            lines = [warning] + [known] * bool(self.trained)
-        else:
-            lines = [f"no leak found: {sides}"]
+        lines = [f"LEAK: {sides}"] if self.findings else []
+        if self.unknown:
+            lines.append(f"training clips unknown: {self.unknown}; leakage cannot be ruled out")
+        if not self.findings and (self.trained or not self.unknown):
+            known = "nothing found among the training clips that are known"
+            lines.append(f"{known if self.unknown else 'no leak found'}: {sides}")
         for found in self.findings:
-            plural = "s" if found.pairs != 1 else ""
+            pairs = f"{found.pairs} pair{'s' if found.pairs != 1 else ''}"
             lines.append(
-                f"{found.kind}: {found.clips} of {self.evaluated} evaluated clips "
-                f"({found.pairs} pair{plural})"
+                f"{found.kind}: {found.clips} of {self.evaluated} evaluated clips ({pairs})"
             )
         if self.closest is not None:
-            lines.append(
-                f"closest spectrograms: cosine {self.closest:.2f} "
-                f"(near-identical from {self.threshold:.2f})"
-            )
+            cosines = f"{self.closest:.2f} (near-identical from {self.threshold:.2f})"
+            lines.append(f"closest spectrograms: cosine {cosines}")
         if self.unknown and not self.trained:
             return lines
         if not self.fingerprints_compared:
             lines.append("spectrograms not compared: no fingerprints")
         if self.without_hash:
             lines.append(f"content not compared for {self.without_hash} clips without a hash")
-        for unknown, total, side in (
-            (self.unknown_groups, self.evaluated, "evaluated"),
-            (self.unknown_groups_trained, self.trained, "training"),
+        for count, side in (
+            (self.unknown_groups, f"{self.evaluated} evaluated"),
+            (self.unknown_groups_trained, f"{self.trained} training"),
         ):
-            if unknown:
-                lines.append(f"{self.group_name} unknown for {unknown} of {total} {side} clips")
+            if count:
+                lines.append(f"{self.group_name} unknown for {count} of {side} clips")
         return lines
 
     def to_dict(self) -> dict[str, Any]:
@@ -152,18 +151,16 @@ class AuditResult:
 
 
 def fingerprint_spectrogram(spectrogram: np.ndarray) -> np.ndarray:
-    """Returns a compact description of a clip that identifies its copies.
+    """Returns a clip's fingerprint, a unit vector, float32 `[2048]`, that identifies its copies.
 
     The spectrogram is averaged over overlapping cells, 64 in time by 32 in frequency. Subtracting
     each band's mean removes gain and equalisation, and each band is scaled to a similar standard
     deviation. Subtracting each time's mean keeps clips that fade in alike from looking alike.
+    A constant clip has zeros, which match nothing.
 
     Args:
       spectrogram: dB (or MFCCs), `[frames, bands]`, any floating type. Identical frames at its end
         (padding) are ignored.
-
-    Returns:
-      Unit vector, float32 `[2048]`; zeros for a constant clip, which then matches no other.
 
     Raises:
       UserError: it has not two axes, is empty, or holds NaN or infinity.
@@ -183,9 +180,7 @@ def fingerprint_spectrogram(spectrogram: np.ndarray) -> np.ndarray:
     grid = grid / (grid.std(axis=0) + 1)  # the 1 dB keeps a silent band's rounding noise small
     grid = grid - grid.mean(axis=1, keepdims=True)
     norm = np.linalg.norm(grid)
-    if norm < 1e-3:
-        return np.zeros(grid.size, np.float32)
-    return (grid / norm).astype(np.float32).ravel()
+    return (grid / norm if norm >= 1e-3 else np.zeros_like(grid)).astype(np.float32).ravel()
 
 
 def _cells(positions: int, cells: int, overlap: float) -> np.ndarray:
@@ -198,60 +193,46 @@ def _cells(positions: int, cells: int, overlap: float) -> np.ndarray:
 
 
 def audit(
-    evaluated: AuditSide,
-    trained: AuditSide,
-    *,
-    threshold: float = NEAR_IDENTICAL,
-    group_name: str = "artist",
-    max_examples: int = 50,
-    unknown: str = "",
+    evaluated: AuditSide, trained: AuditSide, *, group_name: str = "artist", unknown: str = ""
 ) -> AuditResult:
-    """Compares evaluated clips with training clips.
+    """Compares the clips of an evaluated split with those that a model was trained on.
 
-    Args:
-      evaluated: the split whose scores are reported.
-      trained: the clips that the model was trained on.
-      threshold: cosine from which two fingerprints count as the same recording.
-      group_name: the meaning of a group.
-      max_examples: pairs listed per type; the counts are always exact.
-      unknown: see `AuditResult`.
-
-    Raises:
-      UserError: the arrays of a side differ in length, or the fingerprints of the sides in size.
+    See `AuditResult` for `group_name` and `unknown`.
     """
-    for name, side in (("evaluated", evaluated), ("trained", trained)):
-        _check_side(name, side)
-    ours, theirs = evaluated.fingerprints, trained.fingerprints
-    close: _Pairs = []
-    closest = None
-    compared = ours is not None and theirs is not None
-    if ours is not None and theirs is not None:
-        if ours.shape[1] != theirs.shape[1]:
-            raise UserError(
-                "the fingerprints of the two sides differ in size: "
-                f"{ours.shape[1]} and {theirs.shape[1]}."
-            )
-        close, closest = _near(ours, theirs, threshold)
     known: set[tuple[int, int]] = set()
     findings = []
+
+    def pair(i: int, j: int, detail: str = "") -> Pair:
+        return Pair(str(evaluated.clip_ids[i]), str(trained.clip_ids[j]), detail)
+
+    close: list[tuple[int, int, str]] = []
+    closest = None
+    if compared := evaluated.fingerprints is not None and trained.fingerprints is not None:
+        close, closest = _near(evaluated.fingerprints, trained.fingerprints)
+    ids = _equal(evaluated.clip_ids, trained.clip_ids)
+    contents = _equal(evaluated.content_hashes, trained.content_hashes)
     for kind, pairs in (
-        ("same clip", _equal(evaluated.clip_ids, trained.clip_ids)),
-        ("same content", _equal(evaluated.content_hashes, trained.content_hashes)),
+        ("same clip", [(i, j, "") for i, others in ids for j in others]),
+        ("same content", [(i, j, "") for i, others in contents for j in others]),
         ("near-identical", close),
     ):
-        if new := [pair for pair in pairs if pair[:2] not in known]:
+        if new := [found for found in pairs if found[:2] not in known]:
             known.update((i, j) for i, j, _ in new)
-            examples = tuple(
-                Pair(str(evaluated.clip_ids[i]), str(trained.clip_ids[j]), detail)
-                for i, j, detail in new[:max_examples]
-            )
-            clips = len({i for i, _, _ in new})
+            clips, first = len({i for i, _, _ in new}), new[:MAX_EXAMPLES]
+            examples = tuple(pair(*found) for found in first)
             findings.append(Finding(kind, "same recording", len(new), clips, examples))
-    if finding := _same_group(evaluated, trained, known, group_name, max_examples):
-        findings.append(finding)
+    count, shared = 0, []
+    for i, others in _equal(evaluated.groups, trained.groups):
+        if left := [j for j in others if (i, j) not in known]:
+            count += len(left)
+            detail = f"{group_name} {evaluated.groups[i]}, {len(left)} training clips"
+            shared.append(pair(i, left[0], detail))
+    if shared:
+        kind = f"same {group_name}"
+        findings.append(Finding(kind, kind, count, len(shared), tuple(shared[:MAX_EXAMPLES])))
 
     def missing(values: Sequence[str | None]) -> int:
-        return sum(value is None or value == "" for value in values)
+        return sum(not value for value in values)
 
     return AuditResult(
         findings=tuple(findings),
@@ -261,106 +242,46 @@ def audit(
         unknown_groups_trained=missing(trained.groups),
         without_hash=missing(evaluated.content_hashes) + missing(trained.content_hashes),
         fingerprints_compared=compared,
-        threshold=float(threshold),
+        threshold=NEAR_IDENTICAL,
         closest=closest,
         group_name=group_name,
         unknown=unknown,
     )
 
 
-def _check_side(name: str, side: AuditSide) -> None:
-    count = len(side.clip_ids)
-    lengths = {"content_hashes": len(side.content_hashes), "groups": len(side.groups)}
-    if side.fingerprints is not None:
-        if np.ndim(side.fingerprints) != 2:
-            shape = list(np.shape(side.fingerprints))
-            raise UserError(f"{name}: fingerprints must have the shape [clips, d], not {shape}.")
-        lengths["fingerprints"] = len(side.fingerprints)
-    for field, length in lengths.items():
-        if length != count:
-            raise UserError(f"{name}: {count} clip ids but {length} {field}.")
+def _equal(left: Sequence[str | None], right: Sequence[str | None]) -> list[tuple[int, list[int]]]:
+    """Returns each left position with the right positions that have the same known value."""
+    there: dict[str, list[int]] = defaultdict(list)
+    for j, value in enumerate(right):
+        if value:
+            there[value].append(j)
+    return [(i, there[value]) for i, value in enumerate(left) if value and value in there]
 
 
-def _positions(values: Sequence[Hashable]) -> dict[Hashable, list[int]]:
-    """Returns the positions of every value, without None and ""."""
-    found: dict[Hashable, list[int]] = defaultdict(list)
-    for index, value in enumerate(values):
-        if value is not None and value != "":
-            found[value].append(index)
-    return found
-
-
-def _equal(left: Sequence[Hashable], right: Sequence[Hashable]) -> _Pairs:
-    """Returns the index pairs of equal values, each with an empty detail."""
-    there = _positions(right)
-    return [
-        (i, j, "")
-        for value, rows in _positions(left).items()
-        for i, j in itertools.product(rows, there.get(value, ()))
-    ]
-
-
-def _same_group(
-    evaluated: AuditSide,
-    trained: AuditSide,
-    known: set[tuple[int, int]],
-    group_name: str,
-    max_examples: int,
-) -> Finding | None:
-    """Counts the pairs of one group, with one example per evaluated clip."""
-    there = _positions(trained.groups)
-    pairs, examples = 0, []
-    for i, group in enumerate(evaluated.groups):
-        if others := [j for j in there.get(group, ()) if (i, j) not in known]:
-            pairs += len(others)
-            detail = f"{group_name} {group}, {len(others)} training clips"
-            ids = str(evaluated.clip_ids[i]), str(trained.clip_ids[others[0]])
-            examples.append(Pair(*ids, detail))
-    if not examples:
-        return None
-    kind = f"same {group_name}"
-    return Finding(kind, kind, pairs, len(examples), tuple(examples[:max_examples]))
-
-
-def _near(left: np.ndarray, right: np.ndarray, threshold: float) -> tuple[_Pairs, float | None]:
-    """Returns the pairs from the threshold on, closest first, and the highest cosine of all."""
-    if len(left) == 0 or len(right) == 0:
+def _near(left: np.ndarray, right: np.ndarray) -> tuple[list[tuple[int, int, str]], float | None]:
+    """Returns the near-identical pairs, closest first, and the highest cosine of all pairs."""
+    if not len(left) or not len(right):
         return [], None
+    shifts = [step * BAND_CELLS for step in range(-MAX_SHIFT, MAX_SHIFT + 1)]
+    moved = [_overlap(right, -shift) for shift in shifts]
     found: list[tuple[int, int, float]] = []
     closest = -1.0
     rows = max(1, _PAIRS_PER_BLOCK // len(right))
-    compare = _comparison(right)
     for start in range(0, len(left), rows):
-        cosines = compare(left[start : start + rows])
+        block = left[start : start + rows]
+        cosines = np.full((len(block), len(right)), -1, np.float32)
+        for shift, (others, norms) in zip(shifts, moved, strict=True):
+            part, own_norms = _overlap(block, shift)
+            np.maximum(cosines, (part / own_norms[:, None]) @ others.T / norms, out=cosines)
         closest = max(closest, float(cosines.max()))
-        near = np.argwhere(cosines >= threshold)
+        near = np.argwhere(cosines >= NEAR_IDENTICAL)
         found += [(start + int(i), int(j), round(float(cosines[i, j]), 4)) for i, j in near]
     found.sort(key=lambda pair: (-pair[2], pair))
     return [(i, j, f"cosine {cosine:.2f}") for i, j, cosine in found], closest
 
 
-def _comparison(right: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns a function from fingerprints `[n, d]` to their highest cosines over shifts.
-
-    The cosines have the shape `[n, right]`. Fingerprints of another size than
-    `fingerprint_spectrogram`'s are compared without shifts.
-    """
-    size = right.shape[1]
-    most = MAX_SHIFT if size == TIME_CELLS * BAND_CELLS else 0
-    shifts = [step * BAND_CELLS for step in range(-most, most + 1)]
-
-    def overlap(rows: np.ndarray, shift: int) -> tuple[np.ndarray, np.ndarray]:
-        part = rows[:, max(shift, 0) : size - max(-shift, 0)]
-        norms = np.linalg.norm(part, axis=1)
-        return part, np.where(norms > 0, norms, 1)
-
-    moved = [overlap(right, -shift) for shift in shifts]
-
-    def compare(left: np.ndarray) -> np.ndarray:
-        best = np.full((len(left), len(right)), -1, np.float32)
-        for shift, (others, norms) in zip(shifts, moved, strict=True):
-            part, own_norms = overlap(left, shift)
-            np.maximum(best, (part / own_norms[:, None]) @ others.T / norms, out=best)
-        return best
-
-    return compare
+def _overlap(rows: np.ndarray, shift: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the columns that remain after a shift, and the norms of the rows."""
+    part = rows[:, max(shift, 0) : rows.shape[1] - max(-shift, 0)]
+    norms = np.linalg.norm(part, axis=1)
+    return part, np.where(norms > 0, norms, 1)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
+from scipy.special import softmax
 from sklearn.model_selection import GroupKFold
 
 from musicgenre.errors import UserError
@@ -19,13 +20,10 @@ _MOST_POINTS = 200
 
 
 def tempered(windows: np.ndarray, temperature: float) -> np.ndarray:
-    """Returns the probabilities of clips whose networks' logits are divided by a temperature.
+    """Returns the probabilities of clips after dividing the logits by a temperature.
 
-    A clip's probabilities are the mean over its windows (and over the models of an ensemble). Up to
-    a constant, the logits are the logarithms of the probabilities.
-
-    >>> tempered(np.array([[[0.8, 0.2]]]), 2.0).round(3).tolist()
-    [[0.667, 0.333]]
+    A clip's probabilities are the mean over its windows (and over the models of an ensemble). The
+    logarithms of the probabilities are the logits up to a constant.
 
     Args:
       windows: probabilities of each window, `[clips, windows, classes]`.
@@ -33,12 +31,15 @@ def tempered(windows: np.ndarray, temperature: float) -> np.ndarray:
 
     Returns:
       float64 `[clips, classes]`.
+
+    Examples:
+      >>> tempered(np.array([[[0.8, 0.2]]]), 2.0).round(3).tolist()
+      [[0.667, 0.333]]
     """
     windows = np.asarray(windows, np.float64)
     if temperature != 1:
-        logits = np.log(np.maximum(windows, np.finfo(np.float32).tiny)) / temperature
-        windows = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        windows /= windows.sum(axis=-1, keepdims=True)
+        logits = np.log(np.maximum(windows, np.finfo(np.float32).tiny))
+        windows = softmax(logits / temperature, axis=-1)
     mean: np.ndarray = windows.mean(axis=1)
     return mean
 
@@ -46,24 +47,18 @@ def tempered(windows: np.ndarray, temperature: float) -> np.ndarray:
 def fit_temperature(windows: np.ndarray, labels: np.ndarray) -> float:
     """Returns the temperature in `BOUNDS` with the smallest negative log likelihood.
 
-    After Guo et al. 2017, arXiv:1706.04599.
-
-    Args:
-      windows: see `tempered`.
-      labels: true class numbers, integers `[clips]`.
+    After Guo et al. 2017, arXiv:1706.04599. The windows are those of `tempered`; labels are class
+    numbers, integers `[clips]`.
 
     Raises:
       UserError: no clips, or another number of labels.
     """
-    labels = np.asarray(labels)
-    if not len(labels) or len(windows) != len(labels):
-        raise UserError(
-            f"a temperature cannot be fitted on {len(windows)} clips with {len(labels)} labels."
-        )
-    rows = np.arange(len(labels))
+    labels, clips = np.asarray(labels), len(windows)
+    if not clips or clips != len(labels):
+        raise UserError(f"no temperature can be fitted on {clips} clips with {len(labels)} labels.")
 
     def loss(log_temperature: float) -> float:
-        truth = tempered(windows, np.exp(log_temperature))[rows, labels]
+        truth = tempered(windows, np.exp(log_temperature))[np.arange(clips), labels]
         return float(-np.log(np.clip(truth, 1e-12, 1)).mean())
 
     found = minimize_scalar(loss, bounds=np.log(BOUNDS), method="bounded", options={"xatol": 1e-5})
@@ -73,20 +68,14 @@ def fit_temperature(windows: np.ndarray, labels: np.ndarray) -> float:
 def cross_fitted(
     windows: np.ndarray, labels: np.ndarray, groups: Sequence[str | None] | None = None
 ) -> tuple[np.ndarray, list[float]] | None:
-    """Returns probabilities with a temperature that was fitted on other clips.
+    """Returns probabilities with temperatures that were each fitted on other clips.
 
-    The clips are divided into `FOLDS` folds, keeping groups together, and each fold has the
-    temperature fitted on the others.
-
-    Args:
-      windows: see `tempered`.
-      labels: true class numbers, integers `[clips]`.
-      groups: such as the artist of each clip, `[clips]`; a clip with None is its own group, and
-        without groups each clip is.
+    The clips are divided into `FOLDS` folds, keeping groups (see `intervals.clusters`) together.
+    Each fold has the temperature fitted on the others. See `fit_temperature` for the arguments.
 
     Returns:
-      Probabilities, float64 `[clips, classes]`, and the temperature of each fold; None where there
-      is a single group.
+      Probabilities, float64 `[clips, classes]`, and the temperature of each fold; None if there is
+      a single group.
     """
     cluster = clusters(len(labels), groups)
     folds = min(FOLDS, int(cluster.max()) + 1)
@@ -102,8 +91,8 @@ def cross_fitted(
 def risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> dict[str, Any]:
     """Returns the accuracy of a classifier that abstains on the clips it is least confident of.
 
-    The curve is that of Geifman and El-Yaniv (2017, arXiv:1705.08500). Clips of equal confidence
-    may come in any order; the curve is the mean over these orders.
+    The curve is that of Geifman and El-Yaniv (2017, arXiv:1705.08500), averaged over all orders of
+    clips of equal confidence.
 
     Args:
       confidence: the highest probability of each clip, `[clips]`.
@@ -113,10 +102,9 @@ def risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> dict[str, Any]
       `aurc`, the area under the curve of risk (fraction of errors among the clips kept) against
       coverage (fraction kept): the mean over 1, 2, ... all clips kept (Geifman et al. 2019,
       arXiv:1805.08206); `aurc_best`, its value if all errors were less confident than the right
-      clips; `curve`, `coverage` and `accuracy` of up to 200 points; and `at`, for each of
-      `COVERAGES`
-      the clips of at least the confidence that so many of them reach: `target`, `coverage`, `n`,
-      `accuracy`, `wilson` (its interval) and `threshold` (the confidence).
+      clips; `curve`, `coverage` and `accuracy` of up to 200 points; and `at`, one row for each of
+      `COVERAGES`: `target`, `threshold` (the confidence that this fraction reaches), and `n`,
+      `coverage`, `accuracy` and `wilson` (its interval) of the clips of at least that confidence.
 
     Raises:
       UserError: no clips.
@@ -135,10 +123,16 @@ def risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> dict[str, Any]
     at = []
     for target in COVERAGES:
         threshold = ordered[int(np.ceil(round(target * clips, 9))) - 1]
-        n = int((confidence >= threshold).sum())
-        hits = int(correct[confidence >= threshold].sum())
+        chosen = correct[confidence >= threshold]
+        n, hits = len(chosen), int(chosen.sum())
         row = {"target": target, "coverage": n / clips, "n": n, "accuracy": hits / n}
         at.append(row | {"wilson": list(wilson(hits, n)), "threshold": float(threshold)})
-    curve = {"coverage": (kept[points] / clips).tolist(), "accuracy": accuracy[points].tolist()}
-    areas = {"aurc": float(1 - accuracy.mean()), "aurc_best": float(1 - best.mean())}
-    return {**areas, "curve": curve, "at": at}
+    return {
+        "aurc": float(1 - accuracy.mean()),
+        "aurc_best": float(1 - best.mean()),
+        "curve": {
+            "coverage": (kept[points] / clips).tolist(),
+            "accuracy": accuracy[points].tolist(),
+        },
+        "at": at,
+    }

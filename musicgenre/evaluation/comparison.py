@@ -24,52 +24,41 @@ def summarise_seeds(
     runs: Sequence[Run],
     *,
     title: str,
-    correct: np.ndarray | None = None,
-    groups: Sequence[str | None] | None = None,
-    group_name: str = "artist",
+    evaluations: Sequence[Evaluation] = (),
     ensemble: Mapping[str, Any] | None = None,
-    synthetic: bool = False,
-    command: str = "",
 ) -> Path:
     """Writes what the seeds of one experiment give: `summary.json`, `seeds.png`, `report.html`.
 
     Args:
       out_dir: folder.
-      runs: the name (such as "seed 0") and the metrics of each, from `measure` or a `metrics.json`.
+      runs: the name (such as "seed 0") and the metrics of each.
       title: what was run.
-      correct: whether each seed was right on each clip, 0/1 `[seeds, clips]`; gives the mean
-        accuracy an interval over clips, which the spread of the seeds does not cover.
-      groups: the group of each clip for that interval, `[clips]`.
-      group_name: what a group is.
+      evaluations: of the runs, on the same clips. With single labels, they give the mean accuracy
+        an interval over clips, which the spread of the seeds does not cover.
       ensemble: the metrics of the ensemble, from `measure`.
-      synthetic: the audio is synthetic.
-      command: the command line.
 
     Returns:
       The path of `report.html`.
 
     Raises:
-      UserError: no runs, runs without a measure in common, or `correct` of a wrong shape.
+      UserError: no runs, or runs without a measure in common.
     """
     measures, left_out = _summarise(runs)
     main, mean = next(iter(measures)), f"mean of {len(runs)} seeds"
-    interval: Sequence[float] | None
     summary: dict[str, Any] = {
         "title": title,
-        "synthetic": synthetic,
+        "synthetic": any(one.synthetic for one in evaluations),
         "runs": [name for name, _ in runs],
         "measures": measures,
         "left_out": left_out,
     }
     rows = [_row(name, metrics[main], _best_interval(metrics, main)) for name, metrics in runs]
     rows.append({"name": f"{mean} (t interval)", **measures[main]})
-    if correct is not None:
-        correct = np.asarray(correct)
-        if correct.ndim != 2 or len(correct) != len(runs):
-            shape = list(correct.shape)
-            raise UserError(f"correct must be [seeds, clips] for {len(runs)} seeds, not {shape}.")
+    if evaluations and evaluations[0].task == "single_label":
+        correct = np.stack([one.scores.argmax(axis=1) == one.targets for one in evaluations])
+        groups, unit = evaluations[0].groups, evaluations[0].group_name
         interval = bootstrap_mean(correct.mean(axis=0), groups)
-        unit = group_name if any(group is not None for group in groups or ()) else "clip"
+        unit = unit if any(group is not None for group in groups) else "clip"
         summary["over_clips"] = {
             "accuracy": float(correct.mean()),
             "bootstrap": interval and list(interval),
@@ -79,11 +68,11 @@ def summarise_seeds(
         rows.append(_row(f"{mean} ({unit} bootstrap)", float(correct.mean()), interval))
     if ensemble is not None and ensemble.get(main) is not None:
         summary["ensemble"] = {name: ensemble[name] for name in (*measures, "intervals")}
-        interval = _best_interval(ensemble, main)
-        rows.append(_row("ensemble: mean of all scores", ensemble[main], interval))
-    return _write_summary(
-        Path(out_dir), "seeds.png", summary, rows, [("", runs, measures)], command
-    )
+        name = "ensemble: mean of all scores"
+        rows.append(_row(name, ensemble[main], _best_interval(ensemble, main)))
+    command = evaluations[0].command if evaluations else ""
+    tables = [("", runs, measures)]
+    return _write_summary(Path(out_dir), "seeds.png", summary, rows, tables, command)
 
 
 def summarise_variants(
@@ -92,19 +81,10 @@ def summarise_variants(
     *,
     title: str,
     synthetic: bool = False,
-    command: str = "",
 ) -> Path:
     """Writes how variants compare over seeds: `summary.json`, `variants.png`, `report.html`.
 
-    Args:
-      out_dir: folder.
-      variants: for each name the (name, metrics) of its runs, as for `summarise_seeds`.
-      title: what was compared.
-      synthetic: the audio is synthetic.
-      command: the command line.
-
-    Returns:
-      The path of `report.html`.
+    The runs of each variant are those of `summarise_seeds`. Returns the path of `report.html`.
 
     Raises:
       UserError: no variants, or runs without a measure in common.
@@ -123,41 +103,28 @@ def summarise_variants(
             for name, runs, measures in tables
         },
     }
-    main = next(iter(common))
-    rows = [{"name": name, **measures[main]} for name, _, measures in tables]
-    return _write_summary(Path(out_dir), "variants.png", summary, rows, tables, command)
+    rows = [{"name": name, **measures[next(iter(common))]} for name, _, measures in tables]
+    return _write_summary(Path(out_dir), "variants.png", summary, rows, tables)
 
 
 def ensemble(evaluations: Sequence[Evaluation], names: Sequence[str]) -> Evaluation:
     """Returns the evaluation of the arithmetic mean of several models' probabilities (or outputs).
 
-    Where their configurations differ, a field becomes the list of its values. The audit is the
-    first with findings, if any.
-
-    Args:
-      evaluations: of the same clips and labels.
-      names: of the models, `[models]`.
+    If their configurations differ, a field becomes the list of its values. The audit is the first
+    with findings, if any. `names` are those of the models.
 
     Raises:
       UserError: no evaluations, or the clips, their truth or the labels differ.
     """
     if not evaluations or len(evaluations) != len(names):
-        raise UserError(
-            "an ensemble needs evaluations, each with a name, "
-            f"not {len(evaluations)} with {len(names)} names."
-        )
+        raise UserError(f"an ensemble of {len(evaluations)} evaluations with {len(names)} names.")
     first, *others = evaluations
     for name, other in zip(names[1:], others, strict=True):
         same_clips = list(other.clip_ids) == list(first.clip_ids)
         if not same_clips or not np.array_equal(other.targets, first.targets):
-            raise UserError(
-                f"{names[0]} and {name} were not evaluated on the same clips, "
-                "so they are not of one experiment."
-            )
+            raise UserError(f"{names[0]} and {name} were not evaluated on the same clips.")
         if tuple(other.label_names) != tuple(first.label_names):
-            raise UserError(
-                f"the labels of {names[0]} and {name} differ, so their scores have no mean."
-            )
+            raise UserError(f"the labels of {names[0]} and {name} differ.")
     windows = [windows_of(one) for one in evaluations]
     if len({part.shape for part in windows}) > 1:
         windows = [np.asarray(one.scores)[:, None] for one in evaluations]
@@ -188,21 +155,15 @@ def _write_summary(
     summary: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
     tables: Sequence[tuple[str, Sequence[Run], Mapping[str, Any]]],
-    command: str,
+    command: str = "",
 ) -> Path:
     main = next(iter(tables[0][2]))
     write_json(out_dir / "summary.json", {**summary, "notes": [], "command": command})
     title = ("SYNTHETIC · " if summary["synthetic"] else "") + summary["title"]
     drawn = plots.comparison_plot(rows, measure_name(main), percent=main in IN_PERCENT)
     plots.save(drawn, out_dir / figure, title)
-    page = rendered(
-        "summary.html.j2",
-        summary=summary,
-        tables=tables,
-        main=main,
-        figure=data_uri(out_dir / figure),
-        command=command,
-    )
+    values = {"summary": summary, "tables": tables, "main": main, "command": command}
+    page = rendered("summary.html.j2", figure=data_uri(out_dir / figure), **values)
     write_text(out_dir / "report.html", page)
     return out_dir / "report.html"
 

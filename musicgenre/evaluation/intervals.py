@@ -11,14 +11,10 @@ from musicgenre.errors import UserError
 
 # The confidence level of all intervals.
 LEVEL = 0.95
-_RESAMPLES_PER_BLOCK = 200
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
     """Returns the Wilson score interval of a proportion (Wilson 1927, "Probable inference").
-
-    >>> [round(limit, 3) for limit in wilson(90, 197)]
-    [0.389, 0.527]
 
     Args:
       successes: clips that were right.
@@ -26,6 +22,10 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
     Raises:
       UserError: no clips, or more successes than clips.
+
+    Examples:
+      >>> [round(limit, 3) for limit in wilson(90, 197)]
+      [0.389, 0.527]
     """
     if n < 1 or not 0 <= successes <= n:
         raise UserError(f"{successes} of {n} clips is not a proportion.")
@@ -41,17 +41,16 @@ def bootstrap(
     resamples: int = 2000,
     seed: int = 0,
 ) -> list[tuple[float, float] | None]:
-    """Returns percentile intervals of statistics, resampling whole groups of clips.
+    """Returns percentile intervals of statistics, resampling complete groups of clips.
 
     Clips by one artist resemble each other, so resampling single clips makes an interval too narrow
     (Davison and Hinkley 1997, section 3.8).
 
     Args:
-      statistic: from how often each clip was drawn, int `[n]`, to one or more numbers `[k]`; NaN
-        where one is undefined for a draw, which is then left out.
+      statistic: from how often each clip was drawn, int `[n]`, to one or more numbers `[k]`. Draws
+        for which a number is NaN are left out.
       n: clips.
-      groups: the group of each clip, `[n]`; a clip with None is its own group, and without groups
-        each clip is.
+      groups: see `clusters`.
       resamples: draws.
       seed: of the draws.
 
@@ -64,7 +63,7 @@ def bootstrap(
     """
     cluster = clusters(n, groups)
     draws = _draws(cluster.max() + 1, resamples, seed)
-    values = np.array([statistic(counts[cluster]) for block in draws for counts in block], float)
+    values = np.array([statistic(counts[cluster]) for counts in draws], float)
     return [None if cluster.max() == 0 else _percentiles(column) for column in values.T]
 
 
@@ -75,24 +74,21 @@ def bootstrap_mean(
     resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float] | None:
-    """Returns `bootstrap`'s interval of the mean of `values` `[n]`, so of accuracy, but faster."""
+    """Returns `bootstrap`'s interval of the mean of `values` `[n]`, but faster."""
     values = np.asarray(values, float)
     cluster = clusters(len(values), groups)
     if cluster.max() == 0:
         return None
     sums, sizes = np.bincount(cluster, values), np.bincount(cluster)
-    means = [(block @ sums) / (block @ sizes) for block in _draws(len(sizes), resamples, seed)]
-    return _percentiles(np.concatenate(means))
+    draws = _draws(len(sizes), resamples, seed)
+    return _percentiles((draws @ sums) / (draws @ sizes))
 
 
 def seeds_summary(values: Sequence[float]) -> dict[str, Any]:
     """Returns the mean of one number over seeds, and its uncertainty.
 
-    Args:
-      values: the number for each seed.
-
     Returns:
-      `n`, `mean`, `std` (ddof 1), `interval` (Student's t, on the mean) and `values`; `std` and
+      `n`, `mean`, `std` (ddof 1), `interval` (Student's t, of the mean) and `values`; `std` and
       `interval` are None for a single seed.
 
     Raises:
@@ -126,20 +122,15 @@ def clusters(n: int, groups: Sequence[str | None] | None) -> np.ndarray:
         return np.arange(n)
     if len(groups) != n:
         raise UserError(f"{len(groups)} groups for {n} clips.")
-    names = [(group is None, str(i if group is None else group)) for i, group in enumerate(groups)]
+    names = [i if group is None else str(group) for i, group in enumerate(groups)]
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
     return np.array([numbers[name] for name in names])
 
 
-def _draws(groups: int, resamples: int, seed: int) -> list[np.ndarray]:
-    """Returns how often each group is drawn, int blocks `[draws, groups]`."""
-    generator = np.random.default_rng(seed)
-    blocks = []
-    for start in range(0, resamples, _RESAMPLES_PER_BLOCK):
-        size = min(_RESAMPLES_PER_BLOCK, resamples - start)
-        drawn = generator.integers(groups, size=(size, groups)) + np.arange(size)[:, None] * groups
-        blocks.append(np.bincount(drawn.ravel(), minlength=size * groups).reshape(size, groups))
-    return blocks
+def _draws(groups: int, resamples: int, seed: int) -> np.ndarray:
+    """Returns how often each group is drawn, int `[resamples, groups]`."""
+    drawn = np.random.default_rng(seed).integers(groups, size=(resamples, groups))
+    return np.apply_along_axis(np.bincount, 1, drawn, minlength=groups)
 
 
 def _percentiles(values: np.ndarray) -> tuple[float, float] | None:

@@ -1,6 +1,10 @@
-"""Measures of single-label classification, tagging (multi-label) and regression, ready for JSON."""
+"""Measures of single-label classification, tagging (multi-label) and regression, ready for JSON.
 
-from collections.abc import Callable, Iterable, Sequence
+All functions raise UserError for arrays whose shapes do not fit and for values that are no numbers.
+Undefined measures are None, never NaN; means leave them out.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +12,7 @@ from sklearn import metrics as sk
 
 from musicgenre.errors import UserError
 
-CALIBRATION_BINS = 15
+_BINS = 15
 # Averages over windows and bfloat16 round a little past 1.
 _ROUNDING, _ROUNDING_OF_SUM = 2e-3, 2e-2
 
@@ -28,14 +32,12 @@ def single_label_metrics(
       `macro_precision`, `macro_recall`, `macro_f1`, `macro_roc_auc` and `macro_pr_auc` (each class
       against the rest; PR-AUC is average precision), `nll`, `ece`, `brier` and `reliability` (see
       `calibration_metrics`), `confusion` (counts, rows are the truth), `per_class` (one dict per
-      class), `undefined`, the names of the classes without a clip or with all of them, and their
-      number `undefined_count`. The means leave those out. Undefined values are None, never NaN. A
-      class that is never predicted has precision 0 in `macro_precision`, as in scikit-learn, and
-      None in `per_class`.
+      class), `undefined` (the names of the classes without a clip or with all of them) and
+      `undefined_count`. A class that is never predicted has precision 0 in `macro_precision`, as in
+      scikit-learn, and None in `per_class`.
 
     Raises:
-      UserError: shapes that do not fit, no clips, NaN, scores outside [0, 1] or rows that do not
-        sum to 1, labels out of range.
+      UserError: scores outside [0, 1] or rows that do not sum to 1, labels out of range; no clips.
     """
     scores, labels = _check_scores(scores, label_names), np.asarray(labels)
     _check_labels(scores, labels)
@@ -43,36 +45,25 @@ def single_label_metrics(
     predicted = scores.argmax(axis=1)
     targets, chosen = (np.equal.outer(rows, np.arange(classes)) for rows in (labels, predicted))
     per_class = _per_label(scores, targets.astype(int), chosen, label_names)
-    present = [row for row in per_class if row["support"]]
-    top3 = np.argsort(-scores, axis=1, kind="stable")[:, :3]
-    top3_accuracy = float(np.mean((top3 == labels[:, None]).any(axis=1)))
-    calibration = calibration_metrics(scores, labels)
-    reliability = calibration.pop("reliability")
-    recall = _mean(row["recall"] for row in present)
+    present = [row | {"precision": row["precision"] or 0.0} for row in per_class if row["support"]]
+    means = _means(present, "precision", "recall", "f1", "roc_auc", "pr_auc", prefix="macro_")
+    top3 = np.argsort(-scores, axis=1, kind="stable")[:, :3] == labels[:, None]
     return {
         "n": clips,
         "accuracy": float(np.mean(predicted == labels)),
-        "balanced_accuracy": recall,
-        "top3_accuracy": top3_accuracy if classes > 3 else None,
-        "macro_precision": _mean(row["precision"] or 0.0 for row in present),
-        "macro_recall": recall,
-        "macro_f1": _mean(row["f1"] for row in present),
-        "macro_roc_auc": _mean(row["roc_auc"] for row in per_class),
-        "macro_pr_auc": _mean(row["pr_auc"] for row in per_class),
-        **calibration,
-        **_undefined(per_class, "roc_auc"),
-        "per_class": per_class,
+        "balanced_accuracy": means["macro_recall"],
+        "top3_accuracy": float(np.mean(top3.any(axis=1))) if classes > 3 else None,
+        **means,
+        **calibration_metrics(scores, labels),
+        **_rows(per_class, "roc_auc"),
         "confusion": sk.confusion_matrix(labels, predicted, labels=np.arange(classes)).tolist(),
-        "reliability": reliability,
     }
 
 
 def calibration_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Returns how well a classifier's probabilities are calibrated.
 
-    Args:
-      scores: probabilities, `[clips, classes]`.
-      labels: true class numbers, integers `[clips]`.
+    Scores are probabilities `[clips, classes]`, and labels true class numbers, integers `[clips]`.
 
     Returns:
       `nll` (mean negative log likelihood in nats, probabilities clipped at 1e-12), `ece` (expected
@@ -93,18 +84,11 @@ def calibration_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, Any
 def ece_by_chance(confidence: np.ndarray, *, draws: int = 200, seed: int = 0) -> float:
     """Returns the mean `ece` of a perfectly calibrated classifier, above 0 since clips are few.
 
-    Each draw makes each clip right with its own probability (Vaicenavicius et al. 2019,
-    arXiv:1902.06977).
-
-    Args:
-      confidence: the highest probability of each clip, `[clips]`.
-      draws: number of draws to average.
-      seed: of the draws.
+    In each draw, each clip is right with its highest probability, `confidence` `[clips]`
+    (Vaicenavicius et al. 2019, arXiv:1902.06977).
     """
-    generator = np.random.default_rng(seed)
-    n = len(confidence)
-    errors = [_calibration(confidence, generator.random(n) < confidence)[0] for _ in range(draws)]
-    return float(np.mean(errors))
+    drawn = np.random.default_rng(seed).random((draws, len(confidence))) < confidence
+    return float(np.mean([_calibration(confidence, correct)[0] for correct in drawn]))
 
 
 def multi_label_metrics(
@@ -118,28 +102,17 @@ def multi_label_metrics(
       label_names: `[tags]`.
 
     Returns:
-      `n`, `tags`, `macro_roc_auc`, `macro_pr_auc` (PR-AUC is average precision), `macro_f1` and
-      `micro_f1` at the threshold 0.5, `ece` and `reliability` (over all entries: mean probability
-      against the frequency of the tag), `per_class` (one dict per tag), `undefined`, the names of
-      the tags with no positive or no negative clip, and their number `undefined_count`. The three
-      macro means leave those out. Undefined values are None, never NaN.
+      `n`, `tags`, `macro_roc_auc`, `macro_pr_auc` (average precision), `macro_f1` and `micro_f1` at
+      the threshold 0.5, `ece` and `reliability` (over all entries: mean probability against the
+      frequency of the tag), `per_class` (one dict per tag), `undefined` (the names of the tags with
+      no positive or no negative clip) and `undefined_count`.
 
     Raises:
-      UserError: shapes that do not fit, no clips, NaN, scores outside [0, 1], targets other than 0
-        and 1.
+      UserError: scores outside [0, 1], targets other than 0 and 1; no clips.
     """
     scores, targets = _check_scores(scores, label_names), np.asarray(targets)
-    if targets.shape != scores.shape:
-        raise UserError(
-            f"targets must have the shape [clips, tags] = {list(scores.shape)} of the scores, "
-            f"not {list(targets.shape)}."
-        )
-    if not np.isin(targets, (0, 1)).all():
-        clip, tag = np.argwhere(~np.isin(targets, (0, 1)))[0]
-        raise UserError(
-            f"targets: clip {clip} has {targets[clip, tag]} for the tag {label_names[tag]!r}, "
-            "not 0 or 1."
-        )
+    _check_shape("targets", targets, scores.shape)
+    _refuse(~np.isin(targets, (0, 1)), "targets", targets, label_names, "is not 0 or 1")
     targets, predicted = targets.astype(int), scores >= 0.5
     per_tag = _per_label(scores, targets, predicted, label_names)
     defined = [row for row in per_tag if row["roc_auc"] is not None]
@@ -148,15 +121,11 @@ def multi_label_metrics(
     return {
         "n": len(scores),
         "tags": len(per_tag),
-        **{
-            f"macro_{key}": _mean(row[key] for row in defined)
-            for key in ("roc_auc", "pr_auc", "f1")
-        },
+        **_means(defined, "roc_auc", "pr_auc", "f1", prefix="macro_"),
         "micro_f1": 2 * hits / both if both else None,
         "ece": ece,
-        **_undefined(per_tag, "roc_auc"),
-        "per_class": per_tag,
         "reliability": reliability,
+        **_rows(per_tag, "roc_auc"),
     }
 
 
@@ -168,30 +137,18 @@ def regression_metrics(
     Args:
       predicted: `[clips, outputs]`.
       targets: `[clips, outputs]`.
-      names: of the outputs, `[outputs]`.
+      names: `[outputs]`.
 
     Returns:
       `n`, `outputs`, `r2` (coefficient of determination), `mse` (mean squared error), `mae` (mean
       absolute error) and `correlation` (Pearson's), each the mean over the outputs, `per_class`
-      (one dict per output), `undefined`, the names of the outputs that are constant over the clips,
-      and their number `undefined_count`; these have no `r2` and no `correlation`, and those two
-      means leave them out.
-
-    Raises:
-      UserError: shapes that do not fit, no clips, or values that are not finite.
+      (one dict per output), `undefined` (the names of the outputs that are constant over the clips,
+      without `r2` and `correlation`) and `undefined_count`.
     """
     predicted, targets = np.asarray(predicted, np.float64), np.asarray(targets, np.float64)
-    shape = predicted.shape
-    if shape != targets.shape or len(shape) != 2 or shape[1] != len(names) or not len(predicted):
-        raise UserError(
-            f"predictions {list(shape)} and targets {list(targets.shape)} must both be "
-            f"[clips, outputs] for {len(names)} outputs."
-        )
     for what, values in (("predictions", predicted), ("targets", targets)):
-        if not np.isfinite(values).all():
-            clip, output = np.argwhere(~np.isfinite(values))[0]
-            value = values[clip, output]
-            raise UserError(f"{what}: clip {clip} has {value} for {names[output]!r}.")
+        _check_shape(what, values, (len(predicted), len(names)))
+        _refuse(~np.isfinite(values), what, values, names, "is not finite")
     rows: list[dict[str, Any]] = []
     for name, truth, guess in zip(names, targets.T, predicted.T, strict=True):
         varies, both = np.ptp(truth) > 0, np.ptp(truth) > 0 and np.ptp(guess) > 0
@@ -208,20 +165,17 @@ def regression_metrics(
     return {
         "n": len(targets),
         "outputs": len(names),
-        **{key: _mean(row[key] for row in rows) for key in ("r2", "mse", "mae", "correlation")},
-        **_undefined(rows, "r2"),
-        "per_class": rows,
+        **_means(rows, "r2", "mse", "mae", "correlation"),
+        **_rows(rows, "r2"),
     }
 
 
 def weighted_r2(
     predicted: np.ndarray, targets: np.ndarray
 ) -> Callable[[np.ndarray], tuple[float, float]]:
-    """Returns a function from weights of the clips to the mean R2 and the mean squared error.
+    """Returns a function from weights `[clips]` to the mean R2 and the mean squared error.
 
-    Args:
-      predicted: `[clips, outputs]`.
-      targets: `[clips, outputs]`.
+    Both arrays are `[clips, outputs]`.
     """
     targets = np.asarray(targets, np.float64)
     errors = np.square(np.asarray(predicted, np.float64) - targets)
@@ -241,13 +195,9 @@ def weighted_macro_aucs(
 ) -> Callable[[np.ndarray], tuple[float, float]]:
     """Returns a function from weights of the clips to macro ROC-AUC and macro PR-AUC.
 
-    It is fast enough for a bootstrap: the clips are sorted once, and each call costs a few passes
-    over them. A label without positive or without negative weight is left out of the means of that
-    call; without any label they are NaN.
-
-    Args:
-      scores: `[clips, labels]`.
-      targets: 0 or 1, `[clips, labels]`.
+    It is fast enough for a bootstrap, as the clips are sorted only once. Labels without positive or
+    without negative weight are left out of the means of a call; without any label they are NaN.
+    Scores and targets (0 or 1) are `[clips, labels]`.
     """
     scores, targets = np.asarray(scores), np.asarray(targets)
     usable = (targets == 1).any(axis=0) & (targets == 0).any(axis=0)
@@ -267,8 +217,8 @@ def weighted_macro_aucs(
             positives, negatives = hits[-1], drawn[-1] - hits[-1]
             if positives == 0 or negatives == 0:
                 continue
-            recall = np.concatenate([[0], hits]) / positives
-            false_alarm = np.concatenate([[0], drawn - hits]) / negatives
+            recall = np.append(0, hits) / positives
+            false_alarm = np.append(0, drawn - hits) / negatives
             roc.append(float(np.sum(np.diff(false_alarm) * (recall[1:] + recall[:-1]) / 2)))
             pr.append(float(np.sum(np.diff(recall) * hits / np.maximum(drawn, 1e-300))))
         return (float(np.mean(roc)), float(np.mean(pr))) if roc else (float("nan"), float("nan"))
@@ -288,59 +238,52 @@ def average_by_clip(scores: np.ndarray, clip_index: np.ndarray, clips: int) -> n
       UserError: a clip without a window.
     """
     windows = np.bincount(clip_index, minlength=clips)
-    if (windows == 0).any():
-        clip = int(np.argmax(windows == 0))
-        missing = f"{(windows == 0).sum()} of {clips} clips"
-        raise UserError(f"{missing} have no window, the first is clip {clip}.")
+    if (empty := np.flatnonzero(windows == 0)).size:
+        missing = f"{len(empty)} of {clips} clips have no window"
+        raise UserError(f"{missing}, the first is clip {empty[0]}.")
     sums = np.zeros((clips, scores.shape[1]))
     np.add.at(sums, clip_index, scores)
     return sums / windows[:, None]
 
 
+def _check_shape(what: str, values: np.ndarray, shape: tuple[int, ...]) -> None:
+    if values.shape != shape:
+        raise UserError(f"{what} must have the shape {list(shape)}, not {list(values.shape)}.")
+    if 0 in shape:
+        raise UserError(f"{what} have the shape {list(shape)}: there is nothing to measure.")
+
+
+def _refuse(
+    wrong: np.ndarray, what: str, values: np.ndarray, names: Sequence[str], why: str
+) -> None:
+    """Raises UserError that names the first wrong entry of values `[clips, labels]`."""
+    if wrong.any():
+        clip, label = np.argwhere(wrong)[0]
+        value = f"{values[clip, label]:.6g} for {names[label]!r}"
+        raise UserError(f"{what}: clip {clip} has {value}, which {why} ({wrong.sum()} in all).")
+
+
 def _check_scores(scores: np.ndarray, label_names: Sequence[str]) -> np.ndarray:
     """Returns the scores as float64 within [0, 1], or raises UserError."""
     scores = np.asarray(scores, np.float64)
-    if scores.ndim != 2 or scores.shape[1] != len(label_names):
-        raise UserError(
-            f"scores must have the shape [clips, {len(label_names)}] for {len(label_names)} "
-            f"label names, not {list(scores.shape)}."
-        )
-    if 0 in scores.shape:
-        raise UserError(f"scores have the shape {list(scores.shape)}: there is nothing to measure.")
-    for what, wrong in (
-        ("is not a number", np.isnan(scores)),
-        ("is outside [0, 1]", (scores < -_ROUNDING) | (scores > 1 + _ROUNDING)),
-    ):
-        if wrong.any():
-            clip, label = np.argwhere(wrong)[0]
-            raise UserError(
-                f"scores: clip {clip} has {scores[clip, label]:.6g} for {label_names[label]!r}, "
-                f"which {what} ({wrong.sum()} such entries)."
-            )
+    _check_shape("scores", scores, (len(scores), len(label_names)))
+    _refuse(np.isnan(scores), "scores", scores, label_names, "is not a number")
+    outside = (scores < -_ROUNDING) | (scores > 1 + _ROUNDING)
+    _refuse(outside, "scores", scores, label_names, "is outside [0, 1]")
     return np.clip(scores, 0, 1)
 
 
 def _check_labels(scores: np.ndarray, labels: np.ndarray) -> None:
     clips, classes = scores.shape
-    if labels.shape != (clips,):
-        raise UserError(
-            f"labels must have the shape [clips] = [{clips}] of the scores, "
-            f"not {list(labels.shape)}."
-        )
+    _check_shape("labels", labels, (clips,))
     if not np.issubdtype(labels.dtype, np.integer):
         raise UserError(f"labels must be integers, not {labels.dtype}.")
-    if not 0 <= labels.min() <= labels.max() < classes:
-        wrong = int(np.argmax((labels < 0) | (labels >= classes)))
-        raise UserError(
-            f"labels: clip {wrong} has the label {labels[wrong]}, but there are {classes} classes."
-        )
+    if (wrong := np.flatnonzero((labels < 0) | (labels >= classes))).size:
+        label = labels[wrong[0]]
+        raise UserError(f"labels: clip {wrong[0]} has the label {label} of {classes} classes.")
     sums = scores.sum(axis=1)
-    if (np.abs(sums - 1) > _ROUNDING_OF_SUM).any():
-        wrong = int(np.argmax(np.abs(sums - 1)))
-        raise UserError(
-            f"scores: those of clip {wrong} sum to {sums[wrong]:.4f}, but probabilities of one "
-            "label sum to 1."
-        )
+    if (wrong := np.flatnonzero(np.abs(sums - 1) > _ROUNDING_OF_SUM)).size:
+        raise UserError(f"scores: clip {wrong[0]} sums to {sums[wrong[0]]:.4f}, not to 1.")
 
 
 def _per_label(
@@ -348,9 +291,8 @@ def _per_label(
 ) -> list[dict[str, Any]]:
     """Returns the measures of each label against the rest; all inputs `[clips, labels]`."""
     rows = []
-    for name, score, truth, chosen in zip(
-        label_names, scores.T, targets.T, predicted.T, strict=True
-    ):
+    columns = zip(label_names, scores.T, targets.T, predicted.T, strict=True)
+    for name, score, truth, chosen in columns:
         support, selected = int(truth.sum()), int(chosen.sum())
         hits = int((chosen & (truth == 1)).sum())
         curves = 0 < support < len(truth)
@@ -369,31 +311,31 @@ def _per_label(
     return rows
 
 
-def _undefined(per_label: list[dict[str, Any]], key: str) -> dict[str, Any]:
-    names = [row["label"] for row in per_label if row[key] is None]
-    return {"undefined": names, "undefined_count": len(names)}
+def _rows(per_label: list[dict[str, Any]], key: str) -> dict[str, Any]:
+    """Returns the rows, and which of them have no value of `key`."""
+    undefined = [row["label"] for row in per_label if row[key] is None]
+    return {"undefined": undefined, "undefined_count": len(undefined), "per_class": per_label}
+
+
+def _means(rows: list[dict[str, Any]], *keys: str, prefix: str = "") -> dict[str, float | None]:
+    """Returns the mean of each measure over the rows that have a value, or None without any."""
+    known = {key: [row[key] for row in rows if row[key] is not None] for key in keys}
+    return {prefix + key: float(np.mean(own)) if own else None for key, own in known.items()}
 
 
 def _calibration(confidence: np.ndarray, correct: np.ndarray) -> tuple[float, list[dict[str, Any]]]:
     """Returns the expected calibration error and its bins (low, high]; 0 is in the first."""
-    bins = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
-    count = np.bincount(bins, minlength=CALIBRATION_BINS)
-    summed = np.bincount(bins, confidence, CALIBRATION_BINS)
-    hits = np.bincount(bins, correct, CALIBRATION_BINS)
+    bins = np.clip(np.ceil(confidence * _BINS).astype(int) - 1, 0, _BINS - 1)
+    count = np.bincount(bins, minlength=_BINS).tolist()
+    summed, hits = np.bincount(bins, confidence, _BINS), np.bincount(bins, correct, _BINS)
     rows = [
         {
-            "low": i / CALIBRATION_BINS,
-            "high": (i + 1) / CALIBRATION_BINS,
-            "n": int(n),
+            "low": i / _BINS,
+            "high": (i + 1) / _BINS,
+            "n": n,
             "confidence": float(summed[i] / n) if n else None,
             "accuracy": float(hits[i] / n) if n else None,
         }
         for i, n in enumerate(count)
     ]
     return float(np.abs(hits - summed).sum() / len(confidence)), rows
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    """Returns the mean of the values that are not None, or None without any."""
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None

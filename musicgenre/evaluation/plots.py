@@ -1,7 +1,7 @@
 """Figures of reports as PNG files, by matplotlib and scikit-learn's displays; no screen is needed.
 
 Each function returns a figure, which `save` gives a title and writes. `new_figure`, `style_axes`,
-`colour_bar`, `time_axis` and `save` give all figures of the package one look.
+`colour_bar` and `save` give all figures of the package one look.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 from sklearn.calibration import CalibrationDisplay
 from sklearn.metrics import ConfusionMatrixDisplay, RocCurveDisplay
@@ -39,100 +39,75 @@ _CURVES = cycler(
     linestyle=["-", (0, (5, 1))] * 5,
 )
 _DASHED: dict[str, Any] = {"linewidth": 1, "linestyle": (0, (4, 3))}
+_HEADING: dict[str, Any] = {"fontsize": 10, "color": INK}
 _DPI = 130
-# With more classes, the numbers in the cells of a confusion matrix are too small to read; with more
-# labels, so are the numbers above the bars.
+_TAGGRAM_COLUMNS = 2000
+# Numbers in more cells of a confusion matrix, or above more bars, are too small to read.
 _MOST_CLASSES_WITH_NUMBERS, _MOST_BARS_WITH_NUMBERS = 25, 60
 
 
 def confusion_matrix(confusion: Sequence[Sequence[int]], label_names: Sequence[str]) -> Figure:
     """Draws how often clips of each class (rows) are predicted as each class (columns).
 
-    The colour is the fraction of the row. For up to 25 classes, cells show it above the count.
-
-    Args:
-      confusion: counts, rows are the truth, `[classes, classes]`.
-      label_names: `[classes]`.
+    The colour is the fraction of the row. For up to 25 classes, cells show it above the count, the
+    entry of `confusion` `[classes, classes]`.
     """
     counts, classes = np.asarray(confusion), len(label_names)
-    rows = counts.sum(axis=1, keepdims=True)
-    fraction = counts / np.maximum(rows, 1)
+    rows = counts.sum(axis=1)
+    fraction = counts / np.maximum(rows, 1)[:, None]
     few = classes <= _MOST_CLASSES_WITH_NUMBERS
     side = float(np.clip(0.62 * classes, 3.2, 11.5)) + 1.8
     figure = new_figure(side + 0.9, side, layout="compressed")
     axes = figure.subplots()
     shown = ConfusionMatrixDisplay(fraction, display_labels=[short(name) for name in label_names])
-    shown.plot(
-        ax=axes,
-        cmap="Blues",
-        include_values=few,
-        colorbar=False,
-        im_kw={"vmin": 0, "vmax": 1},
-        text_kw={"fontsize": 9 if classes <= 14 else 6.5},
-        xticks_rotation="vertical",
-    )
+    look: dict[str, Any] = {"cmap": "Blues", "im_kw": {"vmin": 0, "vmax": 1}, "colorbar": False}
+    look |= {"xticks_rotation": "vertical", "text_kw": {"fontsize": 9 if classes <= 14 else 6.5}}
+    shown.plot(ax=axes, include_values=few, **look)
     for cell, text in np.ndenumerate(shown.text_) if few else ():
         percent = f"{100 * fraction[cell]:.0f} %\n{counts[cell]}"
-        text.set_text(percent if counts[cell] else "")
-    axes.set_yticks(range(classes), _with_counts(label_names, rows[:, 0]))
+        text.set(text=percent if counts[cell] else "", color="w" if fraction[cell] > 0.5 else INK)
+    axes.set_yticks(range(classes), _with_counts(label_names, rows))
     axes.tick_params(labelsize=9 if few else 6.5, length=0)
     axes.spines[:].set_visible(False)
     axes.set(xlabel="predicted", ylabel="truth (clips)")
-    bar = colour_bar(
-        figure, axes, shown.im_, "fraction of the true class", fraction=0.046, pad=0.03
-    )
-    bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=["0 %", "25 %", "50 %", "75 %", "100 %"])
+    look = {"fraction": 0.046, "pad": 0.03, "format": PercentFormatter(1, symbol=" %")}
+    colour_bar(figure, axes, shown.im_, "fraction of the true class", **look)
     return figure
 
 
 def per_class_bars(metrics: Mapping[str, Any]) -> Figure:
-    """Draws two measures of each class, tag or output as bars, in label order from the top.
-
-    Args:
-      metrics: from `musicgenre.evaluation.metrics`; its means are the dashed lines.
-    """
+    """Draws two measures of each class, tag or output as bars, and their means as dashed lines."""
     rows = metrics["per_class"]
     panels = {"f1": "macro_f1", "roc_auc": "macro_roc_auc"}
     if "r2" in metrics:
         panels = {"r2": "r2", "correlation": "correlation"}
     elif "tags" in metrics:
         panels = {"roc_auc": "macro_roc_auc", "pr_auc": "macro_pr_auc"}
-    figure = new_figure(10.0, 1.5 + 0.27 * max(len(rows), 4))
-    positions = np.arange(len(rows))
-    drawn = figure.subplots(1, len(panels), sharey=True)
+    height = 1.5 + 0.27 * max(len(rows), 4)
+    figure, drawn = _subplots(10.0, height, 1, 2, grid="x", sharey=True)
+    look: dict[str, Any] = {"ha": "right", "va": "center", "fontsize": 8.5, "color": MUTED}
     for axes, (key, mean), colour in zip(drawn, panels.items(), (BLUE, GREEN), strict=True):
-        axes.barh(positions, [row[key] or 0 for row in rows], color=colour, height=0.68)
-        for position, row in zip(positions, rows, strict=True):
-            text = "n/a" if row[key] is None else f"{row[key]:.2f}"
-            axes.text(1.13, position, text, ha="right", va="center", fontsize=8.5, color=MUTED)
+        axes.barh(range(len(rows)), [row[key] or 0 for row in rows], 0.68, color=colour)
+        for position, row in enumerate(rows):
+            axes.text(1.13, position, "n/a" if row[key] is None else f"{row[key]:.2f}", **look)
         if metrics[mean] is not None:
             axes.axvline(metrics[mean], color=INK, **_DASHED)
-            heading = f"{measure_name(mean)} {metrics[mean]:.3f}"
-            axes.set_title(heading, fontsize=10, color=INK)
+            axes.set_title(f"{measure_name(mean)} {metrics[mean]:.3f}", **_HEADING)
         axes.set(xlim=(0, 1.14), xticks=[0, 0.25, 0.5, 0.75, 1], ylim=(len(rows) - 0.4, -0.6))
-        style_axes(axes, "x")
     names = _with_counts([row["label"] for row in rows], [row["support"] for row in rows])
-    drawn[0].set_yticks(positions, names, fontsize=9)
+    drawn[0].set_yticks(range(len(rows)), names, fontsize=9)
     drawn[0].set_ylabel("label (clips)")
     return figure
 
 
 def reliability_diagram(
-    bins: Sequence[Mapping[str, Any]],
-    ece: float,
-    observed: str = "accuracy",
-    counted: str = "clips",
+    bins: Sequence[Mapping[str, Any]], ece: float, observed: str, counted: str
 ) -> Figure:
-    """Draws observed frequency against mean probability in bins, and the number of clips in each.
+    """Draws what is observed ("accuracy") against mean probability, and what is counted ("clips").
 
-    Args:
-      bins: `reliability` of the metrics.
-      ece: expected calibration error.
-      observed: what is compared with the probability, such as "accuracy".
-      counted: what the bins hold.
+    `bins` and `ece` are `reliability` and the expected calibration error of the metrics.
     """
-    figure = new_figure(5.8, 5.8)
-    top, below = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
+    figure, (top, below) = _subplots(5.8, 5.8, 2, sharex=True, height_ratios=[3.2, 1])
     full = [row for row in bins if row["n"]]
     truth, mean = (np.array([row[key] for row in full]) for key in ("accuracy", "confidence"))
     CalibrationDisplay(truth, mean, None, estimator_name=observed).plot(ax=top, color=BLUE)
@@ -140,25 +115,18 @@ def reliability_diagram(
     top.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="", ylabel=observed)
     heading = f"expected calibration error {100 * ece:.1f} %"
     _legend(top, loc="upper left", title=heading, title_fontsize=9.5, alignment="left")
-    width = bins[0]["high"] - bins[0]["low"]
-    counts = [row["n"] for row in bins]
-    below.bar([row["low"] for row in bins], counts, 0.92 * width, align="edge", color=MUTED)
+    lows, counts = [row["low"] for row in bins], [row["n"] for row in bins]
+    below.bar(lows, counts, 0.92 / len(bins), align="edge", color=MUTED)
     below.set(xlabel="probability", ylabel=counted)
-    if max(counts) > 100 * max(1, min(row["n"] for row in full)):
+    below.grid(False, axis="x")
+    if max(counts) > 100 * min(row["n"] for row in full):
         below.set_yscale("log")
-    style_axes(top)
-    style_axes(below, "y")
     return figure
 
 
 def coverage_curve(abstention: Mapping[str, Any]) -> Figure:
-    """Draws the accuracy on the most confident clips against the fraction that they are of all.
-
-    Args:
-      abstention: from `musicgenre.evaluation.calibration.risk_coverage`.
-    """
-    figure = new_figure(5.8, 4.8)
-    axes = figure.subplots()
+    """Draws accuracy against coverage, from `musicgenre.evaluation.calibration.risk_coverage`."""
+    figure, axes = _subplots(5.8, 4.8)
     coverage, accuracy = abstention["curve"]["coverage"], abstention["curve"]["accuracy"]
     name = f"by confidence (AURC {abstention['aurc']:.3f})"
     axes.plot(coverage, accuracy, color=BLUE, linewidth=1.8, label=name)
@@ -169,50 +137,32 @@ def coverage_curve(abstention: Mapping[str, Any]) -> Figure:
     low, high = np.array([row["wilson"] for row in rows]).T
     axes.vlines(at, low, high, color=RED, linewidth=1.6, label="95 % Wilson interval")
     axes.plot(at, [row["accuracy"] for row in rows], "o", color=RED, markeredgecolor="white")
-    for row in rows:
-        axes.annotate(
-            f"{100 * row['accuracy']:.1f} %",
-            (row["coverage"], row["wilson"][0]),
-            (0, -4),
-            textcoords="offset points",
-            ha="center",
-            va="top",
-            fontsize=8.5,
-            color=INK,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-        )
+    look: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": 8.5, "color": INK}
+    look["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    for row, bottom in zip(rows, low, strict=True):
+        text, point = f"{100 * row['accuracy']:.1f} %", (row["coverage"], bottom)
+        axes.annotate(text, point, (0, -4), textcoords="offset points", **look)
     # Room for the legend below everything that is drawn.
     bottom = max(np.floor(10 * min(*accuracy, *low) - 2) / 10, -0.2)
-    axes.set(xlim=(0, 1.01), ylim=(bottom, 1.02))
-    axes.set_yticks([tick for tick in np.linspace(0, 1, 11) if tick >= bottom - 1e-9])
+    axes.set(xlim=(0, 1.01), ylim=(bottom, 1.02), yticks=np.arange(max(bottom, 0), 1.05, 0.1))
     axes.set(xlabel="coverage (fraction of clips not abstained on)", ylabel="accuracy on these")
     _legend(axes, loc="lower left")
-    style_axes(axes)
     return figure
 
 
 def learning_curves(
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    metric: str = "accuracy",
-    evaluated_step: int | None = None,
+    rows: Sequence[Mapping[str, Any]], metric: str, evaluated_step: int | None
 ) -> Figure:
-    """Draws loss and a metric over steps, of training and validation, and marks the evaluated step.
+    """Draws the loss and a metric of training and validation, from the rows of `metrics.jsonl`.
 
-    Args:
-      rows: of `metrics.jsonl`: `step` with any of `train_loss`, `valid_loss`, `train_<metric>` and
-        `valid_<metric>`.
-      metric: the metric of the second panel.
-      evaluated_step: the checkpoint's step.
+    The line at `evaluated_step` marks the checkpoint.
     """
-    figure = new_figure(9.6, 3.9)
-    panels = figure.subplots(1, 2)
+    figure, panels = _subplots(9.6, 3.9, 1, 2)
     curves = {"train": ("training", ORANGE, ""), "valid": ("validation", BLUE, "o")}
     for axes, name in zip(panels, ("loss", metric), strict=True):
-        for key, (label, colour, marker) in curves.items():
-            key = f"{key}_{name}"
-            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-            if points:
+        for split, (label, colour, marker) in curves.items():
+            key = f"{split}_{name}"
+            if points := [(row["step"], row[key]) for row in rows if row.get(key) is not None]:
                 look = {"color": colour, "marker": marker, "markersize": 3, "linewidth": 1.4}
                 axes.plot(*zip(*points, strict=True), label=label, **look)
         if not axes.lines:
@@ -220,9 +170,8 @@ def learning_curves(
         if evaluated_step is not None:
             label = f"evaluated: step {evaluated_step}"
             axes.axvline(evaluated_step, color=RED, label=label, **_DASHED)
-        axes.set_title(measure_name(name), fontsize=10, color=INK)
+        axes.set_title(measure_name(name), **_HEADING)
         axes.set_xlabel("step")
-        style_axes(axes)
         axes.margins(x=0.02)
     panels[0].set_ylim(bottom=0)
     if panels[0].lines:
@@ -233,13 +182,10 @@ def learning_curves(
 def roc_curves(scores: np.ndarray, targets: np.ndarray, label_names: Sequence[str]) -> Figure:
     """Draws the ROC curve of each label against the rest, for up to ten labels.
 
-    Args:
-      scores: `[clips, labels]`.
-      targets: 0 or 1, `[clips, labels]`; a label without positives or negatives is left out.
-      label_names: `[labels]`.
+    Scores and targets (0 or 1) are `[clips, labels]`; labels without positives or negatives are
+    left out.
     """
-    figure = new_figure(5.8, 5.8)
-    axes = figure.subplots()
+    figure, axes = _subplots(5.8, 5.8)
     axes.plot([0, 1], [0, 1], color=MUTED, **_DASHED)
     for column, (name, look) in enumerate(zip(label_names, _CURVES, strict=False)):
         truth = targets[:, column]
@@ -250,16 +196,11 @@ def roc_curves(scores: np.ndarray, targets: np.ndarray, label_names: Sequence[st
     axes.set(xlabel="false positive rate", ylabel="true positive rate")
     if len(axes.lines) > 1:
         _legend(axes, loc="lower right", title="area, label", alignment="left")
-    style_axes(axes)
     return figure
 
 
 def comparison_plot(
-    rows: Sequence[Mapping[str, Any]],
-    measure: str,
-    *,
-    percent: bool = False,
-    each: str = "one seed",
+    rows: Sequence[Mapping[str, Any]], measure: str, *, percent: bool, each: str = "one seed"
 ) -> Figure:
     """Draws a row for each run or variant, from the top: interval, mean, and below them its values.
 
@@ -273,8 +214,10 @@ def comparison_plot(
     """
     factor, digits = (100, 1) if percent else (1, 3)
     leaks = list(rows[0].get("leaks", ()))
-    figure = new_figure(10.5 if leaks else 8.6, 1.9 + (0.62 if leaks else 0.42) * max(len(rows), 2))
-    axes, *more = figure.subplots(1, 2 if leaks else 1, sharey=True, squeeze=False)[0]
+    columns, width, height = (2, 10.5, 0.62) if leaks else (1, 8.6, 0.42)
+    height = 1.9 + height * max(len(rows), 2)
+    figure, drawn = _subplots(width, height, 1, columns, grid="x", sharey=True, squeeze=False)
+    axes, right = drawn[0][0], drawn[0][-1]
     positions = np.arange(len(rows))
     limits = factor * np.array([row["interval"] or (np.nan, np.nan) for row in rows], float)
     values = [factor * np.asarray(row["values"], float) for row in rows]
@@ -288,20 +231,18 @@ def comparison_plot(
         axes.hlines(positions, *limits.T, color=RED, linewidth=2, label="95 % interval")
     means = factor * np.array([row["mean"] for row in rows])
     axes.plot(means, positions, "D", color=RED, markeredgecolor="white", label="value or mean")
-    for y, mean in zip(positions, means, strict=True):
-        look = {"va": "center", "fontsize": 9, "color": INK}
-        axes.annotate(f"{mean:.{digits}f}", (1.01, y), xycoords=("axes fraction", "data"), **look)
+    look = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 9, "color": INK}
+    for y, mean in enumerate(means):
+        axes.annotate(f"{mean:.{digits}f}", (1.01, y), **look)
     axes.set_yticks(positions, [short(row["name"], 44) for row in rows], fontsize=9)
     axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel=f"{measure} (%)" if percent else measure)
     axes.margins(x=0.08)
-    style_axes(axes, "x")
     for number, leak in enumerate(leaks):
         counts = [100 * row["leaks"][leak] / row["clips"] for row in rows]
         look = {"color": (PURPLE, ORANGE, BLUE)[number], "label": f"{leak} in training"}
-        bars = more[0].barh(positions + 0.26 * (number - 1), counts, 0.22, **look)
-        more[0].bar_label(bars, fmt=" {:.0f}", fontsize=7.5, color=INK)
-        more[0].set(xlabel="held-out clips (%)", xlim=(0, 112))
-        style_axes(more[0], "x")
+        bars = right.barh(positions + 0.26 * (number - 1), counts, 0.22, **look)
+        right.bar_label(bars, fmt=" {:.0f}", fontsize=7.5, color=INK)
+        right.set(xlabel="held-out clips (%)", xlim=(0, 112))
     figure.legend(frameon=False, fontsize=8.5, ncols=3, loc="outside lower center")
     return figure
 
@@ -320,25 +261,21 @@ def label_distribution(
       label_names: `[labels]`.
       counts: clips with each label, `[labels]`, by split; one entry, "clips" say, without splits.
       by_count: the most frequent first; otherwise in the order given.
-      most: draw only the first so many labels; 0 draws all.
-      marked: the first so many keep their colour, the others are grey; 0 marks none. For one split.
+      most: how many labels are drawn, from the first; 0 draws all.
+      marked: how many labels keep their colour, while the others are grey; 0 marks none.
     """
     table = np.array([list(values) for values in counts.values()], int)
-    table = table.reshape(len(counts), len(label_names))
-    order = np.argsort(-table.sum(axis=0), kind="stable") if by_count else np.arange(table.shape[1])
-    order = order[: most or None]
+    order = np.argsort(-table.sum(axis=0) * by_count, kind="stable")[: most or None]
     table, names = table[:, order], [short(label_names[i]) for i in order]
-    n, few = len(names), len(names) <= 12
+    totals, n, few = table.sum(axis=0), len(names), len(names) <= 12
     # Font size and inches per label: rotated, it takes the height of a line.
     size, room = (9.0, 0.36) if n <= 30 else (8.0, 0.168) if n <= 80 else (7.0, 0.115)
-    figure = new_figure(max(6.5, 1.6 + n * room), 5.2)
-    axes = figure.subplots()
-    below = np.cumsum(table, axis=0) - table
-    for split, row, bottom, colour in zip(
-        counts, table, below, (BLUE, ORANGE, GREEN), strict=False
-    ):
+    figure, axes = _subplots(max(6.5, 1.6 + n * room), 5.2, grid="y")
+    bottom = np.zeros(n, int)
+    for split, row, colour in zip(counts, table, (BLUE, ORANGE, GREEN), strict=False):
         colours = [_LINE if 0 < marked <= i else colour for i in range(n)]
         bars = axes.bar(range(n), row, bottom=bottom, width=0.78, color=colours, label=split)
+        bottom = bottom + row
     handles, words = axes.get_legend_handles_labels()
     if 0 < marked < n:
         handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in (BLUE, _LINE)]
@@ -348,15 +285,12 @@ def label_distribution(
         axes.legend(handles, words, frameon=False, fontsize=9, loc="lower left", **above)
     if n <= _MOST_BARS_WITH_NUMBERS:
         look: dict[str, Any] = {"fontsize": 8.5 if few else 7, "rotation": 0 if few else 90}
-        look |= {"color": MUTED, "padding": 3}
-        axes.bar_label(bars, [f"{total:,}" for total in table.sum(axis=0)], **look)
+        axes.bar_label(bars, [f"{total:,}" for total in totals], color=MUTED, padding=3, **look)
     slanted: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(range(n), names, fontsize=size, **(slanted if few else {"rotation": 90}))
-    highest = max(1, int(table.sum(axis=0).max()))
-    axes.set(xlim=(-0.7, n - 0.3), ylim=(0, 1.12 * highest), ylabel="clips")
+    axes.set(xlim=(-0.7, n - 0.3), ylim=(0, 1.12 * max(1, *totals)), ylabel="clips")
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    style_axes(axes, "y")
     axes.tick_params(axis="x", length=0)
     return figure
 
@@ -374,6 +308,7 @@ class TimePanel:
       yticks: labels by position, in bands (the first band's centre is 0); if empty, automatic.
       unit: name of the colour bar, such as "dB".
       limits: values of the first and the last colour; the smallest and the largest if None.
+      height: of an image, relative to the panel of a line.
     """
 
     values: np.ndarray
@@ -384,6 +319,7 @@ class TimePanel:
     yticks: Mapping[float, str] = dataclasses.field(default_factory=dict)
     unit: str = ""
     limits: tuple[float, float] | None = None
+    height: float = 2.6
 
     @property
     def end(self) -> float:
@@ -397,7 +333,7 @@ class TimePanel:
             axes.plot(*_envelope(self.values, self.seconds, self.start), color=BLUE, linewidth=0.6)
             style_axes(axes)
         else:
-            low, high = self.limits or (float(self.values.min()), float(self.values.max()))
+            low, high = self.limits or (None, None)
             extent = (self.start, self.end, -0.5, self.values.shape[1] - 0.5)
             look: dict[str, Any] = {"cmap": "magma", "vmin": low, "vmax": high, "extent": extent}
             look |= {"origin": "lower", "aspect": "auto", "interpolation": "nearest"}
@@ -408,29 +344,23 @@ class TimePanel:
         if self.yticks:
             axes.set_yticks(list(self.yticks), list(self.yticks.values()))
         axes.set_ylabel(self.ylabel)
-        axes.set_title(self.name, fontsize=10, color=INK, loc="left")
+        axes.set_title(self.name, loc="left", **_HEADING)
         return image
 
 
 def time_panels(panels: Sequence[TimePanel]) -> Figure:
-    """Draws panels below each other over one time axis, such as a waveform and its spectrogram.
-
-    Args:
-      panels: from the top.
-    """
-    heights = [1.0 if panel.values.ndim == 1 else 2.6 for panel in panels]
+    """Draws panels below each other over one time axis, such as a waveform and its spectrogram."""
+    heights = [1.0 if panel.values.ndim == 1 else panel.height for panel in panels]
     figure = new_figure(8.4, 1.1 + 1.1 * sum(heights))
-    column = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[
-        :, 0
-    ]
-    for axes, panel in zip(column, panels, strict=True):
+    rows = figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, panel in zip(rows, panels, strict=True):
         if (image := panel.draw(axes)) is not None:
             low, high = image.get_clim()
             beyond = panel.values.min() < low, panel.values.max() > high
             extend = {(False, False): "neither", (True, False): "min", (False, True): "max"}
             colour_bar(figure, axes, image, panel.unit, extend=extend.get(beyond, "both"))
         axes.set_xlim(max(panel.start, 0), panel.end)
-    time_axis(column[-1], max(panel.end for panel in panels))
+    _time_axis(rows[-1], max(panel.end for panel in panels))
     return figure
 
 
@@ -446,42 +376,37 @@ def taggram(
 ) -> Figure:
     """Draws a spectrogram and, below it, the model's predictions for each window over time.
 
-    Labels are in the order of their means, the highest at the top. Each moment has the colour of
-    the window whose middle is nearest.
+    Each moment has the colour of the window whose middle is nearest. The labels with the highest
+    values are drawn, in the order of their means.
 
     Args:
-      sound: the spectrogram, `[n, bands]`.
-      starts: of the windows, seconds `[windows]`, growing.
+      sound: the spectrogram.
+      starts: of the windows, growing, in seconds, `[windows]`.
       ends: `[windows]`.
       scores: `[windows, labels]`; probabilities, or a regression's outputs.
       label_names: `[labels]`.
-      most: labels that are drawn: those that reach the highest values.
-      unit: name of the scores; the colours of "probability" are those of 0 to 1, else their range.
+      most: how many labels are drawn.
+      unit: of the scores; the colours of "probability" cover 0 to 1, others the range.
     """
-    shown = np.argsort(-scores.max(axis=0), kind="stable")[:most]
-    shown = shown[np.argsort(scores[:, shown].mean(axis=0), kind="stable")]
+    chosen = np.argsort(-scores.max(axis=0), kind="stable")[:most]
+    chosen = chosen[np.argsort(scores[:, chosen].mean(axis=0), kind="stable")]
     middles = (starts + ends) / 2
-    edges = np.concatenate([starts[:1], (middles[1:] + middles[:-1]) / 2, ends[-1:]])
-    height = 0.23 * len(shown) + 0.5
-    figure = new_figure(8.4, 3.4 + height)
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2.4, height])
-    if (image := sound.draw(above)) is not None:
-        colour_bar(figure, above, image, sound.unit)
-    limits = (0.0, 1.0) if unit == "probability" else (float(scores.min()), float(scores.max()))
-    rows = np.arange(len(shown) + 1) - 0.5
-    look: dict[str, Any] = {"cmap": "magma", "vmin": limits[0], "vmax": limits[1]}
-    mesh = below.pcolormesh(edges, rows, scores[:, shown].T, rasterized=True, **look)
-    colour_bar(figure, below, mesh, unit)
+    seconds = ends[-1] / _TAGGRAM_COLUMNS
+    times = seconds * (np.arange(_TAGGRAM_COLUMNS) + 0.5)
+    nearest = np.searchsorted((middles[1:] + middles[:-1]) / 2, times)
+    below = TimePanel(
+        scores[nearest][:, chosen],
+        seconds,
+        name=f"{unit} over {len(starts)} window{'s' if len(starts) != 1 else ''}",
+        yticks={row: short(label_names[label]) for row, label in enumerate(chosen.tolist())},
+        unit=unit,
+        limits=(0.0, 1.0) if unit == "probability" else (float(scores.min()), float(scores.max())),
+        height=0.21 * len(chosen) + 0.45,
+    )
+    figure = time_panels([sound, below])
     # White lines separate the rows without a grid over the times.
-    below.hlines(rows[1:-1], 0, edges[-1], color="white", linewidth=1.2)
-    below.set_yticks(np.arange(len(shown)), [short(label_names[i]) for i in shown.tolist()])
-    name = f"{unit} over {len(starts)} window{'s' if len(starts) != 1 else ''}"
-    below.set_title(name, fontsize=10, color=INK, loc="left")
-    below.tick_params(colors=TICKS, length=3)
-    below.tick_params(axis="y", length=0)
-    below.spines[:].set_visible(False)
-    below.set_xlim(0, max(sound.end, edges[-1]))
-    time_axis(below, sound.end)
+    rows = np.arange(1, len(chosen)) - 0.5
+    figure.axes[1].hlines(rows, 0, ends[-1], color="white", linewidth=1.2)
     return figure
 
 
@@ -490,13 +415,21 @@ def short(name: str, most: int = 28) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
-def new_figure(
-    width: float, height: float, layout: Literal["constrained", "compressed"] | None = "constrained"
-) -> Figure:
+def new_figure(width: float, height: float, layout: Any = "constrained") -> Figure:
     """Returns an empty figure, in inches, that needs no screen."""
     figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _subplots(
+    width: float, height: float, rows: int = 1, columns: int = 1, *, grid: Any = "both", **how: Any
+) -> tuple[Figure, Any]:
+    figure = new_figure(width, height)
+    drawn = figure.subplots(rows, columns, **how)
+    for axes in np.ravel(drawn):
+        style_axes(axes, grid)
+    return figure, drawn
 
 
 def style_axes(axes: Axes, grid: Literal["both", "x", "y"] = "both") -> None:
@@ -519,7 +452,7 @@ def colour_bar(
     return bar
 
 
-def time_axis(axes: Axes, end: float) -> None:
+def _time_axis(axes: Axes, end: float) -> None:
     """Labels the horizontal axis of `end` seconds: in seconds up to five minutes, else in min:s."""
     minutes = end > 300
     if minutes:

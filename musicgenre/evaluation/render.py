@@ -9,39 +9,26 @@ from typing import Any
 
 import jinja2
 
-# Measures in the order in which reports show them.
-MEASURES = (
-    "accuracy",
-    "balanced_accuracy",
-    "top3_accuracy",
-    "macro_roc_auc",
-    "macro_pr_auc",
-    "macro_f1",
-    "micro_f1",
-    "nll",
-    "ece",
-    "brier",
-    "r2",
-    "mse",
-    "mae",
-    "correlation",
-)
-IN_PERCENT = ("accuracy", "balanced_accuracy", "top3_accuracy", "ece")
-_NAMES = {
+# Names for people of the measures, in the order in which reports show them.
+MEASURES = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "top3_accuracy": "top-3 accuracy",
     "macro_roc_auc": "macro ROC-AUC",
     "macro_pr_auc": "macro PR-AUC",
     "macro_f1": "macro F1",
     "micro_f1": "micro F1",
-    "top3_accuracy": "top-3 accuracy",
     "nll": "negative log likelihood",
     "ece": "calibration error",
     "brier": "Brier score",
+    **{name: name for name in ("r2", "mse", "mae", "correlation")},
 }
+IN_PERCENT = ("accuracy", "balanced_accuracy", "top3_accuracy", "ece")
 
 
 def measure_name(key: str) -> str:
     """Returns the name of a measure for people, such as "macro ROC-AUC" for `macro_roc_auc`."""
-    return _NAMES.get(key, key.replace("_", " "))
+    return MEASURES.get(key, key.replace("_", " "))
 
 
 def value_text(name: str, value: float | None) -> str:
@@ -53,10 +40,7 @@ def value_text(name: str, value: float | None) -> str:
 
 def range_text(name: str, interval: Sequence[float]) -> str:
     """Returns an interval of a measure, such as "41.8-55.7"."""
-    low, high = interval
-    if name in IN_PERCENT:
-        return f"{100 * low:.1f}-{100 * high:.1f}"
-    return f"{low:.3f}-{high:.3f}"
+    return "-".join(value_text(name, limit).removesuffix(" %") for limit in interval)
 
 
 def interval_texts(metrics: Mapping[str, Any], name: str) -> list[str]:

@@ -3,56 +3,46 @@
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 from matplotlib.figure import Figure
 
 from musicgenre.errors import UserError
-from musicgenre.evaluation import plots
+from musicgenre.evaluation import metrics as scoring
+from musicgenre.evaluation import plots, render
 from musicgenre.evaluation.audit import AuditResult
 from musicgenre.evaluation.calibration import cross_fitted, fit_temperature, risk_coverage, tempered
 from musicgenre.evaluation.intervals import LEVEL, bootstrap, bootstrap_mean, wilson
-from musicgenre.evaluation.metrics import (
-    calibration_metrics,
-    ece_by_chance,
-    multi_label_metrics,
-    regression_metrics,
-    single_label_metrics,
-    weighted_macro_aucs,
-    weighted_r2,
-)
-from musicgenre.evaluation.render import (
-    MEASURES,
-    csv_text,
-    data_uri,
-    interval_texts,
-    measure_name,
-    rendered,
-    value_text,
-)
 from musicgenre.files import write_json, write_text
 
+# What metrics.json has of an evaluation as it is.
+_SAVED = (
+    *("title", "dataset", "protocol", "split", "synthetic", "checkpoint", "skipped"),
+    *("command", "versions", "config"),
+)
 _MISTAKES_SHOWN = 20
 _MOST_ROC_CURVES = 10
 
 
 class _Task(NamedTuple):
-    """The headline measures of a task, those with a bootstrap, and the name of its labels."""
+    """What depends on the task: its metrics and headline, and what it calls its labels."""
 
+    metrics: Callable[..., dict[str, Any]]
     main: tuple[str, ...]
     bootstrapped: tuple[str, ...]
     one: str
     many: str
 
 
-_AUCS = ("macro_roc_auc", "macro_pr_auc")
+_AUCS, _ERRORS = ("macro_roc_auc", "macro_pr_auc"), ("r2", "mse")
 _TASKS = {
-    "single_label": _Task(("accuracy",), _AUCS, "class", "classes"),
-    "multi_label": _Task(_AUCS, _AUCS, "tag", "tags"),
-    "regression": _Task(("r2", "mse"), ("r2", "mse"), "output", "outputs"),
+    "single_label": _Task(scoring.single_label_metrics, ("accuracy",), _AUCS, "class", "classes"),
+    "multi_label": _Task(scoring.multi_label_metrics, _AUCS, _AUCS, "tag", "tags"),
+    "regression": _Task(scoring.regression_metrics, _ERRORS, _ERRORS, "output", "outputs"),
 }
 
 
@@ -61,29 +51,21 @@ class Evaluation:
     """Everything that a report contains. Arrays and lists over clips share one order.
 
     Attributes:
-      title: heading of the report.
-      dataset: name of the data set.
-      protocol: how its split was made.
-      split: which split was evaluated.
+      protocol: how the split was made.
       task: "single_label", "multi_label" or "regression".
       label_names: `[classes]`, in the order of the scores.
       clip_ids: unique, `[clips]`.
       paths: the sound file or array of each clip, `[clips]`.
-      groups: the artist or track of each clip, `[clips]`; None where it is not known.
+      groups: the artist or track (`group_name`) of each clip, `[clips]`; None if it is not known.
       scores: probabilities, or a regression's outputs, `[clips, classes]`.
       targets: class numbers `[clips]`, 0/1 tags or numbers `[clips, classes]`.
       curves: rows of the run's metrics.jsonl.
-      config: the run's configuration.
       audit: from `musicgenre.evaluation.audit.audit`, or None without an audit.
       skipped: clips that could not be used, dicts with `clip_id`, `path` and `reason`.
       synthetic: the audio is synthetic; the report warns at the top.
-      command: the command line.
-      checkpoint: `step`, `which` ("last" or "best") and `selected_on` (such as "valid accuracy").
-      versions: version by package.
-      notes: sentences shown under the headline.
-      group_name: what a group is.
+      checkpoint: `step`, `which` ("last" or "best") and `selected_on` (in words).
       windows: probabilities of each window (and each model of an ensemble), whose mean the scores
-        are, `[clips, windows, classes]`; None where each clip has one, its scores.
+        are, `[clips, windows, classes]`; None if each clip has one, its scores.
       temperature: that the scores were made with, see `musicgenre.runs.model.TrainedModel`.
     """
 
@@ -123,19 +105,18 @@ def measure(
 
     Args:
       evaluation: what was scored.
-      calibration: temperature scaling of single labels: the same model's evaluation to fit a
-        temperature on, which may be this one, or a temperature. None for neither.
+      calibration: of single labels: the same model's evaluation to fit a temperature on, which may
+        be this one, or a temperature. None for neither.
       resamples: draws of the bootstrap.
       seed: of the bootstrap.
 
     Returns:
       The result of `single_label_metrics`, `multi_label_metrics` or `regression_metrics`, with
       `task` and `intervals`: `level`, `bootstrap_unit` (what was resampled, such as "artist";
-      "clip" where no group is known), `bootstrap_units` (their number) and for each headline
-      measure a dict with `bootstrap` and, for accuracy, `wilson`, each [low, high] or None. Each
-      class or tag has `recall_wilson`, the interval of its recall. Single labels have
-      `ece_by_chance` (see there), `abstention`, see
-      `musicgenre.evaluation.calibration.risk_coverage`, and, with `calibration`,
+      "clip" if no group is known), `bootstrap_units` (their number) and for each headline measure a
+      dict with `bootstrap` and, for accuracy, `wilson`, each [low, high] or None. Each class or tag
+      has `recall_wilson`, the interval of its recall. Single labels have `ece_by_chance`,
+      `abstention` (see `musicgenre.evaluation.calibration.risk_coverage`) and, if it was given,
       `calibration`: `temperature`, `fitted_on` (in words), `shared` (clips of the fit among those
       evaluated here), `before` and `after` (`calibration_metrics` without and with it), and
       `cross_fitted`, the same measures where each fold of the groups has the temperature fitted on
@@ -158,9 +139,9 @@ def measure(
     scores, targets = np.asarray(evaluation.scores), np.asarray(evaluation.targets)
     metrics = label_metrics(evaluation)
     if evaluation.task == "regression":
-        statistic = weighted_r2(scores, targets)
+        statistic = scoring.weighted_r2(scores, targets)
     else:
-        statistic = weighted_macro_aucs(scores, _one_hot(evaluation))
+        statistic = scoring.weighted_macro_aucs(scores, _one_hot(evaluation))
         for row in metrics["per_class"]:
             hits, support = round((row["recall"] or 0) * row["support"]), row["support"]
             row["recall_wilson"] = list(wilson(hits, support)) if support else None
@@ -171,7 +152,7 @@ def measure(
             "wilson": list(wilson(int(correct.sum()), n)),
             "bootstrap": over_clips and list(over_clips),
         }
-        metrics["ece_by_chance"] = ece_by_chance(confidence)
+        metrics["ece_by_chance"] = scoring.ece_by_chance(confidence)
         metrics["abstention"] = risk_coverage(confidence, correct)
         if calibration is not None:
             metrics["calibration"] = _calibrated(evaluation, calibration)
@@ -183,13 +164,8 @@ def measure(
 
 def label_metrics(evaluation: Evaluation) -> dict[str, Any]:
     """Returns the metrics of an evaluation's task, without intervals; see `measure`."""
-    measures = {
-        "single_label": single_label_metrics,
-        "multi_label": multi_label_metrics,
-        "regression": regression_metrics,
-    }
     scores, targets = np.asarray(evaluation.scores), np.asarray(evaluation.targets)
-    return measures[evaluation.task](scores, targets, evaluation.label_names)
+    return _TASKS[evaluation.task].metrics(scores, targets, evaluation.label_names)
 
 
 def main_measures(task: str) -> tuple[str, ...]:
@@ -198,23 +174,22 @@ def main_measures(task: str) -> tuple[str, ...]:
 
 
 def headline(metrics: Mapping[str, Any]) -> str:
-    """Returns metrics in one line: "accuracy 48.7 % (95 % Wilson 41.8-55.7, ...), 197 clips".
+    """Returns the main `metrics` in one line, with their intervals if there are any.
 
-    Args:
-      metrics: from `measure` or a `metrics.json`; without `intervals` the line has none.
+    For example, "accuracy 48.7 % (95 % Wilson 41.8-55.7, ...), 197 clips".
     """
-    task = _task_of(metrics)
+    name = "regression" if "r2" in metrics else "multi_label"
+    task = _TASKS["single_label" if "accuracy" in metrics else name]
     parts = []
-    for name in _TASKS[task].main:
-        shown = ", ".join(interval_texts(metrics, name))
-        value = f"{measure_name(name)} {value_text(name, metrics[name])}"
+    for name in task.main:
+        shown = ", ".join(render.interval_texts(metrics, name))
+        value = f"{render.measure_name(name)} {render.value_text(name, metrics[name])}"
         parts.append(f"{value} ({shown})" if shown else value)
     parts.append(f"{metrics['n']} clips")
-    what = _TASKS[task].many
-    if task != "single_label":
-        parts.append(f"{metrics[what]} {what}")
+    if task.many in metrics:
+        parts.append(f"{metrics[task.many]} {task.many}")
     if metrics.get("undefined_count"):
-        parts.append(f"{what} left out of the means: {metrics['undefined_count']}")
+        parts.append(f"{task.many} left out of the means: {metrics['undefined_count']}")
     return ", ".join(parts)
 
 
@@ -224,7 +199,8 @@ def calibration_line(metrics: Mapping[str, Any]) -> str:
         return ""
     measured = {name: found[name] for name in ("before", "after", "cross_fitted") if found[name]}
     errors = ", ".join(
-        f"{name.replace('_', '-')} {value_text('ece', of['ece'])}" for name, of in measured.items()
+        f"{name.replace('_', '-')} {render.value_text('ece', of['ece'])}"
+        for name, of in measured.items()
     )
     nll = ", ".join(f"{of['nll']:.3f}" for of in measured.values())
     fitted = f"temperature {found['temperature']:.3f}, {found['fitted_on']}"
@@ -241,12 +217,8 @@ def write_report(
 ) -> Path:
     """Writes `metrics.json`, `predictions.csv`, the figures (PNG) and `report.html`.
 
-    Args:
-      out_dir: folder; created if missing, files in it are replaced one by one.
-      evaluation: what to report.
-      metrics: the result of `measure` for it; measured here if None.
-      resamples: draws of the bootstrap.
-      seed: of the bootstrap.
+    Files in the folder are replaced one by one. `metrics` is the result of `measure`, which is
+    called, with `resamples` and `seed`, if it is None.
 
     Returns:
       The path of `report.html`, which needs no other file.
@@ -254,44 +226,31 @@ def write_report(
     Raises:
       UserError: what `measure` raises, or the folder cannot be written.
     """
-    out_dir = Path(out_dir)
+    out_dir, task = Path(out_dir), _TASKS[evaluation.task]
     metrics = measure(evaluation, resamples=resamples, seed=seed) if metrics is None else metrics
     notes = [*evaluation.notes, *_own_notes(evaluation, metrics)]
-    audit, task = evaluation.audit, _TASKS[evaluation.task]
-    fields = ("title", "dataset", "protocol", "split", "synthetic")
-    write_json(
-        out_dir / "metrics.json",
-        {
-            **{name: getattr(evaluation, name) for name in fields},
-            "checkpoint": dict(evaluation.checkpoint),
-            "headline": headline(metrics),
-            **metrics,
-            "audit": audit.to_dict() if audit else None,
-            "skipped": [dict(row) for row in evaluation.skipped],
-            "notes": notes,
-            "command": evaluation.command,
-            "versions": dict(evaluation.versions),
-            "config": dict(evaluation.config),
-        },
-    )
+    saved = {name: getattr(evaluation, name) for name in _SAVED}
+    saved |= {"headline": headline(metrics), "notes": notes, **metrics}
+    saved["audit"] = evaluation.audit.to_dict() if evaluation.audit else None
+    write_json(out_dir / "metrics.json", saved)
     write_text(out_dir / "predictions.csv", _predictions(evaluation))
     about = (evaluation.dataset, evaluation.protocol, evaluation.split, f"{metrics['n']} clips")
     where = " · ".join(("SYNTHETIC", *about) if evaluation.synthetic else about)
     figures = _figures(evaluation, metrics)
     for name, (heading, figure) in figures.items():
         plots.save(figure, out_dir / f"{name}.png", f"{heading} · {where}")
-    page = rendered(
+    page = render.rendered(
         "report.html.j2",
         evaluation=evaluation,
         metrics=metrics,
         notes=notes,
         headline=headline(metrics),
-        figures={name: data_uri(out_dir / f"{name}.png") for name in figures},
+        figures={name: render.data_uri(out_dir / f"{name}.png") for name in figures},
         mistakes=_mistakes(evaluation),
         main=task.main,
-        others=[name for name in MEASURES if name in metrics and name not in task.main],
+        others=[name for name in render.MEASURES if name in metrics and name not in task.main],
         skipped_reasons=Counter(str(row["reason"]) for row in evaluation.skipped).most_common(),
-        config=list(_flat(evaluation.config)),
+        config=flatten_dict(evaluation.config, sep="."),
         what=(task.one, task.many),
     )
     write_text(out_dir / "report.html", page)
@@ -311,15 +270,9 @@ def _check(evaluation: Evaluation) -> None:
     for name in ("paths", "groups", "scores", "targets"):
         if len(getattr(evaluation, name)) != clips:
             raise UserError(f"{clips} clip ids but {len(getattr(evaluation, name))} {name}.")
-    if twice := [clip for clip, count in Counter(evaluation.clip_ids).items() if count > 1]:
-        raise UserError(f"the clip id {twice[0]!r} occurs more than once; ids must be unique.")
-
-
-def _task_of(metrics: Mapping[str, Any]) -> str:
-    """Returns the task of metrics, by the keys that they have."""
-    if "accuracy" in metrics:
-        return "single_label"
-    return "regression" if "r2" in metrics else "multi_label"
+    [(clip_id, most)] = Counter(evaluation.clip_ids).most_common(1) or [("", 0)]
+    if most > 1:
+        raise UserError(f"the clip id {clip_id!r} occurs more than once; ids must be unique.")
 
 
 def _calibrated(evaluation: Evaluation, source: Evaluation | float) -> dict[str, Any]:
@@ -337,19 +290,18 @@ def _calibrated(evaluation: Evaluation, source: Evaluation | float) -> dict[str,
             folds = cross_fitted(windows, labels, evaluation.groups)
     else:
         factor, fitted_on = source / evaluation.temperature, "given"
-    found = {
+    crossed = None
+    if folds is not None:
+        temperatures = [own * evaluation.temperature for own in folds[1]]
+        crossed = scoring.calibration_metrics(folds[0], labels) | {"temperatures": temperatures}
+    return {
         "temperature": factor * evaluation.temperature,
         "fitted_on": fitted_on,
         "shared": shared,
-        "before": calibration_metrics(tempered(windows, 1), labels),
-        "after": calibration_metrics(tempered(windows, factor), labels),
-        "cross_fitted": None,
+        "before": scoring.calibration_metrics(tempered(windows, 1), labels),
+        "after": scoring.calibration_metrics(tempered(windows, factor), labels),
+        "cross_fitted": crossed,
     }
-    if folds is not None:
-        scores, factors = folds
-        temperatures = [own * evaluation.temperature for own in factors]
-        found["cross_fitted"] = calibration_metrics(scores, labels) | {"temperatures": temperatures}
-    return found
 
 
 def _one_hot(evaluation: Evaluation) -> np.ndarray:
@@ -376,10 +328,9 @@ def _predictions(evaluation: Evaluation) -> str:
             + [f"{score:.6f}" for score in values]
             for true, own, values in zip(truth, chosen, scores, strict=True)
         ]
-    ids = evaluation.clip_ids
-    order = sorted(range(len(ids)), key=lambda i: ids[i])
-    return csv_text(
-        ["clip_id", "split", *columns], [[ids[i], evaluation.split, *rows[i]] for i in order]
+    by_id = sorted(zip(evaluation.clip_ids, rows, strict=True))
+    return render.csv_text(
+        ["clip_id", "split", *columns], [[clip, evaluation.split, *row] for clip, row in by_id]
     )
 
 
@@ -392,13 +343,12 @@ def _mistakes(evaluation: Evaluation) -> tuple[list[str], list[list[Any]]]:
     if evaluation.task == "single_label":
         columns = ["clip", "truth", "predicted", "probability", "of the truth", "file"]
         predicted, labels = scores.argmax(axis=1), truth.argmax(axis=1)
-        confidence = np.where(predicted != labels, scores.max(axis=1), -1)
-        worst = [i for i in np.argsort(-confidence, kind="stable") if confidence[i] >= 0]
-        rows = [
-            [ids[i], names[labels[i]], names[k], confidence[i], scores[i, labels[i]], paths[i]]
-            for i, k in ((i, predicted[i]) for i in worst[:_MISTAKES_SHOWN])
+        order = np.argsort(-scores.max(axis=1), kind="stable")
+        worst = [i for i in order if predicted[i] != labels[i]][:_MISTAKES_SHOWN]
+        return columns, [
+            [ids[i], names[label], names[guess], scores[i, guess], scores[i, label], paths[i]]
+            for i, label, guess in zip(worst, labels[worst], predicted[worst], strict=True)
         ]
-        return columns, rows
     error = np.abs(scores - truth)
     order = np.argsort(-error, axis=None, kind="stable")[:_MISTAKES_SHOWN]
     rows = [
@@ -411,39 +361,30 @@ def _mistakes(evaluation: Evaluation) -> tuple[list[str], list[list[Any]]]:
 
 def _own_notes(evaluation: Evaluation, metrics: Mapping[str, Any]) -> list[str]:
     """Returns what a reader must know about these numbers."""
-    notes = []
-    selected_on = str(evaluation.checkpoint.get("selected_on", "")).split()
-    if evaluation.checkpoint.get("which") == "best" and evaluation.split in selected_on:
-        notes.append(
-            f"The checkpoint was chosen by its score on this split ({evaluation.split}), so these "
-            "numbers flatter it."
-        )
-    if metrics["undefined"]:
+    notes, n = [], metrics["n"]
+    if names := metrics["undefined"]:
         why = "constant" if evaluation.task == "regression" else "no clip with or without them"
+        many = _TASKS[evaluation.task].many
+        count = f"{len(names)} of {len(metrics['per_class'])} {many} ({', '.join(names)})"
+        notes.append(f"Left out of the means ({why}): {count}.")
+    calibration = metrics.get("calibration") or {"cross_fitted": None, "shared": 0}
+    if calibration["cross_fitted"]:
+        folds = len(calibration["cross_fitted"]["temperatures"])
         notes.append(
-            f"Left out of the means ({why}): {metrics['undefined_count']} of "
-            f"{len(metrics['per_class'])} {_TASKS[evaluation.task].many} "
-            f"({', '.join(metrics['undefined'])})."
+            "The temperature was fitted on the evaluated clips themselves, so its gain is a little "
+            f"too good. The cross-fitted numbers are not: in these, each of {folds} folds of the "
+            f"{metrics['intervals']['bootstrap_unit']}s has the temperature that was fitted on the "
+            "others."
         )
-    if calibration := metrics.get("calibration"):
-        shared = calibration["shared"]
-        if calibration["cross_fitted"]:
-            folds = len(calibration["cross_fitted"]["temperatures"])
-            notes.append(
-                "The temperature was fitted on the evaluated clips themselves, so its gain is a "
-                "little too good. The cross-fitted numbers are not: in these, each of "
-                f"{folds} folds of the {metrics['intervals']['bootstrap_unit']}s has the "
-                "temperature that was fitted on the others."
-            )
-        elif shared:
-            notes.append(
-                f"The temperature was fitted on {shared} of the {metrics['n']} evaluated clips, so "
-                "its gain is too good."
-            )
+    elif shared := calibration["shared"]:
+        notes.append(
+            f"The temperature was fitted on {shared} of the {n} evaluated clips, so its gain is "
+            "too good."
+        )
     if unknown := sum(group is None for group in evaluation.groups):
         notes.append(
-            f"The {evaluation.group_name} is unknown for {unknown} of {metrics['n']} clips; the "
-            "bootstrap treats each of them as its own group."
+            f"The {evaluation.group_name} is unknown for {unknown} of {n} clips; the bootstrap "
+            "treats each of them as its own group."
         )
     return notes
 
@@ -454,7 +395,7 @@ def _figures(evaluation: Evaluation, metrics: Mapping[str, Any]) -> dict[str, tu
     step, scores = evaluation.checkpoint.get("step"), np.asarray(evaluation.scores)
     found = {}
     if evaluation.curves:
-        curves = plots.learning_curves(evaluation.curves, metric=task.main[0], evaluated_step=step)
+        curves = plots.learning_curves(evaluation.curves, task.main[0], step)
         found["curves"] = "Learning curves", curves
     if evaluation.task == "single_label":
         found["confusion"] = "Confusion", plots.confusion_matrix(metrics["confusion"], names)
@@ -470,19 +411,9 @@ def _figures(evaluation: Evaluation, metrics: Mapping[str, Any]) -> dict[str, tu
         found["abstention"] = "Abstention", plots.coverage_curve(metrics["abstention"])
         if of := metrics.get("calibration"):
             how = "cross-fitted temperature" if of["cross_fitted"] else "temperature"
-            name = f"Calibration, {how} {of['temperature']:.2f}"
-            diagrams["reliability_after"] = (name, of["cross_fitted"] or of["after"])
-    for key, (name, of) in diagrams.items():
-        found[key] = (
-            name,
-            plots.reliability_diagram(of["reliability"], of["ece"], observed, counted),
-        )
-    return found
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        found += _flat(value, f"{name}.") if isinstance(value, Mapping) else [(name, value)]
+            heading = f"Calibration, {how} {of['temperature']:.2f}"
+            diagrams["reliability_after"] = heading, of["cross_fitted"] or of["after"]
+    for key, (heading, of) in diagrams.items():
+        figure = plots.reliability_diagram(of["reliability"], of["ece"], observed, counted)
+        found[key] = heading, figure
     return found

@@ -17,13 +17,6 @@ def precision_at_k(
 ) -> dict[str, Any]:
     """Returns the fraction of each clip's k nearest others, by cosine, that are of its class.
 
-    Two clips of class 0, and two of class 1, one of them nearest to a clip of class 0:
-
-    >>> clips = np.array([[1.0, 0], [1, 0.1], [0, 1], [1, 0.5]])
-    >>> found = precision_at_k(clips, np.array([0, 0, 1, 1]), k=1)
-    >>> found["precision"], found["per_class"]["precision"]
-    (0.75, [1.0, 0.5])
-
     Clips of one artist or track resemble each other in more than their class, which makes the
     number too good (Flexer and Schnitzer 2010, "Effects of album and artist filters in audio
     similarity"). `groups` excludes them from each other's neighbours.
@@ -32,8 +25,7 @@ def precision_at_k(
       embeddings: `[clips, d]`, of any length; one of zeros is equally near to all others.
       labels: class numbers, integers `[clips]`, at least 0.
       k: neighbours of a query.
-      groups: artist or track of each clip, `[clips]`; a clip with None is its own group. Without
-        groups only the query itself is excluded.
+      groups: artist or track of each clip, see `musicgenre.evaluation.intervals.clusters`.
 
     Returns:
       `k`, `n` (queries), `precision` (mean over queries), `macro_precision` (mean over classes),
@@ -46,9 +38,17 @@ def precision_at_k(
     Raises:
       UserError: shapes that do not fit, values that are not finite, k below 1, or no clip with k
         others.
+
+    Examples:
+      Two clips of class 0, and two of class 1, one of them nearest to a clip of class 0.
+
+      >>> clips = np.array([[1.0, 0], [1, 0.1], [0, 1], [1, 0.5]])
+      >>> found = precision_at_k(clips, np.array([0, 0, 1, 1]), k=1)
+      >>> found["precision"], found["per_class"]["precision"]
+      (0.75, [1.0, 0.5])
     """
     embeddings, labels = np.asarray(embeddings, np.float64), np.asarray(labels)
-    _check(embeddings, labels, k, groups)
+    _check(embeddings, labels, k)
     n = len(embeddings)
     length = np.linalg.norm(embeddings, axis=1, keepdims=True)
     unit = embeddings / np.where(length > 0, length, 1)
@@ -65,9 +65,7 @@ def precision_at_k(
     asked = others >= k
     if not asked.any():
         most = int(others.max())
-        raise UserError(
-            f"k={k}: no clip has that many others outside its own group; the most is {most}."
-        )
+        raise UserError(f"k={k}: no clip has that many others of other groups, at most {most}.")
     values = {
         "precision": hits / k,
         "chance": same / np.maximum(others, 1),
@@ -89,18 +87,12 @@ def precision_at_k(
     }
 
 
-def _check(
-    embeddings: np.ndarray, labels: np.ndarray, k: int, groups: Sequence[str | None] | None
-) -> None:
+def _check(embeddings: np.ndarray, labels: np.ndarray, k: int) -> None:
+    shapes = f"{list(embeddings.shape)} and {list(labels.shape)}"
     if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
-        raise UserError(
-            "embeddings must be [clips, d] and labels [clips], but they are "
-            f"{list(embeddings.shape)} and {list(labels.shape)}."
-        )
+        raise UserError(f"embeddings must be [clips, d] and labels [clips], not {shapes}.")
     if not np.issubdtype(labels.dtype, np.integer) or (labels.size and labels.min() < 0):
         raise UserError("labels must be class numbers, integers of at least 0.")
-    if groups is not None and len(groups) != len(labels):
-        raise UserError(f"{len(groups)} groups for {len(labels)} clips.")
     finite = np.isfinite(embeddings).all(axis=1)
     if not finite.all():
         raise UserError(f"embeddings: that of clip {int(np.argmin(finite))} is not finite.")

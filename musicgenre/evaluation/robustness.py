@@ -9,7 +9,7 @@ or a wrong one right (inflation). The lowest and the highest accuracy report how
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +23,21 @@ from musicgenre.evaluation.intervals import LEVEL, bootstrap_mean, wilson
 from musicgenre.evaluation.render import data_uri, markdown_table, rendered
 from musicgenre.files import write_json, write_text
 
-# The two types of changes by `irrelevant`: name and description.
-KINDS = {
-    True: (
-        "irrelevant",
+# The two types of changes and their colours.
+_TYPES = {
+    "irrelevant": (
         "inaudible, or unrelated to the music: level, polarity, start of the clip, tone controls",
+        plots.BLUE,
     ),
-    False: ("audible", "audible, but the genre stays the same"),
+    "audible": ("audible, but the genre stays the same", plots.ORANGE),
 }
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Outcome:
-    """A model's predictions for the changed clips.
+    """A model's probabilities `[clips, classes]` for the clips after a change.
 
-    Attributes:
-      name: of the change, such as "tempo +2 %".
-      irrelevant: which of the two types it is, see `KINDS`.
-      what: how it is made.
-      scores: probabilities, `[clips, classes]`.
+    `what` says how the change is made, and `irrelevant` that it cannot matter to the genre.
     """
 
     name: str
@@ -55,24 +51,19 @@ class Robustness:
     """A model's predictions before and after changes. Arrays and lists over clips share one order.
 
     Attributes:
-      title: heading of the report.
       facts: what was tested, by name, for people.
       label_names: `[classes]`, in the order of the scores.
       clip_ids: `[clips]`.
-      groups: the artist or folder of each clip, `[clips]`; None where it is not known.
-      group_name: what a group is.
-      targets: class numbers `[clips]`, or None if unknown: then the decision before the change
-        stands for them where probabilities are compared, and there is no accuracy.
+      groups: the artist or folder (`group_name`) of each clip, `[clips]`; None if it is not known.
+      targets: class numbers `[clips]`, or None if unknown: then there is no accuracy, and the
+        decision before the change replaces them where probabilities are compared.
       before: probabilities of the unchanged clips, `[clips, classes]`.
       outcomes: for each change.
       equalised: probabilities under many random equalisers, `[tries, clips, classes]`.
       equaliser: what these are, such as "gains of up to 3 dB per octave band".
       missing: changes that could not be made, dicts with `name` and `reason`.
       skipped: clips that could not be used, dicts with `clip_id`, `path` and `reason`.
-      notes: sentences below the headline.
       synthetic: the model was trained on synthetic audio, or the clips are synthetic.
-      command: the command line.
-      versions: version by package.
     """
 
     title: str
@@ -104,11 +95,6 @@ def measure(tested: Robustness, *, resamples: int = 2000, seed: int = 0) -> dict
     without targets; and `probability_change`, the mean change of the true label's probability, with
     such an interval.
 
-    Args:
-      tested: the predictions.
-      resamples: draws of the bootstraps.
-      seed: of the bootstraps.
-
     Returns:
       `clips`, `accuracy` (with `accuracy_interval`), `level`, `unit` (what was resampled);
       `transforms`, these rows, irrelevant changes first; `kinds`, for "irrelevant" and "audible":
@@ -125,9 +111,9 @@ def measure(tested: Robustness, *, resamples: int = 2000, seed: int = 0) -> dict
     n, clips = len(tested.clip_ids), np.arange(len(tested.clip_ids))
     groups = tested.groups if any(group is not None for group in tested.groups) else None
     decided = tested.before.argmax(axis=1)
-    targets = None if tested.targets is None else np.asarray(tested.targets)
-    followed = decided if targets is None else targets
-    right = None if targets is None else decided == targets
+    labelled = tested.targets is not None
+    followed = np.asarray(tested.targets) if labelled else decided
+    right = decided == followed
 
     def interval(values: np.ndarray) -> list[float] | None:
         found = bootstrap_mean(values, groups, resamples=resamples, seed=seed)
@@ -139,40 +125,50 @@ def measure(tested: Robustness, *, resamples: int = 2000, seed: int = 0) -> dict
 
     outcomes = sorted(tested.outcomes, key=lambda outcome: not outcome.irrelevant)
     decisions = [outcome.scores.argmax(axis=1) for outcome in outcomes]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for outcome, after in zip(outcomes, decisions, strict=True):
-        changed = fraction(after != decided)
-        gained = outcome.scores[clips, followed] - tested.before[clips, followed]
-        row = {
-            "name": outcome.name,
-            "kind": KINDS[outcome.irrelevant][0],
-            "what": outcome.what,
-            "changed": changed["count"],
-            "share_changed": changed["share"],
-            "share_changed_interval": changed["interval"],
-            "probability_change": float(gained.mean()),
-            "probability_change_interval": interval(gained),
+        changed, correct = fraction(after != decided), after == followed
+        worse, better = int((right & ~correct).sum()), int((~right & correct).sum())
+        of_labels = {
+            "accuracy": float(correct.mean()),
+            "accuracy_change": float(correct.mean() - right.mean()),
+            "accuracy_change_interval": interval(correct.astype(float) - right),
+            "worse": worse,
+            "better": better,
+            "p": float(stats.binomtest(worse, max(worse + better, 1)).pvalue),
         }
-        rows.append(row | _accuracy_after(right, after == followed, interval))
-    kinds = {}
-    for name, _ in KINDS.values():
-        own = [i for i, row in enumerate(rows) if row["kind"] == name]
-        if own:
-            after = np.array([decisions[i] for i in own])
-            worst = max((rows[i] for i in own), key=lambda row: row["share_changed"])
-            under_all = None if right is None else fraction(right & (after == targets).all(axis=0))
-            kinds[name] = {
-                "transforms": len(own),
-                "mean_share_changed": float(np.mean([rows[i]["share_changed"] for i in own])),
-                "worst": {key: worst[key] for key in ("name", "share_changed")},
-                "unchanged": fraction((after == decided).all(axis=0)),
-                "right_under_all": under_all,
+        gained = outcome.scores[clips, followed] - tested.before[clips, followed]
+        rows.append(
+            {
+                "name": outcome.name,
+                "kind": "irrelevant" if outcome.irrelevant else "audible",
+                "what": outcome.what,
+                "changed": changed["count"],
+                "share_changed": changed["share"],
+                "share_changed_interval": changed["interval"],
+                "probability_change": float(gained.mean()),
+                "probability_change_interval": interval(gained),
+                **(of_labels if labelled else dict.fromkeys(of_labels)),
             }
+        )
+    kinds = {}
+    for name in dict.fromkeys(row["kind"] for row in rows):
+        own = [i for i, row in enumerate(rows) if row["kind"] == name]
+        after = np.stack([decisions[i] for i in own])
+        worst = max((rows[i] for i in own), key=lambda row: row["share_changed"])
+        under_all = (right & (after == followed)).all(axis=0)
+        kinds[name] = {
+            "transforms": len(own),
+            "mean_share_changed": float(np.mean([rows[i]["share_changed"] for i in own])),
+            "worst": {key: worst[key] for key in ("name", "share_changed")},
+            "unchanged": fraction((after == decided).all(axis=0)),
+            "right_under_all": fraction(under_all) if labelled else None,
+        }
     tries = np.concatenate([decided[None], tested.equalised.argmax(axis=2)])
     return {
         "clips": n,
-        "accuracy": None if right is None else float(right.mean()),
-        "accuracy_interval": None if right is None else fraction(right)["interval"],
+        "accuracy": float(right.mean()) if labelled else None,
+        "accuracy_interval": fraction(right)["interval"] if labelled else None,
         "level": LEVEL,
         "unit": "clip" if groups is None else tested.group_name,
         "transforms": rows,
@@ -181,135 +177,76 @@ def measure(tested: Robustness, *, resamples: int = 2000, seed: int = 0) -> dict
             "tries": len(tested.equalised),
             "equaliser": tested.equaliser,
             "changed": fraction((tries != decided).any(axis=0)),
-            "lowest": None if right is None else fraction((tries == targets).all(axis=0)),
-            "highest": None if right is None else fraction((tries == targets).any(axis=0)),
+            "lowest": fraction((tries == followed).all(axis=0)) if labelled else None,
+            "highest": fraction((tries == followed).any(axis=0)) if labelled else None,
         },
     }
 
 
-def _accuracy_after(
-    right: np.ndarray | None, correct: np.ndarray, interval: Callable[[np.ndarray], Any]
-) -> dict[str, Any]:
-    """Returns the effect on accuracy of decisions `right` before and `correct` after, `[clips]`."""
-    if right is None:
-        names = ("accuracy", "accuracy_change", "accuracy_change_interval", "worse", "better", "p")
-        return dict.fromkeys(names)
-    worse, better = int((right & ~correct).sum()), int((~right & correct).sum())
-    differ = worse + better
-    return {
-        "accuracy": float(correct.mean()),
-        "accuracy_change": float(correct.mean() - right.mean()),
-        "accuracy_change_interval": interval(correct.astype(float) - right),
-        "worse": worse,
-        "better": better,
-        "p": float(stats.binomtest(worse, differ).pvalue) if differ else 1.0,
-    }
-
-
 def headline(measures: Mapping[str, Any]) -> list[str]:
-    """Returns the main results, one sentence each.
-
-    Args:
-      measures: from `measure`.
-    """
+    """Returns the main results from `measure`, one sentence each."""
     n, lines = measures["clips"], []
     if measures["accuracy"] is not None:
-        low, high = measures["accuracy_interval"]
-        lines.append(
-            f"Accuracy on the {n} unchanged clips: {_percent(measures['accuracy'])} %, "
-            f"Wilson {_percent(low)}-{_percent(high)}."
-        )
+        low, high = map(_percent, measures["accuracy_interval"])
+        accuracy = _percent(measures["accuracy"])
+        lines.append(f"Accuracy on the {n} unchanged clips: {accuracy} %, Wilson {low}-{high}.")
     for name, of in measures["kinds"].items():
-        kept, worst = of["unchanged"], of["worst"]
-        right = of["right_under_all"]
+        kept, worst, right = of["unchanged"], of["worst"], of["right_under_all"]
         lines.append(
             f"{of['transforms']} {name} changes: {kept['count']} of {n} clips "
             f"({_percent(kept['share'])} %) keep their decision under all of them; the worst, "
-            f"{worst['name']}, alters {_percent(worst['share_changed'])} %"
-            + (f". Right under all: {_interval(right)}." if right else ".")
+            f"{worst['name']}, alters {_percent(worst['share_changed'])} %."
+            + (f" Right under all: {_interval(right)}." if right else "")
         )
     searched = measures["equalisers"]
     if searched["tries"]:
         of, low, high = (searched[key] for key in ("changed", "lowest", "highest"))
         lines.append(
             f"{searched['tries']} random equalisers, {searched['equaliser']}: the decision on "
-            f"{of['count']} of {n} clips ({_percent(of['share'])} %) changes under one of them"
-            + (
-                f". Chosen for each clip, they make the accuracy as low as {_interval(low)}, or as "
-                f"high as {_interval(high)}."
-                if low
-                else "."
-            )
+            f"{of['count']} of {n} clips ({_percent(of['share'])} %) changes under one of them."
         )
+        if low:
+            lines[-1] += (
+                " Chosen for each clip, they make the accuracy as low as "
+                f"{_interval(low)}, or as high as {_interval(high)}."
+            )
     return lines
 
 
 def write_report(
-    out_dir: str | os.PathLike[str],
-    tested: Robustness,
-    *,
-    measures: Mapping[str, Any] | None = None,
-    seed: int = 0,
+    out_dir: str | os.PathLike[str], tested: Robustness, measures: Mapping[str, Any]
 ) -> Path:
-    """Writes `robustness.json`, `robustness.md`, `robustness.png` and `report.html`.
+    """Writes `robustness.json`, `robustness.md` (returned), `robustness.png` and `report.html`.
 
-    Args:
-      out_dir: folder; created if missing.
-      tested: the predictions.
-      measures: the result of `measure` for it; measured here if None.
-      seed: of the bootstraps.
-
-    Returns:
-      The path of `robustness.md`.
+    `measures` is the result of `measure`. The folder is created if missing.
 
     Raises:
-      UserError: what `measure` raises, or the folder cannot be written.
+      UserError: the folder cannot be written.
     """
     out = Path(out_dir)
-    measures = measure(tested, seed=seed) if measures is None else measures
     title = ("SYNTHETIC · " if tested.synthetic else "") + tested.title
-    write_json(
-        out / "robustness.json",
-        {
-            "title": tested.title,
-            "synthetic": tested.synthetic,
-            "facts": dict(tested.facts),
-            "headline": headline(measures),
-            **measures,
-            "notes": list(tested.notes),
-            "missing": [dict(row) for row in tested.missing],
-            "skipped": [dict(row) for row in tested.skipped],
-            "clip_results": _clip_results(tested),
-            "command": tested.command,
-            "versions": dict(tested.versions),
-        },
-    )
-    plots.save(flips_plot(measures), out / "robustness.png", title, palette=True)
-    columns, rows = table(measures)
-    pages = {
-        "tested": tested,
-        "title": title,
-        "headline": headline(measures),
-        "columns": columns,
-        "rows": rows,
-        "markdown": markdown_table(columns, rows),
-        "how": " ".join(f"{name.capitalize()}: {what}." for name, what in KINDS.values())
-        + " Worse: clips right before and wrong after; better: the reverse. "
-        f"Each {100 * LEVEL:.0f} % interval is for one row: of {len(rows)} rows, about one in "
-        "twenty has p < 0.05 by chance.",
-        "figure": data_uri(out / "robustness.png"),
-    }
+    fields = ("title", "synthetic", "facts", "notes", "missing", "skipped", "command", "versions")
+    saved = {name: getattr(tested, name) for name in fields}
+    results = {"headline": headline(measures), "clip_results": _clip_results(tested)}
+    write_json(out / "robustness.json", {**saved, **results, **measures})
+    plots.save(_figure(measures), out / "robustness.png", title, palette=True)
+    columns, rows = _table(measures)
+    how = [f"{name.capitalize()}: {what}." for name, (what, _) in _TYPES.items()]
+    how += [
+        "Worse: clips right before and wrong after; better: the reverse. Each",
+        f"{100 * LEVEL:.0f} % interval is for one row: of {len(rows)} rows, about one in twenty",
+        "has p < 0.05 by chance.",
+    ]
+    pages = {"tested": tested, "title": title, "headline": headline(measures), "how": " ".join(how)}
+    pages |= {"columns": columns, "rows": rows, "markdown": markdown_table(columns, rows)}
+    pages["figure"] = data_uri(out / "robustness.png")
     write_text(out / "report.html", rendered("robustness.html.j2", **pages))
     write_text(out / "robustness.md", rendered("robustness.md.j2", **pages))
     return out / "robustness.md"
 
 
-def table(measures: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Returns the columns and rows, as text, of the table in the reports: one row for each change.
-
-    Args:
-      measures: from `measure`.
-    """
+def _table(measures: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Returns the columns and the rows of the table of changes."""
     labelled = measures["accuracy"] is not None
     columns = ["change", "kind", "decision changed, % (Wilson)"]
     if labelled:
@@ -324,7 +261,7 @@ def table(measures: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         if labelled:
             cells += [
                 _percent(row["accuracy"]),
-                _signed(100 * row["accuracy_change"], row["accuracy_change_interval"], 100, 1),
+                _signed(row["accuracy_change"], row["accuracy_change_interval"], 100, 1),
                 f"{row['worse']} / {row['better']}",
                 f"{row['p']:.2g}" if row["p"] >= 1e-4 else "< 0.0001",
             ]
@@ -333,23 +270,16 @@ def table(measures: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return columns, rows
 
 
-def flips_plot(measures: Mapping[str, Any]) -> Figure:
-    """Draws the fraction of clips whose decision each change alters, and the change of accuracy.
-
-    Without labels, the change of the probability of the decision before.
-
-    Args:
-      measures: from `measure`.
-    """
+def _figure(measures: Mapping[str, Any]) -> Figure:
+    """Draws the decisions that each change alters, and the change of accuracy or probability."""
     rows, labelled = measures["transforms"], measures["accuracy"] is not None
-    colours = {KINDS[True][0]: plots.BLUE, KINDS[False][0]: plots.ORANGE}
-    own = [colours[row["kind"]] for row in rows]
+    colours = [_TYPES[row["kind"]][1] for row in rows]
     # A gap between the two types of changes, which follow each other.
-    positions = np.arange(len(rows), dtype=float) + [row["kind"] == KINDS[False][0] for row in rows]
+    positions = np.arange(len(rows), dtype=float) + [row["kind"] == "audible" for row in rows]
     figure = plots.new_figure(10.4, 1.9 + 0.24 * (len(rows) + 1))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[1.25, 1])
     limits = 100 * np.array([row["share_changed_interval"] for row in rows])
-    left.barh(positions, [100 * row["share_changed"] for row in rows], color=own, height=0.66)
+    left.barh(positions, [100 * row["share_changed"] for row in rows], 0.66, color=colours)
     left.hlines(positions, *limits.T, color=plots.INK, linewidth=1)
     left.set(xlim=(0, max(10.0, 1.12 * limits.max())), ylim=(positions[-1] + 0.7, -0.7))
     left.set_xlabel("clips whose decision changes, % (95 % Wilson)")
@@ -357,15 +287,15 @@ def flips_plot(measures: Mapping[str, Any]) -> Figure:
     key, factor = ("accuracy_change", 100) if labelled else ("probability_change", 1)
     ends = [row[f"{key}_interval"] or (np.nan, np.nan) for row in rows]
     right.axvline(0, color=plots.INK, linewidth=1)
-    right.hlines(positions, *factor * np.array(ends, float).T, color=own, linewidth=2)
+    right.hlines(positions, *factor * np.array(ends, float).T, color=colours, linewidth=2)
     means = factor * np.array([row[key] for row in rows])
-    right.scatter(means, positions, 25, color=own, marker="D", edgecolor="white", zorder=3)
+    right.scatter(means, positions, 25, color=colours, marker="D", edgecolor="white", zorder=3)
     what = "accuracy, points" if labelled else "the former decision's probability"
     right.set_xlabel(f"change of {what} (95 % bootstrap by {measures['unit']})")
     for axes in (left, right):
         plots.style_axes(axes, "x")
-    for name, what in KINDS.values():
-        left.barh([np.nan], [np.nan], color=colours[name], label=f"{name}: {what}")
+    for name, (what, colour) in _TYPES.items():
+        left.barh([np.nan], [np.nan], color=colour, label=f"{name}: {what}")
     figure.legend(frameon=False, fontsize=8.5, ncols=1, loc="outside lower left")
     return figure
 
@@ -374,18 +304,13 @@ def _check(tested: Robustness) -> None:
     n, classes = len(tested.clip_ids), len(tested.label_names)
     if not n:
         raise UserError("there is no clip to test.")
-    for name, scores in [
-        ("unchanged", tested.before),
-        *((outcome.name, outcome.scores) for outcome in tested.outcomes),
-    ]:
-        if scores.shape != (n, classes):
-            shape = list(scores.shape)
-            raise UserError(f"the scores of the clips ({name}) are {shape}, not {[n, classes]}.")
     if len(tested.groups) != n or (tested.targets is not None and len(tested.targets) != n):
         raise UserError(f"groups and targets must be given for each of the {n} clips.")
-    if tested.equalised.shape[1:] != (n, classes):
-        shape = list(tested.equalised.shape)
-        raise UserError(f"the scores under equalisers are {shape}, not [tries, {n}, {classes}].")
+    scores = {"unchanged": tested.before} | {one.name: one.scores for one in tested.outcomes}
+    for name, found in [*scores.items(), *(("equalised", one) for one in tested.equalised)]:
+        if found.shape != (n, classes):
+            shape = list(found.shape)
+            raise UserError(f"the scores of the clips ({name}) are {shape}, not {[n, classes]}.")
 
 
 def _clip_results(tested: Robustness) -> list[dict[str, Any]]:
@@ -397,15 +322,13 @@ def _clip_results(tested: Robustness) -> list[dict[str, Any]]:
             "clip_id": clip_id,
             "group": tested.groups[i],
             "truth": None if tested.targets is None else names[int(tested.targets[i])],
-            "decision": names[decided[i]],
-            "probability": round(float(tested.before[i, decided[i]]), 6),
+            "decision": names[own],
+            "probability": round(float(tested.before[i, own]), 6),
             "changed_by": {
-                name: names[decision[i]]
-                for name, decision in after.items()
-                if decision[i] != decided[i]
+                name: names[other[i]] for name, other in after.items() if other[i] != own
             },
         }
-        for i, clip_id in enumerate(tested.clip_ids)
+        for i, (clip_id, own) in enumerate(zip(tested.clip_ids, decided, strict=True))
     ]
 
 
@@ -420,6 +343,6 @@ def _interval(found: Mapping[str, Any]) -> str:
 
 def _signed(value: float, interval: Sequence[float] | None, factor: float, digits: int) -> str:
     # A rounded zero has no sign.
-    numbers = [value, *(factor * limit for limit in interval or ())]
+    numbers = [factor * number for number in (value, *(interval or ()))]
     texts = [f"{round(number, digits) + 0.0:+.{digits}f}" for number in numbers]
     return texts[0] if interval is None else f"{texts[0]} ({texts[1]} to {texts[2]})"

@@ -8,23 +8,23 @@ samples is fixed: one clip of the model (`layout.frames` hops) or less, which th
 an evaluation out of the clip and averages their probabilities.
 
 The probabilities are those of `Tagger.tag` for a file of these samples, to 1e-4; otherwise no file
-is written. To that end the program rounds the features to float16, as the store does.
+is written. To that end the program rounds the features to float16, as the store does. A bfloat16
+network is exported, and compared, in float32.
 
-A network with the compute type bfloat16 is exported, and compared, in float32.
-
-`<program>.json` next to the program holds the labels in the order of the outputs, the rate, the
-number of samples, the task and the model's card. An ONNX file also holds them in its metadata.
+`<program>.json` holds the labels in the order of the outputs, the rate, the number of samples, the
+task and the model's card, as does an ONNX file's metadata.
 """
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import json
 import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -36,7 +36,7 @@ from musicgenre.audio.features import frame_count
 from musicgenre.audio.features_jax import features
 from musicgenre.audio.layout import ClipLayout
 from musicgenre.errors import UserError, did_you_mean
-from musicgenre.files import replacing
+from musicgenre.files import replacing, write_json
 from musicgenre.inference.windows import BATCH, Network, file_inputs
 from musicgenre.models.apply import normalise
 from musicgenre.runs.bundle import model_card
@@ -57,15 +57,10 @@ _FLAX_BATCH_NORM = nn.BatchNorm.__call__
 NOTES_KEY, _SCHEMA = "musicgenre", 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Exported:
-    """An exported program.
+class Exported(NamedTuple):
+    """An exported program: its file, its JSON notes, the samples of one input.
 
-    Attributes:
-      path: its file.
-      notes: the JSON file next to it.
-      samples: of one input.
-      difference: the largest difference of its probabilities from the model's, over test signals.
+    `difference` is the largest from the model's probabilities, over test signals.
     """
 
     path: Path
@@ -81,7 +76,6 @@ def export_model(
     *,
     seconds: float = 0.0,
     card: str = "",
-    tolerance: float = TOLERANCE,
 ) -> Exported:
     """Writes a model as a program with notes, after comparing the program with the model.
 
@@ -95,7 +89,6 @@ def export_model(
       form: "onnx" or "stablehlo"; "" goes by the file's suffix.
       seconds: the length of an input, at most the model's clip; 0 is the clip.
       card: what users should know about it, Markdown; "" is the model's own, or `model_card`.
-      tolerance: the largest difference that is allowed.
 
     Raises:
       UserError: the form is not known, a package is missing, the length does not fit, the network
@@ -112,51 +105,40 @@ def export_model(
     program = write(model, samples, notes)
     beside = path.with_name(path.name + ".json")
     # Both files are written, or neither: the program is renamed last.
-    with replacing(path) as temporary, replacing(beside) as temporary_notes:
+    with replacing(path) as temporary:
         temporary.write_bytes(program)
         try:
             difference = _difference(model, samples, read(temporary))
         except Exception as error:
+            reason = f"{type(error).__name__}: {str(error)[:200]}"
             raise UserError(
-                f"{path}: the exported program cannot be run "
-                f"({type(error).__name__}: {str(error)[:200]}); nothing was written."
+                f"{path}: the exported program cannot be run ({reason}); nothing was written."
             ) from error
-        if not difference <= tolerance:
+        if not difference <= TOLERANCE:
             raise UserError(
                 f"{path}: the exported program differs from the model by {difference:.1e} in a "
-                f"probability, more than {tolerance:.0e}; nothing was written."
+                f"probability, more than {TOLERANCE:.0e}; nothing was written."
             )
-        notes["largest_difference"] = difference
-        text = json.dumps(notes, indent=1, ensure_ascii=False, allow_nan=False)
-        temporary_notes.write_text(text + "\n", encoding="utf-8")
+        write_json(beside, notes | {"largest_difference": difference})
     return Exported(path, beside, samples, difference)
 
 
 def check_format(path: str | os.PathLike[str], form: str = "") -> str:
-    """Returns the format of a file: `form`, or that of its suffix if "".
-
-    Raises:
-      UserError: it is not known, or a package that it needs is missing.
-    """
+    """Returns `form`, or that of the file's suffix; raises UserError if it cannot be written."""
     form = form or Path(path).suffix.removeprefix(".").lower()
     if form not in FORMATS:
+        hint = did_you_mean(form, FORMATS)
         raise UserError(
-            f"{os.fspath(path)}: no known format; the name ends in .onnx or .stablehlo, "
-            "or --format says which." + did_you_mean(form, FORMATS)
+            f"{path}: no known format; name it *.onnx or *.stablehlo, or set --format.{hint}"
         )
     if missing := [name for name in _NEEDED[form] if importlib.util.find_spec(name) is None]:
-        raise UserError(
-            f"{form}: the package {missing[0]!r} is missing: pip install 'musicgenre[export]'."
-        )
+        remedy = "pip install 'musicgenre[export]'"
+        raise UserError(f"{form}: the package {missing[0]!r} is missing: {remedy}.")
     return form
 
 
 def input_samples(model: TrainedModel, seconds: float = 0.0) -> int:
-    """Returns how many samples an input of a model's program has.
-
-    Args:
-      model: a trained model.
-      seconds: the length of an input; 0 is the model's clip.
+    """Returns the samples of an input of `seconds`, or of the model's clip if 0.
 
     Raises:
       UserError: it is longer than a clip, or negative.
@@ -165,24 +147,17 @@ def input_samples(model: TrainedModel, seconds: float = 0.0) -> int:
     clip = model.layout.frames * spec.hop_length
     samples = round(seconds * spec.sample_rate) if seconds else clip
     if not 0 < samples <= clip:
-        raise UserError(
-            "the length must be above 0 and at most the model's clip of "
-            f"{clip / spec.sample_rate:.2f} s, not {seconds:g} s."
-        )
+        most = f"{clip / spec.sample_rate:.2f} s, not {seconds:g} s"
+        raise UserError(f"the length must be above 0 and at most the model's clip of {most}.")
     return samples
 
 
 def waveform_function(
     model: TrainedModel, samples: int, *, transform: str = "auto"
 ) -> Callable[[jax.Array], jax.Array]:
-    """Returns the function from samples to probabilities.
+    """Returns the function from float32 `[batch, samples]` to float32 `[batch, classes]`.
 
-    It maps float32 `[batch, samples]` to float32 `[batch, classes]`.
-
-    Args:
-      model: a trained model.
-      samples: of one input, see `input_samples`.
-      transform: see `musicgenre.audio.features_jax.features`.
+    See `musicgenre.audio.features_jax.features` for `transform`.
     """
     spec, layout, frames = model.features, model.layout, model.frames
     length = min(frame_count(samples, spec), layout.frames)
@@ -225,9 +200,10 @@ def _fit(clips: jax.Array, layout: ClipLayout) -> jax.Array:
 
 
 def _notes(model: TrainedModel, samples: int, form: str, card: str) -> dict[str, Any]:
-    spec = model.features
-    classes = len(model.label_names)
-    known = ("name", "protocol", "synthetic")
+    def array(name: str, size: int) -> dict[str, Any]:
+        return {"name": name, "dtype": "float32", "shape": ["batch", size]}
+
+    spec, known = model.features, ("name", "protocol", "synthetic")
     return {
         "schema": _SCHEMA,
         "format": form,
@@ -237,8 +213,8 @@ def _notes(model: TrainedModel, samples: int, form: str, card: str) -> dict[str,
         "sample_rate": spec.sample_rate,
         "samples": samples,
         "seconds": samples / spec.sample_rate,
-        "input": {"name": "samples", "dtype": "float32", "shape": ["batch", samples]},
-        "output": {"name": "probabilities", "dtype": "float32", "shape": ["batch", classes]},
+        "input": array("samples", samples),
+        "output": array("probabilities", len(model.label_names)),
         "features": spec.to_dict(),
         "dataset": {key: model.dataset[key] for key in known if key in model.dataset},
         "step": model.step,
@@ -270,7 +246,7 @@ def _onnx_bytes(model: TrainedModel, samples: int, notes: dict[str, Any]) -> byt
             return function(waveform)
 
     try:
-        with _quiet("jax2onnx", "onnx_ir"), _few_plugins():
+        with _quick_and_quiet():
             proto = to_onnx(
                 traced,
                 [jax.ShapeDtypeStruct(("batch", samples), jnp.float32)],
@@ -293,34 +269,37 @@ def _onnx_bytes(model: TrainedModel, samples: int, notes: dict[str, Any]) -> byt
 
 
 @contextlib.contextmanager
-def _quiet(*names: str) -> Iterator[None]:
-    """Suppresses the warnings of loggers."""
-    levels = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+def _quick_and_quiet() -> Iterator[None]:
+    """Makes jax2onnx warn of nothing, and load only its plugins for JAX and Flax.
 
-
-@contextlib.contextmanager
-def _few_plugins() -> Iterator[None]:
-    """Makes jax2onnx load only its plugins for JAX and Flax; all of them take five seconds."""
+    All of its plugins take five seconds.
+    """
+    from jax.extend.core import ClosedJaxpr
     from jax2onnx.plugins import plugin_system
 
-    if plugin_system._already_imported_plugins:
-        yield
-        return
-    folder = Path(plugin_system.__file__).parent
-    for library in ("jax", "flax"):
-        plugin_system._import_tree(folder / library, f"{plugin_system.__package__}.{library}")
+    core: Any = importlib.import_module("jax._src.core")
+    loggers = [logging.getLogger(name) for name in ("jax2onnx", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    complete = plugin_system._already_imported_plugins
+    if not complete:
+        folder = Path(plugin_system.__file__).parent
+        for library in ("jax", "flax"):
+            plugin_system._import_tree(folder / library, f"{plugin_system.__package__}.{library}")
     plugin_system._already_imported_plugins = True
+    # jax2onnx 0.17 looks for this class where JAX 0.12 no longer has it.
+    added = not hasattr(core, "ClosedJaxpr")
+    if added:
+        core.ClosedJaxpr = ClosedJaxpr
     try:
         yield
     finally:
-        plugin_system._already_imported_plugins = False
+        if added:
+            del core.ClosedJaxpr
+        plugin_system._already_imported_plugins = complete
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextlib.contextmanager
@@ -332,19 +311,15 @@ def _mended() -> Iterator[None]:
     """
     pool, norm = nn.max_pool, nn.BatchNorm.__call__
 
-    def max_pool(
-        x: jax.Array, window_shape: Any, strides: Any = None, padding: Any = "VALID"
-    ) -> jax.Array:
+    def max_pool(x: Any, window_shape: Any, strides: Any = None, padding: Any = "VALID") -> Any:
         if not isinstance(padding, str):
             x = jnp.pad(x, ((0, 0), *padding, (0, 0)), constant_values=-jnp.inf)
             padding = "VALID"
-        pooled: jax.Array = pool(x, window_shape=window_shape, strides=strides, padding=padding)
-        return pooled
+        return pool(x, window_shape=window_shape, strides=strides, padding=padding)
 
-    def batch_norm(self: nn.BatchNorm, x: jax.Array, *arguments: Any, **named: Any) -> jax.Array:
+    def batch_norm(self: Any, x: Any, *arguments: Any, **named: Any) -> Any:
         last = self.axis in (-1, x.ndim - 1)
-        normalised: jax.Array = (norm if last else _FLAX_BATCH_NORM)(self, x, *arguments, **named)
-        return normalised
+        return (norm if last else _FLAX_BATCH_NORM)(self, x, *arguments, **named)
 
     nn.max_pool, nn.BatchNorm.__call__ = max_pool, batch_norm  # type: ignore[method-assign]
     try:
@@ -356,8 +331,7 @@ def _mended() -> Iterator[None]:
 def _run_stablehlo(path: Path) -> Callable[[np.ndarray], np.ndarray]:
     from jax import export
 
-    call = jax.jit(export.deserialize(bytearray(path.read_bytes())).call)
-    return lambda x: np.asarray(call(x))
+    return jax.jit(export.deserialize(bytearray(path.read_bytes())).call)
 
 
 def _run_onnx(path: Path) -> Callable[[np.ndarray], np.ndarray]:
@@ -370,7 +344,7 @@ def _run_onnx(path: Path) -> Callable[[np.ndarray], np.ndarray]:
 def _difference(
     model: TrainedModel, samples: int, program: Callable[[np.ndarray], np.ndarray]
 ) -> float:
-    """Returns the largest difference of probabilities over two batches, of two clips and one."""
+    """Returns the largest difference in a probability over batches of two clips and of one."""
     signals = check_signals(samples, model.features.sample_rate)
     expected = reference(model, signals)
     found = np.concatenate([program(signals[:2]), program(signals[2:])])

@@ -16,25 +16,24 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from musicgenre import models
 from musicgenre.audio.features import FeatureSpec
-from musicgenre.audio.layout import ClipLayout
-from musicgenre.config import base_config
+from musicgenre.config import base_config, to_plain
 from musicgenre.errors import UserError, did_you_mean
 from musicgenre.exchange.tf_checkpoint import read_checkpoint
 from musicgenre.runs.bundle import SUFFIX, save_bundle
-from musicgenre.runs.model import TrainedModel
+from musicgenre.runs.notes import TrainedModel, model_of_notes, saved_shapes
 
 # The last one comes with the source code only, not with the wheel.
 MODELS = ("MTT_musicnn", "MSD_musicnn", "MTT_vgg", "MSD_vgg", "MSD_musicnn_big")
@@ -49,65 +48,50 @@ _DATASETS = {
     "MTT": ("mtat", "MagnaTagATune", "all clips: 18,709 train, 1,825 validation, 5,329 test"),
     "MSD": ("msd", "Million Song Dataset with Last.fm tags", "the original's"),
 }
-_ZIP_ERRORS = (
-    zipfile.BadZipFile,
-    zlib.error,
-    OSError,
-    RuntimeError,
-    NotImplementedError,
-    EOFError,
-    ValueError,
-)
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, EOFError, ValueError)
 
 
 class Source:
     """The files of the Python package `musicnn`, in a wheel or in a folder.
 
-    Attributes:
-      path: the wheel or the package's folder.
+    Args:
+      path: a wheel, the package's folder, or a folder that holds either.
+
+    Raises:
+      UserError: there is no such package.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Finds the package: a wheel, the package's folder, or a folder that holds either.
-
-        Raises:
-          UserError: there is no such package.
-        """
         self.path = Path(path)
-        self._members: list[str] | None = None
         if self.path.is_dir():
             for folder in (self.path, self.path / "musicnn"):
                 if (folder / "configuration.py").is_file():
-                    self.path = folder
+                    self.path = self._root = folder
                     return
             wheels = sorted(self.path.glob("musicnn-*.whl"))
             if len(wheels) != 1:
-                nothing = "neither musicnn/configuration.py nor a wheel musicnn-*.whl"
-                found = f"{len(wheels)} wheels" if wheels else nothing
                 raise UserError(
-                    f"{self.path}: holds {found}. Name the wheel or the unpacked package. {_HINT}"
+                    f"{self.path}: holds no musicnn/configuration.py, and {len(wheels)} wheels "
+                    f"musicnn-*.whl. Name the wheel or the package's folder. {_HINT}"
                 )
             self.path = wheels[0]
         if not self.path.is_file():
             raise UserError(f"{self.path}: no such file or folder. {_HINT}")
         try:
-            with zipfile.ZipFile(self.path) as archive:
-                self._members = archive.namelist()
+            archive = zipfile.ZipFile(self.path)
         except _ZIP_ERRORS as error:
             raise UserError(f"{self.path}: not a wheel ({error}). {_HINT}") from error
-        if "musicnn/configuration.py" not in self._members:
-            raise UserError(
-                f"{self.path}: not the wheel of musicnn: it holds no musicnn/configuration.py. "
-                f"{_HINT}"
-            )
-        if len(set(self._members)) < len(self._members):
+        members = archive.namelist()
+        if "musicnn/configuration.py" not in members:
+            raise UserError(f"{self.path}: holds no musicnn/configuration.py. {_HINT}")
+        if len(set(members)) < len(members):
             raise UserError(f"{self.path}: two of its members have the same name. {_HINT}")
+        # It has the methods of a Path that are used here.
+        self._root = cast(Path, zipfile.Path(archive, "musicnn/"))
 
     def has(self, name: str) -> bool:
         """Returns whether the package has a file, by its name relative to the package."""
-        if self._members is None:
-            return (self.path / name).is_file()
-        return f"musicnn/{name}" in self._members
+        return (self._root / name).is_file()
 
     def read(self, name: str) -> bytes:
         """Returns the bytes of a file, by its name relative to the package.
@@ -115,49 +99,32 @@ class Source:
         Raises:
           UserError: it is missing, damaged or far too large.
         """
-        if self._members is not None:
-            return self._member(f"musicnn/{name}")
-        path = self.path / name
-        if not path.is_file():
-            raise UserError(f"{path}: no such file. {_HINT}")
-        _check_size(str(path), path.stat().st_size)
-        return path.read_bytes()
+        return self._read(self._root / name)
 
     def notice(self) -> str:
         """Returns the licence's text, or the copyright line if it is not among the files."""
-        if self._members is not None:
-            for member in self._members:
-                if member.startswith("musicnn-") and Path(member).name.startswith("LICENSE"):
-                    return self._member(member).decode("utf-8", "replace").strip()
-            return _COPYRIGHT
-        nearby = self.path.parent.glob("musicnn-*.dist-info/LICENSE*")
-        for path in (*self.path.glob("LICENSE*"), *nearby):
-            return path.read_text(encoding="utf-8", errors="replace").strip()
+        nearby = [folder for folder in self._root.parent.iterdir() if folder.is_dir()]
+        installed = [folder for folder in nearby if folder.name.startswith("musicnn-")]
+        for file in [file for folder in (self._root, *installed) for file in folder.iterdir()]:
+            if file.name.startswith("LICENSE"):
+                return self._read(file).decode("utf-8", "replace").strip()
         return _COPYRIGHT
 
-    def _member(self, member: str) -> bytes:
+    def _read(self, path: Path) -> bytes:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file. {_HINT}")
         try:
-            with zipfile.ZipFile(self.path) as archive:
-                info = archive.getinfo(member)
-                _check_size(f"{self.path}: {member}", info.file_size)
-                return archive.read(info)  # never more than the size that it states
-        except KeyError:
-            raise UserError(f"{self.path}: holds no {member}. {_HINT}") from None
+            with path.open("rb") as file:
+                content = file.read(_LARGEST + 1)
         except _ZIP_ERRORS as error:
-            raise UserError(f"{self.path}: {member} cannot be read ({error}). {_HINT}") from error
-
-
-def _check_size(where: str, size: int) -> None:
-    if size > _LARGEST:
-        raise UserError(f"{where}: {size} bytes are too many for a file of musicnn. {_HINT}")
+            raise UserError(f"{path}: cannot be read ({error}). {_HINT}") from error
+        if len(content) > _LARGEST:
+            raise UserError(f"{path}: more than {_LARGEST} bytes, too many for musicnn. {_HINT}")
+        return content
 
 
 def available(source: Source) -> list[str]:
-    """Returns the names of the models in a package, in the order of `MODELS`.
-
-    Raises:
-      UserError: there is none.
-    """
+    """Returns the names of the models in a package; raises UserError if there is none."""
     found = [name for name in MODELS if source.has(f"{name}/.index")]
     if not found:
         raise UserError(f"{source.path}: holds none of the models {', '.join(MODELS)}. {_HINT}")
@@ -165,14 +132,7 @@ def available(source: Source) -> list[str]:
 
 
 def read_model(source: Source, name: str) -> TrainedModel:
-    """Reads one of musicnn's models.
-
-    Args:
-      source: the package.
-      name: one of `MODELS`.
-
-    Returns:
-      The model. Its card states origin, training data, published results and licence.
+    """Reads the model `name`, one of `MODELS`, with a card.
 
     Raises:
       UserError: the name is not known, or a file is missing, damaged or of another network.
@@ -194,48 +154,31 @@ def read_model(source: Source, name: str) -> TrainedModel:
     variables = read_checkpoint(source.read, f"{name}/")
     where = f"{source.path}: {name}"
     fields = _fields(variables, name, where)
-    module = models.build(
-        fields, num_classes=len(labels), frames=frames, bands=spec.bands, kind=spec.kind
-    )
-    x = jax.ShapeDtypeStruct((1, frames, spec.bands), jnp.float32)
-    wanted = dict(jax.eval_shape(lambda key, x: module.init(key, x), jax.random.key(0), x))
-    wanted.pop("intermediates", None)
-
     config = base_config()
-    config.data.dataset = dataset
-    config.data.frames = frames
-    config.data.normalise = "none"
+    config.data.update(dataset=dataset, frames=frames, normalise="none")
     config.features = ConfigDict(spec.to_dict())
     config.model = ConfigDict(models.resolve(fields))
-    mean, std = np.zeros((1, spec.bands), np.float32), np.ones((1, spec.bands), np.float32)
-    model = TrainedModel(
-        workdir=source.path,
-        step=0,
-        which="last",
-        measure=("", None),
-        config=config,
-        module=module,
-        model={
-            "variables": _converted(variables, wanted, name, where),
-            "norm": {"mean": mean, "std": std},
-        },
-        label_names=tuple(labels),
-        task="multi_label",
-        features=spec,
-        layout=ClipLayout(frames),
-        dataset={"name": dataset, "protocol": split, "task": "multi_label", "synthetic": False},
-    )
+    notes = {
+        "config": to_plain(config),
+        "label_names": labels,
+        "task": "multi_label",
+        "features": spec.to_dict(),
+        "layout": {"frames": frames},
+        "dataset": {"name": dataset, "protocol": split, "task": "multi_label", "synthetic": False},
+        "metric": "",
+        "measure": None,
+    }
+    converted = _converted(variables, saved_shapes(notes)["variables"], name, where)
+    norm = {"mean": np.zeros((1, spec.bands), np.float32), "std": np.ones((1, spec.bands), "f4")}
+    value = {"variables": converted, "norm": norm}
+    model = model_of_notes(notes, value, workdir=source.path, step=0, which="last")
     return dataclasses.replace(model, card=_card(source, name, model, corpus))
 
 
 def import_models(
     source: Source, names: Iterable[str], out: str | os.PathLike[str]
 ) -> Iterator[Path]:
-    """Writes models as bundles and yields the path `<out>/<name>.safetensors` of each.
-
-    Raises:
-      UserError: see `read_model`; or a file cannot be written.
-    """
+    """Writes models as bundles and yields the path `<out>/<name>.safetensors` of each."""
     for name in names:
         path = Path(out) / f"{name}{SUFFIX}"
         save_bundle(read_model(source, name), path)
@@ -243,7 +186,6 @@ def import_models(
 
 
 def _card(source: Source, name: str, model: TrainedModel, corpus: str) -> str:
-    """Returns the model's card, in Markdown."""
     digest = hashlib.sha256(source.read(f"{name}/.data-00000-of-00001")).hexdigest()
     seconds = model.frames * model.features.hop_length / model.features.sample_rate
     return f"""\
@@ -267,33 +209,34 @@ TensorFlow checkpoint (SHA-256 {digest})
 def _configuration(source: Source) -> dict[str, Any]:
     """Returns the literals that `configuration.py` assigns: the front end and the labels."""
     where = f"{source.path}: configuration.py"
+    unreadable = (SyntaxError, ValueError, TypeError, RecursionError, MemoryError)
     try:
         tree = ast.parse(source.read("configuration.py"))
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+    except unreadable as error:
         raise UserError(f"{where} is not Python ({error}). {_HINT}") from error
     found: dict[str, Any] = {}
     for statement in tree.body:
         if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
-            with contextlib.suppress(
-                ValueError, TypeError, SyntaxError, RecursionError, MemoryError
-            ):
+            with contextlib.suppress(*unreadable):
                 found[statement.targets[0].id] = ast.literal_eval(statement.value)
     for name in ("SR", "FFT_HOP", "FFT_SIZE", "N_MELS"):
-        if type(found.get(name)) is not int or found[name] < 1:
-            raise UserError(
-                f"{where}: {name} must be a positive number, not {found.get(name)!r}. {_HINT}"
-            )
+        _check_positive(found.get(name), f"{where}: {name}")
     for name in ("MTT_LABELS", "MSD_LABELS"):
         labels = found.get(name)
-        if not (
-            isinstance(labels, list)
-            and labels
-            and all(isinstance(label, str) and label for label in labels)
-        ):
+        if not isinstance(labels, list) or not labels or not all(map(_is_text, labels)):
             raise UserError(f"{where}: {name} must be a list of labels. {_HINT}")
         if len(set(labels)) < len(labels):
             raise UserError(f"{where}: {name} holds a label twice. {_HINT}")
     return found
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _check_positive(value: Any, what: str) -> None:
+    if type(value) is not int or value < 1:
+        raise UserError(f"{what} must be a positive number, not {value!r}. {_HINT}")
 
 
 def _frames(source: Source, name: str) -> int:
@@ -304,50 +247,37 @@ def _frames(source: Source, name: str) -> int:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON ({error}). {_HINT}") from error
     config = config if isinstance(config, dict) else {}
-    frames = config.get("n_frames")
-    if type(frames) is not int or frames < 1:
-        raise UserError(f"{where}: n_frames must be a positive number, not {frames!r}. {_HINT}")
+    _check_positive(config.get("n_frames"), f"{where}: n_frames")
     if (processing := config.get("pre_processing")) != "logC":
         raise UserError(f"{where}: pre_processing must be 'logC', not {processing!r}. {_HINT}")
-    return frames
+    return int(config["n_frames"])
 
 
 def _reported(source: Source, name: str) -> str:
     """Returns the published test results: ROC-AUC and PR-AUC, means over the tags."""
-    values = []
     if source.has(f"{name}/experiment.result"):
         text = source.read(f"{name}/experiment.result").decode("utf-8", "replace")
-        for line in text.splitlines():
-            label, _, value = line.partition(":")
-            if label.strip().endswith("AUC"):
-                with contextlib.suppress(ValueError):
-                    values.append(float(value))
-    if len(values) != 2:
-        return "not stated"
-    return f"ROC-AUC {values[0]:.4f}, PR-AUC {values[1]:.4f} on the test split"
+        values = [float(value) for value in re.findall(r"AUC: *(\d+\.\d+)\s*$", text, re.MULTILINE)]
+        if len(values) == 2:
+            return f"ROC-AUC {values[0]:.4f}, PR-AUC {values[1]:.4f} on the test split"
+    return "not stated"
 
 
 def _layers(name: str) -> dict[str, str]:
     """Returns the original's name of every layer with weights, by its name here."""
     if name.endswith("vgg"):
-        convolutions, dense = [f"conv{i}" for i in range(1, 6)], ["head"]
-        originals = [f"{i}CNN" for i in range(1, 6)]
-        norms = ["input", *convolutions]
+        found = {f"conv{i}": f"{i}CNN" for i in range(1, 6)}
+        numbered = {"dense": ["head"]}
+        norms = ["input", *found]
     else:
-        convolutions = ["timbral1", "timbral2", "temporal1", "temporal2", "temporal3"]
-        convolutions += ["mid1", "mid2", "mid3"]
-        dense = ["dense1", "head"]
-        originals = [_numbered("conv2d", i) for i in range(len(convolutions))]
-        norms = ["input", *convolutions, "pool", "dense1"]
-    return {
-        **dict(zip(convolutions, originals, strict=True)),
-        **{layer: _numbered("dense", i) for i, layer in enumerate(dense)},
-        **{f"{layer}_norm": _numbered("batch_normalization", i) for i, layer in enumerate(norms)},
-    }
-
-
-def _numbered(layer_type: str, i: int) -> str:
-    return f"{layer_type}_{i}" if i else layer_type
+        layers = ["timbral1", "timbral2", "temporal1", "temporal2", "temporal3"]
+        layers += ["mid1", "mid2", "mid3"]
+        found, numbered = {}, {"conv2d": layers, "dense": ["dense1", "head"]}
+        norms = ["input", *layers, "pool", "dense1"]
+    numbered["batch_normalization"] = [f"{layer}_norm" for layer in norms]
+    for theirs, ours in numbered.items():
+        found |= {layer: f"{theirs}_{i}" if i else theirs for i, layer in enumerate(ours)}
+    return found
 
 
 def _fields(variables: Mapping[str, np.ndarray], name: str, where: str) -> dict[str, Any]:

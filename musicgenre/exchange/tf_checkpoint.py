@@ -1,14 +1,11 @@
 """TensorFlow V2 checkpoints, read without TensorFlow: variables as arrays by name.
 
-A checkpoint with the prefix `p` is two or more files:
-
-    p.index                  a LevelDB table of sorted keys: "" for the header, names for entries
-    p.data-00000-of-00001    the variables' raw bytes, one after the other
-
-The table ends in a footer that points to its index block, whose entries point to the data blocks. A
-block is entries (each omits the prefix that its key shares with the previous key), restart offsets,
-and a trailer with a CRC-32C. The header and the entries are protocol buffers (`BundleHeaderProto`,
-`BundleEntryProto`), of which this module reads the few fields that matter.
+The file `<prefix>.data-00000-of-00001` holds the variables' raw bytes, one after the other.
+`<prefix>.index` is a LevelDB table of sorted keys: "" for the header, names for entries. It ends in
+a footer that points to its index block, whose entries point to the data blocks. A block is entries
+(each omits the prefix that its key shares with the previous key), restart offsets, and a trailer
+with a CRC-32C. The header and the entries are protocol buffers (`BundleHeaderProto`,
+`BundleEntryProto`).
 
 Every offset, length and checksum is checked: a damaged file is a UserError, never a wrong weight.
 
@@ -16,9 +13,11 @@ Sources: TensorFlow's public `tensor_bundle.proto`, `tensor_shape.proto` and `ty
 LevelDB's `table_format.md`; RFC 3720 (CRC-32C).
 """
 
-import dataclasses
+import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,18 +37,10 @@ _AGAIN = "Fetch it again."
 _Fields = dict[int, list[int | bytes]]
 
 
-@dataclasses.dataclass(frozen=True)
-class TensorEntry:
-    """The index entry of a variable.
+class TensorEntry(NamedTuple):
+    """The index entry of a variable: its type's number, shape, shard, bytes and masked CRC-32C.
 
-    Attributes:
-      dtype: TensorFlow's number of the type.
-      shape: its shape.
-      shard: number of the data file.
-      offset: first byte in that file.
-      size: bytes.
-      crc: masked CRC-32C of the bytes.
-      sliced: the variable is stored in slices under other keys.
+    A `sliced` variable is stored under other keys.
     """
 
     dtype: int
@@ -69,8 +60,7 @@ def read_checkpoint(read: Callable[[str], bytes], prefix: str) -> dict[str, np.n
       prefix: the start of the file names, such as "model/" of "model/.index".
 
     Raises:
-      UserError: a file is damaged or not supported; the message names it, the variable and the
-        problem. Errors of `read` pass through.
+      UserError: a file is damaged or not supported. Errors of `read` pass through.
     """
     shards, entries = parse_index(read(f"{prefix}.index"), f"{prefix}.index")
     files: dict[int, bytes] = {}
@@ -86,82 +76,61 @@ def read_checkpoint(read: Callable[[str], bytes], prefix: str) -> dict[str, np.n
 
 
 def parse_index(data: bytes, where: str) -> tuple[int, dict[str, TensorEntry]]:
-    """Reads an index file.
-
-    Args:
-      data: its bytes.
-      where: its name, for messages.
-
-    Returns:
-      The number of data files, and every variable's entry by name.
+    """Returns the number of data files and every variable's entry, from an index file's bytes.
 
     Raises:
-      UserError: it is damaged or not supported.
+      UserError: it is damaged or not supported; the message calls it `where`.
     """
     if len(data) < _FOOTER or int.from_bytes(data[-8:], "little") != _MAGIC:
-        raise UserError(
-            f"{where}: not the index of a TensorFlow checkpoint (its last bytes differ). {_AGAIN}"
-        )
+        raise UserError(f"{where}: not the index of a TensorFlow checkpoint. {_AGAIN}")
     footer = _Bytes(data[-_FOOTER:-8], where)
     footer.handle()  # of the metadata, which is empty
-    blocks = _Bytes(_block(data, *footer.handle(), where), where)
     items = [
         item
-        for _, value in _table_entries(blocks)
-        for item in _table_entries(
-            _Bytes(_block(data, *_Bytes(value, where).handle(), where), where)
-        )
+        for _, handle in _table_entries(_block(data, footer, where))
+        for item in _table_entries(_block(data, _Bytes(handle, where), where))
     ]
-    if not items:
-        raise UserError(f"{where}: holds no header. {_AGAIN}")
-    if items[0][0]:
+    if not items or items[0][0]:
         raise UserError(f"{where}: its first key is not the header. {_AGAIN}")
     header = _fields(items[0][1], where)
     shards = _number(header, 1, where)
     if _number(header, 2, where):
         raise UserError(f"{where}: its numbers are big-endian, which is not supported.")
+    keys = [key for key, _ in items]
+    if any(key >= following for key, following in itertools.pairwise(keys)):
+        raise UserError(f"{where}: its keys are not in order. {_AGAIN}")
     entries: dict[str, TensorEntry] = {}
-    last = b""
     for key, message in items[1:]:
-        if key <= last:
-            raise UserError(f"{where}: its keys are not in order. {_AGAIN}")
-        last = key
         try:
             name = key.decode()
         except UnicodeDecodeError:
             raise UserError(f"{where}: a name is not UTF-8. {_AGAIN}") from None
         entries[name] = entry = _entry(message, where)
         if entry.shard >= shards:
-            raise UserError(
-                f"{where}: the variable {name!r} is in file {entry.shard} of {shards}. {_AGAIN}"
-            )
+            raise UserError(f"{where}: {name!r} is in file {entry.shard} of {shards}. {_AGAIN}")
     return shards, entries
 
 
 def masked_crc32c(data: bytes) -> int:
-    """Returns the CRC-32C of bytes as LevelDB and TensorFlow store it: rotated, plus a constant."""
+    """Returns the CRC-32C of bytes as LevelDB stores it: rotated, plus a constant."""
     crc = crc32c(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def crc32c(data: bytes) -> int:
     """Returns the CRC-32C (Castagnoli) of bytes; 3 MB take about 0.3 s."""
-    crc, table = 0xFFFFFFFF, _CRC_TABLE
+    crc, table = 0xFFFFFFFF, _crc_table()
     for byte in data:
         crc = table[(crc ^ byte) & 255] ^ crc >> 8
     return crc ^ 0xFFFFFFFF
 
 
+@functools.cache
 def _crc_table() -> list[int]:
-    table = []
-    for value in range(256):
-        for _ in range(8):
-            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
-        table.append(value)
+    table = list(range(256))
+    for _ in range(8):
+        table = [value >> 1 ^ (0x82F63B78 if value & 1 else 0) for value in table]
     return table
-
-
-_CRC_TABLE = _crc_table()
 
 
 class _Bytes:
@@ -188,8 +157,6 @@ class _Bytes:
             value |= (byte & 127) << shift
             if byte < 128 and value < 1 << 64:
                 return value
-            if byte < 128:
-                break
         raise UserError(f"{self.where}: holds a number of more than 64 bits. {_AGAIN}")
 
     def handle(self) -> tuple[int, int]:
@@ -197,24 +164,21 @@ class _Bytes:
         return self.varint(), self.varint()
 
 
-def _block(data: bytes, offset: int, size: int, where: str) -> bytes:
-    """Returns a block's bytes without its trailer."""
+def _block(data: bytes, pointer: _Bytes, where: str) -> _Bytes:
+    """Returns the block that a handle points to, without its trailer."""
+    offset, size = pointer.handle()
     end = offset + size
     if end + _TRAILER > len(data) - _FOOTER:
-        raise UserError(
-            f"{where}: points to bytes {offset} to {end}, beyond its {len(data)}. {_AGAIN}"
-        )
-    if masked_crc32c(data[offset : end + 1]) != int.from_bytes(
-        data[end + 1 : end + _TRAILER], "little"
-    ):
+        raise UserError(f"{where}: points to bytes {offset} to {end} of {len(data)}. {_AGAIN}")
+    checksum = int.from_bytes(data[end + 1 : end + _TRAILER], "little")
+    if masked_crc32c(data[offset : end + 1]) != checksum:
         raise UserError(f"{where}: the checksum of the block at byte {offset} is wrong. {_AGAIN}")
     if data[end]:
         raise UserError(f"{where}: is compressed (type {data[end]}), which is not supported.")
-    return data[offset:end]
+    return _Bytes(data[offset:end], where)
 
 
 def _table_entries(block: _Bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yields the keys and values of a block."""
     restarts = int.from_bytes(block.data[-4:], "little")
     end = len(block.data) - 4 * (restarts + 1)
     if end < 0:
@@ -223,15 +187,12 @@ def _table_entries(block: _Bytes) -> Iterator[tuple[bytes, bytes]]:
     while entries:
         shared, rest, size = entries.varint(), entries.varint(), entries.varint()
         if shared > len(key):
-            raise UserError(
-                f"{block.where}: a key shares more bytes than the previous key has. {_AGAIN}"
-            )
+            raise UserError(f"{block.where}: a key shares more than the previous key. {_AGAIN}")
         key = key[:shared] + entries.take(rest)
         yield key, entries.take(size)
 
 
 def _fields(message: bytes, where: str) -> _Fields:
-    """Returns the fields of a protocol buffer."""
     source = _Bytes(message, where)
     fields: _Fields = {}
     while source:
@@ -259,7 +220,6 @@ def _number(fields: _Fields, field: int, where: str) -> int:
 
 
 def _messages(fields: _Fields, field: int, where: str) -> Iterator[_Fields]:
-    """Yields the fields of every message in a field."""
     for value in fields.get(field, []):
         if not isinstance(value, bytes):
             raise UserError(f"{where}: field {field} of an entry is not a message. {_AGAIN}")
@@ -279,19 +239,15 @@ def _entry(message: bytes, where: str) -> TensorEntry:
 
 
 def _tensor(data: bytes, entry: TensorEntry, what: str) -> np.ndarray:
-    """Returns a variable from its data file."""
     if entry.sliced:
         raise UserError(f"{what} is stored in slices, which is not supported.")
     if entry.dtype not in _DTYPES:
-        raise UserError(
-            f"{what} has TensorFlow's type {entry.dtype}; only floats and integers are supported."
-        )
+        raise UserError(f"{what} has TensorFlow's type {entry.dtype}, which is not supported.")
     dtype = np.dtype(_DTYPES[entry.dtype])
     size, end = math.prod(entry.shape) * dtype.itemsize, entry.offset + entry.size
     if size != entry.size or max(entry.shape, default=0) >= 2**31:
-        raise UserError(
-            f"{what} of the shape {list(entry.shape)} cannot have {entry.size} bytes. {_AGAIN}"
-        )
+        shape = list(entry.shape)
+        raise UserError(f"{what} of the shape {shape} cannot have {entry.size} bytes. {_AGAIN}")
     if end > len(data):
         raise UserError(f"{what} ends at byte {end} of {len(data)}. {_AGAIN}")
     raw = data[entry.offset : end]

@@ -202,7 +202,8 @@ def _connect(trace: Any, inputs: Sequence[_Origin], calls: Sequence[_Call]) -> l
         merged = _Origin()
         for n, names in (item for origin in origins for item in origin.items()):
             merged[n] = tuple(dict.fromkeys((*merged.get(n, ()), *names)))
-        name, inner = str(equation.params.get("name")), equation.params.get("jaxpr")
+        name, parameters = str(equation.params.get("name")), equation.params
+        inner = parameters.get("jaxpr", parameters.get("call_jaxpr"))
         inner = getattr(inner, "jaxpr", inner)
         scopes = str(equation.source_info.name_stack).split("/")
         passed = [w for w in (*scopes, name, equation.primitive.name) if w in _OPERATIONS][:1]

@@ -1,34 +1,24 @@
 """A trained model in one file without pickle: safetensors with its arrays, and JSON notes."""
 
-import dataclasses
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from musicgenre.config import to_plain
 from musicgenre.errors import UserError
 from musicgenre.files import write_arrays
-from musicgenre.runs.notes import TrainedModel, saved_shapes
+from musicgenre.runs.notes import TrainedModel, model_of_notes, run_notes, saved_shapes
 from musicgenre.runs.provenance import KEY, PREFIX, SCHEMA, TrainedOn, read_bundle_arrays
 
 # Models that come with the package: <name>.safetensors.
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 SUFFIX = ".safetensors"
+_HALVED = ("variables/params/", "norm/")
 _NOTES = ["config", "label_names", "task", "features", "layout", "dataset"]
 _NOTES += ["step", "which", "metric", "measure", "card"]
-
-
-class Bundle(NamedTuple):
-    """A bundle's notes, the model's `variables` and `norm`, and its training clips."""
-
-    notes: dict[str, Any]
-    value: dict[str, Any]
-    trained_on: TrainedOn
 
 
 def packaged_models() -> dict[str, Path]:
@@ -39,18 +29,16 @@ def packaged_models() -> dict[str, Path]:
 def save_bundle(
     model: TrainedModel, path: str | os.PathLike[str], card: str = "", *, half: bool = False
 ) -> None:
-    """Writes a model to one file, atomically.
+    """Writes a model to one file, atomically, with a record of its training clips.
 
-    Paths on this machine are left out. The ids, hashes, groups and fingerprints of the training
-    clips are included; see `musicgenre.runs.provenance`.
+    Paths on this machine are left out.
 
     Args:
       model: a trained model.
       path: the file, named `.safetensors`.
       card: what users should know about it, Markdown; see `model_card`. "" keeps the model's own.
-      half: store parameters and normalisation as float16, which halves the file and changes a value
-        by up to 1 part in 2,048. Batch normalisation statistics and arrays that exceed float16's
-        range stay float32.
+      half: store parameters and normalisation as float16, which changes a value by up to 1 part in
+        2,048. Batch normalisation statistics and arrays beyond float16's range stay float32.
 
     Raises:
       UserError: the name has another suffix, or the file cannot be written.
@@ -60,38 +48,24 @@ def save_bundle(
         raise UserError(f"{path}: the file of a model must be named {path.stem}{SUFFIX}.")
     flat: dict[str, Any] = flatten_dict(dict(jax.device_get(model.model)), sep="/")
     arrays = {name: np.ascontiguousarray(value) for name, value in flat.items()}
-    if half:
-        arrays = {
-            name: _halved(value) if name.startswith(("variables/params/", "norm/")) else value
-            for name, value in arrays.items()
-        }
-    config = to_plain(model.config)
+    for name in [name for name in arrays if half and name.startswith(_HALVED)]:
+        arrays[name] = _halved(arrays[name])
+    notes = run_notes(model.config, model)
+    config, (metric, measure) = notes["config"], model.measure
     config["init_from"] = ""
     if "distill" in config:  # runs of earlier versions have none
         config["distill"]["teachers"] = []
     config["data"].update(root="", store="", stores_root="stores")
-    metric, measure = model.measure
-    notes = {
-        "schema": SCHEMA,
-        "config": config,
-        "label_names": list(model.label_names),
-        "task": model.task,
-        "features": model.features.to_dict(),
-        "layout": dataclasses.asdict(model.layout),
-        "dataset": {**model.dataset, "root": ""},
-        "step": model.step,
-        "which": model.which,
-        "metric": metric,
-        "measure": measure,
-        "card": card or model.card,
-    }
+    notes |= {"schema": SCHEMA, "dataset": {**model.dataset, "root": ""}}
+    notes |= {"step": model.step, "which": model.which, "metric": metric, "measure": measure}
+    notes["card"] = card or model.card
     if model.temperature != 1:
         notes["temperature"] = model.temperature
     write_arrays(path, arrays | model.trained_on.to_arrays(), notes, key=KEY)
 
 
-def read_bundle(path: Path) -> Bundle:
-    """Reads a file of `save_bundle`; `musicgenre.runs.model.load_model` builds the model from it.
+def read_bundle(path: Path) -> TrainedModel:
+    """Reads a file of `save_bundle`.
 
     Raises:
       UserError: the file is missing, damaged, not a model or of a newer version, or its arrays do
@@ -100,28 +74,35 @@ def read_bundle(path: Path) -> Bundle:
     arrays, notes = read_bundle_arrays(path)
     if missing := [name for name in _NOTES if name not in notes]:
         raise UserError(f"{path}: damaged: its notes lack {missing[0]!r}.")
-    value = {name: array for name, array in arrays.items() if not name.startswith(PREFIX)}
-    fitted = _fitted(path, value, saved_shapes(notes))
-    return Bundle(notes, fitted, TrainedOn.from_arrays(arrays, path))
+    trained_on = TrainedOn.from_arrays(arrays, path)
+    arrays = {name: array for name, array in arrays.items() if not name.startswith(PREFIX)}
+    wanted: dict[str, jax.ShapeDtypeStruct] = flatten_dict(saved_shapes(notes), sep="/")
+    for name in sorted(wanted.keys() | arrays.keys()):
+        there, needed = (list(d[name].shape) if name in d else None for d in (arrays, wanted))
+        if there != needed:
+            raise UserError(
+                f"{path}: the array {name!r} has the shape {there} where this version's network "
+                f"has {needed}."
+            )
+    values = {name: jax.numpy.asarray(arrays[name], wanted[name].dtype) for name in wanted}
+    fields = {name: notes[name] for name in ("step", "which", "card")}
+    model = unflatten_dict(values, sep="/")
+    return model_of_notes(notes, model, workdir=path, trained_on=trained_on, **fields)
 
 
 def model_card(model: TrainedModel, remarks: str = "") -> str:
     """Returns a Markdown card of a model: data, protocol, measure, labels, front end and limits.
 
-    Args:
-      model: a trained model.
-      remarks: text to add, such as the result on the test split.
+    `remarks` are added, such as the result on the test split.
     """
     data, config = model.dataset, model.config
-    metric, measure = model.measure
-    seconds = model.frames * model.features.hop_length / model.features.sample_rate
-    clip = model.layout.frames * model.features.hop_length / model.features.sample_rate
+    (metric, measure), rate = model.measure, model.features.sample_rate
+    seconds = model.frames * model.features.hop_length / rate
+    clip = model.layout.frames * model.features.hop_length / rate
     measured = "not measured"
     if measure is not None:
-        measured = (
-            f"{metric} {measure:.4f} on the validation split "
-            f"({model.which} checkpoint, step {model.step})"
-        )
+        checkpoint = f"({model.which} checkpoint, step {model.step})"
+        measured = f"{metric} {measure:.4f} on the validation split {checkpoint}"
         if model.which == "best":
             measured += ", which also selected this checkpoint, so it is slightly optimistic"
     lines = [f"# {config.model.name} on {data['name']}", ""]
@@ -147,30 +128,7 @@ def model_card(model: TrainedModel, remarks: str = "") -> str:
     return "\n".join(lines) + "\n" + (f"\n{remarks.strip()}\n" if remarks.strip() else "")
 
 
-def _fitted(path: Path, arrays: Mapping[str, np.ndarray], expected: Any) -> dict[str, Any]:
-    """Returns the arrays as the tree that the network takes, in its types."""
-    wanted: dict[str, jax.ShapeDtypeStruct] = flatten_dict(expected, sep="/")
-    if names := wanted.keys() ^ arrays.keys():
-        name = min(names)
-        problem = "is missing" if name in wanted else "does not belong to the network"
-        raise UserError(
-            f"{path}: the array {name!r} {problem}. "
-            "This version's network differs from the saved one."
-        )
-    for name, shape in wanted.items():
-        if arrays[name].shape != shape.shape:
-            raise UserError(
-                f"{path}: the array {name!r} has the shape {arrays[name].shape} where "
-                f"{shape.shape} is needed."
-            )
-    tree: dict[str, Any] = unflatten_dict(
-        {name: jax.numpy.asarray(arrays[name], wanted[name].dtype) for name in wanted}, sep="/"
-    )
-    return tree
-
-
 def _halved(value: np.ndarray) -> np.ndarray:
-    """Returns an array as float16, or as it is if that would change the model noticeably."""
     if value.dtype != np.float32:
         return value
     with np.errstate(over="ignore"):

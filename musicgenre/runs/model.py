@@ -5,7 +5,7 @@ from pathlib import Path
 
 from musicgenre.errors import UserError, did_you_mean
 from musicgenre.runs.bundle import packaged_models, read_bundle
-from musicgenre.runs.notes import TrainedModel, model_of_notes, saved_shapes
+from musicgenre.runs.notes import TrainedModel, model_of_notes
 from musicgenre.runs.provenance import TrainedOn, read_workdir
 
 __all__ = ["TrainedModel", "load_model", "training_clips"]
@@ -29,60 +29,28 @@ def load_model(
     path = _resolved(source, field)
     if path.is_file():
         if which not in ("last", "best"):
-            raise UserError(
-                f"{path}: a bundle holds one checkpoint, so it has no step {which!r}. "
-                "Ask a workdir for a step."
-            )
-        notes, value, trained_on = read_bundle(path)
-        return model_of_notes(
-            notes,
-            value,
-            workdir=path,
-            step=int(notes["step"]),
-            which=str(notes["which"]),
-            measure=(notes["metric"], notes["measure"]),
-            trained_on=trained_on,
-            card=str(notes["card"]),
-        )
+            raise UserError(f"{path}: a bundle holds one checkpoint, so it has no step {which!r}.")
+        return read_bundle(path)
     from musicgenre.runs.checkpoints import read_model  # imports Orbax, which takes a second
 
-    restored = read_model(path / "checkpoints", which, saved_shapes)
-    meta = restored.meta
-    return model_of_notes(
-        meta,
-        restored.value,
-        workdir=path,
-        step=restored.step,
-        which=which,
-        measure=(meta["metric"], meta["measure"]),
-        trained_on=read_workdir(path),
-    )
+    found = read_model(path / "checkpoints", which)
+    fields = {"workdir": path, "step": found.step, "which": which, "trained_on": read_workdir(path)}
+    return model_of_notes(found.meta, found.value, **fields)
 
 
 def training_clips(source: str | os.PathLike[str], *, field: str = "") -> TrainedOn:
-    """Returns what a model was trained on, without its checkpoint.
-
-    Args:
-      source: see `load_model`.
-      field: the config field that names the source, for messages.
-
-    Raises:
-      UserError: there is no such workdir or bundle, or it cannot be read.
-    """
+    """Returns what a model was trained on, without its checkpoint; see `load_model`."""
     path = _resolved(source, field)
     return read_bundle(path).trained_on if path.is_file() else read_workdir(path)
 
 
 def _resolved(source: str | os.PathLike[str], field: str) -> Path:
-    """Returns the workdir or bundle that a source names."""
     path = Path(source)
     if not path.is_file() and not (path / "checkpoints").is_dir():
         path = packaged_models().get(str(source), path)
     if path.exists():
         return path
-    names = did_you_mean(str(source), packaged_models())
+    hint = did_you_mean(str(source), packaged_models())
     name = f"{field}: {str(source)!r}" if field else str(source)
-    raise UserError(
-        f"{name}: no such workdir, bundle or packaged model.{names} "
-        f"Train one first: musicgenre train --config=... --workdir={source}"
-    )
+    remedy = f"Train it: musicgenre train --config=... --workdir={source}"
+    raise UserError(f"{name}: no such workdir, bundle or packaged model.{hint} {remedy}")

@@ -26,12 +26,10 @@ class TrainedModel:
 
     Attributes:
       workdir: the run that it comes from, or the file of a bundle.
-      step: the checkpoint's step.
-      which: the checkpoint as it was requested: "last", "best" or the step.
+      step, which: the checkpoint's step, and its name: "last", "best" or the step.
       measure: name and value (at this step) of the validation measure that selects the best
         checkpoint.
-      config: the run's config.
-      module: the Linen module.
+      config, module: the run's config and Linen module.
       model: its `variables`, and the `norm` of its training split.
       label_names: labels in the order of its outputs.
       task: "single_label", "multi_label" or "regression".
@@ -60,14 +58,12 @@ class TrainedModel:
     trained_on: TrainedOn = UNKNOWN
 
     def __post_init__(self) -> None:
-        """Refuses a temperature without meaning."""
         if not 0 < self.temperature < math.inf:
-            raise UserError(
-                f"{self.workdir}: a temperature must be a number above 0, not {self.temperature}."
-            )
+            wrong = f"must be a number above 0, not {self.temperature}"
+            raise UserError(f"{self.workdir}: a temperature {wrong}.")
         if self.temperature != 1 and self.task == "regression":
             raise UserError(
-                f"{self.workdir}: a temperature is for probabilities, and a regression has none."
+                f"{self.workdir}: a temperature is for probabilities; a regression has none."
             )
 
     @property
@@ -76,29 +72,22 @@ class TrainedModel:
         return int(self.config.data.crop_frames) or self.layout.frames
 
     def probabilities(self, logits: jax.Array) -> jax.Array:
-        """Returns probabilities, or a regression's outputs, of logits `[batch, classes]`.
-
-        Everything that shows probabilities of a saved model uses this, so the temperature always
-        applies.
-        """
+        """Returns probabilities, or a regression's outputs, of logits `[batch, classes]`."""
         # A late import: it brings Optax, which tagging does not need otherwise.
         from musicgenre.models.apply import probabilities
 
-        return probabilities(
-            logits if self.temperature == 1 else logits / self.temperature, self.task
-        )
+        scaled = logits if self.temperature == 1 else logits / self.temperature
+        return probabilities(scaled, self.task)
 
 
 def model_of_notes(notes: Mapping[str, Any], variables: Any, **fields: Any) -> TrainedModel:
-    """Returns a model from saved notes and the content of `TrainState.model()`.
+    """Returns a model from saved notes and `TrainState.model()` (`variables` and `norm`).
 
-    Args:
-      notes: see `run_notes`; `temperature` may be among them.
-      variables: `variables` and `norm`.
-      **fields: the fields of `TrainedModel` that the notes do not have: `workdir`, `step`, `which`,
-        `measure`, and optionally `trained_on` and `card`.
+    `fields` are those of `TrainedModel` that the notes do not have: `workdir`, `step`, `which`, and
+    optionally `trained_on` and `card`.
     """
     return TrainedModel(
+        measure=(notes["metric"], notes["measure"]),
         config=from_plain(notes["config"]),
         module=saved_module(notes),
         model=variables,
@@ -112,15 +101,15 @@ def model_of_notes(notes: Mapping[str, Any], variables: Any, **fields: Any) -> T
     )
 
 
-def run_notes(config: ConfigDict, store: Store) -> dict[str, Any]:
-    """Returns the notes with which a checkpoint's model can be used without the store."""
+def run_notes(config: ConfigDict, source: Store | TrainedModel) -> dict[str, Any]:
+    """Returns the notes with which a model of a store can be used without the store."""
     return {
         "config": to_plain(config),
-        "label_names": list(store.label_names),
-        "task": store.task,
-        "features": store.features.to_dict(),
-        "layout": dataclasses.asdict(store.layout),
-        "dataset": store.dataset,
+        "label_names": list(source.label_names),
+        "task": source.task,
+        "features": source.features.to_dict(),
+        "layout": dataclasses.asdict(source.layout),
+        "dataset": source.dataset,
     }
 
 
@@ -132,7 +121,7 @@ def saved_module(notes: Mapping[str, Any]) -> nn.Module:
         num_classes=len(notes["label_names"]),
         frames=frames,
         bands=bands,
-        kind=FeatureSpec.from_dict(notes["features"]).kind,
+        kind=notes["features"]["kind"],
         dtype=notes["config"]["dtype"],
     )
 
@@ -142,9 +131,7 @@ def saved_shapes(notes: Mapping[str, Any]) -> dict[str, Any]:
     frames, bands = _input_shape(notes)
     module = saved_module(notes)
     x = jax.ShapeDtypeStruct((1, frames, bands), jnp.float32)
-    variables = dict(
-        jax.eval_shape(lambda key, x: module.init(key, x, train=False), jax.random.key(0), x)
-    )
+    variables = dict(jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), x))
     variables.pop("intermediates", None)
     norm_shape = (frames if notes["config"]["data"]["normalise"] == "position" else 1, bands)
     norm = {name: jax.ShapeDtypeStruct(norm_shape, jnp.float32) for name in ("mean", "std")}
@@ -156,6 +143,5 @@ def saved_shapes(notes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _input_shape(notes: Mapping[str, Any]) -> tuple[int, int]:
-    """Returns the frames and bands of one input of the network."""
     frames = notes["config"]["data"]["crop_frames"] or notes["layout"]["frames"]
     return frames, FeatureSpec.from_dict(notes["features"]).bands

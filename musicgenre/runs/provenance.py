@@ -1,5 +1,6 @@
 """What a model was trained on: the record of its clips, which the leakage audit compares."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -35,10 +36,9 @@ class TrainedOn:
       hashes: SHA-256 of each source (the file, or the array row) in hexadecimal, `[clips]`.
       groups: the artist or track of each clip, or None, `[clips]`.
       unknown: whose clips are not known; "" if all are.
-      sources: stores that held the clips when the model was trained, and bundles with their
-        fingerprints.
-      fingerprints: from `fingerprints` or `compact`, `[clips, d]`; None if they are not known, as
-        for a workdir until `with_fingerprints` computes them.
+      sources: stores that held the clips when the model was trained, and bundles.
+      fingerprints: from `fingerprints` or `compact`, `[clips, d]`; None if not known, as for a
+        workdir until `with_fingerprints` computes them.
     """
 
     clip_ids: Sequence[str] = ()
@@ -56,33 +56,21 @@ class TrainedOn:
 
         A clip is recognised by its id or its content. If `unknown` is not empty, all are True.
         """
-        ids, contents = set(self.clip_ids), set(self.hashes) - {"", None}
-        seen = [
-            clip_id in ids or content in contents
-            for clip_id, content in zip(clip_ids, hashes, strict=True)
-        ]
-        return np.array(seen, bool) | bool(self.unknown)
+        contents = [content for content in self.hashes if content]
+        return np.isin(clip_ids, self.clip_ids) | np.isin(hashes, contents) | bool(self.unknown)
 
     def with_fingerprints(self) -> "TrainedOn":
-        """Returns the record with fingerprints, taken from its sources unless it has them already.
-
-        If a clip is no longer in any source, the record is returned without fingerprints.
-        """
+        """Returns the record with fingerprints from its sources, without if a clip is in none."""
         if self.fingerprints is not None or not len(self):
             return self
-        rows = {clip: row for row, clip in enumerate(zip(self.clip_ids, self.hashes, strict=True))}
-        found: dict[int, np.ndarray] = {}
+        clips = list(zip(self.clip_ids, self.hashes, strict=True))
+        found: dict[tuple[str, str | None], np.ndarray] = {}
         for source in self.sources:
-            wanted = {clip: row for clip, row in rows.items() if row not in found}
-            try:
-                found |= _fingerprints_in(Path(source), wanted)
-            except UserError:  # the source is gone
-                continue
-        if len(found) < len(self):
+            with contextlib.suppress(UserError):  # the source is gone
+                found |= _fingerprints_in(Path(source), set(clips) - found.keys())
+        if not all(clip in found for clip in clips):
             return self
-        return dataclasses.replace(
-            self, fingerprints=np.stack([found[row] for row in range(len(self))])
-        )
+        return dataclasses.replace(self, fingerprints=np.stack([found[clip] for clip in clips]))
 
     def audit_side(self) -> AuditSide:
         """Returns the record as one side of `musicgenre.evaluation.audit.audit`."""
@@ -102,21 +90,15 @@ class TrainedOn:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "TrainedOn":
         """Reads what `to_json` returned, or the content of a `train_clips.json` of any version."""
-        records = [
-            cls(
-                record["clip_id"],
-                record["sha256"],
-                record["group"],
-                record.get("unknown", ""),
-                [record["store"]] if "store" in record else record.get("sources", []),
-            )
-        ]
-        if "init_from" in record:
-            message = "the model that this run started from does not list them"
-            before = record["init_from"]
-            records.append(cls(unknown=message) if before is None else cls.from_json(before))
-        if "teachers" in record:
-            records.append(cls.from_json(record["teachers"]))
+        sources = [record["store"]] if "store" in record else record.get("sources", [])
+        ids, hashes, groups = (record[name] for name in ("clip_id", "sha256", "group"))
+        records = [cls(ids, hashes, groups, record.get("unknown", ""), sources)]
+        for name in ("init_from", "teachers"):
+            if (other := record.get(name, {})) is None:
+                message = "the model that this run started from does not list them"
+                records.append(cls(unknown=message))
+            elif other:
+                records.append(cls.from_json(other))
         return joined(records)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
@@ -125,11 +107,8 @@ class TrainedOn:
             return {}
         text = json.dumps(self.to_json() | {"sources": []})
         arrays = {_CLIPS: np.frombuffer(text.encode(), np.uint8)}
-        if len(self) <= MOST_FINGERPRINTS:
-            prints = self.with_fingerprints().fingerprints
-            if prints is not None:
-                arrays[_FINGERPRINTS] = compact(prints)
-        return arrays
+        prints = self.with_fingerprints().fingerprints if len(self) <= MOST_FINGERPRINTS else None
+        return arrays if prints is None else arrays | {_FINGERPRINTS: compact(prints)}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], source: Path) -> "TrainedOn":
@@ -146,16 +125,12 @@ UNKNOWN = TrainedOn(unknown="the model does not list them")
 
 
 def joined(records: Iterable[TrainedOn], known: Collection[str] = ()) -> TrainedOn:
-    """Returns one record of the clips of several, each once, without those whose ids are known.
-
-    It has no fingerprints.
-    """
+    """Joins records, each clip once and without `known` ids. The result has no fingerprints."""
     records = list(records)
     clips: dict[str, tuple[str | None, str | None]] = {}
     for record in records:
-        for clip_id, content, group in zip(
-            record.clip_ids, record.hashes, record.groups, strict=True
-        ):
+        rows = zip(record.clip_ids, record.hashes, record.groups, strict=True)
+        for clip_id, content, group in rows:
             if clip_id not in known:
                 clips.setdefault(clip_id, (content, group))
     return TrainedOn(
@@ -169,20 +144,13 @@ def joined(records: Iterable[TrainedOn], known: Collection[str] = ()) -> Trained
 
 def clips_of(store: Store, indices: np.ndarray) -> TrainedOn:
     """Returns the record of some clips of a store, without fingerprints."""
-    return TrainedOn(
-        store.clip_ids[indices].tolist(),
-        store.hashes[indices].tolist(),
-        [store.groups[i] for i in indices],
-        sources=[os.path.abspath(store.path)],
-    )
+    ids, hashes = store.clip_ids[indices].tolist(), store.hashes[indices].tolist()
+    groups = [store.groups[i] for i in indices]
+    return TrainedOn(ids, hashes, groups, sources=[os.path.abspath(store.path)])
 
 
 def read_workdir(workdir: Path) -> TrainedOn:
-    """Reads what a run was trained on from its workdir.
-
-    Raises:
-      UserError: the record cannot be read.
-    """
+    """Reads what a run was trained on; raises UserError if its record cannot be read."""
     path = workdir / CLIPS_FILE
     if not path.is_file():
         return TrainedOn(unknown=f"{workdir.name} does not list them")
@@ -194,13 +162,8 @@ def read_workdir(workdir: Path) -> TrainedOn:
 
 def read_bundle_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Reads all arrays and the notes of a bundle; see `musicgenre.runs.bundle.read_bundle`."""
-    return read_arrays(
-        path,
-        key=KEY,
-        schemas=(1, SCHEMA),
-        what="model",
-        remedy="Copy the file again, or make one with: musicgenre bundle <workdir> <file>",
-    )
+    remedy = "Copy the file again, or make one with: musicgenre bundle <workdir> <file>"
+    return read_arrays(path, key=KEY, schemas=(1, SCHEMA), what="model", remedy=remedy)
 
 
 def fingerprints(store: Store, indices: np.ndarray) -> np.ndarray:
@@ -210,10 +173,7 @@ def fingerprints(store: Store, indices: np.ndarray) -> np.ndarray:
 
 
 def compact(prints: np.ndarray) -> np.ndarray:
-    """Returns fingerprints `[n, d]` as int8, each scaled to a peak of 127.
-
-    The audit's cosine ignores the scale.
-    """
+    """Returns fingerprints `[n, d]` as int8 with a peak of 127; the cosine ignores the scale."""
     if prints.dtype == np.int8:
         return prints
     peaks = np.abs(prints).max(axis=1, keepdims=True)
@@ -221,23 +181,17 @@ def compact(prints: np.ndarray) -> np.ndarray:
 
 
 def _fingerprints_in(
-    source: Path, wanted: Mapping[tuple[str, str | None], int]
-) -> dict[int, np.ndarray]:
-    """Returns the fingerprints that a store or bundle has of wanted clips (id and hash), by row."""
+    source: Path, wanted: Collection[tuple[str, str | None]]
+) -> dict[tuple[str, str | None], np.ndarray]:
+    """Returns the fingerprints that a store or bundle has of clips, each an id and a hash."""
     if source.is_file():
         there = TrainedOn.from_arrays(read_bundle_arrays(source)[0], source)
-        if there.fingerprints is None:
+        prints = there.audit_side().fingerprints
+        clips = zip(there.clip_ids, there.hashes, strict=True)
+        if prints is None:
             return {}
-        clips, known = zip(there.clip_ids, there.hashes, strict=True), there.fingerprints
-        return {
-            wanted[clip]: values.astype(np.float32)
-            for clip, values in zip(clips, known, strict=True)
-            if clip in wanted
-        }
+        return {clip: row for clip, row in zip(clips, prints, strict=True) if clip in wanted}
     store = Store.open(source, verify=False)
-    clips = zip(store.clip_ids.tolist(), store.hashes.tolist(), strict=True)
-    pairs = [(wanted[clip], i) for i, clip in enumerate(clips) if clip in wanted]
-    if not pairs:
-        return {}
-    rows, indices = zip(*pairs, strict=True)
-    return dict(zip(rows, fingerprints(store, np.array(indices)), strict=True))
+    own = list(zip(store.clip_ids.tolist(), store.hashes.tolist(), strict=True))
+    rows = [i for i, clip in enumerate(own) if clip in wanted]
+    return {own[i]: fingerprints(store, np.array([i]))[0] for i in rows}

@@ -35,29 +35,20 @@ class Interrupted(Exception):
 def check_store(config: ConfigDict, store: Store) -> None:
     """Raises UserError if the store was not prepared with the config's front end and frames."""
     wanted = feature_spec(config)
-    if store.features != wanted:
-        lines = differences(store.features.to_dict(), wanted.to_dict())
+    if lines := differences(store.features.to_dict(), wanted.to_dict()):
         raise UserError(
             f"{store.path}: the store's features are not the config's (store -> config): "
             f"{'; '.join(lines)}. Prepare another store, or change --config.features."
         )
-    if store.layout.frames != config.data.frames:
-        raise UserError(
-            f"{store.path}: the store has {store.layout.frames} frames per clip, "
-            f"config.data.frames is {config.data.frames}."
-        )
+    if (frames := store.layout.frames) != config.data.frames:
+        needed = f"config.data.frames is {config.data.frames}"
+        raise UserError(f"{store.path}: the store has {frames} frames per clip, {needed}.")
 
 
 def claim_workdir(
     workdir: Path, config: ConfigDict, store: Store, teachers: Iterable[TrainedOn] = ()
 ) -> None:
-    """Claims a folder for a run: records its config and training clips.
-
-    Args:
-      workdir: the run's folder.
-      config: its config.
-      store: its store.
-      teachers: what the teachers of a new run were trained on.
+    """Claims a folder for a run: records its config, training clips and its teachers' clips.
 
     Raises:
       UserError: the folder holds another run, or the model of `config.init_from` cannot be read.
@@ -74,14 +65,12 @@ def claim_workdir(
         if changed := differences(there, plain):
             raise UserError(
                 f"{workdir}: holds a run with another config (there -> now): {'; '.join(changed)}. "
-                "Choose another --workdir, or give the same config to resume."
+                "Choose another --workdir, or resume with the same config."
             )
         trained = read_json(workdir / CLIPS_FILE, "list of training clips")
         if (trained["clip_id"], trained["sha256"]) != (own.clip_ids, own.hashes):
-            raise UserError(
-                f"{workdir}: the store's training clips have changed since this run began. "
-                "Choose another --workdir."
-            )
+            text = "the store's training clips have changed since this run began"
+            raise UserError(f"{workdir}: {text}. Choose another --workdir.")
         return
     record = own.to_json() | {"store": own.sources[0]}
     known = set(own.clip_ids)
@@ -121,9 +110,8 @@ def catch_signals() -> Iterator[_Signals]:
     if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
         yield signals
         return
-    before = {
-        number: signal.signal(number, signals.handle) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    numbers = signal.SIGINT, signal.SIGTERM
+    before = {number: signal.signal(number, signals.handle) for number in numbers}
     try:
         yield signals
     finally:

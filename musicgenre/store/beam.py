@@ -95,11 +95,11 @@ def prepare_store_beam(
       path: the store's folder, visible to all workers under this path; created if missing.
       beam_flags: the runner and its options as Beam's flags, `--name=value`; by default two local
         processes.
-      min_seconds: shorter sound files are skipped.
-      array_layout: order of the axes of array files, "mel_time" or "time_mel".
+      min_seconds: as for `prepare_store`, like the other options.
+      array_layout: order of the axes of array files.
       clips_per_shard: clips per shard; only the default gives the shards of `prepare_store`.
       progress: draw a progress bar of the finished shards.
-      verify: compare existing shards with their checksums, not only their sizes.
+      verify: compare existing shards with their checksums.
 
     Raises:
       UserError: as `prepare_store`; also if Apache Beam is not installed, a flag is wrong, a path
@@ -112,20 +112,14 @@ def prepare_store_beam(
             f"{path}: the store must be a folder that all workers see; object stores are not "
             "supported. Mount it, or choose a shared folder with --config.data.store=..."
         )
-    relative = next((clip.path for clip in dataset.clips if not clip.path.is_absolute()), None)
-    if relative is not None and not local:
+    relative = [clip.path for clip in dataset.clips if not clip.path.is_absolute()]
+    if relative and not local:
         raise UserError(
-            f"{relative}: a relative path means another file on another machine. Give "
-            "--config.data.root as an absolute path (in a CSV file, the column path), under which "
-            "all workers see the files."
+            f"{relative[0]}: a relative path means another file on another machine. Give "
+            "--config.data.root (in a CSV file, the column path) as an absolute path."
         )
-    plan = StorePlan(
-        dataset,
-        Recipe(spec, layout, array_layout, min_seconds),
-        path,
-        verify=verify,
-        progress=progress,
-    )
+    recipe = Recipe(spec, layout, array_layout, min_seconds)
+    plan = StorePlan(dataset, recipe, path, verify=verify, progress=progress)
     # A function, since all tasks of a large data set at once would fill the memory.
     tasks = functools.partial(plan.tasks, clips_per_shard, fill_gaps=True)
     if plan.todo:
@@ -189,25 +183,16 @@ def make_shard(line: str, job: ShardJob) -> int:
 
 def task_to_json(task: ShardTask) -> str:
     """Returns a task as one line of ASCII."""
-    clips = [dataclasses.asdict(clip) | {"path": str(clip.path)} for clip in task.clips]
-    return json.dumps({"number": task.number, "clips": clips, "sources": task.sources})
+    clips = [vars(clip) | {"path": str(clip.path)} for clip in task.clips]
+    return json.dumps([task.number, clips, task.sources])
 
 
 def task_from_json(line: str) -> ShardTask:
     """Returns the task of `task_to_json`'s line."""
-    fields = json.loads(line)
-    clips = [
-        Clip(
-            **clip
-            | {
-                "path": Path(clip["path"]),
-                "labels": tuple(clip["labels"]),
-                "values": tuple(clip["values"]),
-            }
-        )
-        for clip in fields["clips"]
-    ]
-    return ShardTask(fields["number"], tuple(clips), tuple(fields["sources"]))
+    number, clips, sources = json.loads(line)
+    convert = {"path": Path, "labels": tuple, "values": tuple}
+    fields = ({k: convert.get(k, lambda v: v)(v) for k, v in clip.items()} for clip in clips)
+    return ShardTask(number, tuple(Clip(**each) for each in fields), tuple(sources))
 
 
 def package_versions() -> dict[str, str]:
@@ -216,11 +201,6 @@ def package_versions() -> dict[str, str]:
 
 
 def _import_beam() -> ModuleType:
-    """Returns the module `apache_beam`.
-
-    Raises:
-      UserError: it is not installed.
-    """
     root = logging.getLogger()
     level = root.level
     try:
@@ -244,12 +224,7 @@ def _options(flags: Sequence[str]) -> tuple[Any, bool]:
       UserError: a flag is not written `--name=value`, has a wrong value, or is unknown to the local
         runner. Other runners may know more flags, so Beam judges these.
     """
-    from apache_beam.options.pipeline_options import (
-        PipelineOptions,
-        StandardOptions,
-        TypeOptions,
-        WorkerOptions,
-    )
+    from apache_beam.options import pipeline_options as beam_options
 
     for flag in flags:
         if not flag.startswith("--") or flag == "--":
@@ -260,35 +235,24 @@ def _options(flags: Sequence[str]) -> tuple[Any, bool]:
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
-            options = PipelineOptions(list(flags))
+            options = beam_options.PipelineOptions(list(flags))
             given = options.get_all_options(retain_unknown_options=True)
     except SystemExit:
-        last = (printed.getvalue().strip().splitlines() or ["unknown"])[-1]
-        reason = last.partition("error: ")[2]
-        raise UserError(
-            f"Beam's flags cannot be used: {reason or 'see the documentation of the runner'}."
-        ) from None
-    known = PipelineOptions([]).get_all_options()
-    runner = (
-        str(options.view_as(StandardOptions).runner or "")
-        .rpartition(".")[2]
-        .lower()
-        .removesuffix("runner")
-    )
-    local = runner in _LOCAL_RUNNERS
-    unknown = sorted(set(given) - set(known))
-    if local and unknown:
-        names = ["runner", *(name for name in known if name.startswith("direct_"))]
-        raise UserError(
-            f"--{unknown[0]} is not a flag of Beam's local runner.{did_you_mean(unknown[0], names)}"
-        )
-    if local:
-        # Otherwise DirectRunner tries to download another runner, which lacks --direct_num_workers.
-        options.view_as(TypeOptions).allow_unsafe_triggers = True
-        # Worker processes would print a dozen lines each; failures are raised here anyway.
-        worker = options.view_as(WorkerOptions)
-        worker.default_sdk_harness_log_level = worker.default_sdk_harness_log_level or "CRITICAL"
-    return options, local
+        reason = printed.getvalue().strip().rpartition("error: ")[2]
+        raise UserError(f"Beam's flags cannot be used: {reason}.") from None
+    runner = str(options.view_as(beam_options.StandardOptions).runner or "").rpartition(".")[2]
+    if runner.lower().removesuffix("runner") not in _LOCAL_RUNNERS:
+        return options, False
+    known = beam_options.PipelineOptions([]).get_all_options()
+    for name in sorted(given.keys() - known.keys()):
+        hint = did_you_mean(name, ["runner", *(n for n in known if n.startswith("direct_"))])
+        raise UserError(f"--{name} is not a flag of Beam's local runner.{hint}")
+    # Otherwise DirectRunner tries to download another runner, which lacks --direct_num_workers.
+    options.view_as(beam_options.TypeOptions).allow_unsafe_triggers = True
+    # Worker processes would print a dozen lines each; failures are raised here anyway.
+    worker = options.view_as(beam_options.WorkerOptions)
+    worker.default_sdk_harness_log_level = worker.default_sdk_harness_log_level or "CRITICAL"
+    return options, True
 
 
 def _watch_local_workers() -> None:
@@ -323,19 +287,18 @@ def _watch_local_workers() -> None:
 
 
 def _run(plan: StorePlan, tasks: Iterable[ShardTask], options: Any) -> None:
-    """Runs the pipeline to its end.
-
-    Raises:
-      UserError: it failed.
-    """
-    beam = _import_beam()
+    """Runs the pipeline to its end; raises UserError if it fails."""
+    beam, result, resumes = (
+        _import_beam(),
+        None,
+        "Finished shards are kept; the same command resumes.",
+    )
     # A new name, so that a job of an earlier run does not read this list.
     todo = Path(os.path.abspath(plan.path)) / f"todo-{uuid.uuid4().hex[:8]}.jsonl"
     # If this run dies, the folder of shards identifies a store.
     plan.shards.mkdir(parents=True, exist_ok=True)
     for left in todo.parent.glob("todo-*.jsonl"):
         left.unlink(missing_ok=True)
-    result = None
     try:
         with replacing(todo) as temporary, open(temporary, "w", encoding="ascii") as lines:
             lines.writelines(task_to_json(task) + "\n" for task in tasks)
@@ -343,14 +306,10 @@ def _run(plan: StorePlan, tasks: Iterable[ShardTask], options: Any) -> None:
         with contextlib.suppress(ImportError, AttributeError):
             _watch_local_workers()
         pipeline = beam.Pipeline(options=options)
-        unreadable = frozenset(
-            clip.clip_id for clip in plan.todo if not os.access(clip.path, os.R_OK)
-        )
-        write_shards(
-            pipeline,
-            todo,
-            ShardJob(plan.recipe, todo.parent / "shards", package_versions(), unreadable),
-        )
+        unreadable = (clip.clip_id for clip in plan.todo if not os.access(clip.path, os.R_OK))
+        folder = todo.parent / "shards"
+        job = ShardJob(plan.recipe, folder, package_versions(), frozenset(unreadable))
+        write_shards(pipeline, todo, job)
         result = pipeline.run()
         state = str(result.wait_until_finish() or result.state)
     except KeyboardInterrupt:
@@ -360,16 +319,11 @@ def _run(plan: StorePlan, tasks: Iterable[ShardTask], options: Any) -> None:
         raise
     except Exception as error:
         logging.info("%s", traceback.format_exc())
-        raise UserError(
-            f"the Beam job failed: {_reason(error)} Finished shards are kept; the same command "
-            "resumes."
-        ) from error
+        raise UserError(f"the Beam job failed: {_reason(error)} {resumes}") from error
     finally:
         todo.unlink(missing_ok=True)
     if state != "DONE":
-        raise UserError(
-            f"the Beam job ended as {state}. Finished shards are kept; the same command resumes."
-        )
+        raise UserError(f"the Beam job ended as {state}. {resumes}")
 
 
 def _reason(error: Exception) -> str:
@@ -381,18 +335,13 @@ def _reason(error: Exception) -> str:
 
 
 def _collect(plan: StorePlan, tasks: Callable[[], Iterator[ShardTask]]) -> None:
-    """Checks the workers' shards against their checksums and adds them to the plan.
-
-    Raises:
-      UserError: shards are missing or damaged.
-    """
+    """Checks the workers' shards against their checksums and adds them to the plan."""
     missing = []
     for total, task in enumerate(tasks(), 1):  # noqa: B007
-        record = finished_shard(plan.shards, task, plan.recipe.made_with)
-        if record is None:
-            missing.append(task)
-        else:
+        if record := finished_shard(plan.shards, task, plan.recipe.made_with):
             plan.add(record)
+        else:
+            missing.append(task)
     if missing:
         raise UserError(
             f"{plan.shards / f'{missing[0].number:05d}.npy'}: {len(missing)} of {total} new "
@@ -405,20 +354,14 @@ def _collect(plan: StorePlan, tasks: Callable[[], Iterator[ShardTask]]) -> None:
 
 
 def _check_worker(task: ShardTask, job: ShardJob) -> None:
-    """Checks that this worker would compute the same bytes, so that no clip is skipped by mistake.
-
-    Raises:
-      UserError: package versions or file sizes differ from those on the machine that started the
-        job.
-    """
+    """Raises UserError if this worker would compute other bytes or skip other clips."""
     host = socket.gethostname()
-    versions = package_versions()
-    if versions != job.versions:
-        name = next(name for name in versions if versions[name] != job.versions.get(name))
-        raise UserError(
-            f"the worker {host} has {name} {versions[name]}, and the machine that started the job "
-            f"{job.versions.get(name)}: install the same requirements.lock on both."
-        )
+    for name, version in package_versions().items():
+        if version != (other := job.versions.get(name)):
+            raise UserError(
+                f"the worker {host} has {name} {version}, and the machine that started the job "
+                f"{other}: install the same requirements.lock on both."
+            )
     for clip, source in zip(task.clips, task.sources, strict=True):
         try:
             size = os.stat(clip.path).st_size
@@ -438,7 +381,6 @@ def _check_worker(task: ShardTask, job: ShardJob) -> None:
 
 
 def _read_lines(path: str) -> Iterator[str]:
-    """Yields the tasks of the list."""
     try:
         with open(path, encoding="ascii") as file:
             yield from file

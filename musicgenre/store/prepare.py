@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-import math
 import multiprocessing
 import os
 import threading
@@ -26,13 +25,7 @@ from musicgenre.datasets import arrays
 from musicgenre.datasets.base import Clip, Dataset, Skipped
 from musicgenre.errors import UserError
 from musicgenre.files import read_json, replacing, sha256, write_json
-from musicgenre.store.store import (
-    SHARD_SCHEMA,
-    clip_columns,
-    file_problem,
-    shard_columns,
-    write_manifest,
-)
+from musicgenre.store.store import SHARD_SCHEMA, file_problem, make_columns, write_manifest
 
 # Clips per shard: at most this much work is lost when the machine stops.
 CLIPS_PER_SHARD = 128
@@ -41,8 +34,10 @@ _CLIPS_PER_CALL = 4
 # States of a clip in a plan: unknown, computed from a changed source, computed, skipped.
 _NEW, _STALE, _COMPUTED, _SKIPPED = range(4)
 _ANOTHER = "Choose another folder with --config.data.store=..."
-# Set in worker processes by `_begin_worker`.
-_worker: tuple["Recipe", np.ndarray]
+# What a plan keeps of each clip, 45 bytes.
+_ROW = np.dtype(
+    [("state", "u1"), ("shard", "i4"), ("row", "i4"), ("length", "i4"), ("sha256", "u1", 32)]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +63,10 @@ class PrepareSummary:
     def lines(self) -> list[str]:
         """Returns the summary for people."""
         splits = ", ".join(f"{name} {count}" for name, count in self.splits.items())
-        lines = [
-            f"{self.store}: {self.clips} clips ({splits}); {self.computed} computed, "
-            f"{self.reused} already there, {len(self.skipped)} skipped."
-        ]
+        counts = (
+            f"{self.computed} computed, {self.reused} already there, {len(self.skipped)} skipped"
+        )
+        lines = [f"{self.store}: {self.clips} clips ({splits}); {counts}."]
         lines += [f"  skipped {entry['clip_id']}: {entry['reason']}" for entry in self.skipped[:20]]
         if (more := len(self.skipped) - 20) > 0:
             lines.append(f"  ... and {more} more: see {self.store}/skipped-*.jsonl")
@@ -97,40 +92,30 @@ class Recipe:
     def __call__(self, clip: Clip) -> ClipFeatures | str:
         """Returns a clip's features, or the reason for skipping it."""
         try:
-            made = self._of_sound(clip) if clip.row is None else self._of_array(clip, clip.row)
+            if clip.row is not None:
+                features, digest = self._of_array(clip.path, clip.row)
+            else:
+                digest, spec = sha256(clip.path), self.spec
+                rate, resampler, shortest = spec.sample_rate, spec.resampler, self.min_seconds
+                samples = load_audio(clip.path, rate, min_seconds=shortest, resampler=resampler)[0]
+                features = self.layout.features(samples, spec)
         except (UserError, OSError) as error:
             return str(error)
-        fitted, length = self.layout.fit(made[0])
-        return ClipFeatures(fitted.astype(np.float16), length, made[1])
+        fitted, length = self.layout.fit(features)
+        return ClipFeatures(fitted.astype(np.float16), length, digest)
 
-    def _of_sound(self, clip: Clip) -> tuple[np.ndarray, str]:
-        """Returns features `[any, bands]` and SHA-256 of a sound file."""
-        spec, digest = self.spec, sha256(clip.path)
-        audio = load_audio(
-            clip.path, spec.sample_rate, min_seconds=self.min_seconds, resampler=spec.resampler
-        )
-        return self.layout.features(audio.samples, spec), digest
-
-    def _of_array(self, clip: Clip, row: int) -> tuple[np.ndarray, str]:
-        """Returns features `[any, bands]` and SHA-256 of a row of an array file."""
+    def _of_array(self, path: Path, row: int) -> tuple[np.ndarray, str]:
         spec = self.spec
-        unfit = {
-            "kind": spec.kind not in ("logmel", "mfcc"),
-            "compression": spec.compression != "db",
-        }
-        for field in (name for name, wrong in unfit.items() if wrong):
-            raise UserError(
-                f"{clip.path}: holds log-mel spectrograms in dB, from which "
-                f"features.{field}={getattr(spec, field)!r} cannot be made."
-            )
-        features = arrays.open_array_file(clip.path, self.array_layout).spectrogram(row)
+        for field, usable in (("kind", ("logmel", "mfcc")), ("compression", ("db",))):
+            if (value := getattr(spec, field)) not in usable:
+                made = f"features.{field}={value!r} cannot be made"
+                raise UserError(f"{path}: holds log-mel spectrograms in dB, from which {made}.")
+        features = arrays.open_array_file(path, self.array_layout).spectrogram(row)
         digest = hashlib.sha256(features.tobytes()).hexdigest()
         if spec.kind == "mfcc":
             features = mfcc_from_db(features, spec.n_mfcc)
-        if features.shape[1] != spec.bands:
-            raise UserError(
-                f"{clip.path}: {features.shape[1]} bands, but features.n_mels is {spec.bands}."
-            )
+        if (bands := features.shape[1]) != spec.bands:
+            raise UserError(f"{path}: {bands} bands, but features.n_mels is {spec.bands}.")
         return features, digest
 
     @property
@@ -161,8 +146,6 @@ class ShardTask:
 class StorePlan:
     """What is missing from a store; the same for every way of running over the clips.
 
-    Arrays hold the state of the clips: for a million of them about 100 MB.
-
     Attributes:
       dataset: the clips.
       recipe: how they become rows.
@@ -181,35 +164,25 @@ class StorePlan:
         verify: bool = True,
         progress: bool = False,
     ) -> None:
-        """Reads the existing shards.
+        """Reads the existing shards, with a progress bar if this takes more than a moment.
 
-        Args:
-          dataset: the clips.
-          recipe: how they become rows.
-          path: the store's folder.
-          verify: compare existing shards with their checksums, not only their sizes.
-          progress: draw a progress bar if this takes more than a moment.
-
-        Raises:
-          UserError: the folder holds no store, or a store of another front end, layout or data set.
+        See `prepare_store` for the arguments and errors.
         """
         self.dataset, self.recipe, self.path = dataset, recipe, Path(path)
         self.shards = self.path / "shards"
-        _check_folder(self.path, dataset)
+        _check_folder(self.path, self._description)
         count = len(dataset.clips)
         self._position = {clip.clip_id: i for i, clip in enumerate(dataset.clips)}
         # Taken before any file is read: the next run recomputes a file that changes meanwhile.
         status = itertools.chain.from_iterable(map(_status, dataset.clips))
         self._status = np.fromiter(status, np.int64).reshape(count, 2)
-        self._state = np.full(count, _NEW, np.uint8)
-        self._shard, self._row, self._length = (np.zeros(count, np.int32) for _ in range(3))
-        self._sha256 = np.zeros((count, 32), np.uint8)
+        self._rows = np.zeros(count, _ROW)
         self._reasons: dict[int, str] = {}
         # Rows, bytes and SHA-256 of each shard by number.
         self._shards: dict[int, tuple[int, int, str]] = {}
         for record in _read_shards(self.shards, recipe.made_with, verify, progress):
             self.add(record)
-        self._todo = np.flatnonzero(self._state <= _STALE)
+        self._todo = np.flatnonzero(self._rows["state"] <= _STALE)
         self.todo = [dataset.clips[i] for i in self._todo]
         self.reusable = count - len(self.todo)
 
@@ -218,13 +191,13 @@ class StorePlan:
 
         Args:
           clips_per_shard: clips of each but the last.
-          fill_gaps: use free numbers below the highest first. Runs that finish shards in any order
-            leave gaps when they die; filling them gives the same store as an undisturbed run. If
-            the source of a clip has changed, numbers continue from the highest instead, because the
+          fill_gaps: use free numbers below the highest first, which runs that finish shards in any
+            order leave when they die; the store then equals that of an undisturbed run. If the
+            source of a clip has changed, numbers continue from the highest instead, because the
             later of a clip's entries is the valid one.
         """
+        fill_gaps = fill_gaps and not (self._rows["state"] == _STALE).any()
         taken = set(self._shards)
-        fill_gaps = fill_gaps and not (self._state == _STALE).any()
         first = 0 if fill_gaps else max(taken, default=-1) + 1
         numbers = (number for number in itertools.count(first) if number not in taken)
         for start in range(0, len(self._todo), clips_per_shard):
@@ -241,15 +214,13 @@ class StorePlan:
             if i is None:
                 continue
             if entry["source"] != self._source(i):
-                self._state[i] = _STALE
+                self._rows["state"][i] = _STALE
             elif "skipped" in entry:
-                self._state[i] = _SKIPPED
+                self._rows["state"][i] = _SKIPPED
                 self._reasons[i] = entry["skipped"]
             else:
-                self._state[i] = _COMPUTED
-                self._shard[i], self._row[i] = number, entry["row"]
-                self._length[i] = entry["length"]
-                self._sha256[i] = np.frombuffer(bytes.fromhex(entry["sha256"]), np.uint8)
+                digest = np.frombuffer(bytes.fromhex(entry["sha256"]), np.uint8)
+                self._rows[i] = _COMPUTED, number, entry["row"], entry["length"], digest
 
     def finish(self) -> PrepareSummary:
         """Writes the manifest after every task's record was added, and returns the summary.
@@ -257,46 +228,39 @@ class StorePlan:
         Raises:
           UserError: no clip of some split could be used.
         """
-        clips = self.dataset.clips
-        skipped = [dataclasses.asdict(entry) for entry in self.dataset.skipped]
-        for i in np.flatnonzero(self._state == _SKIPPED).tolist():
-            entry = Skipped(clips[i].clip_id, str(clips[i].path), self._reasons[i])
-            skipped.append(dataclasses.asdict(entry))
-        kept = np.flatnonzero(self._state == _COMPUTED)
-        used = [clips[i] for i in kept]
+        dataset, clips = self.dataset, self.dataset.clips
+        unusable = np.flatnonzero(self._rows["state"] == _SKIPPED).tolist()
+        lost = [Skipped(clips[i].clip_id, str(clips[i].path), self._reasons[i]) for i in unusable]
+        skipped = [dataclasses.asdict(entry) for entry in [*dataset.skipped, *lost]]
+        kept = np.flatnonzero(self._rows["state"] == _COMPUTED)
+        used, rows = [clips[i] for i in kept], self._rows[kept]
         splits = dict(sorted(Counter(clip.split for clip in used).items()))
-        for split in sorted({clip.split for clip in clips} - set(splits)):
-            lost = {clip.clip_id for clip in clips if clip.split == split}
-            reason = next(entry["reason"] for entry in skipped if entry["clip_id"] in lost)
-            raise UserError(
-                f"{self.dataset.root}: no clip of the split {split!r} could be used; the first was "
-                f"skipped because of: {reason}"
-            )
+        for i in unusable:
+            if (split := clips[i].split) not in splits:
+                raise UserError(
+                    f"{dataset.root}: no clip of the split {split!r} could be used; the first was "
+                    f"skipped because of: {self._reasons[i]}"
+                )
         # Shards with only skipped clips have a record and no file.
-        numbers = sorted(number for number, (rows, _, _) in self._shards.items() if rows)
-        regression = self.dataset.task == "regression"
-        columns = clip_columns(
-            self.dataset.label_names,
-            tuple(splits),
-            clip_id=[clip.clip_id for clip in used],
-            path=[str(clip.path) for clip in used],
-            labels=[clip.labels for clip in used],
-            split=[clip.split for clip in used],
-            group=[clip.group for clip in used],
-            shard=np.searchsorted(numbers, self._shard[kept]),
-            row=self._row[kept],
-            length=self._length[kept],
-            sha256=self._sha256[kept],
-            values=np.array([clip.values for clip in used]) if regression else None,
-        )
+        numbers = sorted(number for number, (size, _, _) in self._shards.items() if size)
+        rows["shard"] = np.searchsorted(numbers, rows["shard"])
+        shards = [(number, *self._shards[number]) for number in numbers]
+        columns = make_columns(used, dataset.label_names, tuple(splits), rows, shards)
+        if dataset.task == "regression":
+            columns["values"] = np.array([clip.values for clip in used], np.float32)
         header = self.recipe.made_with | {
-            "dataset": _describe(self.dataset),
-            "label_names": list(self.dataset.label_names),
+            "dataset": self._description,
+            "label_names": list(dataset.label_names),
             "splits": splits,
         }
-        shards = [(number, *self._shards[number]) for number in numbers]
-        write_manifest(self.path, header, columns | shard_columns(shards), skipped)
+        write_manifest(self.path, header, columns, skipped)
         return PrepareSummary(self.path, len(used), len(self.todo), self.reusable, skipped, splits)
+
+    @property
+    def _description(self) -> dict[str, Any]:
+        fields = ("name", "root", "protocol", "task", "synthetic", "group_name")
+        described = {field: getattr(self.dataset, field) for field in fields}
+        return described | {"root": os.path.abspath(self.dataset.root)}
 
     def _source(self, i: int) -> list[Any]:
         """Returns a clip's entry of `ShardTask.sources`."""
@@ -363,7 +327,7 @@ def progress_bar(plan: StorePlan, progress: bool) -> Any:
     )
 
 
-def _check_folder(path: Path, dataset: Dataset) -> None:
+def _check_folder(path: Path, description: dict[str, Any]) -> None:
     """Raises UserError for a folder with anything but a store of this data set."""
     if path.is_file():
         raise UserError(f"{path}: is a file; a store needs a folder.")
@@ -373,24 +337,11 @@ def _check_folder(path: Path, dataset: Dataset) -> None:
         raise UserError(f"{path}: the folder is not empty and holds no store. {_ANOTHER}")
     if (path / "manifest.json").is_file():
         present = read_json(path / "manifest.json", "store manifest").get("dataset", {})
-        for field, value in _describe(dataset).items():
-            if field in present and present[field] != value:
+        for field, value in description.items():
+            if (found := present.get(field, value)) != value:
                 raise UserError(
-                    f"{path}: this store is of {field} {present[field]!r}, not {value!r}. "
-                    f"{_ANOTHER}"
+                    f"{path}: this store is of {field} {found!r}, not {value!r}. {_ANOTHER}"
                 )
-
-
-def _describe(dataset: Dataset) -> dict[str, Any]:
-    """Returns the manifest's description of a data set."""
-    return {
-        "name": dataset.name,
-        "root": os.path.abspath(dataset.root),
-        "protocol": dataset.protocol,
-        "task": dataset.task,
-        "synthetic": dataset.synthetic,
-        "group_name": dataset.group_name,
-    }
 
 
 def _read_shards(
@@ -400,30 +351,27 @@ def _read_shards(
 
     The clips of a damaged shard then count as missing and are computed into a new shard.
     """
-    sidecars = sorted(folder.glob("*.json"), key=lambda path: (len(path.name), path.name))
+    paths = sorted(folder.glob("*.json"), key=lambda path: (len(path.name), path.name))
     batch = 64  # records in memory at a time
 
-    def problem(record: dict[str, Any]) -> str:
-        return file_problem(folder, record, full=verify) if record["rows"] else ""
+    def check(path: Path) -> tuple[dict[str, Any], str]:
+        record: dict[str, Any] = read_json(path, "shard record")
+        for field, value in made_with.items():
+            if (found := record.get(field)) != value:
+                raise UserError(
+                    f"{folder.parent}: this store was made with other {field} ({found}), not "
+                    f"{value}. A store never mixes them. {_ANOTHER}"
+                )
+        return record, file_problem(folder, record, full=verify) if record["rows"] else ""
 
     with (
-        tqdm(total=len(sidecars), unit="shard", desc="check", delay=2, disable=not progress) as bar,
+        tqdm(total=len(paths), unit="shard", desc="check", delay=2, disable=not progress) as bar,
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
     ):
-        for start in range(0, len(sidecars), batch):
-            paths = sidecars[start : start + batch]
-            records = [read_json(path, "shard record") for path in paths]
-            for record, (field, value) in itertools.product(records, made_with.items()):
-                if record.get(field) != value:
-                    raise UserError(
-                        f"{folder.parent}: this store was made with other {field} "
-                        f"({record.get(field)}), not {value}. A store never mixes them. {_ANOTHER}"
-                    )
-            for path, record, damage in zip(
-                paths, records, pool.map(problem, records), strict=True
-            ):
+        for start in range(0, len(paths), batch):
+            for record, damage in pool.map(check, paths[start : start + batch]):
                 if damage:
-                    path.unlink()
+                    (folder / record["file"]).with_suffix(".json").unlink()
                     (folder / record["file"]).unlink(missing_ok=True)
                 else:
                     yield record
@@ -456,8 +404,7 @@ def write_shard(
     Raises:
       UserError: the folder cannot be written, or the disk is full.
     """
-    file = folder / f"{task.number:05d}.npy"
-    entries: list[dict[str, Any]] = []
+    file, entries = folder / f"{task.number:05d}.npy", []
     rows: list[np.ndarray] = []
     for clip, source, result in zip(task.clips, task.sources, results, strict=True):
         entry: dict[str, Any] = {"clip_id": clip.clip_id, "path": str(clip.path), "source": source}
@@ -467,13 +414,8 @@ def write_shard(
             entry |= {"row": len(rows), "length": result.length, "sha256": result.sha256}
             rows.append(result.features)
         entries.append(entry)
-    record: dict[str, Any] = made_with | {
-        "file": file.name,
-        "rows": len(rows),
-        "bytes": 0,
-        "sha256": "",
-        "clips": entries,
-    }
+    record = made_with | {"file": file.name, "rows": len(rows), "bytes": 0, "sha256": ""}
+    record["clips"] = entries
     if rows:
         with replacing(file) as temporary, open(temporary, "wb") as handle:
             np.save(handle, np.stack(rows), allow_pickle=False)
@@ -492,20 +434,15 @@ def finished_shard(
     record: dict[str, Any] = read_json(file, "shard record")
     entries = [(entry["clip_id"], entry["source"]) for entry in record["clips"]]
     wanted = [(clip.clip_id, source) for clip, source in zip(task.clips, task.sources, strict=True)]
-    if entries != wanted or any(record.get(field) != value for field, value in made_with.items()):
-        return None
-    if record["rows"] and file_problem(folder, record, full=True):
-        return None
-    return record
+    same = entries == wanted and record | made_with == record
+    intact = same and not (record["rows"] and file_problem(folder, record, full=True))
+    return record if intact else None
 
 
 def _ordered_map(
     recipe: Recipe, clips: Sequence[Clip], workers: int
 ) -> Generator[ClipFeatures | str, None, None]:
     """Yields `recipe(clip)` in order from worker processes; few results are pending at a time.
-
-    Rows return in shared memory, a few clips at a time: singly through a pipe they would cost an
-    eighth of the time that it takes to compute them.
 
     Raises:
       UserError: a worker died; the message names a clip that may be the reason.
@@ -517,82 +454,58 @@ def _ordered_map(
         return
     # Spawned, since a fork could copy locks held by threads. They start in a quarter of a second as
     # long as this module imports little.
-    context = multiprocessing.get_context("spawn")
-    shape = (2 * workers, _CLIPS_PER_CALL, recipe.layout.frames, recipe.spec.bands)
-    memory = context.RawArray("B", 2 * math.prod(shape))
-    slots = np.frombuffer(memory, np.float16).reshape(shape)
-    starts = range(0, len(clips), _CLIPS_PER_CALL)
-    calls = zip(itertools.cycle(range(len(slots))), starts, strict=False)
-    waiting: deque[tuple[int, Clip, Future[list[ClipFeatures | str]]]] = deque()
-    with ProcessPoolExecutor(
-        workers, context, initializer=_begin_worker, initargs=(recipe, memory, shape)
-    ) as pool:
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_begin_worker
+    )
+    starts = iter(range(0, len(clips), _CLIPS_PER_CALL))
+    waiting: deque[tuple[Clip, Future[list[ClipFeatures | str]]]] = deque()
 
-        def submit(count: int) -> None:
-            for slot, first in itertools.islice(calls, count):
-                some = clips[first : first + _CLIPS_PER_CALL]
-                waiting.append((slot, some[0], pool.submit(_work, slot, some)))
+    def submit(count: int) -> None:
+        for first in itertools.islice(starts, count):
+            some = clips[first : first + _CLIPS_PER_CALL]
+            waiting.append((some[0], pool.submit(_compute, recipe, some)))
 
-        clip = clips[0]
-        try:
-            submit(len(slots))
-            while waiting:
-                slot, clip, future = waiting.popleft()
-                results = [
-                    result
-                    if isinstance(result, str)
-                    else dataclasses.replace(result, features=row.copy())
-                    for row, result in zip(slots[slot], future.result(), strict=False)
-                ]
-                submit(1)  # into the slot just copied
-                yield from results
-        except BrokenProcessPool as error:
-            raise UserError(
-                f"a worker process died at or soon after {clip}; finished shards are kept. Run "
-                "again with --workers=1 to see where."
-            ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    clip = clips[0]
+    try:
+        submit(2 * workers)
+        while waiting:
+            clip, future = waiting.popleft()
+            results = future.result()
+            submit(1)
+            yield from results
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"a worker process died at or soon after {clip.clip_id}; finished shards are kept. Run "
+            "again with --workers=1 to see where."
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin_worker(recipe: Recipe, memory: Any, shape: tuple[int, ...]) -> None:
-    """Sets what `_work` needs: the recipe and the memory shared with the parent process."""
-    global _worker
+def _begin_worker() -> None:
     threadpool_limits(1)  # two workers with two threads each run 3-5 times slower
-    _worker = recipe, np.frombuffer(memory, np.float16).reshape(shape)
 
 
-def _work(slot: int, clips: Sequence[Clip]) -> list[ClipFeatures | str]:
-    """Computes clips in a worker process: features go to a slot of shared memory."""
-    recipe, slots = _worker
-    results: list[ClipFeatures | str] = []
-    for row, result in zip(slots[slot], map(recipe, clips), strict=False):
-        if isinstance(result, str):
-            results.append(result)
-        else:
-            row[:] = result.features
-            results.append(dataclasses.replace(result, features=row[:0]))
-    return results
+def _compute(recipe: Recipe, clips: Sequence[Clip]) -> list[ClipFeatures | str]:
+    return list(map(recipe, clips))
 
 
-_one_thread_lock = threading.Lock()
-_one_thread_limits: list[Any] = []  # one entry per user
+_lock = threading.Lock()
+_limits: list[Any] = []  # one entry per user of `one_thread`
 
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """Limits this process's matrix products to one thread; their number changes the last bits.
 
-    With it, every way of running over the clips gives the same bytes. Several threads may use it at
-    the same time: the first sets the limit and the last removes it.
+    Several threads may use it at the same time: the first sets the limit and the last removes it.
     """
-    with _one_thread_lock:
-        first = _one_thread_limits[0] if _one_thread_limits else threadpool_limits(1)
-        _one_thread_limits.append(first)
+    with _lock:
+        _limits.append(_limits[0] if _limits else threadpool_limits(1))
     try:
         yield
     finally:
-        with _one_thread_lock:
-            limits = _one_thread_limits.pop()
-            if not _one_thread_limits:
+        with _lock:
+            limits = _limits.pop()
+            if not _limits:
                 limits.restore_original_limits()

@@ -12,9 +12,6 @@ without a manifest is unfinished.
 
 Opening a store reads the manifest and checks sizes. Columns are read on first use and shards in
 place, so opening takes no longer for a million clips (`docs/scaling.md` has numbers).
-
-Stores of schema 1, whose manifest lists the clips as JSON, are read as well; preparing them again
-writes schema 2 without computing a clip.
 """
 
 import functools
@@ -23,7 +20,8 @@ import itertools
 import json
 import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,7 @@ from safetensors.numpy import save
 
 from musicgenre.audio.features import FeatureSpec
 from musicgenre.audio.layout import ClipLayout
+from musicgenre.datasets.base import Clip
 from musicgenre.errors import UserError
 from musicgenre.files import read_json, replacing, sha256, write_text
 
@@ -60,37 +59,18 @@ class Store:
       label_names: labels in the order of the model's outputs.
     """
 
-    path: Path
-    features: FeatureSpec
-    layout: ClipLayout
-    dataset: dict[str, Any]
-    label_names: tuple[str, ...]
-
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
         self.features = FeatureSpec.from_dict(manifest["features"])
         self.layout = ClipLayout(**manifest["layout"])
-        self.dataset = manifest["dataset"]
-        self.label_names = tuple(manifest["label_names"])
-        # Records of the files of columns and skipped clips; for schema 1 their content.
-        self._index: dict[str, Any] | None = None
-        self._skipped: dict[str, Any] | list[dict[str, str]] | None = manifest["skipped"]
+        self.dataset: dict[str, Any] = manifest["dataset"]
+        self.label_names: tuple[str, ...] = tuple(manifest["label_names"])
+        self._manifest = manifest
+        self._split_names = tuple(manifest["splits"])
         self._arrays: dict[str, np.ndarray] = {}
-        if manifest["schema"] == 1:
-            self._split_names, self._arrays = _read_schema_1(manifest)
-        else:
-            self._split_names, self._index = tuple(manifest["splits"]), manifest["clips"]
-        self._reader: Any = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Returns what cannot be read again, which includes columns for schema 1 only."""
-        cached = {name for name in self.__dict__ if name in dir(type(self))} | {"_reader"}
-        state = {name: value for name, value in self.__dict__.items() if name not in cached}
-        return state if self._index is None else state | {"_arrays": {}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._reader = None
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self._manifest)
 
     @classmethod
     def open(cls, path: str | Path, verify: bool | None = None) -> "Store":
@@ -105,36 +85,42 @@ class Store:
           UserError: no finished store, an unknown schema, or a missing or damaged file.
         """
         path = Path(path)
-        manifest_path = path / "manifest.json"
-        if not manifest_path.is_file():
+        file = path / "manifest.json"
+        if not file.is_file():
             raise UserError(
                 f"{path}: no finished spectrogram store (manifest.json is missing). "
                 "Run musicgenre prepare with the same --config first."
             )
-        manifest = read_json(manifest_path, "store manifest")
+        manifest = read_json(file, "store manifest")
         found = manifest.get("schema") if isinstance(manifest, dict) else None
-        if found not in (1, SCHEMA):
+        if found != SCHEMA:
+            remedy = "Update musicgenre, or prepare the store again in another folder."
+            if found == 1:
+                remedy = f"{_AGAIN}: it rewrites this file, computing nothing."
             raise UserError(
-                f"{manifest_path}: schema {found!r} is unknown to this version (1 and {SCHEMA}). "
-                "Prepare the store again in another folder."
+                f"{file}: this version reads schema {SCHEMA}, not schema {found!r}. {remedy}"
             )
         try:
             store = cls(path, manifest)
-            for record in (store._index, manifest["skipped"]):
-                if isinstance(record, dict) and (
-                    problem := file_problem(path, record, full=True, what="part")
-                ):
+            for record in filter(None, (manifest["clips"], manifest["skipped"])):
+                if problem := file_problem(path, record, full=True, what="part"):
                     raise UserError(f"{problem} {_AGAIN}: it rewrites the file, computing nothing.")
         except (KeyError, TypeError) as error:
-            raise UserError(f"{manifest_path}: incomplete manifest ({error}). {_AGAIN}.") from error
+            raise UserError(f"{file}: incomplete manifest ({error}). {_AGAIN}.") from error
+        numbers, sizes, digests = (
+            store._column(f"shard_{name}") for name in ("number", "bytes", "sha256")
+        )
+        records = (
+            {"file": f"{number:05d}.npy", "bytes": size, "sha256": digest.tobytes().hex()}
+            for number, size, digest in zip(numbers, sizes.tolist(), digests, strict=True)
+        )
         if verify is None:
-            verify = int(store._column("shard_bytes").sum()) <= _ALWAYS_VERIFY_BYTES
+            verify = int(sizes.sum()) <= _ALWAYS_VERIFY_BYTES
         check = functools.partial(file_problem, path / "shards", full=verify)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             # For sizes alone, threads cost more than they gain.
-            for problem in (pool.map if verify else map)(check, store._shard_records()):
-                if problem:
-                    raise UserError(f"{problem} {_AGAIN}: it rebuilds only that shard.")
+            for problem in filter(None, (pool.map if verify else map)(check, records)):
+                raise UserError(f"{problem} {_AGAIN}: it rebuilds only that shard.")
         return store
 
     def __len__(self) -> int:
@@ -157,7 +143,7 @@ class Store:
         bounds = itertools.pairwise(self._column("label_bounds").tolist())
         return [tuple(names[start:end]) for start, end in bounds]
 
-    @functools.cached_property
+    @property
     def values(self) -> np.ndarray | None:
         """For a regression, float32 `[clips, label_names]`; otherwise None."""
         return self._column("values") if self.task == "regression" else None
@@ -173,7 +159,7 @@ class Store:
         names = [*self._text("group_name"), None]  # -1 is no group
         return [names[number] for number in self._column("group").tolist()]
 
-    @functools.cached_property
+    @property
     def lengths(self) -> np.ndarray:
         """Real frames of each clip, int32 `[clips]`."""
         return self._column("length")
@@ -181,15 +167,13 @@ class Store:
     @functools.cached_property
     def hashes(self) -> np.ndarray:
         """SHA-256 of each clip's source (file or array row), hexadecimal, str `[clips]`."""
-        digits = self._column("sha256").tobytes().hex()
-        return np.array([digits[i : i + 64] for i in range(0, len(digits), 64)], dtype=object)
+        return np.array([row.tobytes().hex() for row in self._column("sha256")], dtype=object)
 
     @functools.cached_property
     def skipped(self) -> list[dict[str, str]]:
         """A mapping `clip_id`, `path`, `reason` for each unusable clip."""
-        if self._skipped is None or isinstance(self._skipped, list):
-            return self._skipped or []
-        text = (self.path / self._skipped["file"]).read_text(encoding="utf-8")
+        record = self._manifest["skipped"]
+        text = (self.path / record["file"]).read_text(encoding="utf-8") if record else ""
         return [json.loads(line) for line in text.splitlines()]
 
     @property
@@ -213,12 +197,9 @@ class Store:
         Raises:
           UserError: the split has no clips; the message lists those that have.
         """
-        numbers = self._column("split")
         if split in self._split_names:
-            return np.flatnonzero(numbers == self._split_names.index(split))
-        counts = np.bincount(numbers, minlength=len(self._split_names))
-        pairs = zip(self._split_names, counts, strict=True)
-        known = ", ".join(f"{name} ({count})" for name, count in pairs)
+            return np.flatnonzero(self._column("split") == self._split_names.index(split))
+        known = ", ".join(f"{name} ({count})" for name, count in self._manifest["splits"].items())
         raise UserError(f"{self.path}: no clips in the split {split!r}. There are: {known}.")
 
     def targets(self, indices: np.ndarray) -> np.ndarray:
@@ -231,10 +212,10 @@ class Store:
             return numbers[first]
         counts = bounds[indices + 1] - first
         rows = np.repeat(np.arange(len(indices)), counts)
-        # Each label's position among the labels of its clip.
-        offsets = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        # The labels of a clip follow each other from `first` on.
+        labels = np.arange(len(rows)) + np.repeat(first + counts - np.cumsum(counts), counts)
         targets = np.zeros((len(indices), len(self.label_names)), np.float32)
-        targets[rows, numbers[np.repeat(first, counts) + offsets]] = 1.0
+        targets[rows, numbers[labels]] = 1.0
         return targets
 
     def gather(
@@ -254,14 +235,12 @@ class Store:
           ValueError: frames outside a clip.
           UserError: a shard is missing or truncated.
         """
-        frames = frames or self.layout.frames
+        frames, total = frames or self.layout.frames, self.layout.frames
         first = np.zeros(len(indices), np.int64) if starts is None else np.asarray(starts, np.int64)
         low, high = min(listed := first.tolist(), default=0), max(listed, default=0)
         # In the file a clip is followed directly by the next.
-        if not (low >= 0 and high + frames <= self.layout.frames):
-            raise ValueError(
-                f"frames {low} to {high + frames} of clips of {self.layout.frames} frames"
-            )
+        if low < 0 or high + frames > total:
+            raise ValueError(f"frames {low} to {high + frames} of clips of {total} frames")
         numbers, begins = self._positions
         result = np.empty((len(indices), frames, self.bands), np.float16)
         if result.size:
@@ -288,38 +267,25 @@ class Store:
         reading is faster, adds no pages to this process and limits the number of open files.
         """
         shard = _MappedShard if len(self._column("shard_number")) <= _OPEN_SHARDS else _OpenShard
-        opener: Callable[[int], _MappedShard | _OpenShard] = functools.partial(
-            shard, f"{self.path}/shards"
+        return functools.lru_cache(_OPEN_SHARDS)(
+            lambda number: shard(f"{self.path}/shards", number)
         )
-        return functools.lru_cache(_OPEN_SHARDS)(opener)
+
+    @functools.cached_property
+    def _reader(self) -> Any:
+        file = self.path / self._manifest["clips"]["file"]
+        return safe_open(os.fspath(file), framework="numpy")
 
     def _column(self, name: str) -> np.ndarray:
-        """Returns one of the arrays that `clip_columns` and `write_manifest` describe."""
+        """Returns one of the arrays of `make_columns`."""
         if name not in self._arrays:
-            if self._reader is None:
-                assert self._index is not None
-                path = os.fspath(self.path / self._index["file"])
-                self._reader = safe_open(path, framework="numpy")
             self._arrays[name] = self._reader.get_tensor(name)
         return self._arrays[name]
 
     def _text(self, name: str) -> list[str]:
-        """Returns the strings of a column of `_pack`."""
         data, bounds = self._column(name).tobytes(), self._column(f"{name}_bounds").tolist()
-        return [
-            data[start:end].decode("utf-8", "surrogatepass")
-            for start, end in itertools.pairwise(bounds)
-        ]
-
-    def _shard_records(self) -> Iterator[dict[str, Any]]:
-        """Yields `file`, `bytes` and `sha256` of each shard."""
-        columns = (self._column(f"shard_{name}") for name in ("number", "bytes", "sha256"))
-        for number, size, digest in zip(*columns, strict=True):
-            yield {
-                "file": f"{number:05d}.npy",
-                "bytes": int(size),
-                "sha256": digest.tobytes().hex(),
-            }
+        parts = (data[start:end] for start, end in itertools.pairwise(bounds))
+        return [part.decode("utf-8", "surrogatepass") for part in parts]
 
 
 class _MappedShard:
@@ -330,29 +296,21 @@ class _MappedShard:
         try:
             with open(self.path, "rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError:  # an empty file
-            raise _truncated(self.path) from None
-        except OSError as error:
+        except (ValueError, OSError) as error:
             raise _unreadable(self.path, error) from error
         self._bytes = np.frombuffer(self._map, np.uint8)
 
     @staticmethod
     def read(rows: np.ndarray, shards: "Sequence[_MappedShard]", offsets: Sequence[int]) -> None:
-        """Fills each of `rows`, uint8 `[n, bytes]`, from its shard at its offset.
-
-        Raises:
-          UserError: a shard is truncated.
-        """
-        for shard in set(shards):
+        """Fills each of `rows`, uint8 `[n, bytes]`, from its shard at its offset."""
+        size, pairs = rows.shape[1], list(zip(shards, offsets, strict=True))
+        lengths = {shard: shard._map.size() for shard in set(shards)}
+        for shard, offset in pairs:
             # Touching pages that the file has lost since it was mapped would end the process.
-            if shard._map.size() < len(shard._bytes):
-                raise _truncated(shard.path)
-        size, parts = rows.shape[1], []
-        for shard, offset in zip(shards, offsets, strict=True):
-            parts.append(shard._bytes[offset : offset + size])
-            if len(parts[-1]) < size:
-                raise _truncated(shard.path)
+            if min(lengths[shard], len(shard._bytes)) < offset + size:
+                raise _unreadable(shard.path)
         # One call takes a quarter less time than one per row.
+        parts = [shard._bytes[offset : offset + size] for shard, offset in pairs]
         np.concatenate(parts, out=rows.reshape(-1))
 
 
@@ -365,123 +323,77 @@ class _OpenShard:
             self._number = os.open(self.path, os.O_RDONLY)
         except OSError as error:
             raise _unreadable(self.path, error) from error
-        self._close = os.close  # when Python exits, the module may be gone first
-
-    def __del__(self) -> None:
-        if hasattr(self, "_close"):
-            self._close(self._number)
+        weakref.finalize(self, os.close, self._number)
 
     @staticmethod
     def read(rows: np.ndarray, shards: "Sequence[_OpenShard]", offsets: Sequence[int]) -> None:
-        """Fills each of `rows`, uint8 `[n, bytes]`, from its shard at its offset.
-
-        Raises:
-          UserError: a shard is truncated or cannot be read.
-        """
+        """Fills each of `rows`, uint8 `[n, bytes]`, from its shard at its offset."""
         for row, shard, offset in zip(rows, shards, offsets, strict=True):
             target = row
             try:
                 # One call nearly always suffices; an interrupted one returns less.
                 while (count := os.preadv(shard._number, [target.data], offset)) < len(target):
                     if count == 0:
-                        raise _truncated(shard.path)
+                        raise _unreadable(shard.path)
                     target, offset = target[count:], offset + count
             except OSError as error:
                 raise _unreadable(shard.path, error) from error
 
 
-def _truncated(path: str) -> UserError:
-    return UserError(f"{path}: this shard is damaged (it ends early). {_AGAIN}.")
+def _unreadable(path: str, error: Exception | None = None) -> UserError:
+    if isinstance(error, OSError):
+        problem = f"this shard of the store cannot be read ({error.strerror})"
+    else:
+        problem = "this shard is damaged (it ends early)"
+    return UserError(f"{path}: {problem}. {_AGAIN}.")
 
 
-def _unreadable(path: str, error: OSError) -> UserError:
-    return UserError(
-        f"{path}: this shard of the store cannot be read ({error.strerror}). {_AGAIN}."
-    )
-
-
-def clip_columns(
+def make_columns(
+    clips: Sequence[Clip],
     label_names: Sequence[str],
     split_names: Sequence[str],
-    *,
-    clip_id: Iterable[str],
-    path: Iterable[str],
-    labels: Iterable[Sequence[str]],
-    split: Iterable[str],
-    group: Iterable[str | None],
-    shard: np.ndarray,
-    row: np.ndarray,
-    length: np.ndarray,
-    sha256: np.ndarray,
-    values: np.ndarray | None = None,
+    rows: np.ndarray,
+    shards: Iterable[tuple[int, int, int, str]],
 ) -> dict[str, np.ndarray]:
-    """Returns the columns over the clips of a store, each in the order of the clips.
+    """Returns the columns over the clips and shards of a store.
 
     Args:
+      clips: in the store's order.
       label_names: all labels.
       split_names: all splits.
-      clip_id: ids.
-      path: source files.
-      labels: the labels of each clip.
-      split: the split of each.
-      group: the artist or track of each, or None.
-      shard: each clip's shard as a position in the list of shards, int `[clips]`.
-      row: its row there, int `[clips]`.
-      length: real frames, int `[clips]`.
-      sha256: of the source, uint8 `[clips, 32]`.
-      values: for a regression, `[clips, label_names]`.
+      rows: structured array `[clips]` of `shard` (a position in `shards`), `row`, `length` (real
+        frames) and `sha256` (of the source, uint8 `[32]`).
+      shards: number, rows, bytes and SHA-256 in hexadecimal of each.
 
     Returns:
       `clip_id`, `path` and `group_name`: UTF-8, uint8 `[bytes]`, with `<name>_bounds`, int64 `[n +
       1]`: the start of each string and the end of the last. `group`: int32, a position in
       `group_name` or -1. `label`: int32 `[labels of all clips]`, positions in `label_names`, with
-      `label_bounds`. `split`: uint8, a position in `split_names`. The others as int32, uint8 and
-      float32.
+      `label_bounds`. `split`: uint8, a position in `split_names`. `shard`, `row`, `length`: int32.
+      `sha256`: uint8 `[clips, 32]`. `shard_number` and `shard_rows`: int32. `shard_bytes`: int64.
+      `shard_sha256`: uint8 `[shards, 32]`.
     """
-    own, groups = [list(each) for each in labels], list(group)
-    label_number = {name: number for number, name in enumerate(label_names)}
-    split_number = {name: number for number, name in enumerate(split_names)}
-    group_names = sorted({name for name in groups if name is not None})
-    group_number: dict[str | None, int] = {name: i for i, name in enumerate(group_names)}
-    group_number[None] = -1
-    columns = {
-        **_pack("clip_id", clip_id),
-        **_pack("path", path),
-        **_pack("group_name", group_names),
-        "group": np.array([group_number[name] for name in groups], np.int32),
-        "label": np.array([label_number[name] for each in own for name in each], np.int32),
-        "label_bounds": _bounds([len(each) for each in own]),
-        "split": np.array([split_number[name] for name in split], np.uint8),
-        "shard": np.asarray(shard, np.int32),
-        "row": np.asarray(row, np.int32),
-        "length": np.asarray(length, np.int32),
-        "sha256": np.asarray(sha256, np.uint8),
-    }
-    return columns if values is None else columns | {"values": np.asarray(values, np.float32)}
-
-
-def shard_columns(shards: Iterable[tuple[int, int, int, str]]) -> dict[str, np.ndarray]:
-    """Returns the columns of a store's shards.
-
-    Args:
-      shards: number, rows, bytes and SHA-256 in hexadecimal of each.
-
-    Returns:
-      `shard_number` and `shard_rows`, int32, `shard_bytes`, int64, and `shard_sha256`, uint8
-      `[shards, 32]`.
-    """
-    numbers, rows, sizes, digests = zip(*shards, strict=True)
+    group_names = sorted({clip.group for clip in clips if clip.group is not None})
+    groups: dict[str | None, int] = {name: i for i, name in enumerate(group_names)}
+    labels, splits = (
+        {name: i for i, name in enumerate(each)} for each in (label_names, split_names)
+    )
+    numbers, counts, sizes, digests = zip(*shards, strict=True)
     return {
+        **_pack("clip_id", [clip.clip_id for clip in clips]),
+        **_pack("path", [str(clip.path) for clip in clips]),
+        **_pack("group_name", group_names),
+        "group": np.array([groups.get(clip.group, -1) for clip in clips], np.int32),
+        "label": np.array([labels[name] for clip in clips for name in clip.labels], np.int32),
+        "label_bounds": _bounds([len(clip.labels) for clip in clips]),
+        "split": np.array([splits[clip.split] for clip in clips], np.uint8),
+        **{name: rows[name].astype(np.int32) for name in ("shard", "row", "length")},
+        "sha256": np.ascontiguousarray(rows["sha256"]),
         "shard_number": np.array(numbers, np.int32),
-        "shard_rows": np.array(rows, np.int32),
+        "shard_rows": np.array(counts, np.int32),
         "shard_bytes": np.array(sizes, np.int64),
-        "shard_sha256": digest_rows(digests),
+        "shard_sha256": np.frombuffer(bytes.fromhex("".join(digests)), np.uint8).reshape(-1, 32),
     }
-
-
-def digest_rows(digests: Iterable[str]) -> np.ndarray:
-    """Returns hexadecimal SHA-256 sums as uint8 `[n, 32]`."""
-    return np.frombuffer(bytes.fromhex("".join(digests)), np.uint8).reshape(-1, 32)
 
 
 def write_manifest(
@@ -495,7 +407,7 @@ def write_manifest(
     Args:
       path: the store's folder.
       header: features, layout, data set, label names and clips per split.
-      columns: from `clip_columns` and `shard_columns`.
+      columns: from `make_columns`; for a regression also `values`, float32 `[clips, label_names]`.
       skipped: a mapping `clip_id`, `path`, `reason` for each unusable clip.
 
     Raises:
@@ -503,16 +415,13 @@ def write_manifest(
     """
     lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped).encode()
     clips = _write_named(path, "clips", ".safetensors", save(columns))
-    manifest = header | {
-        "schema": SCHEMA,
-        "clips": clips,
-        "skipped": _write_named(path, "skipped", ".jsonl", lines) if lines else None,
-    }
+    listed = _write_named(path, "skipped", ".jsonl", lines) if lines else None
+    manifest = header | {"schema": SCHEMA, "clips": clips, "skipped": listed}
     file = path / "manifest.json"
     text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
     if not file.is_file() or file.read_text(encoding="utf-8") != text:
         write_text(file, text)
-    kept = {record["file"] for record in (clips, manifest["skipped"]) if record}
+    kept = {record["file"] for record in (clips, listed) if record}
     for old in [*path.glob("clips-*.safetensors"), *path.glob("skipped-*.jsonl")]:
         if old.name not in kept:
             old.unlink(missing_ok=True)
@@ -529,38 +438,15 @@ def _write_named(path: Path, name: str, ending: str, content: bytes) -> dict[str
     return record
 
 
-def _read_schema_1(manifest: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
-    """Returns split names and columns of a manifest of schema 1, which lists every clip."""
-    clips = manifest["clips"]
-    split_names = tuple(sorted(set(clips["split"])))
-    columns = clip_columns(
-        manifest["label_names"],
-        split_names,
-        **{name: clips[name] for name in ("clip_id", "path", "labels", "split", "group")},
-        **{name: np.array(clips[name], np.int32) for name in ("shard", "row", "length")},
-        sha256=digest_rows(clips["sha256"]),
-        values=np.array(clips["values"], np.float32) if "values" in clips else None,
-    )
-    records = [
-        (int(Path(shard["file"]).stem), shard["rows"], shard["bytes"], shard["sha256"])
-        for shard in manifest["shards"]
-    ]
-    return split_names, columns | shard_columns(records)
-
-
 def _pack(name: str, strings: Iterable[str]) -> dict[str, np.ndarray]:
-    """Returns strings as one array of their bytes and one of their bounds."""
     # File names that are not valid text reach Python as lone surrogates.
     parts = [text.encode("utf-8", "surrogatepass") for text in strings]
-    return {
-        name: np.frombuffer(b"".join(parts), np.uint8),
-        f"{name}_bounds": _bounds([len(part) for part in parts]),
-    }
+    data = np.frombuffer(b"".join(parts), np.uint8)
+    return {name: data, f"{name}_bounds": _bounds([len(part) for part in parts])}
 
 
 def _bounds(lengths: Sequence[int]) -> np.ndarray:
-    """Returns the start of each part of these lengths and the end of the last, int64 `[n + 1]`."""
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.asarray(lengths, np.int64))])
+    return np.cumsum([0, *lengths], dtype=np.int64)
 
 
 def file_problem(folder: Path, record: dict[str, Any], full: bool, what: str = "shard") -> str:
@@ -578,9 +464,7 @@ def file_problem(folder: Path, record: dict[str, Any], full: bool, what: str = "
     except OSError:
         return f"{file}: this {what} of the store is missing."
     if size != record["bytes"]:
-        return (
-            f"{file}: this {what} is damaged ({size} bytes where {record['bytes']} were written)."
-        )
+        return f"{file}: this {what} is damaged ({size} bytes instead of {record['bytes']})."
     if full and sha256(file) != record["sha256"]:
         return f"{file}: this {what} is damaged (its SHA-256 is not the one that was written)."
     return ""

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ from musicgenre.training.telemetry import read_rows
 Variant = tuple[str, Mapping[str, Any]]
 
 _FOLDS_NOTE = """
-Accuracy over all held-out clips, each counted once (the mean where several trainings held it out),
+Accuracy over all held-out clips, each counted once (the mean if several trainings held it out),
 ± the standard deviation of the trainings. The interval resamples artists, with the trained networks
 as they are. After it: the fraction of these clips that have the same clip, a near-identical one, or
 another by their artist in the training that they were held out of.
@@ -40,14 +41,14 @@ another by their artist in the training that they were held out of.
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One variant: its overrides, and the final validation measure over the seeds."""
+    """One variant: its overrides, and the final validation measure of the seeds."""
 
     name: str
     overrides: dict[str, Any]
     n: int
     mean: float
     std: float | None
-    interval: tuple[float, float] | None
+    interval: Sequence[float] | None
     values: list[float]
 
 
@@ -56,16 +57,14 @@ class FoldsRow:
     """One variant over its folds: accuracy on held-out clips, and what leaked into training.
 
     Attributes:
-      name: of the variant.
-      overrides: the fields that it changes.
+      overrides: the fields that the variant changes.
       folds: 1 for a split without folds.
       trainings: folds x seeds.
       steps: of the shortest and the longest training.
       trained: mean number of training clips (or segments) per fold.
       mean: accuracy over all held-out clips; a clip of several trainings counts as their mean.
-      std: standard deviation of the trainings' accuracies; None for one training.
-      interval: 95 % interval of `mean`, resampling artists (a clip where the artist is unknown);
-        None for a single artist.
+      std: of the trainings' accuracies; None for one training.
+      interval: 95 % interval of `mean`, resampling artists; None for a single artist.
       values: accuracy of each training.
       clips: clips (or segments) that were held out in some fold.
       leaks: how many of them have the same clip, a near-identical one, or another one by their
@@ -105,27 +104,19 @@ def expand(
       UserError: a name that occurs twice or cannot be a folder, an override that the config does
         not have, or folds where no variant has any, or all of them would share one store.
     """
-    expanded = []
-    names: set[str] = set()
+    expanded: dict[str, tuple[dict[str, Any], list[ConfigDict]]] = {}
+    any_folds = not folds
     for name, overrides in variants:
-        if name in names or not name or set(name) & set('/\\:*?"<>|'):
-            raise UserError(
-                f"sweep(): the name {name!r} is used twice, empty or not a folder name."
-            )
-        names.add(name)
+        if name in expanded or not name or set(name) & set('/\\:*?"<>|'):
+            raise UserError(f"sweep(): the name {name!r} is repeated, empty or not a folder name.")
         base = _changed(config, name, overrides)
         runs: list[dict[str, Any]] = [{"seed": seed} for seed in seeds]
         if folds and _in_folds(base):
+            any_folds = True
             if base.data.store:
-                raise UserError(
-                    "each fold needs its own store: leave --config.data.store empty, or set "
-                    "stores_root instead."
-                )
-            runs = [
-                {"data.folds": folds, "data.fold": fold, "seed": seed}
-                for fold in range(folds)
-                for seed in seeds
-            ]
+                raise UserError("each fold needs its own store: leave --config.data.store empty.")
+            fields = [{"data.folds": folds, "data.fold": fold} for fold in range(folds)]
+            runs = [fold | seed for fold in fields for seed in runs]
         elif folds:
             runs = [{"seed": seeds[0] + i} for i in range(folds * len(seeds))]
         configs = [_changed(base, name, run) for run in runs]
@@ -134,16 +125,15 @@ def expand(
             start = changed.init_from.replace("{seed}", str(changed.seed))
             changed.init_from = start.replace("{fold}", str(changed.data.fold))
             check_config(changed)
-        expanded.append((name, dict(overrides), configs))
+        expanded[name] = dict(overrides), configs
     if not expanded:
         raise UserError("sweep() yields no variants.")
-    if folds and not any(_in_folds(configs[0]) for _, _, configs in expanded):
+    if not any_folds:
         raise UserError(
-            "--folds: no variant has a split that is made of folds. For arrays set "
-            f"--config.data.protocol=artist_kfold (or {', '.join(FOLD_PROTOCOLS[1:])}); other data "
-            "sets have no such protocol."
+            "--folds: no variant has a split that is made of folds. Only arrays have one: "
+            f"--config.data.protocol=artist_kfold (or {', '.join(FOLD_PROTOCOLS[1:])})."
         )
-    return expanded
+    return [(name, *rest) for name, rest in expanded.items()]
 
 
 def run_ablation(
@@ -156,15 +146,14 @@ def run_ablation(
 ) -> list[Row]:
     """Prepares each variant's store if missing, trains it with every seed and writes one table.
 
-    The table is `ablation.csv`, `ablation.md`, `variants.png` and `report.html`. Finished runs are
-    not repeated and unfinished ones resume, so the same call resumes. The measure is that of the
-    validation split at the end of training, not of the best checkpoint: nothing is selected on it.
+    The table is `ablation.csv`, `ablation.md`, `variants.png` and `report.html`. The same call
+    resumes: finished runs are not repeated. The measure is that of the validation split at the end
+    of training, not of the best checkpoint: nothing is selected on it.
 
     Args:
       config: what the variants change.
       variants: names with overrides by dotted field: ("wide", {"model.filters": (512, 512, 512)}).
-      workdir: gets a folder `<variant>/seed<seed>` for each run, and the table, which grows with
-        every variant.
+      workdir: gets a folder `<variant>/seed<seed>` for each run, and the table, after each variant.
       seeds: seeds of each variant.
       progress: draw progress bars.
 
@@ -176,22 +165,16 @@ def run_ablation(
     measured: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for name, overrides, configs in expand(config, variants, seeds):
         _prepare(configs[0], progress)
-        results = []
-        for seed, changed in zip(seeds, configs, strict=True):
-            results.append(train(changed, workdir / name / f"seed{seed}", progress=progress))
-            print(results[-1].line(), flush=True)
+        folder = workdir / name
+        results = [_train(own, folder / f"seed{own.seed}", progress) for own in configs]
         values = [result.last for result in results if result.last is not None]
         if len(values) < len(results):
             raise UserError("an ablation needs a validation split, and the store has none.")
         rows.append(Row(name, overrides, **seeds_summary(values)))
         measured[name] = [(run.workdir.name, _last_measures(run.workdir)) for run in results]
         _write_table(workdir, [_seeds_cells(row, results[0].metric) for row in rows])
-        summarise_variants(
-            workdir,
-            measured,
-            title=f"{workdir.name}: the validation split at the end of training",
-            synthetic=results[0].synthetic,
-        )
+        title = f"{workdir.name}: the validation split at the end of training"
+        summarise_variants(workdir, measured, title=title, synthetic=results[0].synthetic)
     return rows
 
 
@@ -212,15 +195,13 @@ def run_folds(
     is selected on them, and the same call resumes.
 
     Args:
-      config: what the variants change. Folds are made of its train and valid files; with a train
-        file alone, of that.
+      config: what the variants change. Folds are made of its train and valid files.
       variants: names with overrides by dotted field.
       workdir: gets a folder `<variant>/fold<fold>/seed<seed>` for each run (without the fold for a
         split without folds), with the predictions for the held-out clips in `held_out.csv`.
       seeds: seeds on each fold.
       folds: how many, see `expand`.
-      steps: length of each training to within half an epoch, for any number of clips; 0 uses
-        `config.epochs`.
+      steps: length of each training to within half an epoch; 0 uses `config.epochs`.
       progress: draw progress bars.
 
     Raises:
@@ -236,27 +217,29 @@ def run_folds(
             _prepare(changed, progress)
             store = Store.open(store_path(changed))
             if store.task != "single_label" or "valid" not in store.splits:
-                raise UserError(
-                    f"{store.path}: folds need clips with one label each and a validation split."
-                )
+                raise UserError(f"{store.path}: folds need one label per clip and a valid split.")
             if steps:
                 each = math.ceil(len(store.indices("train")) / changed.batch_size)
                 changed.epochs = changed.eval_every = max(1, round(steps / each))
             fold = f"fold{changed.data.fold}" if _in_folds(changed) else ""
             run = workdir / name / fold / f"seed{changed.seed}"
-            results.append(train(changed, run, progress=progress))
-            print(results[-1].line(), flush=True)
+            results.append(_train(changed, run, progress))
             held_out.append(_held_out(run, store))
             if store.path not in audits:
                 segments = changed.data.protocol == "segment_leaked"
                 audits[store.path] = _audited(store, read_workdir(run), segments)
         rows.append(folds_row(name, overrides, results, list(audits.values()), held_out))
         _write_table(workdir, [_folds_cells(row) for row in rows], _FOLDS_NOTE)
-        figure = comparison_plot(
-            [dataclasses.asdict(row) for row in rows], "accuracy", percent=True, each="one training"
-        )
+        plain = [dataclasses.asdict(row) for row in rows]
+        figure = comparison_plot(plain, "accuracy", percent=True, each="one training")
         save(figure, workdir / "variants.png", f"{workdir.name}: held-out clips")
     return rows
+
+
+def _train(config: ConfigDict, workdir: Path, progress: bool) -> TrainResult:
+    result = train(config, workdir, progress=progress)
+    print(result.line(), flush=True)
+    return result
 
 
 def folds_row(
@@ -267,22 +250,20 @@ def folds_row(
     held_out: Sequence[Sequence[Mapping[str, str]]],
 ) -> FoldsRow:
     """Returns the row of a variant; `audits` has one for each fold, the others one per training."""
+    correct = [[row["label"] == row["predicted"] for row in rows] for rows in held_out]
     right: dict[str, list[bool]] = {}
     groups: dict[str, str | None] = {}
-    for rows in held_out:
-        for row in rows:
-            right.setdefault(row["clip_id"], []).append(row["label"] == row["predicted"])
+    for rows, values in zip(held_out, correct, strict=True):
+        for row, value in zip(rows, values, strict=True):
+            right.setdefault(row["clip_id"], []).append(value)
             groups[row["clip_id"]] = row["group"] or None
     of_clips = np.array([np.mean(values) for values in right.values()])
-    accuracies = [
-        float(np.mean([row["label"] == row["predicted"] for row in rows])) for rows in held_out
-    ]
-    types = {
-        "same clip": ("same clip", "same content"),
-        "near-identical": ("near-identical",),
-        "same artist": (f"same {audits[0].group_name}",),
-    }
-    findings = [finding for result in audits for finding in result.findings]
+    accuracies = [float(np.mean(values)) for values in correct]
+    types = {"same clip": "same clip", "same content": "same clip"}
+    types |= {"near-identical": "near-identical", f"same {audits[0].group_name}": "same artist"}
+    leaks = dict.fromkeys(types.values(), 0)
+    for finding in (finding for result in audits for finding in result.findings):
+        leaks[types[finding.kind]] += finding.clips
     steps = [result.step for result in results]
     return FoldsRow(
         name=name,
@@ -296,10 +277,7 @@ def folds_row(
         interval=bootstrap_mean(of_clips, list(groups.values())),
         values=accuracies,
         clips=len(right),
-        leaks={
-            leak: sum(finding.clips for finding in findings if finding.kind in kinds)
-            for leak, kinds in types.items()
-        },
+        leaks=leaks,
         unknown=sum(not artist_known(clip_id, group) for clip_id, group in groups.items()),
     )
 
@@ -308,13 +286,11 @@ def _changed(config: ConfigDict, name: str, overrides: Mapping[str, Any]) -> Con
     """Returns a copy with the overrides of the variant `name`."""
     changed = ConfigDict(config.to_dict())
     for field, value in overrides.items():
-        node = changed
         *parents, leaf = field.split(".")
-        for parent in parents:
-            if parent not in node:
-                raise UserError(f"sweep(), {name!r}: config.{field} does not exist.")
-            node = node[parent]
-        node[leaf] = value
+        try:
+            functools.reduce(lambda node, parent: node[parent], parents, changed)[leaf] = value
+        except KeyError:
+            raise UserError(f"sweep(), {name!r}: config.{field} does not exist.") from None
     return changed
 
 
@@ -342,10 +318,7 @@ def _prepare(config: ConfigDict, progress: bool) -> None:
 
 
 def _audited(store: Store, learnt: TrainedOn, segments: bool) -> AuditResult:
-    """Compares the validation split with a run's training clips; segments count as their clip.
-
-    Training clips that are not in the store have no spectrogram to compare.
-    """
+    """Compares the validation split with a run's training clips; segments count as their clip."""
     rows = {clip_id: i for i, clip_id in enumerate(store.clip_ids.tolist())}
 
     def side(clips: TrainedOn) -> Any:
@@ -381,11 +354,7 @@ def _held_out(workdir: Path, store: Store) -> list[dict[str, str]]:
 def _last_measures(workdir: Path) -> dict[str, Any]:
     """Returns the validation measures of a run's last evaluation."""
     row = [row for row in read_rows(workdir) if "valid_loss" in row][-1]
-    return {
-        name.removeprefix("valid_"): value
-        for name, value in row.items()
-        if name.startswith("valid_")
-    }
+    return {name[6:]: value for name, value in row.items() if name.startswith("valid_")}
 
 
 # The columns of both tables for one row: names and cells of `ablation.csv` and of `ablation.md`.
@@ -393,20 +362,22 @@ _Cells = tuple[dict[str, Any], dict[str, Any]]
 
 
 def _seeds_cells(row: Row, metric: str) -> _Cells:
-    both = {"variant": row.name, "overrides": _changes(row), "seeds": row.n}
-    interval = _interval_text(row, "one seed")
-    shown = {f"validation {measure_name(metric)}": _mean_text(row)}
-    return (
-        both | {f"valid_{metric}_mean": row.mean} | _spread_cells(row),
-        both | shown | {"95 % interval of the mean": interval},
-    )
+    overrides, spread, mean, interval = _common_cells(row)
+    both = {"variant": row.name, "overrides": overrides, "seeds": row.n}
+    shown = {
+        f"validation {measure_name(metric)}": mean,
+        "95 % interval of the mean": interval or "one seed",
+    }
+    return both | {f"valid_{metric}_mean": row.mean} | spread, both | shown
 
 
 def _folds_cells(row: FoldsRow) -> _Cells:
-    both = {"variant": row.name, "overrides": _changes(row)}
+    overrides, spread, mean, interval = _common_cells(row)
+    both = {"variant": row.name, "overrides": overrides}
     least, most = row.steps
     leaks = {f"{leak} in training": count for leak, count in row.leaks.items()}
     leaks["artist not known"] = row.unknown
+    values = {"values": spread.pop("values")}  # the last column
     cells = {
         "folds": row.folds,
         "trainings": row.trainings,
@@ -415,45 +386,33 @@ def _folds_cells(row: FoldsRow) -> _Cells:
         "trained_clips": row.trained,
         "held_out_clips": row.clips,
         "accuracy": row.mean,
-        **_spread_cells(row),
     }
-    values = {"values": cells.pop("values")}  # the last column
     shown = {
         "folds x seeds": f"{row.folds} x {row.trainings // row.folds}",
         "steps": least if least == most else f"{least} to {most}",
         "clips trained on": f"{row.trained:.0f}",
         "held out": row.clips,
-        "accuracy": _mean_text(row),
-        "95 % interval": _interval_text(row, "one artist"),
+        "accuracy": mean,
+        "95 % interval": interval or "one artist",
     }
     fractions = {leak: f"{100 * count / row.clips:.1f} %" for leak, count in leaks.items()}
-    return both | cells | leaks | values, both | shown | fractions
+    return both | cells | spread | leaks | values, both | shown | fractions
+
+
+def _common_cells(row: Row | FoldsRow) -> tuple[str, dict[str, Any], str, str]:
+    """Returns the overrides, the spread (for CSV), and the mean and its interval (for Markdown)."""
+    overrides = ", ".join(f"{field}={value}" for field, value in row.overrides.items()) or "none"
+    low, high = row.interval or ("", "")
+    spread = {"std": "" if row.std is None else row.std, "ci95_low": low, "ci95_high": high}
+    spread["values"] = " ".join(f"{value:.6f}" for value in row.values)
+    mean = f"{row.mean:.3f}" + ("" if row.std is None else f" ± {row.std:.3f}")
+    return overrides, spread, mean, " to ".join(f"{limit:.3f}" for limit in row.interval or ())
 
 
 def _write_table(workdir: Path, rows: Sequence[_Cells], note: str = "") -> None:
     """Writes `ablation.csv` and `ablation.md`."""
     cells, shown = zip(*rows, strict=True)
-    write_text(
-        workdir / "ablation.csv", csv_text(list(cells[0]), [[*row.values()] for row in cells])
-    )
+    text = csv_text(list(cells[0]), [[*row.values()] for row in cells])
+    write_text(workdir / "ablation.csv", text)
     table = markdown_table(list(shown[0]), [[*row.values()] for row in shown])
     write_text(workdir / "ablation.md", f"{table}\n{note}")
-
-
-def _spread_cells(row: Row | FoldsRow) -> dict[str, Any]:
-    low, high = row.interval or ("", "")
-    values = " ".join(f"{value:.6f}" for value in row.values)
-    std = "" if row.std is None else row.std
-    return {"std": std, "ci95_low": low, "ci95_high": high, "values": values}
-
-
-def _mean_text(row: Row | FoldsRow) -> str:
-    return f"{row.mean:.3f}" + ("" if row.std is None else f" ± {row.std:.3f}")
-
-
-def _interval_text(row: Row | FoldsRow, none: str) -> str:
-    return f"{row.interval[0]:.3f} to {row.interval[1]:.3f}" if row.interval else none
-
-
-def _changes(row: Row | FoldsRow) -> str:
-    return ", ".join(f"{field}={value}" for field, value in row.overrides.items()) or "none"

@@ -25,6 +25,8 @@ _COLOURS = {
     ("input", "output", "join", "parameters"): ("#ffffff", "#ffffff"),
     ("",): ("#fbecc9", plots.ORANGE),
 }
+_TEXT: dict[str, Any] = {"va": "center", "fontsize": 7.5, "color": plots.TICKS}
+_ARROWHEAD = {"arrowstyle": "-|>", "color": plots.INK, "shrinkA": 0, "shrinkB": 0}
 
 
 def architecture_figure(
@@ -37,17 +39,17 @@ def architecture_figure(
 ) -> tuple[Path, list[Layer]]:
     """Draws the layers of a network: number, name, type, settings and parameters of each in a box.
 
-    An arrow has the shape that it carries, the operations on the way, and the shape that arrives
-    where it differs. Where a layer's input is not the output of the box above, the arrow begins at
-    a bar and names the layers it comes from.
+    An arrow has the shape that it carries, the operations on the way, and the shape that arrives if
+    it differs. If a layer's input is not the output of the box above, the arrow begins at a bar and
+    names the layers it comes from.
 
     Args:
       module: the network.
-      frames: frames of its input.
-      bands: bands of its input.
+      frames: of its input.
+      bands: of its input.
       out: folder of the picture.
       name: of the network, for the title and the file.
-      about: what else the title says.
+      about: end of the title.
 
     Returns:
       The path of `architecture_<name>.png`, and the layers.
@@ -81,10 +83,9 @@ def draw_layers(path: str | os.PathLike[str], layers: Sequence[Layer], title: st
     axes.set(xlim=(0, wide), ylim=(high, 0))
     axes.set_axis_off()
     for number, column in enumerate(folded):
-        y = 0.05
+        y, left = 0.05, number * _COLUMN + _MARGIN
         for i in column:
-            left = number * _COLUMN + _MARGIN
-            _draw_arrow(axes, layers, i, left, y, begins=number > 0 and i == column[0])
+            _draw_arrow(axes, layers, i, left + _ARROW, y, number > 0 and i == column[0])
             y += _arrow_height(layers, i)
             _draw_box(axes, i, layers[i], left, y)
             y += _box_height(layers[i])
@@ -103,27 +104,24 @@ def _arrow_lines(layers: Sequence[Layer], i: int) -> list[str]:
     sources = layers[i].sources
     if not sources or _joined(layers, i):
         return []
+    carried = list(dict.fromkeys(shape_text(layers[source.layer].output) for source in sources))
+    before = carried if len(carried) == 1 else []
     if [source.layer for source in sources] == [i - 1]:
-        lines = textwrap.wrap(", ".join(sources[0].operations), 40)
+        lines = [*before, *textwrap.wrap(", ".join(sources[0].operations), 40)]
     else:
-        names = [
+        *names, last = [
             str(source.layer) + (f" ({', '.join(source.operations)})" if source.operations else "")
             for source in sources
         ]
-        text = f"from {', '.join(names[:-1])}{' and ' if names[1:] else ''}{names[-1]}"
-        lines = textwrap.wrap(text, 40)
-    carried = list(dict.fromkeys(shape_text(layers[source.layer].output) for source in sources))
+        text = f"from {', '.join(names)} and {last}" if names else f"from {last}"
+        lines = [*textwrap.wrap(text, 40), *before]
     taken = " and ".join(dict.fromkeys(map(shape_text, layers[i].inputs)))
-    before = carried if len(carried) == 1 else []
-    direct = [source.layer for source in sources] == [i - 1]
-    lines = [*before, *lines] if direct else [*lines, *before]
     return lines if carried == [taken] else [*lines, taken]
 
 
 def _arrow_height(layers: Sequence[Layer], i: int) -> float:
-    return (
-        0.0 if not i or _joined(layers, i) else 0.1 + _LINE * max(1, len(_arrow_lines(layers, i)))
-    )
+    joined = not i or _joined(layers, i)
+    return 0.0 if joined else 0.1 + _LINE * max(1, len(_arrow_lines(layers, i)))
 
 
 def _words(layer: Layer) -> list[str]:
@@ -141,38 +139,32 @@ def _box_height(layer: Layer) -> float:
 
 
 def _draw_arrow(
-    axes: Axes, layers: Sequence[Layer], i: int, left: float, y: float, *, begins: bool
+    axes: Axes, layers: Sequence[Layer], i: int, x: float, y: float, begins: bool
 ) -> None:
-    lines, x = _arrow_lines(layers, i), left + _ARROW
+    lines = _arrow_lines(layers, i)
     if not lines:
         return
-    if begins and lines and not lines[0].startswith("from"):
+    if begins and not lines[0].startswith("from"):
         lines[0] = f"from {i - 1}: {lines[0]}"
     if begins or all(source.layer != i - 1 for source in layers[i].sources):
         axes.plot([x - 0.08, x + 0.08], [y, y], color=plots.INK, linewidth=1)
-    style = {"arrowstyle": "-|>", "color": plots.INK, "shrinkA": 0, "shrinkB": 0}
-    axes.annotate("", (x, y + _arrow_height(layers, i)), (x, y), arrowprops=style)
-    look: dict[str, Any] = {"va": "center", "fontsize": 7.5, "color": plots.TICKS}
+    axes.annotate("", (x, y + _arrow_height(layers, i)), (x, y), arrowprops=_ARROWHEAD)
     for number, line in enumerate(lines):
-        axes.text(x + 0.16, y + 0.05 + _LINE * (number + 0.5), line, **look)
+        axes.text(x + 0.16, y + 0.05 + _LINE * (number + 0.5), line, **_TEXT)
 
 
 def _draw_box(axes: Axes, i: int, layer: Layer, left: float, y: float) -> None:
-    words, kind = _words(layer), layer.kind.lower()
+    words, kind, height = _words(layer), layer.kind.lower(), _box_height(layer)
     fill, edge = next(c for names, c in _COLOURS.items() if any(name in kind for name in names))
-    height, grey = _box_height(layer), "#9ca3af"
-    axes.add_patch(
-        Rectangle((left, y), _BOX, height, facecolor=fill, edgecolor=grey, linewidth=0.8)
-    )
-    axes.add_patch(Rectangle((left, y), 0.06, height, facecolor=edge, linewidth=0))
+    axes.add_patch(Rectangle((left, y), _BOX, height, fc=fill, ec="#9ca3af", linewidth=0.8))
+    axes.add_patch(Rectangle((left, y), 0.06, height, fc=edge, linewidth=0))
     most = 30 - len(str(i))
     name = layer.name if len(layer.name) <= most else "…" + layer.name[1 - most :]
     shape = f"   {shape_text(layer.output)}" if layer.kind == "Input" else ""
-    look: dict[str, Any] = {"va": "center", "fontsize": 8.5, "color": plots.INK}
-    look |= {"fontweight": "bold"} if words else {}
+    weight = "bold" if words else "normal"
+    look = _TEXT | {"fontsize": 8.5, "color": plots.INK, "fontweight": weight}
     axes.text(left + 0.13, y + 0.14, f"{i}  {name}{shape}", **look)
-    look = {"va": "center", "fontsize": 7.5, "color": plots.TICKS}
     for number, line in enumerate(words):
-        axes.text(left + 0.13, y + 0.3 + _LINE * number, line, **look)
+        axes.text(left + 0.13, y + 0.3 + _LINE * number, line, **_TEXT)
     if layer.parameters:
-        axes.text(left + _BOX - 0.07, y + 0.14, f"{layer.parameters:,}", ha="right", **look)
+        axes.text(left + _BOX - 0.07, y + 0.14, f"{layer.parameters:,}", ha="right", **_TEXT)

@@ -13,18 +13,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from musicgenre import __version__
 from musicgenre.config import differences, to_plain
 from musicgenre.datasets.arrays import load_arrays
+from musicgenre.datasets.base import SPLITS
 from musicgenre.errors import UserError
+from musicgenre.evaluation import report as reports
 from musicgenre.evaluation.audit import AuditResult, audit
 from musicgenre.evaluation.comparison import ensemble, summarise_seeds
-from musicgenre.evaluation.report import (
-    Evaluation,
-    calibration_line,
-    headline,
-    measure,
-    write_report,
-)
+from musicgenre.evaluation.report import Evaluation, measure, write_report
 from musicgenre.files import read_json, write_json
 from musicgenre.models.apply import normalise
 from musicgenre.runs.model import TrainedModel, load_model
@@ -36,7 +33,7 @@ from musicgenre.studies.retrieval import neighbour_report, neighbour_table
 from musicgenre.training.parallel import Parallel
 from musicgenre.training.telemetry import read_rows
 
-_SPLITS = ("train", "valid", "test")
+PathLike = str | os.PathLike[str]
 
 
 class EvaluatedRuns(NamedTuple):
@@ -44,7 +41,7 @@ class EvaluatedRuns(NamedTuple):
 
     Attributes:
       lines: what a command prints: measures, audits, paths of the reports.
-      report: the report, over all runs where there are several.
+      report: the path of the report, over all runs if there are several.
       leaks: an audit found leaks, or the training clips of a model are unknown.
     """
 
@@ -54,13 +51,13 @@ class EvaluatedRuns(NamedTuple):
 
 
 def evaluate_runs(
-    workdirs: Sequence[str | os.PathLike[str]],
+    workdirs: Sequence[PathLike],
     *,
     split: str = "test",
-    store: str | os.PathLike[str] = "",
-    arrays: str | os.PathLike[str] = "",
+    store: PathLike = "",
+    arrays: PathLike = "",
     checkpoint: str = "last",
-    out: str | os.PathLike[str] = "",
+    out: PathLike = "",
     temperature: str = "",
     neighbours: Sequence[int] = (),
     command: str = "",
@@ -85,7 +82,8 @@ def evaluate_runs(
     Raises:
       UserError: a model, its clips or the temperature cannot be used, or `out` is needed.
     """
-    if len(workdirs) > 1 and not out:
+    several = len(workdirs) > 1
+    if several and not out:
         raise UserError("several --workdir need a folder for their common report: --out=...")
     lines: list[str] = []
     metrics, evaluations, calibrations = [], [], []
@@ -95,7 +93,7 @@ def evaluate_runs(
             if model.workdir.is_file() and not out:
                 raise UserError(f"{workdir}: the report on a bundle needs a folder: --out=...")
             folder = Path(out or Path(workdir) / f"evaluation-{split}")
-            folder = folder / f"run{number}" if len(workdirs) > 1 else folder
+            folder = folder / f"run{number}" if several else folder
             if arrays:
                 clips = store_of_arrays(model, arrays, split, Path(scratch, f"clips{number}"))
             else:
@@ -103,10 +101,8 @@ def evaluate_runs(
             evaluation = evaluate_model(model, clips, split, command=command)
             source = None
             if temperature:
-                files = Path(scratch, f"temperature{number}")
-                source = temperature_source(
-                    temperature, evaluation, model, clips, files, alone=bool(arrays)
-                )
+                files, asked = Path(scratch, f"temperature{number}"), (temperature, evaluation)
+                source = temperature_source(*asked, model, clips, files, alone=bool(arrays))
                 if source is None:
                     lines.append(f"--temperature has no effect: the task is {evaluation.task}.")
             metrics.append(measure(evaluation, calibration=source))
@@ -119,14 +115,12 @@ def evaluate_runs(
             lines += evaluation.audit.summary() if evaluation.audit else []
             evaluations.append(evaluation)
             calibrations.append(source)
-    if len(workdirs) > 1:
+    if several:
         runs = list(zip(map(str, workdirs), metrics, strict=True))
-        report, more = _together(Path(out), runs, evaluations, calibrations, command)
+        report, more = _together(Path(out), runs, evaluations, calibrations)
         lines += more
-    audits = [one.audit for one in evaluations if one.audit is not None]
-    return EvaluatedRuns(
-        [*lines, f"report: {report}"], report, any(not found.clean for found in audits)
-    )
+    leaks = any(one.audit is not None and not one.audit.clean for one in evaluations)
+    return EvaluatedRuns([*lines, f"report: {report}"], report, leaks)
 
 
 def _together(
@@ -134,7 +128,6 @@ def _together(
     runs: Sequence[tuple[str, dict[str, Any]]],
     evaluations: Sequence[Evaluation],
     calibrations: Sequence[Evaluation | float | None],
-    command: str,
 ) -> tuple[Path, list[str]]:
     """Writes the reports of the ensemble and over all runs; returns the latter, and the lines."""
     first, names = evaluations[0], [name for name, _ in runs]
@@ -142,20 +135,8 @@ def _together(
     fitted = [source for source in calibrations if isinstance(source, Evaluation)]
     metrics = measure(together, calibration=ensemble(fitted, names) if fitted else calibrations[0])
     of_ensemble = write_report(out / "ensemble", together, metrics=metrics)
-    correct = None
-    if first.task == "single_label":
-        correct = np.stack([one.scores.argmax(axis=1) == one.targets for one in evaluations])
-    report = summarise_seeds(
-        out,
-        runs,
-        title=f"{len(runs)} runs on {first.dataset}, {first.protocol}, {first.split}",
-        correct=correct,
-        groups=first.groups,
-        group_name=first.group_name,
-        ensemble=metrics,
-        synthetic=first.synthetic,
-        command=command,
-    )
+    title = f"{len(runs)} runs on {first.dataset}, {first.protocol}, {first.split}"
+    report = summarise_seeds(out, runs, title=title, evaluations=evaluations, ensemble=metrics)
     return report, [
         *_lines(f"ensemble of {len(runs)} (mean of their scores)", together, metrics),
         (out / "summary.json").read_text(encoding="utf-8"),
@@ -166,8 +147,8 @@ def _together(
 def _lines(name: str, evaluation: Evaluation, metrics: dict[str, Any]) -> list[str]:
     """Returns the measures of an evaluation in one or two lines."""
     synthetic = "SYNTHETIC audio, " if evaluation.synthetic else ""
-    lines = [f"{synthetic}{name}, {evaluation.split}: {headline(metrics)}"]
-    return lines + ([line] if (line := calibration_line(metrics)) else [])
+    first = f"{synthetic}{name}, {evaluation.split}: {reports.headline(metrics)}"
+    return list(filter(None, [first, reports.calibration_line(metrics)]))
 
 
 def evaluate_model(
@@ -185,7 +166,7 @@ def evaluate_model(
       store: a store made with the model's front end and clip length.
       split: "train", "valid" or "test".
       command: the command line, for the report.
-      compare_spectrograms: search for spectrograms nearly identical to those of training clips.
+      compare_spectrograms: the audit also searches for near-identical spectrograms.
 
     Raises:
       UserError: the store does not fit the model (features, length, task or labels), or the split
@@ -195,18 +176,18 @@ def evaluate_model(
     indices, config = store.indices(split), model.config
     windows = _score_windows(model, store, indices)
     metric, value = model.measure
-    selected = "nothing"
-    if model.which == "best" and value is not None:
-        selected = f"validation {metric} ({value:.4f})"
+    best = model.which == "best"
+    selected = f"validation {metric} ({value:.4f})" if best and value is not None else "nothing"
     # The splits of a bundle's training are not known; those of the store may be others.
     own = not model.workdir.is_file()
-    notes = []
+    notes, result = [], None
     if split == "train" and own:
         notes.append(
-            "These are training clips: the measures show how well the model fits them, not how "
-            "well it generalises."
+            "Training clips: the measures show the fit, not how well the model generalises."
         )
-    if split == "valid" and model.which == "best":
+    else:
+        result = _audit(model, store, indices, compare_spectrograms)
+    if split == "valid" and best:
         was, are = ("was", "are") if own else ("may have been", "may be")
         notes.append(
             f"The checkpoint {was} chosen on this very split, so its measures {are} a little too "
@@ -227,9 +208,7 @@ def evaluate_model(
         targets=_targets(model, store, indices),
         curves=[row for row in curves if row["step"] <= model.step or model.which != "last"],
         config=to_plain(config),
-        audit=None
-        if split == "train" and own
-        else _audit(model, store, indices, compare_spectrograms),
+        audit=result,
         skipped=store.skipped,
         synthetic=bool(store.dataset["synthetic"] or model.dataset["synthetic"]),
         command=command,
@@ -242,32 +221,18 @@ def evaluate_model(
     )
 
 
-def store_of_arrays(
-    model: TrainedModel, file: str | os.PathLike[str], split: str, folder: Path
-) -> Store:
-    """Creates a store of one file of spectrograms, all of it as one split.
+def store_of_arrays(model: TrainedModel, file: PathLike, split: str, folder: Path) -> Store:
+    """Writes a store of one file of spectrograms for a model to `folder`, all of it as `split`.
 
-    Args:
-      model: the model to evaluate on it; gives the front end and the clip length.
-      file: `.npz` or `.npy`, see `musicgenre.datasets.arrays.load_arrays`.
-      split: what the file is, such as "test".
-      folder: where the store is written.
+    The file is `.npz` or `.npy`, see `musicgenre.datasets.arrays.load_arrays`.
 
     Raises:
       UserError: the file cannot be used.
     """
-    path = Path(file)
-    layout = str(model.config.data.array_layout)
+    path, layout = Path(file), str(model.config.data.array_layout)
     dataset = load_arrays(path.parent, {split: path.name}, layout)
-    prepare_store(
-        dataset,
-        model.features,
-        model.layout,
-        folder,
-        workers=1,
-        array_layout=layout,
-        progress=False,
-    )
+    how: dict[str, Any] = {"workers": 1, "array_layout": layout, "progress": False}
+    prepare_store(dataset, model.features, model.layout, folder, **how)
     return Store.open(folder)
 
 
@@ -282,59 +247,51 @@ def temperature_source(
 ) -> Evaluation | float | None:
     """Returns the `calibration` for `measure` that --temperature names; None without single labels.
 
-    Args:
-      asked: see `temperature` of `evaluate_runs`.
-      evaluation: the evaluation that it is for.
-      model: its model.
-      store: its store.
-      folder: where the store of a file is written.
-      alone: the store has only the evaluated split; other splits are those of the training store.
+    The evaluation is that of the model on the store. The store of a file is written to `folder`.
+    With `alone`, the store has no split but the evaluated one, and others are those of the training
+    store.
 
     Raises:
       UserError: it is none of these, or cannot be used.
     """
-    fitted = asked in _SPLITS or Path(asked).suffix in (".npz", ".npy")
-    try:
-        temperature = 1.0 if fitted else float(asked)
-    except ValueError:
-        temperature = math.nan
-    if not 0 < temperature < math.inf:
-        raise UserError(
-            f"--temperature={asked}: must be a split, a .npz or .npy file, or a number above 0."
-        )
+    split = asked if asked in SPLITS else "valid"
+    if asked not in SPLITS and Path(asked).suffix not in (".npz", ".npy"):
+        try:
+            temperature = float(asked)
+        except ValueError:
+            temperature = math.nan
+        if not 0 < temperature < math.inf:
+            raise UserError(f"--temperature={asked}: must be a split, a .npz or .npy file, or > 0.")
+        return temperature if evaluation.task == "single_label" else None
     if evaluation.task != "single_label":
         return None
-    if not fitted:
-        return temperature
     if asked == evaluation.split:
         return evaluation
-    other, split = store, asked
-    if asked not in _SPLITS:
-        other, split = store_of_arrays(model, asked, "valid", folder), "valid"
+    if asked not in SPLITS:
+        store = store_of_arrays(model, asked, split, folder)
     elif alone:
-        other = Store.open(training_store(model.workdir))
-    return evaluate_model(model, other, split, compare_spectrograms=False)
+        store = Store.open(training_store(model.workdir))
+    return evaluate_model(model, store, split, compare_spectrograms=False)
 
 
-def training_store(workdir: str | os.PathLike[str]) -> Path:
+def training_store(workdir: PathLike) -> Path:
     """Returns the path of the store that a run was trained on.
 
     Raises:
       UserError: the run has no record of it, as bundles never have.
     """
     if (path := Path(workdir)).is_file():
-        raise UserError(
-            f"{path}: a bundle does not name its training store. Name the one to use: --store=..."
-        )
-    return Path(read_json(Path(workdir) / "train_clips.json", "list of training clips")["store"])
+        raise UserError(f"{path}: a bundle does not name its training store. Give --store=...")
+    return Path(read_json(path / "train_clips.json", "list of training clips")["store"])
 
 
 def versions() -> dict[str, str]:
     """Returns the versions that a result depends on."""
-    packages = ("musicgenre", "jax", "jaxlib", "flax", "optax", "numpy", "librosa")
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "librosa")
     return {
         "python": platform.python_version(),
         "device": jax.devices()[0].device_kind,
+        "musicgenre": __version__,
         **{name: importlib.metadata.version(name) for name in packages},
     }
 
@@ -349,13 +306,9 @@ def _score_windows(model: TrainedModel, store: Store, indices: np.ndarray) -> np
         return model.probabilities(logits)
 
     score, placed = spread.score_step(step), spread.place_state(model.model)
-    batches = eval_batches(
-        store,
-        indices,
-        batch_size=spread.round_up(int(model.config.batch_size)),
-        crop_frames=int(data.crop_frames),
-        chunks=int(data.eval_chunks),
-    )
+    size = spread.round_up(int(model.config.batch_size))
+    crops = {"crop_frames": int(data.crop_frames), "chunks": int(data.eval_chunks)}
+    batches = eval_batches(store, indices, batch_size=size, **crops)
     # A clip's windows follow each other; the padding of the last batch is left out.
     scores = np.concatenate([score(placed, batch["x"])[batch["mask"] > 0] for batch in batches])
     return scores.reshape(len(indices), -1, scores.shape[-1]).astype(np.float64)
@@ -368,17 +321,16 @@ def _check_fits(model: TrainedModel, store: Store) -> None:
             f"{store.path}: its features differ from those that the model was trained on "
             f"(store -> model): {'; '.join(lines)}. Prepare the clips with the model's front end."
         )
-    if store.layout.frames != model.layout.frames:
-        raise UserError(
-            f"{store.path}: {store.layout.frames} frames per clip, but the model was trained on "
-            f"{model.layout.frames}."
-        )
-    if store.task != model.task:
-        raise UserError(f"{store.path}: its task is {store.task}, the model's {model.task}.")
+    for what, has, wanted in (
+        ("frames per clip", store.layout.frames, model.layout.frames),
+        ("task", store.task, model.task),
+    ):
+        if has != wanted:
+            raise UserError(f"{store.path}: its {what}: {has}; the model's: {wanted}.")
     if unknown := [name for name in store.label_names if name not in model.label_names]:
+        known = ", ".join(model.label_names)
         raise UserError(
-            f"{store.path}: the model does not know the label {unknown[0]!r}; it knows "
-            f"{', '.join(model.label_names)}."
+            f"{store.path}: the model does not know the label {unknown[0]!r}; it knows {known}."
         )
 
 
@@ -403,9 +355,5 @@ def _audit(
         if trained.fingerprints is not None:
             prints = fingerprints(store, indices)
             evaluated = dataclasses.replace(evaluated, fingerprints=prints)
-    return audit(
-        evaluated.audit_side(),
-        trained.audit_side(),
-        group_name=store.group_name,
-        unknown=trained.unknown,
-    )
+    sides, group_name = (evaluated.audit_side(), trained.audit_side()), store.group_name
+    return audit(*sides, group_name=group_name, unknown=trained.unknown)

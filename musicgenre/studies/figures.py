@@ -28,7 +28,7 @@ PathLike = str | os.PathLike[str]
 
 
 def table_figures(path: PathLike, out: PathLike, top: int = 50) -> list[Path]:
-    """Draws how many clips have each tag of MagnaTagATune's table, all and the most frequent.
+    """Draws how many clips have each tag of MagnaTagATune's table, all and the `top` most frequent.
 
     Args:
       path: `annotations_final.csv` or `annotations_final.csv.gz`, or the folder that holds it.
@@ -45,24 +45,18 @@ def table_figures(path: PathLike, out: PathLike, top: int = 50) -> list[Path]:
     if not path.exists():
         raise UserError(f"{path}: no such table of tags.")
     if path.is_file() and path.name not in TABLE_NAMES:
-        raise UserError(
-            f"{path}: MagnaTagATune's table is named {' or '.join(TABLE_NAMES)}. For your own list "
-            "use --config.data.dataset=csv with --config."
-        )
+        remedy = "For your own list use --config.data.dataset=csv with --config."
+        raise UserError(f"{path}: the table is named {' or '.join(TABLE_NAMES)}. {remedy}")
     table = read_table(path if path.is_dir() else path.parent)
     names, counts = table.tag_names, {"clips": table.tags.sum(axis=0)}
-    top = min(top, len(names))
+    top, n = min(top, len(names)), len(names)
     where = f"{len(table.clip_ids):,} clips, before any split"
     every = plots.label_distribution(names, counts, marked=top)
     frequent = plots.label_distribution(names, counts, most=top)
+    title = f"MagnaTagATune's {top} most frequent tags of {n} · {where}"
     return [
-        _saved(every, out, "tags_all", f"MagnaTagATune's {len(names)} tags · {where}"),
-        _saved(
-            frequent,
-            out,
-            f"tags_top{top}",
-            f"MagnaTagATune's {top} most frequent tags of {len(names)} · {where}",
-        ),
+        _saved(every, out, "tags_all", f"MagnaTagATune's {n} tags · {where}"),
+        _saved(frequent, out, f"tags_top{top}", title),
     ]
 
 
@@ -86,12 +80,13 @@ def label_figures(clips: Dataset | Store, out: PathLike, top: int = 50) -> list[
     if about["task"] == "regression":
         return []
     names, counts = clips.label_names, {}
+    totals = Counter(
+        (split, label) for split, found in zip(splits, labels, strict=True) for label in found
+    )
     for split in SPLITS:
         if number := splits.count(split):
-            own = (found for of, found in zip(splits, labels, strict=True) if of == split)
-            totals = Counter(label for found in own for label in found)
             title = f"{split}, {number:,} clip{'s' if number != 1 else ''}"
-            counts[title] = [totals[name] for name in names]
+            counts[title] = [totals[split, name] for name in names]
     tags = about["task"] == "multi_label"
     where = f"{about['name']} · {about['protocol']} · {len(labels):,} clips"
     what = f"{_synthetic(about['synthetic'])}Clips per {'tag' if tags else 'class'} and split"
@@ -104,16 +99,8 @@ def label_figures(clips: Dataset | Store, out: PathLike, top: int = 50) -> list[
     return paths
 
 
-def sound_figures(
-    path: PathLike, spec: FeatureSpec, out: PathLike, *, min_seconds: float = 1.0
-) -> list[Path]:
-    """Draws the features of a sound file by a front end.
-
-    Args:
-      path: the sound file; all of it is drawn.
-      spec: the front end.
-      out: folder of the pictures.
-      min_seconds: a shorter file is refused.
+def sound_figures(path: PathLike, spec: FeatureSpec, out: PathLike) -> list[Path]:
+    """Draws the features of a complete sound file of at least one second by a front end.
 
     Returns:
       The paths of `spectrogram.png`, the features alone, and of `front_end.png`, the steps to them:
@@ -122,14 +109,12 @@ def sound_figures(
     Raises:
       UserError: the file cannot be used.
     """
-    samples = load_audio(
-        path, spec.sample_rate, min_seconds=min_seconds, resampler=spec.resampler
-    ).samples
+    rate = spec.sample_rate
+    samples = load_audio(path, rate, min_seconds=1.0, resampler=spec.resampler).samples
     title = f"{Path(path).name} · {spec.describe()}"
     last = feature_panel(compute_features(samples, spec), spec)
     paths = [_saved(plots.time_panels([last]), out, "spectrogram", title)]
     if spec.kind != "waveform":
-        rate = spec.sample_rate
         steps = [plots.TimePanel(samples, 1 / rate, name="waveform", ylabel="amplitude")]
         if spec.kind == "logmel":
             power, hop = mel_power(samples, spec), spec.hop_length / rate
@@ -175,31 +160,23 @@ def run_figures(
         )
     paths = []
     if evaluation.curves:
-        figure = plots.learning_curves(
-            evaluation.curves, metric=main_measures(model.task)[0], evaluated_step=model.step
-        )
+        metric = main_measures(model.task)[0]
+        figure = plots.learning_curves(evaluation.curves, metric, model.step)
         # The curves are those of training and its validation split, not of the evaluated split.
         about = f"{model.dataset['name']} · {model.dataset['protocol']} · {run}"
         title = f"{_synthetic(model.dataset['synthetic'])}Learning curves · {about}"
         paths.append(_saved(figure, out, "learning_curves", title))
-    synthetic = _synthetic(evaluation.synthetic)
+    synthetic, features = _synthetic(evaluation.synthetic), model.features
     about = f"{evaluation.dataset} · {evaluation.protocol} · {split} · {len(ids):,} clips"
-    paths.append(
-        _mistakes_figure(evaluation, out, f"{synthetic}{{}} · {about} · {run}, step {model.step}")
-    )
-    path, _ = architecture_figure(
-        model.module,
-        model.frames,
-        model.features.bands,
-        out,
-        str(model.config.model.name),
-        f"{model.features.kind} · {run}",
-    )
+    title = f"{synthetic}{{}} · {about} · {run}, step {model.step}"
+    paths.append(_mistakes_figure(evaluation, out, title))
+    shape, name = (model.frames, features.bands), str(model.config.model.name)
+    path, _ = architecture_figure(model.module, *shape, out, name, f"{features.kind} · {run}")
     paths += [path, *label_figures(store, out, top)]
     row = ids.index(clip_id) if clip_id else 0
     index = store.indices(split)[row]
-    features = store.gather(np.array([index]))[0, : store.lengths[index]]
-    figure = plots.time_panels([feature_panel(features, store.features)])
+    values = store.gather(np.array([index]))[0, : store.lengths[index]]
+    figure = plots.time_panels([feature_panel(values, store.features)])
     about = f"{_labels_text(evaluation, row)} · {evaluation.dataset}, {split}"
     return [*paths, _saved(figure, out, "clip", f"{synthetic}{ids[row]} · {about}")]
 
@@ -216,14 +193,10 @@ def _mistakes_figure(evaluation: Evaluation, out: PathLike, title: str) -> Path:
 
 def _labels_text(evaluation: Evaluation, row: int) -> str:
     """Returns a clip's true labels and the most probable ones."""
-    names, scores = evaluation.label_names, np.asarray(evaluation.scores)[row]
-    target = np.asarray(evaluation.targets)[row]
+    names, scores, target = evaluation.label_names, evaluation.scores[row], evaluation.targets[row]
     if evaluation.task == "regression":
-        shown = [
-            f"{name} {true:.3g} (predicted {score:.3g})"
-            for name, true, score in zip(names, target, scores, strict=True)
-        ]
-        return _listed(shown)
+        values = zip(names, target, scores, strict=True)
+        return _listed([f"{name} {y:.3g} (predicted {guess:.3g})" for name, y, guess in values])
     if evaluation.task == "single_label":
         best = int(scores.argmax())
         return f"true: {names[int(target)]} · predicted: {names[best]} ({100 * scores[best]:.0f} %)"

@@ -42,9 +42,7 @@ def neighbour_report(
         too few clips, or the network has no embedding.
     """
     if store.task != "single_label":
-        raise UserError(
-            f"{store.path}: its task is {store.task}; precision by class needs one label per clip."
-        )
+        raise UserError(f"{store.path}: precision by class needs one label per clip.")
     embeddings = clip_embeddings(model, store, split)
     indices = store.indices(split)
     labels = store.targets(indices)
@@ -57,8 +55,8 @@ def neighbour_report(
             by_query = found.pop("by_query")
             asked = np.flatnonzero(~np.isnan(by_query))
             interval = bootstrap_mean(by_query[asked], [groups[i] for i in asked])
-            own = {"filtered": filtered, **found, "interval": interval and list(interval)}
-            measures.append(own)
+            found |= {"filtered": filtered, "interval": interval and list(interval)}
+            measures.append(found)
     return {
         "dataset": store.dataset["name"],
         "protocol": store.dataset["protocol"],
@@ -108,11 +106,9 @@ def clip_embeddings(model: TrainedModel, store: Store, split: str) -> np.ndarray
       UserError: see `neighbour_report`.
     """
     if store.features != model.features or store.layout.frames != model.layout.frames:
-        raise UserError(
-            f"{store.path}: made with {store.features.describe()} and {store.layout.frames} frames "
-            f"per clip, the model with {model.features.describe()} and {model.layout.frames}. "
-            "Prepare the clips with the model's front end."
-        )
+        sides = [f"{one.features.describe()}, {one.layout.frames} frames" for one in (store, model)]
+        remedy = "Prepare the clips with the model's front end."
+        raise UserError(f"{store.path}: {sides[0]}; the model: {sides[1]}. {remedy}")
 
     def embed(saved: Any, x: jax.Array) -> jax.Array:
         return apply_model(model.module, saved["variables"], normalise(x, saved["norm"]))[1]

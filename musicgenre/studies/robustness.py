@@ -4,9 +4,9 @@ import itertools
 import os
 import re
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,12 +55,14 @@ Windows = tuple[np.ndarray, np.ndarray]
 class _Probe(NamedTuple):
     """How clips of one type are read, changed and given to the network."""
 
+    what: str
+    group_name: str
     read: Callable[[int], np.ndarray]
+    windows: Callable[[np.ndarray, TrainedModel], Windows]
+    equalise: Callable[[np.ndarray, Any], np.ndarray]
+    equalisers: Sequence[Any]
     transforms: Sequence[Transform]
     missing: Sequence[Missing]
-    equalisers: Sequence[Any]
-    equalise: Callable[[np.ndarray, Any], np.ndarray]
-    windows: Callable[[np.ndarray, TrainedModel], Windows]
 
     def variants(self, i: int, clip_id: str, seed: int) -> Iterator[np.ndarray]:
         """Yields a clip unchanged, with every change and under every equaliser."""
@@ -71,8 +73,7 @@ class _Probe(NamedTuple):
             names = (clip_id, transform.name)
             keys = [zlib.crc32(name.encode("utf-8", "surrogateescape")) for name in names]
             yield transform.apply(clip, np.random.default_rng([seed, *keys]))
-        for equaliser in self.equalisers:
-            yield self.equalise(clip, equaliser)
+        yield from (self.equalise(clip, equaliser) for equaliser in self.equalisers)
 
 
 def find_sounds(
@@ -93,24 +94,22 @@ def find_sounds(
     for top in map(Path, paths):
         if not top.exists():
             raise UserError(f"{top}: no such file or folder.")
-        if not top.is_dir():
-            label = top.absolute().parent.name
-            found.append(_sound(top, f"{label}/{top.name}", label if labelled else "", None))
-            continue
-        relative = {path: path.relative_to(top) for path in find_audio(top)}
-        firsts = {path.parts[0].lower() for path in relative.values()}
+        files = {top: Path(top.absolute().parent.name, top.name)}
+        if top.is_dir():
+            files = {path: path.relative_to(top) for path in find_audio(top)}
+        firsts = {name.parts[0].lower() for name in files.values()}
         splits = len(firsts) > 1 and firsts <= SPLIT_ALIASES.keys()
-        count = len(found)
-        for path, name in relative.items():
-            if splits and split and SPLIT_ALIASES[name.parts[0].lower()] != split:
-                continue
+        if splits and split:
+            files = {p: n for p, n in files.items() if SPLIT_ALIASES[n.parts[0].lower()] == split}
+        if not files:
+            of = f" for the split {split!r}" if splits and split else ""
+            raise UserError(f"{top}: no sound files in this folder{of}.")
+        for path, name in files.items():
             folders = name.parts[1 if splits else 0 : -1]
             label = folders[0] if folders else top.absolute().name
             group = "/".join(folders) if len(folders) > 1 else None
-            found.append(_sound(path, name.as_posix(), label if labelled else "", group))
-        if len(found) == count:
-            of = f" for the split {split!r}" if splits and split else ""
-            raise UserError(f"{top}: no sound files in this folder{of}.")
+            artist = artist_groups().get(_gtzan_id(name.as_posix()) or "", (group,))[0]
+            found.append(SoundClip(name.as_posix(), path, label if labelled else "", artist))
     return found
 
 
@@ -127,7 +126,7 @@ def probe_sounds(
 ) -> Robustness:
     """Runs a model over sound files, unchanged and with every change of `sound_transforms`.
 
-    The files are first mixed down and resampled for the front end, and then changed.
+    The files are first mixed to mono and resampled for the front end, and then changed.
 
     Args:
       model: a trained model with classes or tags.
@@ -142,26 +141,25 @@ def probe_sounds(
     Raises:
       UserError: a regression, an unknown label, or no clip that can be used.
     """
-    labelled = _labelled(model) and all(clip.label for clip in clips)
     rate, resampler = model.features.sample_rate, model.features.resampler
     length = round(seconds * rate)
 
     def read(i: int) -> np.ndarray:
         path = clips[i].path
         samples = load_audio(path, rate, min_seconds=min_seconds, resampler=resampler).samples
-        start = max(len(samples) - length, 0) // 2 if length else 0
+        start = max(len(samples) - length, 0) // 2
         return samples[start : start + length] if length else samples
 
     probe = _Probe(
+        "sound files",
+        "artist" if any(_gtzan_id(clip.clip_id) for clip in clips) else "folder",
         read,
-        *sound_transforms(rate, seed),
-        random_equalisers(tries, GENTLE_EQ, seed),
-        lambda samples, equaliser: equalise(samples, rate, equaliser),
         sound_windows,
+        lambda samples, equaliser: equalise(samples, rate, equaliser),
+        random_equalisers(tries, GENTLE_EQ, seed),
+        *sound_transforms(rate, seed),
     )
-    known = any(_gtzan_id(clip.clip_id) for clip in clips)
-    unit = "artist" if known else "folder"
-    return _scored(model, clips, probe, labelled, "sound files", unit, seed, progress, command)
+    return _scored(model, clips, probe, seed, progress, command)
 
 
 def probe_arrays(
@@ -175,57 +173,46 @@ def probe_arrays(
 ) -> Robustness:
     """Runs a model over a file of log-mels, unchanged and with every change of `mel_transforms`.
 
-    Args:
-      model: a trained model with classes or tags, whose front end gives log-mels or MFCCs in dB.
-      file: `.npz` or `.npy`, see `musicgenre.datasets.arrays.load_arrays`.
-      tries: random equalisers, see `Robustness.equalised`.
-      seed: of the random equalisers and the noise.
-      progress: draw a bar.
-      command: the command line, for the report.
+    The file is `.npz` or `.npy`, see `musicgenre.datasets.arrays.load_arrays`, and the model's
+    front end gives log-mels or MFCCs in dB. The other arguments are those of `probe_sounds`.
 
     Raises:
       UserError: a regression, another front end, a file or labels that cannot be used, or no clip
         that can be used.
     """
-    labelled = _labelled(model)
     path, spec = Path(file), model.features
     if spec.kind not in ("logmel", "mfcc") or spec.compression != "db":
-        raise UserError(
-            f"{path}: holds log-mels in dB, but the model takes {spec.describe()}. "
-            "Test it on sound: --audio=..."
-        )
+        takes = f"but the model takes {spec.describe()}. Test it on sound: --audio=..."
+        raise UserError(f"{path}: holds log-mels in dB, {takes}")
     arrays = open_array_file(path, str(model.config.data.array_layout))
     if (bands := arrays.frames_and_bands[1]) != spec.n_mels:
         raise UserError(f"{path}: {bands} bands, but the model was trained on {spec.n_mels}.")
-    clips = [
-        SoundClip(clip_id, path, label, group)
-        for clip_id, label, group in zip(arrays.clip_ids, arrays.labels, arrays.groups, strict=True)
-    ]
-    gains = [equaliser_gains(own, spec) for own in random_equalisers(tries, GENTLE_EQ, seed)]
+    rows = zip(arrays.clip_ids, arrays.labels, arrays.groups, strict=True)
+    clips = [SoundClip(clip_id, path, label, group) for clip_id, label, group in rows]
     probe = _Probe(
+        f"spectrograms of {path.name}",
+        "artist",
         arrays.spectrogram,
-        *mel_transforms(spec, seed),
-        gains,
-        lambda db, gain: reference(db + gain, spec, float(db.max())),
         array_windows,
+        lambda db, gain: reference(db + gain, spec, float(db.max())),
+        [equaliser_gains(own, spec) for own in random_equalisers(tries, GENTLE_EQ, seed)],
+        *mel_transforms(spec, seed),
     )
-    what = f"spectrograms of {path.name}"
-    return _scored(model, clips, probe, labelled, what, "artist", seed, progress, command)
+    return _scored(model, clips, probe, seed, progress, command)
 
 
 def sound_windows(samples: np.ndarray, model: TrainedModel) -> Windows:
     """Returns the windows of a file's samples `[samples]` and their weights, as for tagging."""
-    windows = list(stream_windows([samples], model.features, model))
-    inputs = np.stack([window.inputs for window in windows])
-    return inputs, np.array([window.weight for window in windows])
+    windows = stream_windows([samples], model.features, model)
+    inputs, weights = zip(*((one.inputs, one.weight) for one in windows), strict=True)
+    return np.stack(inputs), np.array(weights)
 
 
 def array_windows(db: np.ndarray, model: TrainedModel) -> Windows:
     """Returns the windows of one clip's log-mels in dB `[any, mels]`, as in an evaluation."""
     spec, frames = model.features, model.frames
     fitted, length = model.layout.fit(mfcc_from_db(db, spec.n_mfcc) if spec.kind == "mfcc" else db)
-    windows = int(model.config.data.eval_chunks)
-    complete = frames >= model.layout.frames
+    complete, windows = frames >= model.layout.frames, int(model.config.data.eval_chunks)
     starts = [0] if complete else chunk_starts(length, frames, windows)
     inputs = np.stack([fitted[start : start + frames] for start in starts]).astype(np.float16)
     return inputs, np.ones(len(inputs))
@@ -235,21 +222,20 @@ def _scored(
     model: TrainedModel,
     clips: Sequence[SoundClip],
     probe: _Probe,
-    labelled: bool,
-    what: str,
-    group_name: str,
     seed: int,
     progress: bool,
     command: str,
 ) -> Robustness:
     """Scores all variants of the clips and returns the content of the report."""
+    if model.task == "regression":
+        raise UserError(f"{model.workdir}: a regression makes no decisions that can change.")
     names = list(model.label_names)
+    labelled = model.task == "single_label" and all(clip.label for clip in clips)
     for clip in clips if labelled else ():
         if clip.label not in names:
             raise UserError(
                 f"{clip.path}, {clip.clip_id}: the model does not know the label {clip.label!r}."
-                f"{did_you_mean(clip.label, names)} Sound without labels that it knows can be "
-                "tested with --nolabels."
+                f"{did_you_mean(clip.label, names)} Test sound with other labels with --nolabels."
             )
 
     def make(i: int) -> list[Windows] | str:
@@ -265,14 +251,12 @@ def _scored(
             row = {"clip_id": clip.clip_id, "path": str(clip.path), "reason": made}
             skipped.append({name: _text(value) for name, value in row.items()})
             continue
-        windows = np.concatenate([inputs for inputs, _ in made])
+        inputs, weights = zip(*made, strict=True)
+        windows, ends = np.concatenate(inputs), np.cumsum([len(own) for own in weights])[:-1]
         batches = [windows[start : start + BATCH] for start in range(0, len(windows), BATCH)]
-        found = np.concatenate([network(batch)[0] for batch in batches])
-        parts = np.split(found.astype(np.float64), np.cumsum([len(x) for x, _ in made])[:-1])
-        means = [
-            np.average(part, axis=0, weights=w) for part, (_, w) in zip(parts, made, strict=True)
-        ]
-        scores.append(np.stack(means))
+        found = np.concatenate([network(batch)[0] for batch in batches]).astype(np.float64)
+        parts = zip(np.split(found, ends), weights, strict=True)
+        scores.append(np.stack([np.average(part, axis=0, weights=own) for part, own in parts]))
         used.append(clip)
     if not used:
         first = f" The first of {len(skipped)}: {skipped[0]['reason']}" if skipped else ""
@@ -285,19 +269,19 @@ def _scored(
     ids = [_text(clip.clip_id) for clip in used]
     counts = Counter(clip.label for clip in used)
     by_label = ", ".join(f"{name} {counts[name]}" for name in names if counts[name])
-    name = f"{model.workdir.name} ({model.config.model.name})"
+    name, what = f"{model.workdir.name} ({model.config.model.name})", f"{len(used)} {probe.what}"
     return Robustness(
-        title=f"Robustness of {name} on {len(used)} {what}",
+        title=f"Robustness of {name} on {what}",
         facts={
             "model": f"{name}, step {model.step}",
             "trained on": f"{model.dataset['name']}, {model.dataset['protocol']}",
-            "clips": f"{len(used)} {what}" + (f": {by_label}" if labelled else ", without labels"),
+            "clips": f"{what}: {by_label}" if labelled else f"{what}, without labels",
             "front end": model.features.describe(),
         },
         label_names=model.label_names,
         clip_ids=ids,
         groups=[clip.group for clip in used],
-        group_name=group_name,
+        group_name=probe.group_name,
         targets=np.array([names.index(clip.label) for clip in used]) if labelled else None,
         before=gathered[0],
         outcomes=outcomes,
@@ -313,33 +297,12 @@ def _scored(
 
 
 def _in_threads(make: Callable[[int], Any], count: int, progress: bool) -> Iterator[Any]:
-    """Yields make(0), make(1), ... in order; the next ones are computed while the caller works."""
-    threads, numbers = min(4, os.cpu_count() or 1), iter(range(count))
-    with ThreadPoolExecutor(threads) as pool:
-        first = itertools.islice(numbers, threads + 1)
-        waiting: deque[Future[Any]] = deque(pool.submit(make, i) for i in first)
-        for _ in tqdm(range(count), unit="clip", desc="robustness", disable=not progress):
-            yield waiting.popleft().result()
-            waiting.extend(pool.submit(make, i) for i in itertools.islice(numbers, 1))
-
-
-def _labelled(model: TrainedModel) -> bool:
-    """Returns whether a clip has one label that the model may predict.
-
-    Raises:
-      UserError: the model is a regression.
-    """
-    if model.task == "regression":
-        raise UserError(
-            f"{model.workdir}: a regression makes no decisions that a change could alter."
-        )
-    return model.task == "single_label"
-
-
-def _sound(path: Path, clip_id: str, label: str, group: str | None) -> SoundClip:
-    """Returns a sound file's clip; one of GTZAN's has its artist as the group."""
-    known = artist_groups().get(_gtzan_id(clip_id) or "")
-    return SoundClip(clip_id, path, label, known[0] if known else group)
+    """Yields make(0), make(1), ... in order, computed by threads in blocks that fit in memory."""
+    block = 2 * min(4, os.cpu_count() or 1)
+    with ThreadPoolExecutor(block // 2) as pool:
+        blocks = (range(first, min(first + block, count)) for first in range(0, count, block))
+        made = itertools.chain.from_iterable(pool.map(make, numbers) for numbers in blocks)
+        yield from tqdm(made, "robustness", count, unit="clip", disable=not progress)
 
 
 def _gtzan_id(name: str) -> str | None:

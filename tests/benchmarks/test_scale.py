@@ -11,22 +11,23 @@ from musicgenre.store.store import Store
 
 
 def test_what_a_million_tracks_take_is_worked_by_hand():
-    gtzan, mtat, million = scale.KINDS
-    # 647 frames of 128 float16 are 165,632 bytes; 7,813 shards have a header each.
-    made = scale.project(million, 0.09, 128, price_core_hour=0.04, price_gb_month=0.02)
-    assert made.shard_bytes == 165_632_000_000 + 7_813 * 128
-    assert (made.core_hours, made.price_once) == (25.0, 1.0)
-    assert made.price_month == pytest.approx(165.633000064 * 0.02)
-    # MTAT: 628 frames; 203 shards, the last of 7 clips.
-    assert scale.project(mtat, 1.0, 128, 0, 0).shard_bytes == 25_863 * 628 * 256 + 203 * 128
-    assert scale.project(gtzan, 3.6, 128, 1, 0).price_once == 1.0
-    # At 22,050 Hz and a hop of 1,024, the last one centred on the end. A preview's 646 are filled up to GTZAN's 647.
-    assert [1 + round(kind.seconds * 22_050) // 1024 for kind in scale.KINDS] == [647, 628, 646]
+    gtzan, mtat, million = scale.DATASETS
+    # 647 frames of 128 float16 are 165,632 bytes; each of the 7,813 shards has a header.
+    size, hours, once, per_month = scale.project(million, 0.09, 128, 0.04, 0.02)
+    assert size == 165_632_000_000 + 7_813 * 128
+    assert (hours, once) == (25.0, 1.0)
+    assert per_month == pytest.approx(165.633000064 * 0.02)
+    # MTAT: 628 frames; 203 shards, the last with 7 clips.
+    assert scale.project(mtat, 1.0, 128, 0, 0)[0] == 25_863 * 628 * 256 + 203 * 128
+    assert scale.project(gtzan, 3.6, 128, 1, 0)[2] == 1.0
+    # At 22,050 Hz with a hop of 1,024 a preview has 646 frames, which are padded to GTZAN's 647.
+    frames = [1 + round(published.seconds * 22_050) // 1024 for published in scale.DATASETS]
+    assert frames == [647, 628, 646]
 
 
 def test_a_store_of_sparse_shards_is_a_store(tmp_path):
     made = scale.build(tmp_path / "store", 300, 647)
-    assert made["todo"] == 0
+    assert made["clips to do"] == 0
     store = Store.open(tmp_path / "store", verify=True)
     assert len(store) == 300 and store.skipped == [] and len(store.indices("train")) == 240
     assert store.labels[3] == ("tag 03", "tag 10", "tag 23")
@@ -35,34 +36,26 @@ def test_a_store_of_sparse_shards_is_a_store(tmp_path):
     assert sum(size.st_size for size in sizes) == 300 * 647 * 128 * 2 + 3 * 128
     assert sum(512 * size.st_blocks for size in sizes) < 100_000
     found = scale.start(tmp_path / "store", 2)
-    parts = found["open_s"] + found["iterator_s"] + found["batch_s"]
-    assert found["first_batch_s"] == pytest.approx(parts) and 0 < parts < 10
-    # The peak of this process, whatever ran in it before.
-    assert 0 <= found["first_batch_GB"] - found["before_GB"] < 0.5
+    parts = found["open (s)"] + found["iterator (s)"] + found["batch (s)"]
+    assert found["first batch (s)"] == pytest.approx(parts) and parts > 0
+    assert 0 <= found["first batch, peak (GB)"] - found["before, peak (GB)"] < 0.5
 
 
 def test_the_steps_of_a_clip_are_measured(tmp_path):
-    short = dataclasses.replace(scale.KINDS[2], seconds=1.5, frames=32)
+    short = dataclasses.replace(scale.DATASETS[2], seconds=1.5, frames=32)
     seconds = scale.measure_clip(short, FeatureSpec(), 2, tmp_path)
     assert list(seconds) == ["hash", "decode", "resample", "mel", "write", "process_clip"]
-    assert all(
-        len(values) == 2 and min(values) >= 0 and max(values) < 5 for values in seconds.values()
-    )
-    # 44.1 kHz in stereo, as such previews are.
+    assert all(len(values) == 2 and min(values) >= 0 for values in seconds.values())
     info = soundfile.info(tmp_path / "clip.mp3")
     assert (info.samplerate, info.channels, info.format) == (44_100, 2, "MP3")
     assert np.load(tmp_path / "shards/00000.npy").shape == (128, 32, 128)
 
 
 def test_the_tables_are_printed(capsys, monkeypatch):
-    monkeypatch.setattr(
-        scale,
-        "_in_own_process",
-        lambda step, *rest: scale.build(*rest) if step == "build" else scale.start(*rest),
-    )
+    steps = {"build": scale.build, "start": scale.start}
+    monkeypatch.setattr(scale, "run_step", lambda step, *of: steps[step](*of))
     assert scale.main(["--clips=0", "--entries=100,200", "--frames=8", "--batches=2"]) == 0
     printed = capsys.readouterr().out
-    assert re.search(
-        r"  100 clips,    0\.000 GB: open 0\.\d+ s.* \(1\.0 times the first row's\)", printed
-    )
-    assert "200 clips" in printed and printed.count("to do 0;") == 2
+    assert re.search(r" +100 clips +200 clips\n +shards \(GB\) +0\.000 +0\.000\n", printed)
+    assert re.search(r"clips to do +0\.000 +0\.000\n", printed)
+    assert re.search(r"first batch over the first store's +1\.000 +[\d.]+\n", printed)

@@ -7,21 +7,22 @@ from benchmarks import trace
 
 
 def test_own_times_are_worked_by_hand():
-    # "outer" holds "first" and "second", which holds "inner"; "after" begins where "outer" ends, and goes on beside "beside".
+    # "outer" contains "first" and "second", "second" contains "inner"; "after" begins when "outer"
+    # ends and overlaps "late".
     events = [
         (0, 100, "outer"),
         (10, 20, "first"),
         (40, 50, "second"),
         (45, 5, "inner"),
         (100, 7, "after"),
-        (105, 10, "beside"),
+        (105, 10, "late"),
     ]
-    own = {"outer": 30, "first": 20, "second": 45, "inner": 5, "after": 5, "beside": 10}
+    own = {"outer": 30, "first": 20, "second": 45, "inner": 5, "after": 5, "late": 10}
     assert dict(trace.own_times(events)) == own and sum(own.values()) == 115
 
 
 @pytest.mark.parametrize(
-    ("name", "place", "primitive"),
+    ("name", "layer", "primitive"),
     [
         (
             "jit(train_step)/jvp(Conv1D)/conv1/conv_general_dilated",
@@ -41,8 +42,8 @@ def test_own_times_are_worked_by_hand():
         ("jit(train_step)/integer_pow", "the rest of the step", "integer_pow"),
     ],
 )
-def test_a_name_says_where_in_the_network(name, place, primitive):
-    assert trace.place(name) == (place, primitive)
+def test_a_name_gives_layer_and_primitive(name, layer, primitive):
+    assert trace.layer_of(name) == (layer, primitive)
 
 
 def test_a_real_trace_names_its_layers(tmp_path, capsys):
@@ -62,23 +63,20 @@ def test_a_real_trace_names_its_layers(tmp_path, capsys):
             jax.block_until_ready(step(params))
         other(x[:4]).block_until_ready()
     rows = trace.operations(trace.newest(tmp_path))
-    # One product forward and one backward (x needs no gradient), three times each. How long each takes is the machine's affair.
-    counts = {(row.place, row.operation): row.count for row in rows}
+    # One product forward and one backward (x needs no gradient), three times each.
+    counts = {(row.layer, row.operation): row.count for row in rows}
     assert (
         counts["forward large", "dot_general"] == 3 and counts["backward large", "transpose"] == 3
     )
     assert [row.typical for row in rows] == sorted((row.typical for row in rows), reverse=True)
-    assert all(row.seconds > 0 and 0 < row.typical < 5 for row in rows[:5])
+    assert all(row.seconds > 0 and row.typical > 0 for row in rows[:5])
     assert trace.main([str(tmp_path), "--top=1"]) == 0
-    printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 4 and printed[1].endswith(
-        f"{rows[0].count}  {rows[0].place}: {rows[0].operation}"
-    )
-    assert printed[2].endswith(f"{len(rows) - 1} more") and printed[3].endswith(
-        f"{sum(row.count for row in rows)}  together"
-    )
+    _, first, rest, total = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"  {rows[0].layer}: {rows[0].operation} ")
+    assert first.endswith(f" {rows[0].count}") and rest.startswith(f"  {len(rows) - 1} more ")
+    assert total.startswith("  total ") and total.endswith(f" {sum(row.count for row in rows)}")
 
 
-def test_without_a_trace_it_says_what_to_do(tmp_path, capsys):
+def test_without_a_trace_the_message_names_the_flag(tmp_path, capsys):
     assert trace.main([str(tmp_path)]) == 2
-    assert "no *.xplane.pb there. Train with --profile_steps=20,5" in capsys.readouterr().err
+    assert "has no *.xplane.pb. Train with --profile_steps=20,5" in capsys.readouterr().err

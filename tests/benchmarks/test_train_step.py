@@ -1,12 +1,12 @@
 import importlib
 import re
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks._nets import TINY
 from musicgenre import models
 
 torch = pytest.importorskip("torch", reason="the peers' extra (PyTorch) is not installed")
@@ -15,8 +15,8 @@ torch = pytest.importorskip("torch", reason="the peers' extra (PyTorch) is not i
 @pytest.fixture
 def benchmark(monkeypatch):
     module = importlib.import_module("benchmarks.train_step")
-    # PyTorch's threads wait in a loop, which takes minutes where other tests run beside this one.
-    monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: {0})
+    # PyTorch's threads busy-wait, which takes minutes while other tests run.
+    monkeypatch.setattr(module, "usable_cores", lambda: 1)
     torch.set_num_threads(1)
     return module
 
@@ -27,7 +27,7 @@ def torch_nets(benchmark):
 
 
 def drawn_variables(module, frames, bands):
-    """Kernels of unit gain, vectors between 0.5 and 1.5, so that every bias and normalisation does something."""
+    """Kernels of unit gain, vectors between 0.5 and 1.5: every bias and normalisation matters."""
     generator = np.random.default_rng(0)
 
     def draw(leaf):
@@ -47,7 +47,7 @@ def drawn_variables(module, frames, bands):
     }
 
 
-# Smaller inputs than the benchmark's where a network takes any: the parameters are the same, but for Conv1D's dense layer.
+# Inputs are smaller than the benchmark's where a network takes any size.
 @pytest.mark.parametrize(
     ("name", "frames", "bands"),
     [
@@ -59,7 +59,7 @@ def drawn_variables(module, frames, bands):
         ("crnn", 1366, 96),
     ],
 )
-def test_both_sides_are_one_network(benchmark, torch_nets, name, frames, bands):
+def test_both_sides_are_the_same_network(benchmark, torch_nets, name, frames, bands):
     net = benchmark.NETS[name]
     module = models.build(net.model, num_classes=benchmark.CLASSES, frames=frames, bands=bands)
     variables = drawn_variables(module, frames, bands)
@@ -68,7 +68,7 @@ def test_both_sides_are_one_network(benchmark, torch_nets, name, frames, bands):
     ours = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     assert sum(parameter.numel() for parameter in peer.parameters()) == ours
     if name in ("fcn4", "crnn"):
-        return  # their inputs cannot be smaller: the forward pass is too long for a test
+        return  # their inputs cannot be smaller, and a forward pass takes too long
     x = np.random.default_rng(1).standard_normal((2, frames, bands), np.float32)
     expected = jax.jit(lambda v, x: module.apply(v, x, train=False))(variables, x)
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_both_sides_are_one_network(benchmark, torch_nets, name, frames, bands):
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
 
 
-def test_a_gru_is_keras_1s(torch_nets):
+def test_the_gru_equals_keras_1s(torch_nets):
     crnn = importlib.import_module("musicgenre.models.crnn")
     generator = np.random.default_rng(0)
     variables = {
@@ -94,33 +94,25 @@ def test_a_gru_is_keras_1s(torch_nets):
 
 
 def test_a_missing_parameter_is_refused(benchmark, torch_nets):
-    module = models.build(benchmark.TINY["tiny"].model, num_classes=10, frames=100, bands=16)
+    module = models.build(TINY["tiny"].model, num_classes=10, frames=100, bands=16)
     variables = drawn_variables(module, 100, 16)
     del variables["params"]["conv2"]["bias"]
     with pytest.raises(RuntimeError, match=r"conv2\.bias"):
         torch_nets.load_flax(torch_nets.build("tiny", 10, 100, 16), variables)
 
 
-def test_memory_is_measured_in_a_process_of_its_own(benchmark, monkeypatch):
-    commands = []
+def test_memory_is_measured_in_a_new_process(benchmark, monkeypatch):
+    calls = []
 
-    def run(command, **_):
-        commands.append(command[2:])
-        return types.SimpleNamespace(stdout='a warning\n{"steps": 123.5, "peak": 200}\n')
+    def run(*arguments):
+        calls.append(arguments)
+        return {"steps": 123.5, "peak": 200.0}
 
-    monkeypatch.setattr(benchmark.subprocess, "run", run)
-    assert benchmark.measure_memory(
-        "torch eager", "tiny", 8, "float32", tiny=True
-    ) == benchmark.Memory(123.5, 200)
-    expected = [
-        "benchmarks.train_step",
-        "--memory_of=torch eager",
-        "--nets=tiny",
-        "--batch=8",
-        "--dtypes=float32",
-        "--tiny",
-    ]
-    assert commands == [expected]
+    monkeypatch.setattr(benchmark, "in_new_process", run)
+    memory = benchmark.measure_memory("torch eager", "tiny", 8, "float32", tiny=True)
+    assert memory == benchmark.Memory(123.5, 200.0)
+    flags = ("--memory_of=torch eager", "--nets=tiny", "--batch=8", "--dtypes=float32", "--tiny")
+    assert calls == [("train_step", *flags)]
 
 
 def test_a_dry_run_prints_every_figure(benchmark, capsys, monkeypatch):
@@ -133,20 +125,15 @@ def test_a_dry_run_prints_every_figure(benchmark, capsys, monkeypatch):
     assert benchmark.main(["--tiny", "--no_compile"]) == 0
     printed = capsys.readouterr().out
     assert len(re.findall(r"jax / torch eager: [\d.]+ \(quartiles", printed)) == 2  # of both types
-    assert printed.count("bar: at most 1, ") == 1  # in float32 alone
-    assert "memory, steps, MB: jax 300, torch eager 200\n    jax / torch eager: 1.500" in printed
-    assert (
-        "memory, with compiling, MB: jax 500, torch eager 250\n    jax / torch eager: 2.000"
-        in printed
-    )
-    assert (
-        len(
-            re.findall(
-                r"the device: [\d.]+ TFLOP/s in products of 1024\^3, [\d.]+ GB/s in copies", printed
-            )
-        )
-        == 2
-    )
+    assert printed.count("target: at most 1, ") == 1  # in float32 alone
+    for what, ours, theirs, ratio in (
+        ("stepping", 300, 200, "1.500"),
+        ("with compilation", 500, 250, "2.000"),
+    ):
+        line = f"memory, {what}, MB: jax {ours}, torch eager {theirs}"
+        assert f"{line}\n    jax / torch eager: {ratio}" in printed
+    rates = r"the device: [\d.]+ TFLOP/s in products of 1024\^3, [\d.]+ GB/s in copies"
+    assert len(re.findall(rates, printed)) == 2
     with pytest.raises(SystemExit):
         benchmark.main(["--nets=conv3d"])
     assert "--nets: 'conv3d' is none of conv1d, fcn4, crnn" in capsys.readouterr().err

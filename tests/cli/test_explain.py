@@ -82,9 +82,9 @@ def test_a_folder_is_explained_and_its_bad_file_reported(bundle, music, tmp_path
     softmax = np.exp(shown) / np.exp(shown).sum()
     np.testing.assert_allclose(softmax, windows.probabilities[best], rtol=1e-3)
     original, rate = soundfile.read(out / "c" / "original.wav")
-    whole, _ = soundfile.read(music / "c.flac")
+    full, _ = soundfile.read(music / "c.flac")
     first = round(start * rate)
-    np.testing.assert_allclose(original, whole[first : first + len(original)], atol=1e-4)
+    np.testing.assert_allclose(original, full[first : first + len(original)], atol=1e-4)
     assert len(original) == pytest.approx((end - start) * rate, abs=2)
 
     with open(out / "moments.csv", newline="") as file:

@@ -75,12 +75,12 @@ def test_a_program_that_differs_leaves_no_file(bundle, tmp_path, capsys, monkeyp
         (
             ["{bundle}", "--out={out}.tflite"],
             [],
-            "a.tflite: no known format; the name ends in .onnx or .stablehlo",
+            "a.tflite: no known format; name it *.onnx or *.stablehlo",
         ),
         (
             ["{bundle}", "--out={out}"],
             [],
-            "no known format; the name ends in .onnx or .stablehlo, or --format says which.",
+            "no known format; name it *.onnx or *.stablehlo, or set --format.",
         ),
         (
             ["gtzn", "--out={out}.onnx"],

@@ -90,7 +90,7 @@ def test_it_says_where_it_is_and_who_can_reach_it(
     ((config, port),) = served
     assert written.out == f"{shown}{port}  (Ctrl-C stops it)\n"
     assert ("everybody who reaches this machine" in written.err) is open_to_all
-    # What a proxy says of the client is not believed, and no version is told.
+    # Headers of a proxy are not trusted, and the server reveals no version.
     assert not config.proxy_headers and not config.server_header
 
 

@@ -32,7 +32,7 @@ def made(bundle, tmp_path_factory):
 
 
 @pytest.fixture
-def place(made, tmp_path, monkeypatch):
+def current(made, tmp_path, monkeypatch):
     """The current folder, with a copy of the files and of the index, which has their old paths."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(made / "music", tmp_path / "music")
@@ -54,8 +54,12 @@ def expected(made, bundle, query, k):
     return [(path, similarity) for similarity, path in pairs[:k]]
 
 
-def test_table_json_lines_and_csv_of_several_queries(made, place, bundle, capsys):
-    inside, outside, bad = made / "music" / "a.wav", place / "music" / "e.mp3", place / "bad.wav"
+def test_table_json_lines_and_csv_of_several_queries(made, current, bundle, capsys):
+    inside, outside, bad = (
+        made / "music" / "a.wav",
+        current / "music" / "e.mp3",
+        current / "bad.wav",
+    )
     bad.write_bytes(b"RIFF")
     settings = ["--index=music.index", f"--model={bundle}"]
     near = expected(made, bundle, inside, 3)
@@ -88,7 +92,7 @@ def test_table_json_lines_and_csv_of_several_queries(made, place, bundle, capsys
     capsys.readouterr()
 
 
-def test_a_playlist_of_the_neighbours_holds_each_once(made, place, bundle):
+def test_a_playlist_of_the_neighbours_holds_each_once(made, current, bundle):
     queries = [made / "music" / name for name in ("a.wav", "f.wav")]
     words = ["--index=music.index", f"--model={bundle}", "--k=2", "--format=m3u"]
     assert run(*queries, *words, "--out=like.m3u8") == 0
@@ -98,7 +102,7 @@ def test_a_playlist_of_the_neighbours_holds_each_once(made, place, bundle):
     assert lines[1] == f"#EXTINF:-1,{Path(near[0][0]).stem} ({100 * near[0][1]:.0f} %)"
 
 
-def test_an_index_is_kept_up_to_date(made, place, bundle, capsys):
+def test_an_index_is_kept_up_to_date(made, current, bundle, capsys):
     settings = ["--index=own.index", f"--model={bundle}"]
     assert run(*settings, "--add=music/album", "--add=music/*.wav") == 0
     captured = capsys.readouterr()
@@ -124,10 +128,10 @@ def test_an_index_is_kept_up_to_date(made, place, bundle, capsys):
     assert paths == [f"music/{name}" for name in ("a.wav", "album/c, d.ogg", "e.mp3", "f.wav")]
 
 
-def test_names_that_are_no_text(place, bundle, monkeypatch):
-    odd = os.fsdecode(os.fsencode(place / "music") + b"/caf\xe9.wav")
-    os.rename(place / "music" / "a.wav", odd)
-    other = str(place / "music" / "f.wav")
+def test_names_that_are_no_text(current, bundle, monkeypatch):
+    odd = os.fsdecode(os.fsencode(current / "music") + b"/caf\xe9.wav")
+    os.rename(current / "music" / "a.wav", odd)
+    other = str(current / "music" / "f.wav")
 
     def output(names, *arguments):
         # As a process has them; pytest's own cannot hold such names.
@@ -145,12 +149,12 @@ def test_names_that_are_no_text(place, bundle, monkeypatch):
     assert output([], other, "--format=table")[1].endswith(os.fsencode(odd))
 
 
-def test_input_that_cannot_be_used(made, place, bundle, capsys):
+def test_input_that_cannot_be_used(made, current, bundle, capsys):
     song = "music/a.wav"
     Path("empty").mkdir()
     Path("bad.wav").write_bytes(b"RIFF")
     Path("text").write_text("no index")
-    (place / "new\nline.wav").write_bytes(Path(song).read_bytes())
+    (current / "new\nline.wav").write_bytes(Path(song).read_bytes())
     index = ["--index=music.index", f"--model={bundle}"]
     for arguments, message in (
         (

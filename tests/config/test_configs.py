@@ -177,7 +177,7 @@ def test_sizes_and_sources_of_the_residual_network_combine():
             get_config(wrong)
 
 
-def test_the_base_is_the_reports():
+def test_the_base_config_is_the_reports():
     config = base_config()
     check_config(config)
     assert (
@@ -223,7 +223,7 @@ def test_the_stores_path_depends_on_what_the_store_is_made_from():
         ("optimizer.accumulate", 5, "does not divide by optimizer.accumulate"),
         ("optimizer.learning_rate", -1.0, "config.optimizer.learning_rate must be above 0"),
         ("data.pad", "mirror", "data.pad must be"),
-        ("data.normalise_clips", -1, "config.data.normalise_clips must not be negative, but is -1"),
+        ("data.normalise_clips", -1, "config.data.normalise_clips must be at least 0, not -1"),
         ("features.n_fft", 0, "features.n_fft must be at least 1"),
         ("optimizer.schedule", "kosine", "Did you mean 'cosine'"),
     ],

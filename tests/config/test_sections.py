@@ -40,7 +40,7 @@ def test_sections_are_frozen_and_check_themselves():
 
 
 @pytest.mark.parametrize("value", [float("nan"), 0.0, -1.0])
-def test_a_number_that_fails_its_limit_is_refused_not_a_number_too(value):
+def test_a_nan_or_an_out_of_range_number_is_refused(value):
     with pytest.raises(UserError, match=r"config.optimizer.learning_rate must be above 0"):
         sections.Optimizer(learning_rate=value)
 

@@ -55,7 +55,7 @@ def test_the_temperature_of_a_mean_over_windows_is_the_best_one():
     assert loss(found) < min(loss(1.02 * found), loss(0.98 * found), loss(1.0))
 
 
-def test_no_clip_has_a_say_in_its_own_temperature():
+def test_no_clip_influences_its_own_temperature():
     # One artist's clips ask for 2, the other's for 1; each gets what the other asks for.
     (one, labels), (other, more) = sure_of_the_first(4, 3), sure_of_the_first(10, 9)
     scores, temperatures = cross_fitted(

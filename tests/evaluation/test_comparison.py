@@ -94,7 +94,7 @@ def test_what_cannot_be_averaged_is_refused():
         ensemble([first, dataclasses.replace(first, clip_ids=["x", "z"])], ["s0", "s1"])
     with pytest.raises(UserError, match="the labels of s0 and s1 differ"):
         ensemble([first, dataclasses.replace(first, label_names=("a", "b", "d"))], ["s0", "s1"])
-    with pytest.raises(UserError, match="not 0 with 0 names"):
+    with pytest.raises(UserError, match="0 evaluations with 0 names"):
         ensemble([], [])
 
 
@@ -103,16 +103,14 @@ def test_summary_over_seeds(tmp_path):
         (f"seed {i}", {"accuracy": value, "macro_f1": 0.3, "macro_roc_auc": None if i else 0.7})
         for i, value in enumerate([0.4, 0.5, 0.6])
     ]
-    correct = np.zeros((3, 10))
-    correct[0, :4] = correct[1, :5] = correct[2, :6] = 1
-    page = summarise_seeds(
-        tmp_path,
-        runs,
-        title="<b>seeds",
-        correct=correct,
-        groups=["x"] * 5 + ["y"] * 5,
-        synthetic=True,
-    ).read_text(encoding="utf-8")
+    clips = {"clip_ids": list(range(10)), "groups": ["x"] * 5 + ["y"] * 5, "synthetic": True}
+    # The first 4, 5 and 6 clips are right.
+    evaluations = [
+        member(np.eye(3)[(np.arange(10) >= right).astype(int)], targets=np.zeros(10, int), **clips)
+        for right in (4, 5, 6)
+    ]
+    path = summarise_seeds(tmp_path, runs, title="<b>seeds", evaluations=evaluations)
+    page = path.read_text(encoding="utf-8")
     saved = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     assert saved["measures"]["accuracy"]["mean"] == pytest.approx(0.5)
     assert saved["measures"]["accuracy"]["interval"] == pytest.approx(
@@ -173,5 +171,3 @@ def test_summaries_of_runs_that_do_not_fit_are_refused(tmp_path):
     runs = [("a", {"accuracy": 0.5}), ("b", {"macro_roc_auc": 0.5})]
     with pytest.raises(UserError, match="the runs a, b have no measure in common"):
         summarise_seeds(tmp_path, runs, title="x")
-    with pytest.raises(UserError, match="for 1 seeds"):
-        summarise_seeds(tmp_path, [("a", {"accuracy": 0.5})], title="x", correct=np.ones((2, 4)))

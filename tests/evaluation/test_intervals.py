@@ -79,7 +79,7 @@ def test_seeds_summary_by_hand():
     assert summary["values"] == [0.4, 0.5, 0.6]
 
 
-def test_one_seed_has_no_deviation():
+def test_one_seed_has_no_standard_deviation():
     assert seeds_summary([0.4]) == {
         "n": 1,
         "mean": 0.4,

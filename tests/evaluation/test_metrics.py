@@ -176,7 +176,7 @@ def test_weighted_aucs_agree_with_scikit_learn_on_ties_and_weights():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(scores=SCORES[:, :2]), r"scores must have the shape \[clips, 3\]"),
+        (dict(scores=SCORES[:, :2]), r"scores must have the shape \[4, 3\], not \[4, 2\]"),
         (dict(scores=SCORES[:0], labels=LABELS[:0]), "nothing to measure"),
         (
             dict(scores=np.where(SCORES == 0.8, np.nan, SCORES)),
@@ -186,7 +186,7 @@ def test_weighted_aucs_agree_with_scikit_learn_on_ties_and_weights():
             dict(scores=np.where(SCORES == 0.8, 1.5, SCORES)),
             r"clip 2 has 1.5 for 'b', which is outside",
         ),
-        (dict(scores=SCORES / 2), "clip 0 sum to 0.5000"),
+        (dict(scores=SCORES / 2), "clip 0 sums to 0.5000"),
         (dict(labels=LABELS[:3]), "labels must have the shape"),
         (dict(labels=LABELS.astype(float)), "labels must be integers"),
         (dict(labels=np.array([0, 1, 3, 0])), "clip 2 has the label 3"),
@@ -201,7 +201,7 @@ def test_multi_label_refuses_other_targets():
     scores, targets, names = multi_label_case()
     with pytest.raises(UserError, match="targets must have the shape"):
         multi_label_metrics(scores, targets[:2], names)
-    with pytest.raises(UserError, match="clip 0 has 2 for the tag 'rock'"):
+    with pytest.raises(UserError, match="clip 0 has 2 for 'rock', which is not 0 or 1"):
         multi_label_metrics(scores, targets + targets, names)
 
 

@@ -79,14 +79,14 @@ def test_per_class_bars_keep_the_label_order_and_the_means_of_the_metrics():
 
 def test_learning_curves_mark_the_evaluated_step():
     rows = [{"step": 10, "train_loss": 2.0}, {"step": 20, "valid_loss": 1.5, "valid_accuracy": 0.4}]
-    loss, accuracy = plots.learning_curves(rows, evaluated_step=20).axes
+    loss, accuracy = plots.learning_curves(rows, "accuracy", 20).axes
     assert [list(line.get_xdata()) for line in loss.lines] == [[10], [20], [20, 20]]
     assert list(accuracy.lines[0].get_ydata()) == [0.4]
-    nothing = plots.learning_curves([{"step": 1, "learning_rate": 0.1}]).axes
+    nothing = plots.learning_curves([{"step": 1}], "accuracy", None).axes
     assert [words(axes.texts) for axes in nothing] == [["not recorded"]] * 2
 
 
-def test_the_coverage_curve_shows_what_the_table_says():
+def test_the_coverage_curve_shows_the_numbers_of_the_table():
     confidence = np.linspace(0.2, 0.9, 60)
     found = risk_coverage(confidence, np.arange(60) % 4 > 0)
     [axes] = axes_of(plots.coverage_curve(found))
@@ -108,7 +108,9 @@ def test_the_coverage_curve_shows_what_the_table_says():
 def test_reliability_and_roc_show_the_numbers_of_the_metrics():
     scores, truth = np.array([[0.7, 0.3], [0.4, 0.6], [0.9, 0.1]]), np.array([0, 1, 1])
     measured = single_label_metrics(scores, truth, ["a", "b"])
-    top, below = plots.reliability_diagram(measured["reliability"], measured["ece"]).axes
+    top, below = plots.reliability_diagram(
+        measured["reliability"], measured["ece"], "accuracy", "clips"
+    ).axes
     full = [row for row in measured["reliability"] if row["n"]]
     curve = top.lines[-1] if len(top.lines[-1].get_xdata()) == 3 else top.lines[0]
     assert list(curve.get_ydata()) == [row["accuracy"] for row in full]
@@ -192,7 +194,7 @@ def test_time_and_bands_of_a_spectrogram():
     panels = [sound, plots.TimePanel(values, 0.5, -0.25, *names)]
     line, image, bar = axes_of(plots.time_panels(panels))
     (picture,) = image.get_images()
-    # Frames are centred on multiples of half a second, bands on whole numbers.
+    # Frames are centred on multiples of half a second, bands on integers.
     assert picture.get_extent() == [-0.25, 19.75, -0.5, 7.5]
     np.testing.assert_array_equal(picture.get_array(), values.T)
     assert picture.get_clim() == (-80, 0) and picture.origin == "lower"

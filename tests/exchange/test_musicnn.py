@@ -80,7 +80,7 @@ VGG = {
 
 
 def network(name):
-    """A small net of one of the original's two shapes, and variables drawn for it."""
+    """A small network of one of the original's two architectures, with random variables."""
     fields = {"name": "vgg", "filters": 2} if name.endswith("vgg") else {"name": "musicnn", **SIZES}
     module = models.build(fields, num_classes=len(LABELS[name[:3]]), frames=66, bands=64)
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 66, 64))))
@@ -163,7 +163,7 @@ def wheel(package):
 
 
 @pytest.mark.parametrize("name", ["MTT_musicnn", "MSD_musicnn", "MTT_vgg", "MSD_vgg"])
-def test_a_model_comes_over_whole(wheel, tmp_path, name):
+def test_an_imported_model_has_the_originals_weights_and_front_end(wheel, tmp_path, name):
     (path,) = import_models(Source(wheel), [name], tmp_path)
     assert path == tmp_path / f"{name}.safetensors"
     model = load_model(path)
@@ -198,10 +198,10 @@ def test_a_model_comes_over_whole(wheel, tmp_path, name):
     assert not (wheel.parent / "marker").exists(), "configuration.py was run"
 
 
-def test_every_form_of_the_source(package, wheel, tmp_path):
+def test_a_wheel_and_an_unpacked_package_give_the_same_models(package, wheel, tmp_path):
     (tmp_path / "downloaded").mkdir()
     (tmp_path / "downloaded" / wheel.name).write_bytes(wheel.read_bytes())
-    sources = [Source(place) for place in (package, package.parent, wheel, tmp_path / "downloaded")]
+    sources = [Source(path) for path in (package, package.parent, wheel, tmp_path / "downloaded")]
     for source in sources:
         assert available(source) == ["MTT_musicnn", "MSD_musicnn", "MTT_vgg", "MSD_vgg"]
         model = read_model(source, "MTT_vgg")
@@ -234,7 +234,7 @@ def test_the_command(wheel, tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
-def test_models_that_are_not_there_are_named(tmp_path, capsys):
+def test_absent_models_are_named(tmp_path, capsys):
     package = make_package(tmp_path / "site", names=("MSD_vgg",))
     assert main(["import-musicnn", str(package), "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
@@ -337,40 +337,40 @@ def test_damaged_files(tmp_path, file, content, message):
         read_model(Source(package), "MTT_vgg")
 
 
-def test_what_is_no_wheel_of_musicnn(package, wheel, tmp_path, monkeypatch):
+def test_other_files_and_damaged_wheels_are_refused(package, wheel, tmp_path, monkeypatch):
     (tmp_path / "text.whl").write_text("no archive")
     with pytest.raises(UserError, match=r"text.whl: not a wheel \(File is not a zip file\)"):
         Source(tmp_path / "text.whl")
     with zipfile.ZipFile(tmp_path / "other.whl", "w") as archive:
         archive.writestr("other/__init__.py", "")
-    with pytest.raises(UserError, match=r"other.whl: not the wheel of musicnn"):
+    with pytest.raises(UserError, match=r"other.whl: holds no musicnn/configuration.py"):
         Source(tmp_path / "other.whl")
-    with pytest.raises(UserError, match=r"holds neither musicnn/configuration.py nor a wheel"):
+    with pytest.raises(UserError, match=r"holds no musicnn/configuration.py, and 0 wheels"):
         Source(tmp_path)
     for version in ("0.1.0", "0.1.1"):
         (tmp_path / f"musicnn-{version}.whl").write_bytes(b"")
-    with pytest.raises(UserError, match="holds 2 wheels"):
+    with pytest.raises(UserError, match="and 2 wheels"):
         Source(tmp_path)
     with zipfile.ZipFile(tmp_path / "bare.whl", "w") as archive:
         archive.writestr("musicnn/configuration.py", "")
     with pytest.raises(UserError, match="holds none of the models MTT_musicnn"):
         available(Source(tmp_path / "bare.whl"))
     damaged = bytearray(wheel.read_bytes())
-    place = damaged.index((package / "MTT_vgg" / ".data-00000-of-00001").read_bytes()) + 10
-    damaged[place] ^= 1
+    data = (package / "MTT_vgg" / ".data-00000-of-00001").read_bytes()
+    damaged[damaged.index(data) + 10] ^= 1
     (tmp_path / "damaged.whl").write_bytes(damaged)
     with pytest.raises(
-        UserError, match=r"musicnn/MTT_vgg/.data-00000-of-00001 cannot be read \(Bad CRC-32"
+        UserError, match=r"musicnn/MTT_vgg/.data-00000-of-00001: cannot be read \(Bad CRC-32"
     ):
         read_model(Source(tmp_path / "damaged.whl"), "MTT_vgg")
     monkeypatch.setattr(musicnn_import, "_LARGEST", 400)
-    with pytest.raises(UserError, match=r"MTT_vgg.* bytes are too many for a file of musicnn"):
+    with pytest.raises(UserError, match=r"MTT_vgg.*: more than 400 bytes"):
         read_model(Source(wheel), "MTT_vgg")
-    with pytest.raises(UserError, match="bytes are too many for a file of musicnn"):
+    with pytest.raises(UserError, match=r"MTT_vgg.*: more than 400 bytes"):
         read_model(Source(package), "MTT_vgg")
 
 
-def test_names_in_a_wheel_lead_nowhere(wheel, tmp_path):
+def test_member_names_cannot_escape_the_output_folder(wheel, tmp_path):
     """A member outside the package is never written; two members of one name are refused."""
     evil = tmp_path / "deep" / "evil.whl"
     evil.parent.mkdir()
@@ -401,10 +401,10 @@ CLIPS = {
 @pytest.fixture(scope="module")
 def published():
     """The wheel that people download, where the environment says where it is."""
-    place = os.environ.get("MUSICGENRE_MUSICNN_WHEEL", "")
-    if not place:
+    path = os.environ.get("MUSICGENRE_MUSICNN_WHEEL", "")
+    if not path:
         pytest.skip("MUSICGENRE_MUSICNN_WHEEL does not name the wheel of musicnn 0.1.0")
-    return Source(place)
+    return Source(path)
 
 
 def windows(features, frames=187):

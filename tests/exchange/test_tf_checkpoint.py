@@ -49,7 +49,7 @@ def test_the_checksum_is_that_of_rfc_3720(data, crc):
 
 
 @pytest.mark.parametrize(("per_block", "shards"), [(1, 1), (7, 1), (1000, 1), (5, 3)])
-def test_what_was_written_is_read(tmp_path, per_block, shards):
+def test_written_variables_are_read(tmp_path, per_block, shards):
     written = variables()
     items = tf.write_checkpoint(tmp_path, written, per_block=per_block, shards=shards)
     found = read_checkpoint(read, f"{tmp_path}/")
@@ -82,7 +82,7 @@ def test_bytes_worked_by_hand():
     np.testing.assert_array_equal(read_checkpoint(files.__getitem__, "p")["w"], [1.0, -2.0])
 
 
-def test_no_damage_goes_unseen(tmp_path):
+def test_every_damaged_byte_is_detected(tmp_path):
     """A changed byte or a missing end is an error, or (in padding) leaves the entries equal."""
     tf.write_checkpoint(
         tmp_path,
@@ -91,33 +91,33 @@ def test_no_damage_goes_unseen(tmp_path):
     )
     index = read(f"{tmp_path}/.index")
     expected = parse_index(index, "index")
-    unseen = 0
-    for place in range(len(index)):
+    undetected = 0
+    for position in range(len(index)):
         for flip in (1, 128):
             damaged = bytearray(index)
-            damaged[place] ^= flip
+            damaged[position] ^= flip
             try:
                 found = parse_index(bytes(damaged), "index")
             except UserError:
                 continue
             assert found == expected
-            unseen += 1
+            undetected += 1
         with pytest.raises(UserError):
-            parse_index(index[:place], "index")
+            parse_index(index[:position], "index")
     # Not read: the empty metadata block, its handle, and the padding of the footer.
-    assert unseen <= 2 * (8 + 5 + 2 + 36)
+    assert undetected <= 2 * (8 + 5 + 2 + 36)
 
 
 def test_damaged_data(tmp_path):
     tf.write_checkpoint(tmp_path, {"a": np.ones(3, np.float32), "b": np.ones(3, np.float32)})
     data = tmp_path / ".data-00000-of-00001"
-    whole = data.read_bytes()
-    data.write_bytes(whole[:13] + b"!" + whole[14:])
+    written = data.read_bytes()
+    data.write_bytes(written[:13] + b"!" + written[14:])
     with pytest.raises(
         UserError, match=r"data-00000-of-00001: the variable 'b' does not match its checksum"
     ):
         read_checkpoint(read, f"{tmp_path}/")
-    data.write_bytes(whole[:-1])
+    data.write_bytes(written[:-1])
     with pytest.raises(UserError, match="the variable 'b' ends at byte 24 of 23"):
         read_checkpoint(read, f"{tmp_path}/")
 
@@ -148,7 +148,7 @@ HEADER = (b"", tf.header(1))
         ([[HEADER, (b"w", good(offset=1))]], "ends at byte 9 of 8"),
         ([[HEADER, (b"w", good(offset=2**63))]], "ends at byte"),
         ([[HEADER, (b"w", good(dtype=7))]], "has TensorFlow's type 7"),
-        ([[HEADER, (b"w", good(shard=1))]], "the variable 'w' is in file 1 of 1"),
+        ([[HEADER, (b"w", good(shard=1))]], "'w' is in file 1 of 1"),
         ([[HEADER, (b"w", good(extra=tf.message(7, b"")))]], "is stored in slices"),
         ([[HEADER, (b"w", good(extra=bytes([7 << 3 | 3])))]], r"a field of an unknown type \(3\)"),
         ([[HEADER, (b"w", tf.number(2, 5))]], "field 2 of an entry is not a message"),
@@ -163,22 +163,22 @@ HEADER = (b"", tf.header(1))
         ([[HEADER, (b"w", good()), (b"v", good())]], "keys are not in order"),
         ([[(b"w", good())]], "its first key is not the header"),
         ([[(b"", tf.header(1, tf.number(2, 1)))]], "big-endian"),
-        ([], "holds no header"),
+        ([], "its first key is not the header"),
         (
             [bytes.fromhex("050100") + b"w" + bytes(4) + b"\x01\0\0\0"],
-            "a key shares more bytes than the previous key",
+            "a key shares more than the previous key",
         ),
         ([b"\x01\x01\x00\x00"], "shorter than its list of restarts"),
         ([b""], "shorter than its list of restarts"),
     ],
 )
-def test_wrong_entries_with_right_checksums(blocks, message):
+def test_wrong_entries_with_correct_checksums(blocks, message):
     files = {"p.index": tf.table(blocks), "p.data-00000-of-00001": bytes(8)}
     with pytest.raises(UserError, match=message):
         read_checkpoint(files.__getitem__, "p")
 
 
-def test_what_is_no_index():
+def test_other_files_are_refused_as_an_index():
     with pytest.raises(UserError, match=r"notes.txt: not the index of a TensorFlow checkpoint"):
         parse_index(
             b"some text that is longer than a footer, and no table of any kind", "notes.txt"
@@ -188,5 +188,5 @@ def test_what_is_no_index():
     with pytest.raises(UserError, match=r"is compressed \(type 1\)"):
         parse_index(tf.table([[HEADER]], kind=1), "x")
     footer = (tf.varint(0) * 2 + tf.varint(2**40) + tf.varint(9)).ljust(40, b"\0") + tf.MAGIC
-    with pytest.raises(UserError, match=f"points to bytes {2**40} to {2**40 + 9}, beyond its 48"):
+    with pytest.raises(UserError, match=f"points to bytes {2**40} to {2**40 + 9} of 48"):
         parse_index(footer, "x")

@@ -50,9 +50,9 @@ def in_blocks(samples, size):
 def test_frames_of_a_stream_are_those_of_the_whole_file(fields, count, size):
     spec = FeatureSpec(n_mels=16, n_mfcc=8, **fields)
     samples = noise(count)
-    whole = (stft_power if spec.kind == "stft" else mel_power)(samples, spec)
+    full = (stft_power if spec.kind == "stft" else mel_power)(samples, spec)
     parts = list(stream_power(in_blocks(samples, size), spec))
-    np.testing.assert_allclose(np.concatenate(parts), whole, rtol=2e-5, atol=1e-9)
+    np.testing.assert_allclose(np.concatenate(parts), full, rtol=2e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize(("count", "size"), [(5_000, 333), (64, 10), (640, 64)])
@@ -91,8 +91,8 @@ def test_a_step_makes_windows_overlap():
     assert [window.start for window in found] == [0, 10, 20, 30, 36]
     # All count equally but the last, which advances by 6 frames of a step's 10.
     assert [window.weight for window in found] == [1, 1, 1, 1, 0.6]
-    whole = file_inputs(noise(512 * 100), model, step=10)
-    np.testing.assert_array_equal(whole[2], found[2].inputs)
+    full = file_inputs(noise(512 * 100), model, step=10)
+    np.testing.assert_array_equal(full[2], found[2].inputs)
     with pytest.raises(UserError, match="65 frames must be at least 1 and at most a window's 64"):
         list(stream_windows([noise(512 * 100)], model.features, model, step=65))
 
@@ -129,12 +129,12 @@ def test_streamed_probabilities_equal_those_of_the_whole_file(
     network = Network(model)
     samples = load_audio(path, 22050).samples
     inputs = file_inputs(samples, model)
-    whole = np.concatenate([network(inputs[i : i + 8])[0] for i in range(0, len(inputs), 8)])
+    full = np.concatenate([network(inputs[i : i + 8])[0] for i in range(0, len(inputs), 8)])
     scores = next(score_files(model, [path], network=network, keep_windows=True))
     assert len(scores.windows.starts) == len(inputs)
-    np.testing.assert_allclose(scores.windows.probabilities, whole, atol=1e-5)
+    np.testing.assert_allclose(scores.windows.probabilities, full, atol=1e-5)
     weights = [w.weight for w in stream_windows([samples], model.features, model)]
-    mean = np.average(whole, axis=0, weights=weights)
+    mean = np.average(full, axis=0, weights=weights)
     np.testing.assert_allclose(scores.probabilities, mean, atol=1e-5)
     assert scores.windows.ends[-1] == pytest.approx(seconds, abs=0.06)
     assert scores.embedding.shape == (16,)
@@ -242,12 +242,12 @@ def test_a_stream_reports_the_same_errors_as_reading_the_file_at_once(tmp_path, 
         path.write_bytes(path.read_bytes()[:300_000])
     else:
         soundfile.write(path, content, 22050, subtype="FLOAT")
-    with pytest.raises(UserError, match=message) as whole:
+    with pytest.raises(UserError, match=message) as error:
         load_audio(path, 22050)
     with pytest.raises(UserError, match=message) as streamed:
         list(stream_audio(path, 16000, block=1_000))
     scores = next(score_files(tiny_model(), [path]))
-    assert str(whole.value) == str(streamed.value) == scores.error and scores.probabilities is None
+    assert str(error.value) == str(streamed.value) == scores.error and scores.probabilities is None
 
 
 @pytest.mark.parametrize("resampler", ["soxr_hq", "kaiser_best"])
@@ -290,9 +290,9 @@ def test_an_overview_averages_frames_of_the_whole_file(tmp_path, frames):
     soundfile.write(path, noise(512 * frames), 22050, subtype="FLOAT")
     spec = tiny_model().features
     power, seconds = overview(path, spec, most=100)
-    whole = mel_power(load_audio(path, 22050).samples, spec)
+    full = mel_power(load_audio(path, 22050).samples, spec)
     assert 50 <= len(power) <= 100
     together = round(seconds * 22050 / 512)
     assert together == 8
-    expected = whole[: len(power) * 8].reshape(-1, 8, 16).mean(axis=1)
+    expected = full[: len(power) * 8].reshape(-1, 8, 16).mean(axis=1)
     np.testing.assert_allclose(power, expected, rtol=1e-4)

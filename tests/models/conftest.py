@@ -12,12 +12,12 @@ import pytest
 
 from musicgenre import models
 
-# Compiled as a whole, which is faster than each operation on its own.
+# Compiling everything at once is faster than each operation alone.
 _apply = jax.jit(models.apply_model, static_argnums=0)
 
 
 class Learned(NamedTuple):
-    """What a network has become after some steps on one batch: its variables, the loss of each step, the first gradients."""
+    """A network after some steps: its variables, each step's loss, the first gradients."""
 
     variables: dict[str, Any]
     losses: list[float]
@@ -52,7 +52,7 @@ def _layer_outputs(
 def _drawn(
     module: nn.Module, frames: int, bands: int, vector: Callable[..., np.ndarray]
 ) -> dict[str, Any]:
-    """Variables drawn with NumPy, which needs no compiling: kernels of unit gain, vectors by `vector(generator, name, shape)`."""
+    """Random variables: kernels of unit gain, vectors by `vector(generator, name, shape)`."""
     generator = np.random.default_rng(0)
 
     def draw(path, leaf):
@@ -84,7 +84,7 @@ def _lively(module: nn.Module, frames: int, bands: int) -> dict[str, Any]:
 
 @pytest.fixture
 def variable_shapes() -> Callable[[nn.Module, int, int], dict[str, Any]]:
-    """`(module, frames, bands)`: the shapes of a network's variables, without computing anything."""
+    """`(module, frames, bands)`: the shapes of a network's variables."""
     return _variable_shapes
 
 
@@ -102,13 +102,13 @@ def parameter_count() -> Callable[[nn.Module, int, int], int]:
 
 @pytest.fixture
 def layer_outputs() -> Callable[[nn.Module, dict[str, Any], jax.Array], dict[str, jax.Array]]:
-    """`(module, variables, x)`: what every layer returns, by the layer's name, and the embedding."""
+    """`(module, variables, x)`: the outputs of every layer by name, and the embedding."""
     return _layer_outputs
 
 
 @pytest.fixture
 def layer_shapes() -> Callable[[nn.Module, int, int], dict[str, tuple[int, ...]]]:
-    """`(module, frames, bands)`: the shape of every layer's output for two clips, and of the embedding, without computing."""
+    """`(module, frames, bands)`: the shapes of every layer's output for two clips."""
 
     def shapes(module, frames, bands):
         variables = _variable_shapes(module, frames, bands)
@@ -122,13 +122,13 @@ def layer_shapes() -> Callable[[nn.Module, int, int], dict[str, tuple[int, ...]]
 
 @pytest.fixture
 def filled() -> Callable[[nn.Module, int, int], dict[str, Any]]:
-    """`(module, frames, bands)`: random variables, so that every bias and normalisation does something."""
+    """`(module, frames, bands)`: random variables that make every bias and norm count."""
     return _filled
 
 
 @pytest.fixture
 def lively() -> Callable[[nn.Module, int, int], dict[str, Any]]:
-    """`(module, frames, bands)`: random variables whose biases, means, scales and variances are all between 0.1 and 0.4."""
+    """`(module, frames, bands)`: random variables, vectors between 0.1 and 0.4."""
     return _lively
 
 
@@ -140,7 +140,7 @@ def apply() -> Callable[[nn.Module, dict[str, Any], Any], tuple[jax.Array, jax.A
 
 @pytest.fixture
 def check_runs() -> Callable[[nn.Module, tuple[int, int, int], tuple[int, int]], None]:
-    """`(module, shape, expected)`: a batch of ones of this shape gives finite logits of the expected shape."""
+    """`(module, shape, expected)`: ones of this shape give finite logits of that shape."""
 
     def check(module, shape, expected):
         logits, _ = _apply(module, _filled(module, *shape[1:]), np.ones(shape, np.float32))
@@ -152,7 +152,7 @@ def check_runs() -> Callable[[nn.Module, tuple[int, int, int], tuple[int, int]],
 
 @pytest.fixture
 def check_bfloat16() -> Callable[[dict[str, Any], int, int], None]:
-    """`(model, frames, bands)`: in bfloat16 a network keeps float32 variables and gives nearly the same float32 logits."""
+    """`(model, frames, bands)`: bfloat16 keeps float32 variables and nearly the logits."""
 
     def check(model, frames, bands):
         x = np.random.default_rng(1).standard_normal((2, frames, bands), np.float32)
@@ -172,7 +172,7 @@ def check_bfloat16() -> Callable[[dict[str, Any], int, int], None]:
 
 @pytest.fixture
 def learn() -> Callable[..., Learned]:
-    """`(module, variables, x, y, loss, rate, steps)`: a network after steps of Adam on one batch, of `loss(logits, y)`."""
+    """`(module, variables, x, y, loss, rate, steps)`: a network after steps of Adam on a batch."""
 
     def train(module, variables, x, y, loss, rate, steps):
         optimizer = optax.adam(rate)
@@ -205,7 +205,7 @@ def learn() -> Callable[..., Learned]:
 
 @pytest.fixture
 def numpy_norm() -> Callable[..., np.ndarray]:
-    """`(y, variables, name, epsilon)`: a layer's batch normalisation in use; without parameters of its own it only normalises."""
+    """`(y, variables, name, epsilon)`: a layer's batch normalisation with running statistics."""
 
     def norm(y, variables, name, epsilon=1e-5):
         p, s = (
@@ -219,7 +219,7 @@ def numpy_norm() -> Callable[..., np.ndarray]:
 
 @pytest.fixture
 def numpy_conv() -> Callable[..., np.ndarray]:
-    """`(x, kernel, stride)`: convolution of an odd kernel, zeros all around, `[frames, bands, in]` to `[frames, bands, out]`."""
+    """`(x, kernel, stride)`: padded convolution of `[frames, bands, in]` with an odd kernel."""
 
     def conv(x, kernel, stride=1):
         size = kernel.shape[0]

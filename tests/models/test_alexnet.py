@@ -10,7 +10,8 @@ from musicgenre.models.alexnet import grouped_convolution, local_response_norm
 NARROW = {"name": "alexnet", "filters": (4, 6, 4, 4, 2), "dense": (8, 8)}
 
 
-# Each axis: ceil(n / 4), then (n - 3) // 2 + 1 at each pool. 387: 97, 48, 23, 11; 647: 162, 80, 39, 19; 128: 32, 15, 7, 3.
+# Each axis: ceil(n / 4), then (n - 3) // 2 + 1 at each pool. 387: 97, 48, 23, 11; 647: 162, 80, 39,
+# 19; 128: 32, 15, 7, 3.
 @pytest.mark.parametrize(("frames", "sizes"), [(387, (97, 48, 23, 11)), (647, (162, 80, 39, 19))])
 def test_sizes_of_real_inputs(frames, sizes, layer_shapes, variable_shapes, count):
     module = models.build({"name": "alexnet"}, num_classes=10, frames=frames, bands=128)
@@ -35,7 +36,7 @@ def test_sizes_of_real_inputs(frames, sizes, layer_shapes, variable_shapes, coun
 
 
 def test_the_published_count(variable_shapes, count):
-    """The original's 60,965,224 on 227 x 227 pictures for 1,000 classes, less the first filters of two more colours."""
+    """The original's 60,965,224 for 1,000 classes, less the first filters of two colours."""
     module = models.build({"name": "alexnet"}, num_classes=1000, frames=227, bands=227)
     params = variable_shapes(module, 227, 227)["params"]
     assert params["dense1"]["kernel"].shape == (6 * 6 * 256, 4096)
@@ -106,7 +107,7 @@ def test_the_grouped_layers_are_halved(variable_shapes):
 
 
 def test_fewest_frames_and_bands(variable_shapes, check_runs):
-    """One window of the last pool: 3, then (3 - 1) x 2 + 3 = 7, (7 - 1) x 2 + 3 = 15, (15 - 1) x 4 + 1 = 57."""
+    """One last window: 3, then 2 x 2 + 3 = 7, 6 x 2 + 3 = 15, 14 x 4 + 1 = 57."""
     module = models.build(NARROW, num_classes=3, frames=57, bands=57)
     assert variable_shapes(module, 57, 57)["params"]["dense1"]["kernel"].shape == (2, 8)
     check_runs(module, (2, 57, 57), (2, 3))
@@ -133,10 +134,6 @@ def test_fewest_frames_and_bands(variable_shapes, check_runs):
 def test_fields_that_do_not_belong_together(fields, message):
     with pytest.raises(UserError, match=message):
         models.build(NARROW | fields, num_classes=3, frames=100, bands=100)
-
-
-def test_bfloat16(check_bfloat16):
-    check_bfloat16(NARROW, 64, 60)
 
 
 def test_dropout_acts_on_the_dense_layers_in_training_only(lively, apply):

@@ -87,6 +87,6 @@ def test_fields_that_do_not_go_together_are_named():
     with pytest.raises(UserError, match=r"'k2c2'.*model.filters=\(8,\)"):
         build("k2c2", filters=(8,))
     with pytest.raises(
-        UserError, match=r"model.band_pools must be 1 from the convolution on that sees all bands"
+        UserError, match=r"model.band_pools must be 1 from the convolution on that covers all bands"
     ):
         build("k2c1", band_pools=(1, 1, 2, 1, 1))

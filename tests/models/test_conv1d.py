@@ -5,10 +5,9 @@ import pytest
 
 from musicgenre import models
 from musicgenre.errors import UserError
-from musicgenre.models.describe import describe, total_parameters
 
-# Worked by hand: convolutions 4x128x256 + 256 and twice 4x256x256 + 256; two pools of 256 over 2 (647 frames) or 1 (387)
-# windows; dense 2048; head of 10.
+# Worked by hand: convolutions 4x128x256 + 256 and twice 4x256x256 + 256; two pools of 256 over 2
+# (647 frames) or 1 (387) windows; dense 2048; head of 10.
 CONVOLUTIONS = 4 * 128 * 256 + 256 + 2 * (4 * 256 * 256 + 256)
 
 
@@ -27,10 +26,6 @@ def test_the_reports_sizes(frames, windows):
         "dense1": (512 * windows, 2048),
         "head": (2048, 10),
     }
-
-
-def test_647_frames_have_the_published_count():
-    assert CONVOLUTIONS + 1024 * 2048 + 2048 + 20490 == 2_775_818
 
 
 def test_glorot_normal_initialisation():
@@ -81,17 +76,6 @@ def test_too_few_frames_are_refused_with_both_numbers():
     module.init(jax.random.key(0), jnp.zeros((1, 235, 128)), train=False)
 
 
-def test_batch_norm_convolutions_have_no_bias():
-    module = models.build(
-        {"name": "conv1d", "batch_norm": True}, num_classes=10, frames=387, bands=128
-    )
-    variables = module.init(jax.random.key(0), jnp.zeros((1, 387, 128)), train=False)
-    assert "bias" not in variables["params"]["conv1"] and set(variables) == {
-        "params",
-        "batch_stats",
-    }
-
-
 def built(frames=16, bands=3, **fields):
     return models.build({"name": "conv1d", **fields}, num_classes=2, frames=frames, bands=bands)
 
@@ -115,7 +99,7 @@ def test_a_global_pool_counts_its_channels_once(pooling, features, parameter_cou
         assert parameter_count(module, frames, 128) == expected
 
 
-# One layer of width 1, whose frames do not know their neighbours, and no dense layer: the head takes the pool as it is.
+# One layer of width 1, whose frames are independent; the head takes the pool's output.
 PLAIN = {"filters": (4,), "width": 1, "stride": 1, "pool": 2, "dense": ()}
 
 
@@ -194,7 +178,7 @@ def test_widths_share_the_filters_and_lie_side_by_side(filled, apply, parameter_
     ]["bias"]
     expected = np.maximum([narrow, wide], 0).mean(axis=1)
     np.testing.assert_allclose(apply(module, variables, x)[1][0], expected, rtol=1e-5, atol=1e-6)
-    # Of the report's sizes: a quarter of 256 filters each of 2, 4, 8 and 16 frames, and one normalisation over all of them.
+    # The report's sizes: a quarter of 256 filters for each width, and one normalisation over all.
     module = models.build(
         {"name": "conv1d", "widths": (2, 4, 8, 16), "batch_norm": True},
         num_classes=10,
@@ -209,7 +193,7 @@ def test_widths_share_the_filters_and_lie_side_by_side(filled, apply, parameter_
 
 
 def test_a_global_pool_needs_fewer_frames(layer_shapes):
-    """Of 43 frames the convolutions and pools leave 22, 11, 6, 3, 2 and 1; of 42 they leave 21, 10, 5, 2, 1 and none."""
+    """43 frames leave 22, 11, 6, 3, 2 and 1; 42 leave 21, 10, 5, 2, 1 and none."""
     for pooling in ("mean", "mean_max", "attention"):
         with pytest.raises(UserError, match="at least 43 frames"):
             built(frames=42, pooling=pooling)
@@ -230,10 +214,10 @@ def test_a_global_pool_needs_fewer_frames(layer_shapes):
         ),
         (
             {"widths": (2, 2)},
-            r"model.widths of 'conv1d' takes different numbers of frames, from 1 on, not \(2, 2\)",
+            r"model.widths of 'conv1d' takes different numbers .* at least 1, not \(2, 2\)",
         ),
-        ({"widths": (0,)}, r"from 1 on, not \(0,\)"),
-        ({"widths": (2.5,)}, r"from 1 on, not \(2.5,\)"),
+        ({"widths": (0,)}, r"each at least 1, not \(0,\)"),
+        ({"widths": (2.5,)}, r"each at least 1, not \(2.5,\)"),
         (
             {"widths": (2, 4, 8)},
             r"must divide by the number of model.widths=\(2, 4, 8\): 256 filters do not",
@@ -243,24 +227,3 @@ def test_a_global_pool_needs_fewer_frames(layer_shapes):
 def test_ends_and_widths_that_do_not_fit_are_named(fields, message):
     with pytest.raises(UserError, match=message):
         built(frames=647, **fields)
-
-
-@pytest.mark.parametrize(
-    "fields", [{"pooling": "attention"}, {"pooling": "mean_max", "widths": (2, 4)}]
-)
-def test_bfloat16_keeps_float32_weights(fields, check_bfloat16):
-    check_bfloat16({"name": "conv1d", "filters": (8, 8, 8), "dense": (16,), **fields}, 64, 12)
-
-
-@pytest.mark.parametrize(
-    "fields", [{"pooling": "attention"}, {"pooling": "mean_max", "widths": (2, 4)}]
-)
-def test_new_ends_are_described(fields, parameter_count):
-    module = built(frames=387, bands=128, **fields)
-    layers = describe(module, 387, 128)
-    assert total_parameters(layers) == parameter_count(module, 387, 128)
-    joined = {layer.name: layer for layer in layers}
-    if "widths" in fields:
-        assert joined["conv1_width2"].output == joined["conv1_width4"].output == (194, 128)
-    else:
-        assert joined["attention"].inputs == ((6, 256),) and joined["attention"].parameters == 256

@@ -1,7 +1,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from musicgenre import models
@@ -148,25 +147,5 @@ def test_inputs_that_do_not_fit_are_refused_with_both_shapes(check_runs):
         UserError, match=r"model.input_norm: 'bands' is not known. Did you mean 'band'"
     ):
         build(input_norm="bands")
-    with pytest.raises(UserError, match="one length"):
+    with pytest.raises(UserError, match="the same length"):
         build(filters=(8, 8))
-
-
-def test_a_small_batch_of_noise_is_learned_by_heart(filled, learn):
-    module = build(
-        60, 16, 4, input_norm="band", conv_dropout=0.0, dropout=0.0, **SMALL | {"units": (16, 16)}
-    )
-    x = jax.random.normal(jax.random.key(0), (6, 60, 16))
-    y = jax.random.bernoulli(jax.random.key(1), 0.4, (6, 4)).astype(jnp.float32)
-    learned = learn(
-        module,
-        filled(module, 60, 16),
-        x,
-        y,
-        optax.sigmoid_binary_cross_entropy,
-        rate=2e-2,
-        steps=150,
-    )
-    # The gradient reaches everything, the first layer through both recurrent ones too.
-    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(learned.first_gradients))
-    assert learned.losses[0] > 0.4 and learned.losses[-1] < 0.03

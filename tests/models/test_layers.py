@@ -10,7 +10,27 @@ from musicgenre import models
 from musicgenre.models import fast_conv as fast
 from musicgenre.models import layers
 from musicgenre.models.fast_conv import fast_convs, lax_conv
-from musicgenre.models.layers import Conv, batch_norm, convolve_together, max_pool_overlapping
+from musicgenre.models.layers import (
+    Conv,
+    avg_pool_time,
+    batch_norm,
+    convolve_together,
+    global_max,
+    max_pool,
+    max_pool_overlapping,
+    max_pool_time,
+)
+
+
+@pytest.fixture(autouse=True)
+def switched_off_afterwards():
+    yield
+    fast.set_enabled(False)
+
+
+@pytest.fixture
+def enabled():
+    fast.set_enabled(True)
 
 
 def drawn(*shape):
@@ -28,8 +48,9 @@ def product_and_gradients(conv, x, kernel, stride, dy):
     return y, *gradients(dy)
 
 
-# Batch, frames, bands, channels, filters, size, stride: Winograd with a clip a turn, with several and with all; stride 2 at odd
-# and at even sizes; too few positions for Winograd; one channel; 1 x 1; other sizes.
+# Batch, frames, bands, channels, filters, size, stride: Winograd with a clip a turn, with several
+# and with all; stride 2 at odd and at even sizes; too few positions for Winograd; one channel; 1 x
+# 1; other sizes.
 CASES = [
     (2, 47, 35, 128, 128, 3, 1),
     (6, 15, 18, 24, 16, 3, 1),
@@ -87,8 +108,8 @@ def test_several_kernels_are_one_after_the_other():
 
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("plus", [True, False])
-def test_the_fast_normalisation_is_flax_s(relu, plus):
-    """Values, running statistics and all gradients at a real width, in float32 against nn.BatchNorm in float64."""
+def test_the_fast_normalisation_is_flax_s(enabled, relu, plus):
+    """Values, statistics and gradients in float32 against nn.BatchNorm in float64."""
     x, added = (
         drawn(2, 23, 15, 128) * 2 + 0.5,
         np.random.default_rng(1).standard_normal((2, 23, 15, 128)),
@@ -150,7 +171,7 @@ def test_which_products_are_winograd():
 
 
 @pytest.mark.parametrize(("positions", "clips"), [(80, 6), (200, 2), (600, 1)])
-def test_clips_are_taken_by_turns(positions, clips):
+def test_clips_are_computed_some_at_a_time(positions, clips):
     seen = []
 
     def turn(parts, sums):
@@ -158,7 +179,9 @@ def test_clips_are_taken_by_turns(positions, clips):
         return [2 * parts[0]], [sums[0] + parts[0].sum()]
 
     x = jnp.arange(24.0).reshape(6, 4)
-    (doubled,), (total,) = fast._by_turns(turn, [x], positions, [x.shape], [jnp.zeros(())])
+    (doubled,), (total,) = fast._some_clips_at_a_time(
+        turn, [x], positions, [x.shape], [jnp.zeros(())]
+    )
     assert set(seen) == {clips}  # 512 positions a turn, and a divisor of the batch
     np.testing.assert_array_equal(doubled, 2 * x)
     assert total == 276
@@ -182,8 +205,8 @@ class Block(nn.Module):
         return layers.max_pool(x, (2, 2))
 
 
-def test_a_layer_is_nn_conv_with_batch_normalisation_under_jit():
-    """The gradients of two layers of 128 channels at odd sizes, in float32, against nn.Conv in float64."""
+def test_a_layer_is_nn_conv_with_batch_normalisation_under_jit(enabled):
+    """Two layers of 128 channels at odd sizes in float32 against nn.Conv in float64."""
     x = drawn(2, 45, 29, 1)
 
     def loss(conv, params, x):
@@ -205,7 +228,7 @@ def test_a_layer_is_nn_conv_with_batch_normalisation_under_jit():
 
 @pytest.fixture
 def fast_calls(monkeypatch):
-    """The strides of the fast convolutions, one for each kernel, and "norm" for the normalisations."""
+    """The strides of the fast convolutions' kernels, and "norm" for the normalisations."""
     calls = []
 
     def convs(x, kernels, stride):
@@ -213,40 +236,40 @@ def fast_calls(monkeypatch):
         calls.extend([stride] * len(kernels))
         return tuple(lax_conv(x, kernel, stride) for kernel in kernels)
 
-    norm = layers.fast_norm
-    monkeypatch.setattr(layers, "fast_convs", convs)
-    monkeypatch.setattr(
-        layers, "fast_norm", lambda *arguments: calls.append("norm") or norm(*arguments)
-    )
+    def norm(*arguments, real=fast.fast_norm):
+        calls.append("norm")
+        return real(*arguments)
+
+    monkeypatch.setattr(fast, "fast_convs", convs)
+    monkeypatch.setattr(fast, "fast_norm", norm)
     return calls
 
 
-def test_fast_products_are_for_training_on_one_cpu_in_float32(monkeypatch, fast_calls):
+def test_fast_products_are_off_until_training_in_float32_switches_them_on(fast_calls):
     x = jnp.zeros((1, 8, 8, 2))
 
-    def used(train, dtype=jnp.float32, features=32):
+    def used(train, dtype=jnp.float32, features=32, axis_name=None):
         def run():
             y, _ = Conv(features, train=train, dtype=dtype).init_with_output(jax.random.key(0), x)
-            return batch_norm(train, dtype).init_with_output(
-                jax.random.key(0), y, plus=y, relu=True
-            )
+            norm = batch_norm(train, dtype).clone(axis_name=axis_name)
+            return norm.init_with_output(jax.random.key(0), y, plus=y, relu=True)
 
         fast_calls.clear()
         jax.eval_shape(run)
         return fast_calls.copy()
 
-    assert jax.device_count() == 1
+    assert not fast.is_enabled() and used(True) == []
+    fast.set_enabled(True)
     assert used(True) == [1, "norm"]
+    # Batch normalisation over devices stays Flax's.
+    assert used(True, axis_name="devices") == [1]
     assert (used(False), used(True, jnp.bfloat16), used(True, features=31)) == ([], [], [])
-    with monkeypatch.context() as patch:
-        patch.setattr(jax, "device_count", lambda: 2)
-        assert used(True) == []
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    fast.set_enabled(False)
     assert used(True) == []
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_convolutions_together_are_each_of_them(train):
+def test_convolutions_together_are_each_of_them(enabled, train):
     class Pair(nn.Module):
         together: bool
 
@@ -274,8 +297,10 @@ def test_convolutions_together_are_each_of_them(train):
         ({"name": "crnn"}, 1366, 96, (4, 4)),
     ],
 )
-def test_the_two_dimensional_networks_train_with_it(fast_calls, model, frames, bands, count):
-    """Convolutions and normalisations; those of an input's frames or of all its numbers stay Flax's."""
+def test_the_two_dimensional_networks_train_with_it(
+    enabled, fast_calls, model, frames, bands, count
+):
+    """Convolutions and normalisations; the input's normalisation stays Flax's."""
     module = models.build(model, num_classes=3, frames=frames, bands=bands)
     key = jax.random.key(0)
     jax.eval_shape(
@@ -302,3 +327,83 @@ def test_the_overlapping_pool_is_nn_max_pool_and_so_is_its_gradient(shape):
     )(x, dy)
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_array_equal(gradients[0], back(dy)[0])
+
+
+@pytest.mark.parametrize("window", [2, 3, 4, 5])
+def test_pools_equal_flax(window):
+    x = jax.random.normal(jax.random.key(0), (2, 23, 6))
+    np.testing.assert_array_equal(max_pool_time(x, window), nn.max_pool(x, (window,), (window,)))
+    np.testing.assert_allclose(
+        avg_pool_time(x, window), nn.avg_pool(x, (window,), (window,)), rtol=1e-6, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("window", [(2, 2), (3, 4), (4, 1), (1, 5), (7, 11)])
+def test_pools_over_frames_and_bands_equal_flax(window):
+    x = jax.random.normal(jax.random.key(0), (2, 23, 11, 6))
+    np.testing.assert_array_equal(max_pool(x, window), nn.max_pool(x, window, window))
+
+
+@pytest.mark.parametrize("extent", [(1, 1), (2, 1), (5, 3), (8, 4), (13, 7)])
+def test_the_global_maximum_equals_flax(extent):
+    x = jax.random.normal(jax.random.key(0), (2, *extent, 6))
+    np.testing.assert_array_equal(global_max(x), nn.max_pool(x, extent)[:, 0, 0])
+
+
+@pytest.mark.parametrize("window", [(2, 2), (3, 4), (4, 1)])
+def test_of_equal_maxima_the_first_gets_the_gradient(window):
+    # Few different values, so that most windows hold their maximum more than once.
+    x = jax.random.randint(jax.random.key(0), (2, 13, 9, 3), 0, 3).astype(jnp.float32)
+    weights = jax.random.normal(jax.random.key(1), nn.max_pool(x, window, window).shape)
+    ours, flax = (
+        jax.jit(jax.grad(lambda x, pool=pool: (pool(x) * weights).sum()))(x)
+        for pool in (lambda v: max_pool(v, window), lambda v: nn.max_pool(v, window, window))
+    )
+    np.testing.assert_array_equal(ours, flax)
+    # In the global maximum one of them gets it, and all of it.
+    gradient = np.asarray(jax.jit(jax.grad(lambda x: global_max(x).sum()))(x)).reshape(2, -1, 3)
+    assert (np.count_nonzero(gradient, axis=1) == 1).all() and gradient.sum() == 6
+
+
+@pytest.mark.parametrize(
+    ("frames", "bands", "window"),
+    [
+        (97, 1, (2, 1)),
+        (24, 1, (4, 1)),
+        (33, 1, (3, 1)),
+        (23, 9, (2, 2)),
+        (20, 15, (4, 5)),
+        (17, 8, (8, 4)),
+        (15, 7, None),
+        (6, 4, None),
+    ],
+)
+def test_gradients_over_frames_and_bands_equal_flax_after_batch_norm_at_real_width(
+    frames, bands, window
+):
+    """At 128 channels, where a reshaped reduction goes wrong; None is the global maximum."""
+    size = (frames, bands)
+    ours = global_max if window is None else lambda v: max_pool(v, window)
+    flax = (
+        (lambda v: nn.max_pool(v, size)[:, 0, 0])
+        if window is None
+        else lambda v: nn.max_pool(v, window, window)
+    )
+    with jax.enable_x64(True):
+        x = jax.random.normal(jax.random.key(1), (4, frames, bands, 128), jnp.float64)
+        scale = jnp.linspace(0.5, 2.0, 128)
+
+        def loss(pool, x, scale):
+            normal = (x - x.mean((0, 1, 2))) / jnp.sqrt(x.var((0, 1, 2)) + 1e-5) * scale
+            return (pool(nn.relu(normal)) ** 2 * jnp.arange(128)).sum()
+
+        def gradients(pool, *arguments):
+            return jax.tree.map(
+                np.asarray, jax.jit(jax.grad(lambda x, s: loss(pool, x, s), (0, 1)))(*arguments)
+            )
+
+        double, reference = gradients(ours, x, scale), gradients(flax, x, scale)
+        single = gradients(ours, x.astype(jnp.float32), scale.astype(jnp.float32))
+    for one, other, low in zip(double, reference, single, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9 * np.abs(other).max())
+        assert np.linalg.norm(low - other) < 1e-4 * np.linalg.norm(other)

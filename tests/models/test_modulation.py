@@ -83,7 +83,7 @@ def worked_spectrum(x, regions, window, scale_edges, rate_edges):
 
 
 def test_the_front_is_the_one_described():
-    """All features of a clip, worked in float64; 21 frames and 13 bands leave some over in every direction."""
+    """All features of a clip in float64; 21 frames and 13 bands have a remainder everywhere."""
     x = clips()
     got = [np.asarray(block) for block in features(x)]
     for row, clip in enumerate(np.float64(x)):
@@ -120,7 +120,8 @@ def test_a_regular_beat_lies_in_its_rate_and_a_regular_comb_in_its_scale():
     beat = np.tile(np.cos(2 * np.pi * 5 * time / 32)[None, :, None], (1, 1, 32)).astype(np.float32)
     found = np.asarray(spectrum(20 * beat, 1, 32, edges, edges))[0, 0]
     assert np.unravel_index(found.argmax(), found.shape) == (0, 5)
-    # A Hann window sums to 16 and a cosine has half of it; the DCT of a constant 20 over 32 bands is 20 * sqrt(32).
+    # A Hann window sums to 16 and a cosine has half of it; the DCT of a constant 20 over 32 bands
+    # is 20 * sqrt(32).
     np.testing.assert_allclose(np.exp(found[0, 5]), 20 * np.sqrt(32) * 8 + 0.1, rtol=1e-3)
     # Its neighbours get half of the amplitude, the next ones nothing.
     np.testing.assert_allclose(np.exp(found[0, [4, 6]]), 20 * np.sqrt(32) * 4 + 0.1, rtol=1e-3)
@@ -138,7 +139,7 @@ def test_a_regular_beat_lies_in_its_rate_and_a_regular_comb_in_its_scale():
 
 
 def test_views_count_loudness_differently():
-    """Worked in float64: a noise of -10 dB added to every power, and the distance from the mean of the band under a tanh."""
+    """In float64: noise power of -10 dB, and the distance from the mean under a tanh."""
     x = clips(2, 9, 3)
     plain, floor, contrast = (np.asarray(view) for view in views(x, (10.0,), (4.0,)))
     under = np.float64(x) - np.float64(x).max(axis=(1, 2), keepdims=True)
@@ -232,7 +233,8 @@ def test_bins_average_and_the_last_takes_the_rest():
 
 def test_the_sizes(variable_shapes, count, layer_shapes):
     shapes = variable_shapes(build(387), 387, 128)
-    # Bands, their onsets, 4 x 10 x 11, 4 x 10 x 9 and 13 x 9 modulations, 32 * 31 / 2 correlations, 40 cepstra.
+    # Bands, their onsets, 4 x 10 x 11, 4 x 10 x 9 and 13 x 9 modulations, 32 * 31 / 2 correlations,
+    # 40 cepstra.
     size = 128 + 128 + 440 + 360 + 117 + 496 + 40
     assert size == 1709 and shapes["batch_stats"]["feature_norm"]["mean"].shape == (size,)
     assert count(shapes["params"]) == size * 256 + 256 + 256 * 10 + 10 == 440_330
@@ -241,14 +243,14 @@ def test_the_sizes(variable_shapes, count, layer_shapes):
         count(variable_shapes(build(387, floors=(50.0,), contrasts=(8.0,)), 387, 128)["params"])
         == 3 * size * 256 + 2826
     )
-    # As many parameters for any length, so that a model trained on crops scores whole clips.
+    # As many parameters for any length, so that a model trained on windows scores entire clips.
     assert variable_shapes(build(64), 64, 128) == shapes
     assert layer_shapes(build(hidden=(8, 6)), 64, 128)["embedding"] == (2, 6)
     assert layer_shapes(build(hidden=()), 64, 128)["embedding"] == (2, size)
 
 
 def test_each_kind_of_feature_has_the_same_weight(filled):
-    """In training every feature has a variance of 1 times its weight, and each block the same in all."""
+    """In training a feature's variance is its weight, and each block has the same in total."""
     module = build(16, 12, **SMALL, hidden=(), dropout=0.0, input_dropout=0.0)
     variables = filled(module, 16, 12)
     x = clips(64, 16, 12)
@@ -291,7 +293,7 @@ def test_a_clips_logits_do_not_depend_on_its_batch(filled, apply):
 
 
 def test_the_front_stays_in_float32(filled, apply):
-    """Rounding dB to bfloat16 would move the features by tenths; only the layers after them are rounded."""
+    """Rounding dB to bfloat16 would move features by tenths; only later layers are rounded."""
     fields = {"hidden": (), **SMALL}
     full, half = (
         models.build(
@@ -320,7 +322,7 @@ def test_the_smallest_inputs_run_and_one_below_is_refused(check_runs):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"windows": (64, 32)}, "one value for each layer"),
+        ({"windows": (64, 32)}, "one value per layer"),
         ({"windows": (64, 32, 31)}, r"model.windows=\(64, 32, 31\) of 'modulation' must be even"),
         ({"regions": (4, 4, 0)}, "model.regions"),
         ({"rate_edges": (1, 2)}, r"model.rate_edges=\(1, 2\) of 'modulation' must rise from 0"),

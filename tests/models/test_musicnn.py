@@ -2,7 +2,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from musicgenre import models
@@ -42,7 +41,7 @@ def test_the_originals_sizes(layer_shapes, variable_shapes):
 
 
 def test_shapes_and_number_of_the_published_weights(variable_shapes, count):
-    """Shapes of the variables of the public checkpoint MTT_musicnn; the sum of them is worked by hand."""
+    """Shapes of the public checkpoint MTT_musicnn; their sum is worked by hand."""
     variables = variable_shapes(
         models.build({"name": "musicnn"}, num_classes=50, frames=187, bands=96), 187, 96
     )
@@ -72,7 +71,7 @@ def test_shapes_and_number_of_the_published_weights(variable_shapes, count):
 
 
 def test_the_network_is_the_originals(lively, apply, numpy_norm):
-    """The whole network worked with NumPy in double precision, from the description of the original code."""
+    """Worked with NumPy in double precision, from the description of the original code."""
     frames, bands = 9, 10
     module = models.build(NARROW, num_classes=2, frames=frames, bands=bands)
     x = np.random.default_rng(0).standard_normal((1, frames, bands), np.float32)
@@ -84,7 +83,7 @@ def test_the_network_is_the_originals(lively, apply, numpy_norm):
         return numpy_norm(x, double, name, epsilon=1e-3)
 
     def convolve(x, name):
-        """[frames, bands, channels]: time padded so that its length stays, the longer half behind; bands not padded."""
+        """Convolves `[frames, bands, channels]`; time is padded, more at the end, bands are not."""
         kernel = p[name]["kernel"]
         width, height = kernel.shape[:2]
         x = np.pad(x, (((width - 1) // 2, width // 2), (0, 0), (0, 0)))
@@ -173,35 +172,3 @@ def test_a_height_is_a_share_of_the_bands(height):
         models.build(
             NARROW | {"timbral_heights": (0.4, height)}, num_classes=3, frames=187, bands=96
         )
-
-
-def test_bfloat16(check_bfloat16):
-    check_bfloat16(NARROW, 20, 12)
-
-
-def test_it_learns_the_tags_of_one_batch(lively, apply, learn):
-    """Eight clips of noise with three random tags each; scored with the running statistics."""
-    sizes = {
-        "timbral_filters": 8,
-        "timbral_heights": (0.5,),
-        "temporal_filters": 4,
-        "temporal_widths": (4,),
-        "mid_layers": 2,
-    }
-    module = models.build(
-        NARROW | sizes | {"dense": 16, "dropout": 0.0}, num_classes=3, frames=16, bands=10
-    )
-    x = np.random.default_rng(1).standard_normal((8, 16, 10), np.float32)
-    tags = np.float32(np.random.default_rng(2).random((8, 3)) < 0.5)
-    learned = learn(
-        module,
-        lively(module, 16, 10),
-        x,
-        tags,
-        optax.sigmoid_binary_cross_entropy,
-        rate=1e-2,
-        steps=300,
-    )
-    assert learned.losses[0] > 0.4 and learned.losses[-1] < 0.01
-    logits, _ = apply(module, learned.variables, x)
-    np.testing.assert_array_equal(logits > 0, tags > 0.5)

@@ -63,7 +63,8 @@ def test_dropout_falls_on_the_hidden_units_in_training_only():
     )
     x = jnp.zeros((1, 2, 2))
     variables = module.init(jax.random.key(0), x, train=False)
-    # With this head the logits are the hidden units themselves, sigmoid(0) where nothing is dropped.
+    # With this head the logits are the hidden units themselves, sigmoid(0) where nothing is
+    # dropped.
     params = variables["params"] | {"head": {"kernel": jnp.eye(400), "bias": jnp.zeros(400)}}
     np.testing.assert_allclose(module.apply({"params": params}, x), 0.5)
     dropped = module.apply({"params": params}, x, train=True, rngs={"dropout": jax.random.key(1)})

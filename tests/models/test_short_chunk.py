@@ -25,7 +25,8 @@ def test_the_published_counts(parameter_count):
     )
     assert plain == sum(9 * a * b + 2 * b for a, b in PAIRS) + REST == 3_685_042
     assert residual == sum(9 * (2 * a * b + b * b) + 6 * b for a, b in PAIRS) + REST == 12_098_354
-    # The public code's: with idle biases of every convolution and of the dense layer, and the input's scale and offset.
+    # The public code's: with idle biases of every convolution and of the dense layer, and the
+    # input's scale and offset.
     biases = sum(FILTERS[1:])
     assert plain + biases + 512 + 2 == 3_687_348 and residual + 3 * biases + 512 + 2 == 12_104_244
 

@@ -1,7 +1,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from musicgenre import models
@@ -12,7 +11,7 @@ NARROW = {"name": "spotify", "filters": (4, 4, 4, 6), "dense": (8, 8)}
 
 
 def test_the_posts_sizes(layer_shapes, variable_shapes):
-    """599 frames: (599 - 3) // 4 = 149, (149 - 3) // 2 = 73, (73 - 3) // 2 = 35, 35 - 3 = 32; 3 x 512 = 1536 pooled values."""
+    """(599 - 3) // 4 = 149, (149 - 3) // 2 = 73, (73 - 3) // 2 = 35, 35 - 3 = 32."""
     module = models.build({"name": "spotify"}, num_classes=40, frames=599, bands=128)
     layers, params = layer_shapes(module, 599, 128), variable_shapes(module, 599, 128)["params"]
     assert {name: layers[name] for name in params} == {
@@ -98,23 +97,7 @@ def test_dead_filters_leave_every_gradient_finite(lively):
 
 
 def test_fewest_frames(check_runs):
-    """One position of the last filter: 4, then (4 x 2 + 3) = 11, (11 x 2 + 3) = 25, (25 x 4 + 3) = 103."""
+    """One last position: 4, then 4 x 2 + 3 = 11, 11 x 2 + 3 = 25, 25 x 4 + 3 = 103."""
     check_runs(models.build(NARROW, num_classes=3, frames=103, bands=1), (2, 103, 1), (2, 3))
     with pytest.raises(UserError, match=r"at least 103 frames.*102 frames x 1 bands"):
         models.build(NARROW, num_classes=3, frames=102, bands=1)
-
-
-def test_bfloat16(check_bfloat16):
-    check_bfloat16(NARROW, 110, 6)
-
-
-def test_it_learns_the_factors_of_one_batch(lively, learn):
-    """Six clips of noise, four numbers each, by mean squared error."""
-    model = NARROW | {"filters": (8, 8, 8, 8), "dense": (32, 32), "dropout": 0.0}
-    module = models.build(model, num_classes=4, frames=110, bands=6)
-    x = np.random.default_rng(1).standard_normal((6, 110, 6), np.float32)
-    targets = np.random.default_rng(2).standard_normal((6, 4), np.float32)
-    losses = learn(
-        module, lively(module, 110, 6), x, targets, optax.squared_error, rate=3e-3, steps=150
-    ).losses
-    assert losses[0] > 0.5 and losses[-1] < 0.01

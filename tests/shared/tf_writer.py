@@ -1,4 +1,4 @@
-"""Writes TensorFlow V2 checkpoints as TensorFlow does, from the description of the format; loaded with runpy by the tests."""
+"""Writes TensorFlow V2 checkpoints from the description of the format; tests load it by runpy."""
 
 import struct
 
@@ -64,7 +64,7 @@ def header(shards, extra=b""):
 
 
 def block(items, interval=16):
-    """The bytes of a block: keys without what they share with the one before, but for every sixteenth."""
+    """The bytes of a block: keys without the prefix of the previous key, except every sixteenth."""
     out, restarts, last = bytearray(), [], b""
     for i, (key, value) in enumerate(items):
         shared = 0
@@ -78,11 +78,13 @@ def block(items, interval=16):
         )
         last = key
     restarts = restarts or [0]
-    return bytes(out) + b"".join(struct.pack("<I", place) for place in [*restarts, len(restarts)])
+    return bytes(out) + b"".join(
+        struct.pack("<I", restart) for restart in [*restarts, len(restarts)]
+    )
 
 
 def table(blocks, kind=0):
-    """The bytes of a table of blocks, each a list of (key, value) or the bytes of a block, with a footer."""
+    """The bytes of a table with a footer; a block is a list of (key, value) or bytes."""
     out, handles = bytearray(), []
 
     def write(content):
@@ -100,7 +102,7 @@ def table(blocks, kind=0):
 
 
 def write_checkpoint(folder, variables, *, per_block=7, shards=1):
-    """Writes `.index` and `.data-*` into `folder`; variables are dealt out to the shards in turn. Returns the entries."""
+    """Writes `.index` and `.data-*` into `folder`, rotating the shards; returns the entries."""
     folder.mkdir(parents=True, exist_ok=True)
     data = [bytearray() for _ in range(shards)]
     items = [(b"", header(shards))]

@@ -1,4 +1,4 @@
-"""An untrained model of three labels with fixed parameters, for tests that need some model and not a good one."""
+"""An untrained model of three labels with fixed parameters, for tests that need any model."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,10 @@ def tiny_model(
     labels: tuple[str, ...] = ("low", "middle", "high/est"),
     **changes: Any,
 ) -> TrainedModel:
-    """Returns a model of windows of 64 frames x 16 bands at a hop of 512 (1.49 s); `changes` are fields, `__` for the dot."""
+    """Returns a model of windows of 64 frames x 16 bands at a hop of 512 samples (1.49 s).
+
+    `changes` are config fields, with `__` for the dot.
+    """
     config = base_config()
     config.data.frames = 64
     config.data.normalise = "band"
@@ -37,10 +40,12 @@ def tiny_model(
         "config": to_plain(config),
         "label_names": list(labels),
         "task": task,
+        "metric": "accuracy",
+        "measure": 0.5,
         "features": feature_spec(config).to_dict(),
         "layout": vars(clip_layout(config)),
         "dataset": {
-            "name": "made_up",
+            "name": "example",
             "root": "/somewhere/private",
             "protocol": "random",
             "task": task,
@@ -68,10 +73,5 @@ def tiny_model(
         for name, shape in shapes["norm"].items()
     }
     return model_of_notes(
-        notes,
-        {"variables": variables, "norm": norm},
-        workdir=Path("run"),
-        step=7,
-        which="last",
-        measure=("accuracy", 0.5),
+        notes, {"variables": variables, "norm": norm}, workdir=Path("run"), step=7, which="last"
     )

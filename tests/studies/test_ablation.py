@@ -139,8 +139,8 @@ def test_one_table_of_accuracy_and_leaks_over_the_folds(by_artists, tmp_path):
     assert float(cells["accuracy"]) == row.mean and cells["same clip in training"] == str(
         leaked["same clip"]
     )
-    share = f"{100 * leaked['same clip'] / 66:.1f} %"
-    assert share in (out / "ablation.md").read_text().splitlines()[2]
+    fraction = f"{100 * leaked['same clip'] / 66:.1f} %"
+    assert fraction in (out / "ablation.md").read_text().splitlines()[2]
     assert (out / "variants.png").stat().st_size > 10_000
 
     # The same call trains and scores nothing again.

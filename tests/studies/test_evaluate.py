@@ -77,7 +77,9 @@ def test_leaks_from_the_training_clips_are_found(model, small_arrays, tmp_path):
     }
 
 
-def test_a_bundle_is_evaluated_and_never_said_to_have_no_leak(small_config, tmp_path):
+def test_a_bundle_is_evaluated_and_its_training_clips_are_reported_as_unknown(
+    small_config, tmp_path
+):
     save_bundle(
         dataclasses.replace(tiny_model(labels=("high", "low", "middle")), which="best"),
         tmp_path / "tiny.safetensors",
@@ -92,11 +94,11 @@ def test_a_bundle_is_evaluated_and_never_said_to_have_no_leak(small_config, tmp_
         "The checkpoint may have been chosen on this very split, so its measures may be a little "
         "too good."
     ]
-    said = evaluation.audit.summary()
-    assert not evaluation.audit.clean and len(said) == 1
+    summary = evaluation.audit.summary()
+    assert not evaluation.audit.clean and len(summary) == 1
     assert (
-        said[0].startswith("training clips unknown: ")
-        and "tiny.safetensors does not list them" in said[0]
+        summary[0].startswith("training clips unknown: ")
+        and "tiny.safetensors does not list them" in summary[0]
     )
     report = write_report(tmp_path / "report", evaluation, resamples=20).read_text()
     assert "<strong>Training clips unknown</strong>" in report and "no leak" not in report.lower()

@@ -107,18 +107,18 @@ def test_clips_per_class_and_split(tmp_path, drawn):
     )
 
 
-def test_tags_go_by_their_frequency(tmp_path, drawn):
+def test_tags_are_ordered_by_frequency(tmp_path, drawn):
     clips = [("train", ("y", "z")), ("valid", ("z",)), ("valid", ())]
     found = figures.label_figures(dataset("multi_label", clips), tmp_path, top=2)
     assert [path.name for path in found] == ["labels.png", "labels_top2.png"]
     assert labels(drawn["labels.png"].axes[0]) == ["z", "y", "x"]
     assert heights(drawn["labels.png"].axes[0]) == [1, 1, 0, 1, 0, 0]
     assert labels(drawn["labels_top2.png"].axes[0]) == ["z", "y"]
-    assert figures.label_figures(dataset("regression", [("train", ())]), tmp_path) == []
+    assert figures.label_figures(dataset("regression", [("train", ())], ()), tmp_path) == []
 
 
 @pytest.mark.parametrize("kind", ["logmel", "stft"])
-def test_a_tone_lies_at_its_frequency(tmp_path, drawn, kind):
+def test_a_tone_appears_at_its_frequency(tmp_path, drawn, kind):
     spec = FeatureSpec(kind=kind, n_mels=64, hop_length=512)
     samples = np.zeros(3 * 22050)
     samples[22050:44100] = 0.5 * np.sin(2 * np.pi * 2000 * np.arange(22050) / 22050)
@@ -171,7 +171,7 @@ def test_ticks_of_mel_bands_by_hand():
     assert list(ticks.values()) == ["4000", "2000", "1000", "500", "250"]
 
 
-def test_cepstra_and_waveforms_have_axes_of_their_own(tmp_path, drawn):
+def test_cepstra_and_waveforms_have_their_own_axes(tmp_path, drawn):
     samples = 0.3 * np.random.default_rng(0).standard_normal(22050).astype(np.float32)
     cepstrum = FeatureSpec(kind="mfcc", n_mfcc=13)
     panel = feature_panel(compute_features(samples, cepstrum), cepstrum)

@@ -41,7 +41,7 @@ def music(tmp_path_factory):
     return root
 
 
-def test_sounds_as_they_are_get_what_predict_gives(model, music):
+def test_unchanged_sounds_get_the_scores_of_tagging(model, music):
     clips = find_sounds([music])
     assert [(clip.clip_id, clip.label, clip.group) for clip in clips] == [
         ("low/a.wav", "low", None),
@@ -116,7 +116,7 @@ def test_labels_splits_and_gtzans_names(model, tmp_path):
         probe_sounds(model, clips[1:])
 
 
-def test_arrays_as_they_are_get_what_an_evaluation_gives(model, small_arrays, tmp_path):
+def test_unchanged_arrays_get_the_scores_of_an_evaluation(model, small_arrays, tmp_path):
     file = small_arrays / "valid.npz"
     tested = probe_arrays(model, file, tries=3)
     expected = evaluate_model(
@@ -188,7 +188,7 @@ def test_a_model_of_tags_needs_no_labels(model, music):
     )
 
 
-def test_a_run_says_which_clips_it_was_trained_on(model, music):
+def test_a_run_reports_which_clips_it_was_trained_on(model, music):
     clips = find_sounds([music])[:2]
     trained_on = TrainedOn(["low/a.wav", "other"], ["", ""], [None, None])
     run = dataclasses.replace(model, trained_on=trained_on)

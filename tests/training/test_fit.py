@@ -100,12 +100,12 @@ from musicgenre.training import fit as loop
 config = from_plain(json.load(open(sys.argv[1])))
 die = int(sys.argv[3])
 seen = [0]
-def watched(place, size):
+def watched(place_batch, size):
     def placed(self, batch):
         before, seen[0] = seen[0], seen[0] + size(batch)
         if before < die <= seen[0]:
             os.kill(os.getpid(), int(sys.argv[4]))
-        return place(self, batch)
+        return place_batch(self, batch)
     return placed
 loop.Parallel.place_batch = watched(loop.Parallel.place_batch, lambda batch: 1)
 loop.Parallel.place_batches = watched(loop.Parallel.place_batches, len)
@@ -165,7 +165,7 @@ def test_a_killed_run_ends_up_bit_identical(
     config = changed(
         small_config, model__batch_norm=True, ema_decay=0.9, optimizer__schedule="cosine", **fields
     )
-    loop.train(config, tmp_path / "whole", progress=False)
+    loop.train(config, tmp_path / "uninterrupted", progress=False)
     killed = run_main(config, tmp_path / "cut", die=die, number=number)
     assert killed.returncode == code, killed.stderr
     # A signal that can be caught saves the running step; else an epoch's checkpoint is intact.
@@ -176,12 +176,12 @@ def test_a_killed_run_ends_up_bit_identical(
     ]
     assert max(steps) in stops
     assert run_main(config, tmp_path / "cut").returncode == 0
-    assert_same(parameters(tmp_path / "whole"), parameters(tmp_path / "cut"))
-    whole, cut = (
+    assert_same(parameters(tmp_path / "uninterrupted"), parameters(tmp_path / "cut"))
+    uninterrupted, resumed = (
         [{k: v for k, v in row.items() if k != "seconds"} for row in read_rows(tmp_path / name)]
-        for name in ("whole", "cut")
+        for name in ("uninterrupted", "cut")
     )
-    assert whole == cut
+    assert uninterrupted == resumed
 
 
 def test_without_augmentation_a_run_is_what_it_was_before_there_was_any(small_config, tmp_path):
@@ -272,7 +272,7 @@ def test_reading_ahead_does_not_show_in_the_state(small_config):
     assert ahead.get_state() == state
     resumed = feed()
     resumed.set_state(state)
-    # Another number than what was prepared begins at the same place.
+    # Taking another number than was prepared starts at the same position.
     assert clips(resumed.next(3)) == clips(ahead.next(3)) == order[2:5]
     ahead.prepare(1)
     assert clips(ahead.next(2)) == order[5:7]
@@ -346,7 +346,7 @@ def test_a_users_objective_runs_in_the_same_loop(small_config, tmp_path):
 @pytest.mark.parametrize("item", ["model", "train", "data", "meta", "_CHECKPOINT_METADATA"])
 def test_a_checkpoint_cut_short_falls_back_to_the_one_before(small_config, tmp_path, item, caplog):
     loop.train(small_config, tmp_path / "run", progress=False)
-    whole = parameters(tmp_path / "run")
+    expected = parameters(tmp_path / "run")
     last = tmp_path / "run" / "checkpoints" / "12"
     files = (
         [last / item]
@@ -356,7 +356,7 @@ def test_a_checkpoint_cut_short_falls_back_to_the_one_before(small_config, tmp_p
     for path in files:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     loop.train(small_config, tmp_path / "run", progress=False)
-    assert_same(whole, parameters(tmp_path / "run"))
+    assert_same(expected, parameters(tmp_path / "run"))
     if item != "_CHECKPOINT_METADATA":  # Orbax can do without that one
         assert "checkpoint of step 12 cannot be read" in caplog.text
         assert (tmp_path / "run" / "damaged" / "12").is_dir()
@@ -428,7 +428,7 @@ def test_the_best_checkpoint_is_kept_beside_the_latest(small_config, tmp_path, m
     assert load_model(tmp_path / "run", "best").step == 6
     assert load_model(tmp_path / "run", "last").step == 18
     with pytest.raises(
-        UserError, match=r"no readable checkpoint '7'. There are the steps 6, 15, 18"
+        UserError, match=r"no readable checkpoint '7'. .*one of the steps 6, 15, 18"
     ):
         load_model(tmp_path / "run", "7")
 

@@ -76,10 +76,10 @@ for kind in ("jit", "fsdp"):
         Net(), optimizer, seed=0, class_weights=jnp.ones(3), ema_decay=0.9, gather=spread.gather
     )
     create = lambda: create_state(Net(), optimizer, norm, seed=0, frames=12, bands=8, ema=True)
-    state, whole = spread.create_state(create), create()
-    leaves, shardings = jax.tree.leaves(state), jax.tree.leaves(spread.state_shardings(whole))
-    same = [np.array_equal(*pair) for pair in zip(leaves, jax.tree.leaves(whole), strict=True)]
-    places = [leaf.sharding == place for leaf, place in zip(leaves, shardings, strict=True)]
+    state, full = spread.create_state(create), create()
+    leaves, shardings = jax.tree.leaves(state), jax.tree.leaves(spread.state_shardings(full))
+    same = [np.array_equal(*pair) for pair in zip(leaves, jax.tree.leaves(full), strict=True)]
+    placed_well = [leaf.sharding == where for leaf, where in zip(leaves, shardings, strict=True)]
     placed = spread.place_batch(batch)
     compiled = spread.train_step(step).lower(state, placed).compile()
     for _ in range(3):
@@ -89,10 +89,10 @@ for kind in ("jit", "fsdp"):
     found[kind] = {
         "bytes": sum(shard.data.nbytes for shard in shards if shard.device == first),
         "gathers": compiled.as_text().count(" all-gather("),
-        "created": all(same) and all(places),
+        "created": all(same) and all(placed_well),
     }
     if kind == "fsdp":
-        making = jax.jit(create, out_shardings=spread.state_shardings(whole))
+        making = jax.jit(create, out_shardings=spread.state_shardings(full))
         made = making.lower().compile().memory_analysis()
         found["making"] = made.temp_size_in_bytes + made.output_size_in_bytes
     params.append(jax.tree.map(np.asarray, (state.params, state.ema)))
@@ -103,7 +103,7 @@ module = models.build({"name": "fcn"}, num_classes=50, frames=1366, bands=96)
 fcn = jax.eval_shape(
     lambda: create_state(module, optimizer, norm, seed=0, frames=1366, bands=96, ema=False)
 )
-shard_size = lambda leaf, place: np.prod(place.shard_shape(leaf.shape))
+shard_size = lambda leaf, sharding: np.prod(sharding.shard_shape(leaf.shape))
 sizes = jax.tree.map(shard_size, fcn, spread.state_shardings(fcn))
 found["fcn"] = [sum(leaf.size for leaf in jax.tree.leaves(fcn)), int(sum(jax.tree.leaves(sizes)))]
 print(json.dumps(found))
@@ -305,14 +305,14 @@ def test_many_devices_give_the_single_devices_result(config, tmp_path):
     assert found["making"] < 4 * big
     assert found["apart"] < 1e-6
     # FCN-4: 17.4 M parameters, three times with Adam; its small arrays are a thousandth of it.
-    whole, part = found["fcn"]
-    assert whole > 52_000_000 and 1 < 8 * part / whole < 1.01
+    full, part = found["fcn"]
+    assert full > 52_000_000 and 1 < 8 * part / full < 1.01
 
 
 def test_two_processes_give_the_single_processs_result(config, tmp_path):
     loop.train(fed(config, "never"), tmp_path / "one", progress=False, devices=jax.devices()[:1])
     port = free_port()
-    # The second run is stopped after two steps, and goes on in one process.
+    # The second run is stopped after two steps, and resumes in one process.
     runs = [
         (fed(config, "auto"), tmp_path / "two", "jit", 2, 0),
         (fed(config, "auto"), tmp_path / "moved", "jit", 2, 2),
@@ -343,7 +343,7 @@ from musicgenre.training import feed, parallel
 class Dying(Conv1D):
     pass
 
-place = feed.Feed.next
+next_batches = feed.Feed.next
 
 def next_or_die(self, count=1):
     next_or_die.calls += 1
@@ -351,7 +351,7 @@ def next_or_die(self, count=1):
         while not pathlib.Path("run/checkpoints/6").is_dir():
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGKILL)
-    return place(self, count)
+    return next_batches(self, count)
 
 next_or_die.calls = 0
 if "FATE" in os.environ:

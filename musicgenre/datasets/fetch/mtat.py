@@ -1,7 +1,7 @@
 """Fetches MagnaTagATune from its host: resumes after an interruption, and verifies what it got.
 
-The archive has three parts, which are one ZIP file when concatenated. It is read from the parts, so
-that no joined copy takes up disk space.
+The archive has three parts, which are one ZIP file when concatenated. It is read from the parts:
+no joined copy takes up disk space.
 """
 
 import bisect
@@ -12,7 +12,6 @@ import itertools
 import os
 import re
 import shutil
-import stat
 import struct
 import time
 import urllib.parse
@@ -22,7 +21,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pooch
 import requests
 from requests.adapters import HTTPAdapter
 from tqdm import tqdm
@@ -48,11 +46,17 @@ _TIMEOUTS = (20, 60)  # seconds to connect and between two chunks
 _LONGEST_PAUSE = 120.0
 # Responses after which a later attempt can succeed.
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
-_DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError)
-_ZIP_ERRORS = (*_DAMAGED, RuntimeError, OSError, ValueError)
-_MEMBER = re.compile(r"[0-9a-f]/[^/]+\.mp3")
-# Absolute paths, "..", drive letters, and what another system could take for them.
-_UNSAFE = re.compile(r"[A-Za-z]:|.*[\\\0]|(.*/)?\.{0,2}(/|$)", re.DOTALL)
+_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    RuntimeError,
+    OSError,
+    ValueError,
+)
+# The members that are unpacked. None can leave the data set's folder, on any system.
+_MEMBER = re.compile(r"[0-9a-f]/[^/\\:]+\.mp3")
 
 
 class Unpacked(NamedTuple):
@@ -93,8 +97,8 @@ class DownloadSummary(NamedTuple):
             f"{usable:,} of the table's {self.clips:,} mp3s can be used, {len(self.missing):,} are "
             f"missing, {len(self.broken):,} broken."
         )
-        items = [f"  missing {name}" for name in self.missing]
         known = dict.fromkeys(EMPTY_IN_THE_ARCHIVE.values(), " (in the published archive, too)")
+        items = [f"  missing {name}" for name in self.missing]
         items += [
             f"  broken {name}: {why}{known.get(name, '')}" for name, why in self.broken.items()
         ]
@@ -111,9 +115,9 @@ def download_mtat(
 ) -> DownloadSummary:
     """Fetches MagnaTagATune into a folder and unpacks it. The same call resumes an interrupted one.
 
-    Files on disk are verified and not fetched again: by the SHA-256 in `downloads.json`, or by
-    their size on the host for a copy that came by other means. The archive's parts are kept. Once
-    deleted, they are fetched again only if an mp3 is missing.
+    Files on disk are verified by the SHA-256 in `downloads.json`, or by their size on the host for
+    a copy that came by other means. The archive's parts, once deleted, are fetched again only if an
+    mp3 is missing.
 
     Args:
       root: the folder; created if needed.
@@ -133,9 +137,7 @@ def download_mtat(
     try:
         (root / PARTIAL_FOLDER).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"{root}: cannot be written ({error.strerror}). Choose another --root."
-        ) from error
+        raise UserError(f"--root={root}: cannot be written ({error.strerror}).") from error
     host = _Host(root, base_url.rstrip("/") + "/", attempts, pause, progress)
     unpacked = None
     with host.session:
@@ -160,7 +162,7 @@ def download_mtat(
 
 
 def unpack(root: Path, parts: Sequence[Path], *, progress: bool = True) -> Unpacked:
-    """Unpacks the mp3s of a ZIP archive; checks all members before it writes the first.
+    """Unpacks the mp3s in the folders 0-9 and a-f of a ZIP archive, and ignores all other members.
 
     Every file is written under a temporary name and renamed when its CRC is right. Existing files
     of the right size stay.
@@ -171,8 +173,8 @@ def unpack(root: Path, parts: Sequence[Path], *, progress: bool = True) -> Unpac
       progress: draw a progress bar.
 
     Raises:
-      UserError: no ZIP archive; a name that leaves the folder, a link or a repeated member; one
-        that takes more space than is free or plausible; or a file cannot be written.
+      UserError: no ZIP archive, one that takes more space than is free or plausible, or a file
+        cannot be written.
     """
     name = str(parts[0]) if len(parts) == 1 else f"{parts[0]} to {parts[-1].name}"
     broken = {}
@@ -184,24 +186,21 @@ def unpack(root: Path, parts: Sequence[Path], *, progress: bool = True) -> Unpac
                 f"{name}: not a ZIP archive that can be read ({error}). If a part is damaged or "
                 "missing, delete it and run the command again."
             ) from error
-        members = archive.infolist()
-        _check_members(name, members, sum(map(_size, parts)))
-        wanted = [info for info in members if _MEMBER.fullmatch(info.filename)]
+        wanted = [info for info in archive.infolist() if _MEMBER.fullmatch(info.filename)]
         todo = [info for info in wanted if _size(root / info.filename) != info.file_size]
-        total = sum(info.file_size for info in todo)
+        total, packed = sum(info.file_size for info in todo), sum(map(_size, parts))
+        if total > min(MAX_UNPACKED_BYTES, max(RATIO_FROM_BYTES, MAX_RATIO * packed)):
+            raise UserError(f"{name}: would unpack to {total:,} bytes, more than is allowed.")
         if total > (free := shutil.disk_usage(root).free):
-            raise UserError(
-                f"{root}: unpacking needs {total / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are "
-                "free. Free some space or choose another --root."
-            )
+            raise UserError(f"{root}: unpacking needs {total:,} bytes, {free:,} are free.")
         hidden = not progress or not todo
         with tqdm(total=total, desc="unpack", disable=hidden, **_BYTES) as bar:
             for info in sorted(todo, key=lambda info: info.header_offset):
-                path = root / info.filename
                 try:
+                    path = replacing(root / info.filename)
                     with (
                         archive.open(info) as source,
-                        replacing(path) as temporary,
+                        path as temporary,
                         open(temporary, "wb") as out,
                     ):
                         shutil.copyfileobj(source, out, _CHUNK)
@@ -209,29 +208,6 @@ def unpack(root: Path, parts: Sequence[Path], *, progress: bool = True) -> Unpac
                     broken[info.filename] = f"damaged in the archive ({error})"
                 bar.update(info.file_size)
     return Unpacked(len(todo) - len(broken), len(wanted) - len(todo), broken)
-
-
-def _check_members(name: str, infos: Sequence[zipfile.ZipInfo], archive_bytes: int) -> None:
-    """Refuses an archive that could do harm, by the names, types and sizes of its members."""
-    seen: set[str] = set()
-    for info in infos:
-        # zipfile cuts a name at a zero byte; orig_filename has all of it.
-        given = info.orig_filename
-        problem = ""
-        if _UNSAFE.match(given.removesuffix("/")):
-            problem = "would leave the folder"
-        elif stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
-            problem = "is a link or a device, not a file"
-        elif given.casefold() in seen:
-            problem = "occurs twice"
-        if problem:
-            raise UserError(f"{name}: the member {given!r} {problem}; nothing was unpacked.")
-        seen.add(given.casefold())
-    total = sum(info.file_size for info in infos)
-    if total > min(MAX_UNPACKED_BYTES, max(RATIO_FROM_BYTES, MAX_RATIO * archive_bytes)):
-        raise UserError(
-            f"{name}: its {archive_bytes:,} bytes would unpack to {total:,}, more than is allowed."
-        )
 
 
 def _size(path: Path) -> int:
@@ -280,7 +256,10 @@ class _Host:
     def __init__(self, root: Path, base_url: str, attempts: int, pause: float, progress: bool):
         self._root, self._base_url, self._progress = root, base_url, progress
         self._attempts, self._pause = attempts, pause
-        self._records = _read_records(root / RECORD_NAME)
+        record = root / RECORD_NAME
+        self._records = read_json(record)["files"] if record.exists() else {}
+        if not isinstance(self._records, dict):
+            raise UserError(f"{record}: not a record of downloads. Delete it and run this again.")
         # Connections and responses are tried again by urllib3, broken bodies by `_download`.
         retry = Retry(attempts, status_forcelist=_TRANSIENT, backoff_factor=pause)
         self.session = requests.Session()
@@ -288,15 +267,9 @@ class _Host:
             self.session.mount(scheme, HTTPAdapter(max_retries=retry))
         # With a transport encoding, byte ranges would not count the file's bytes.
         self.session.headers.update({"User-Agent": "musicgenre", "Accept-Encoding": "identity"})
-        # Its messages would break the progress bar.
-        pooch.get_logger().setLevel("WARNING")
 
     def fetch(self, names: Sequence[str]) -> tuple[list[str], list[str]]:
-        """Fetches the files that are not on disk.
-
-        Returns:
-          The names of the files that were fetched, and of those that were on disk.
-        """
+        """Returns the names of the files that were fetched, and of those that were on disk."""
         todo = [name for name in names if not self._is_intact(name)]
         for name in todo:
             self._fetch(name)
@@ -310,32 +283,37 @@ class _Host:
         if name in self._records:
             return digest == self._records[name]["sha256"]
         # It came by other means. A part of it must not pass for the complete file.
-        if self._remote_size(name) not in (None, _size(path)):
+        with self._request("HEAD", self._base_url + name, {}) as response:
+            known = response.headers.get("Content-Length") if response.status_code == 200 else None
+        if known not in (None, str(_size(path))):
             return False
         self._record(name, digest)
         return True
 
     def _fetch(self, name: str) -> None:
-        recorded, url = self._records.get(name, {}), self._base_url + name
-        known = f"sha256:{recorded['sha256']}" if recorded else None
-        # A wrong checksum may be due to a damaged partial file: pooch fetches it once more.
-        fetcher = pooch.create(
-            self._root / PARTIAL_FOLDER, self._base_url, registry={name: known}, retry_if_failed=1
-        )
+        part, url = self._root / PARTIAL_FOLDER / f"{name}.part", self._base_url + name
+        recorded = self._records.get(name, {})
         try:
-            os.replace(fetcher.fetch(name, downloader=self._download), self._root / name)
-        except ValueError as error:
-            raise UserError(
-                f"{url}: not the file recorded on {recorded['when']} in "
-                f"{self._root / RECORD_NAME}: {error} If the host has a new version, delete that "
-                "record and run the command again."
-            ) from error
+            # A wrong checksum may be due to a damaged partial file, so the file is fetched again.
+            for _ in range(2):
+                self._download(url, part)
+                digest = sha256(part)
+                if recorded.get("sha256", digest) == digest:
+                    break
+                part.unlink()
+            else:
+                raise UserError(
+                    f"{url}: not the file recorded on {recorded['when']} in "
+                    f"{self._root / RECORD_NAME}. If the host has a new version, delete that "
+                    "record and run the command again."
+                )
+            os.replace(part, self._root / name)
         except OSError as error:
             raise UserError(
-                f"{self._part(name)}: cannot be written ({error.strerror or error}). It is kept; "
-                "free some space and run the same command again."
+                f"{part}: cannot be written ({error.strerror or error}). It is kept; free some "
+                "space and run the same command again."
             ) from error
-        self._record(name, sha256(self._root / name))
+        self._record(name, digest)
 
     def _record(self, name: str, digest: str) -> None:
         self._records[name] = {
@@ -346,19 +324,9 @@ class _Host:
         }
         write_json(self._root / RECORD_NAME, {"files": self._records})
 
-    def _part(self, name: str) -> Path:
-        return self._root / PARTIAL_FOLDER / f"{name}.part"
-
-    def _remote_size(self, name: str) -> int | None:
-        """Returns a file's size in bytes on the host, None where it does not say."""
-        with self._request("HEAD", self._base_url + name, {}) as response:
-            size = response.headers.get("Content-Length", "")
-            return int(size) if response.status_code == 200 and size.isdigit() else None
-
-    def _download(self, url: str, output_file: str, _: Any) -> None:
-        """Downloads `url` to `output_file` for pooch, in as many attempts as it takes."""
-        part, failures = self._part(url.removeprefix(self._base_url)), 0
-        best = _size(part)
+    def _download(self, url: str, part: Path) -> None:
+        """Completes a partial file in as many attempts as it takes."""
+        best, failures = _size(part), 0
         while problem := self._receive(url, part):
             failures = 0 if _size(part) > best else failures + 1
             best = max(best, _size(part))
@@ -368,7 +336,6 @@ class _Host:
                     "are kept. Run the same command again to resume."
                 )
             time.sleep(min(self._pause * 2**failures, _LONGEST_PAUSE))
-        os.replace(part, output_file)
 
     def _receive(self, url: str, part: Path) -> str:
         """Appends to a partial file what it lacks, or begins it; returns why it is incomplete.
@@ -380,16 +347,13 @@ class _Host:
         version = note.read_text() if note.is_file() else ""
         have = max(0, _size(part)) if version else 0
         headers = {"Range": f"bytes={have}-", "If-Range": version} if have else {}
+        problem = ""
         with self._request("GET", url, headers) as response:
             fields = response.headers
-            total = int(fields.get("Content-Length", -1))
             if response.status_code == 200:
                 if fields.get("Content-Type", "").startswith("text/html"):
-                    raise UserError(
-                        f"{url}: the host sends a web page instead of the file. Open it in a "
-                        "browser."
-                    )
-                have = 0
+                    raise UserError(f"{url}: the host sends a web page instead of the file.")
+                have, total = 0, int(fields.get("Content-Length", -1))
                 part.unlink(missing_ok=True)
                 note.write_text(_version(fields))
             else:
@@ -400,37 +364,30 @@ class _Host:
                 if not span or span[1] != str(have) or _version(fields) != version:
                     part.unlink()
                     return "the file on the host has changed since it was begun"
-            problem = self._append(response, part, have, total)
+            bar = tqdm(desc=part.stem, initial=have, disable=not self._progress, **_BYTES)
+            bar.total = total if total >= 0 else None
+            with bar, open(part, "ab", buffering=0) as out:
+                try:
+                    for chunk in response.iter_content(_CHUNK):
+                        out.write(chunk)
+                        bar.update(len(chunk))
+                except requests.RequestException as error:
+                    problem = f"the connection broke ({error})"
         if total in (-1, size := _size(part)):
             return problem
-        if size > total:
-            part.unlink()
         return problem or f"{size:,} bytes came of {total:,}"
-
-    def _append(self, response: requests.Response, part: Path, have: int, total: int) -> str:
-        hidden, total_or_none = not self._progress, total if total >= 0 else None
-        bar = tqdm(total=total_or_none, initial=have, desc=part.stem, disable=hidden, **_BYTES)
-        with bar, open(part, "ab", buffering=0) as out:
-            try:
-                for chunk in response.iter_content(_CHUNK):
-                    out.write(chunk)
-                    bar.update(len(chunk))
-            except requests.RequestException as error:
-                return f"the connection broke ({_reason(error)})"
-        return ""
 
     @contextlib.contextmanager
     def _request(
         self, method: str, url: str, headers: Mapping[str, str]
     ) -> Iterator[requests.Response]:
         """Yields the response, its body unread; raises UserError for a failure that persists."""
+        options: Any = {"stream": True, "timeout": _TIMEOUTS, "allow_redirects": True}
         try:
-            response = self.session.request(
-                method, url, headers=headers, stream=True, timeout=_TIMEOUTS, allow_redirects=True
-            )
+            response = self.session.request(method, url, headers=headers, **options)
         except requests.RequestException as error:
             raise UserError(
-                f"{url}: {_reason(error)}. Check the network and --base_url, and run the same "
+                f"{url}: {error}. Check the network and --base_url, and run the same "
                 "command again to resume."
             ) from error
         with response:
@@ -444,32 +401,7 @@ class _Host:
 
 
 def _version(headers: Mapping[str, str]) -> str:
-    """Returns what identifies a version of a file for If-Range, "" if the host does not say.
-
-    A weak ETag does not promise the same bytes.
-    """
+    """Returns what identifies a version of a file for If-Range, "" if the host does not say."""
+    # A weak ETag does not promise the same bytes.
     etag = headers.get("ETag", "")
     return etag if etag and not etag.startswith("W/") else headers.get("Last-Modified", "")
-
-
-def _read_records(path: Path) -> dict[str, dict[str, Any]]:
-    """Returns what is recorded of each file."""
-    try:
-        files = read_json(path, "record of downloads")["files"] if path.exists() else {}
-        for entry in files.values():
-            _ = entry["sha256"], entry["when"]
-    except (TypeError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"{path}: not a record of downloads. Delete it and run the command again."
-        ) from error
-    return dict(files)
-
-
-def _reason(error: BaseException) -> str:
-    """Returns the operating system's message in a chain of errors, such as "Connection refused"."""
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, OSError) and inner.strerror:
-            return inner.strerror
-        inner = inner.__cause__ or inner.__context__
-    return " ".join(str(error).split())[:200]

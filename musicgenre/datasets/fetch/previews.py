@@ -4,8 +4,8 @@ A preview is `GET https://previews.7digital.com/clip/<7digital track id>`, signe
 (HMAC-SHA1) in the query. 7digital allows a non-commercial key 4,000 requests per day; see its API
 reference (docs.7digital.com, now docs.massivemusic.com), "Preview clip" and "Usage limits".
 
-Every request is written to a ledger before it is sent, so that no crash lets a key exceed the
-quota. A day is the last 24 hours: whenever 7digital's own day begins, it holds no more requests.
+Every request is written to a ledger before it is sent: no crash lets a key exceed the quota. A day
+is the last 24 hours: whenever 7digital's own day begins, it holds no more requests.
 """
 
 import bisect
@@ -24,7 +24,7 @@ import urllib.parse
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import requests
 import soundfile
@@ -51,14 +51,13 @@ FAILURES_IN_A_ROW = 5
 STATUSES = ("found", "not_found", "no_audio", "failed", "no_id", "not_asked")
 
 _TIME = re.compile(r'"time": "([^"]+)"')
-# Failures after which a song is tried again. The library's messages hold the signed address, so
-# they are never shown.
-_RETRIED = {
-    requests.Timeout: "timed out",
-    requests.exceptions.ChunkedEncodingError: "the connection was cut within the response",
-    requests.exceptions.ContentDecodingError: "the connection was cut within the response",
-    requests.ConnectionError: "no connection, or it was cut",
-}
+# Failures after which a song is tried again.
+_RETRIED = (
+    requests.Timeout,
+    requests.ConnectionError,
+    requests.exceptions.ChunkedEncodingError,
+    requests.exceptions.ContentDecodingError,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +77,8 @@ def keys_from_environment() -> Keys:
     values = {name: os.environ.get(name, "").strip() for name in (KEY_VARIABLE, SECRET_VARIABLE)}
     if missing := [name for name, value in values.items() if not value]:
         raise UserError(
-            f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not set. Set "
-            f"{KEY_VARIABLE} and {SECRET_VARIABLE} in the environment to the consumer key and "
-            "secret of a 7digital API account; they are read from nowhere else."
+            f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not set in the "
+            "environment. They are the consumer key and secret of a 7digital API account."
         )
     return Keys(*values.values())
 
@@ -96,80 +94,67 @@ class Ledger:
     """All requests, one JSON line each, in a file that only grows; one process may hold it.
 
     A line is written in two parts: time and song before the request is sent, then its outcome. Each
-    is on the disk before the program continues.
+    is on the disk before the program continues. Entering the context locks the file for writing.
+
+    A damaged line still counts as a request: at its own time if that can be read, else at the
+    file's last change.
 
     Attributes:
       times: of all requests in seconds since 1970, ascending.
       last: the last outcome by 7digital track id.
+
+    Raises:
+      UserError: the file cannot be read, locked or written, or `per_day` is below 1.
     """
 
     def __init__(self, path: str | os.PathLike[str], per_day: int = REQUESTS_PER_DAY) -> None:
-        """Reads the file if it exists; entering the context locks it for writing.
-
-        A line that was cut short or damaged still counts as a request: at its own time if that can
-        be read, else at that of the next line that has one, else at the file's last change.
-
-        Raises:
-          UserError: the file cannot be read, or `per_day` is below 1.
-        """
         if per_day < 1:
             raise UserError(f"the requests per day must be at least 1, not {per_day}.")
         self.path, self.per_day = Path(path), per_day
-        self._file = -1
+        self._file: BinaryIO | None = None
         self._number: int | None = None
         self._read()
 
-    def _read(self) -> None:
+    def _read(self) -> bool:
+        """Reads the file if it exists; returns whether its last line is complete."""
         self.times, self.last = list[float](), dict[int, Outcome]()
         try:
-            lines = self.path.read_bytes().decode("utf-8", "replace").split("\n")
-            time_of_line = self.path.stat().st_mtime
+            text = self.path.read_bytes().decode("utf-8", "replace")
+            changed = self.path.stat().st_mtime
         except FileNotFoundError:
-            return
+            return True
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror}).") from error
-        for line in filter(str.strip, reversed(lines)):
+        for line in filter(str.strip, text.split("\n")):
+            self.times.append(changed)
             with contextlib.suppress(ValueError, OverflowError):
                 if match := _TIME.search(line):
-                    time_of_line = datetime.datetime.fromisoformat(match[1]).timestamp()
-            self.times.append(time_of_line)
+                    self.times[-1] = datetime.datetime.fromisoformat(match[1]).timestamp()
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 entry = json.loads(line)
                 # A redirect is a request, but no outcome.
                 if entry["outcome"] in STATUSES:
                     outcome = Outcome(entry["outcome"], str(entry["detail"]))
-                    self.last.setdefault(int(entry["track_7digitalid"]), outcome)
+                    self.last[int(entry["track_7digitalid"])] = outcome
         self.times.sort()
+        return text.endswith("\n") or not text
 
     def __enter__(self) -> "Ledger":
-        """Locks the file, reads it again and completes a line that a crash cut short.
-
-        Raises:
-          UserError: another process holds it, or it cannot be written.
-        """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            self._file = open(self.path, "ab", buffering=0)
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._read()
-            size = os.fstat(self._file).st_size
-            if size and os.pread(self._file, 1, size - 1) != b"\n":
-                self._append("\n")
-        except BaseException as error:
-            self.__exit__()
-            if not isinstance(error, OSError):
-                raise
-            reason = error.strerror
-            if isinstance(error, BlockingIOError):
-                reason = "another run is using it, and two at once would exceed the quota"
+        except OSError as error:
+            busy = "another run is using it, and two at once would exceed the quota"
+            reason = busy if isinstance(error, BlockingIOError) else error.strerror
             raise UserError(f"{self.path}: this ledger cannot be locked: {reason}.") from error
+        if not self._read():
+            self._append("\n")
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Closes the file, which releases the lock."""
-        if self._file >= 0:
-            os.close(self._file)
-        self._file = -1
+        if self._file:
+            self._file.close()
 
     def used(self) -> int:
         """Returns the number of requests in the last 24 hours."""
@@ -180,11 +165,7 @@ class Ledger:
         return self.times[-self.per_day] + DAY if len(self.times) >= self.per_day else 0.0
 
     def begin(self, track_id: str, number: int) -> None:
-        """Records a request that is about to be sent; one that is still open was a redirect.
-
-        Raises:
-          UserError: the ledger cannot be written, so the request must not be sent.
-        """
+        """Records a request that is about to be sent; one that is still open was a redirect."""
         self.end(Outcome("redirected"))
         now = time.time()
         stamp = datetime.datetime.fromtimestamp(now, datetime.UTC)
@@ -204,23 +185,22 @@ class Ledger:
         self._number = None
 
     def _append(self, text: str) -> None:
-        data = text.encode()
+        assert self._file, "the ledger is not locked"
         try:
-            if os.write(self._file, data) != len(data):
+            if os.write(self._file.fileno(), text.encode()) != len(text.encode()):
                 raise OSError(28, "No space left on device")
             os.fsync(self._file)
         except OSError as error:
             raise UserError(
-                f"{self.path}: the ledger of requests cannot be written ({error.strerror}). Free "
-                "some space and run the command again."
+                f"{self.path}: the ledger of requests cannot be written ({error.strerror})."
             ) from error
 
 
 class Wanted(NamedTuple):
-    """The songs of a data set."""
+    """The 7digital id (0 or -1: none) of each song by track id, and the files that are unusable."""
 
-    numbers: dict[str, int]  # 7digital track id by track id; 0 or -1: none
-    skipped: list[Skipped]  # files that cannot be used
+    numbers: dict[str, int]
+    skipped: list[Skipped]
 
 
 def wanted_songs(root: str | os.PathLike[str]) -> Wanted:
@@ -244,24 +224,20 @@ def _outcomes(
     numbers: Mapping[str, int], have: Collection[str], last: Mapping[int, Outcome]
 ) -> dict[str, Outcome]:
     """Returns what is known of each song: by its file, its 7digital id and the ledger."""
-    outcomes = {}
-    for track_id, number in numbers.items():
-        outcome = last.get(number, Outcome("not_asked"))
-        if track_id in have:
-            outcome = Outcome("found")
-        elif number <= 0:
-            outcome = Outcome("no_id")
-        elif outcome.status == "found":  # its file was deleted since
-            outcome = Outcome("not_asked")
-        outcomes[track_id] = outcome
-    return outcomes
+    # A song that was found but whose file was deleted since is asked for again.
+    known = {number: outcome for number, outcome in last.items() if outcome.status != "found"}
+    return {
+        song: Outcome("found")
+        if song in have
+        else known.get(number, Outcome("not_asked" if number > 0 else "no_id"))
+        for song, number in numbers.items()
+    }
 
 
 def _to_ask(outcomes: Mapping[str, Outcome], retry_missing: bool) -> list[str]:
     """Returns the track ids to ask for: new songs first, then failed ones, then missing ones."""
     order = ["not_asked", "no_audio", "failed"] + ["not_found"] * retry_missing
-    asked = [track_id for track_id, outcome in outcomes.items() if outcome.status in order]
-    return sorted(asked, key=lambda track_id: order.index(outcomes[track_id].status))
+    return [song for status in order for song in outcomes if outcomes[song].status == status]
 
 
 def plan_lines(
@@ -278,13 +254,11 @@ def plan_lines(
     book = Ledger(ledger or folder / LEDGER, per_day)
     outcomes = _outcomes(numbers, find_previews(root), book.last)
     counts = Counter(outcome.status for outcome in outcomes.values())
-    todo = len(_to_ask(outcomes, retry_missing))
+    known = ", ".join(f"{counts[status]} {status.replace('_', ' ')}" for status in STATUSES)
+    todo, free = len(_to_ask(outcomes, retry_missing)), max(0, per_day - book.used())
     return [
-        f"{folder}: {len(numbers)} songs: "
-        + ", ".join(f"{counts[status]} {status.replace('_', ' ')}" for status in STATUSES)
-        + ".",
-        f"would ask for {min(todo, limit or todo)} songs; {max(0, per_day - book.used())} of "
-        f"{per_day} requests are free.",
+        f"{folder}: {len(numbers)} songs: {known}.",
+        f"would ask for {min(todo, limit or todo)} songs; {free} of {per_day} requests are free.",
     ]
 
 
@@ -303,9 +277,7 @@ class FetchSummary(NamedTuple):
     @property
     def incomplete(self) -> bool:
         """Whether running again is likely to find more: the run paused, or songs failed."""
-        return bool(self.pause) or any(
-            self.outcomes[song].status == "failed" for song in self.asked
-        )
+        return bool(self.pause) or "failed" in {self.outcomes[song].status for song in self.asked}
 
     def lines(self) -> list[str]:
         """The summary for people, one line per item."""
@@ -357,7 +329,7 @@ def fetch_previews(
     Args:
       root: the data set's folder or file.
       numbers: 7digital track id by track id, from `wanted_songs`.
-      keys: of the 7digital account.
+      keys: from `keys_from_environment`.
       ledger: the list of requests; "" is requests.jsonl beside the previews. One key needs one
         ledger.
       base_url: the address that the track id is appended to.
@@ -405,18 +377,15 @@ def fetch_previews(
         finally:
             # An interrupted run lists what it got, too.
             outcomes = _outcomes(numbers, have, book.last)
-            _write_outcomes(folder / OUTCOMES, numbers, outcomes)
+            rows = [[song, numbers[song], *outcome] for song, outcome in outcomes.items()]
+            with (
+                replacing(folder / OUTCOMES) as path,
+                open(path, "w", encoding="utf-8", newline="") as file,
+            ):
+                columns = ["track_id", "track_7digitalid", "status", "detail"]
+                csv.writer(file).writerows([columns, *rows])
         left, count = len(todo) - len(asked), len(book.times) - before
         return FetchSummary(folder, outcomes, asked, count, book.used(), per_day, left, pause)
-
-
-def _write_outcomes(
-    path: Path, numbers: Mapping[str, int], outcomes: Mapping[str, Outcome]
-) -> None:
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["track_id", "track_7digitalid", "status", "detail"])
-        writer.writerows([song, numbers[song], *outcome] for song, outcome in outcomes.items())
 
 
 class _Client(requests.Session):
@@ -428,8 +397,7 @@ class _Client(requests.Session):
             from requests_oauthlib import OAuth1
         except ImportError as error:
             raise UserError(
-                "fetching previews needs requests-oauthlib, which is not installed: "
-                "pip install 'musicgenre[msd]'."
+                "fetching previews needs requests-oauthlib: pip install 'musicgenre[msd]'."
             ) from error
         # The logs of these libraries show the key and signed addresses.
         for name in ("oauthlib", "requests_oauthlib", "urllib3"):
@@ -441,10 +409,10 @@ class _Client(requests.Session):
 
     def send(self, request: requests.PreparedRequest, **options: Any) -> requests.Response:
         """Records the request and sends it; raises _Pause where the quota is used up."""
-        if self._ledger.free_at() > time.time():
+        if (free_at := self._ledger.free_at()) > time.time():
             raise _Pause(
                 f"The {self._ledger.per_day} requests of 24 hours are used up. Resume after "
-                f"{_utc(self._ledger.free_at())}:"
+                f"{_utc(free_at)}:"
             )
         self._ledger.begin(*self._song)
         return super().send(request, **options)
@@ -461,21 +429,20 @@ class _Client(requests.Session):
                     outcome, again = _save(response, path)
                     asked = _asked_wait(response) if again else None
             except requests.RequestException as error:
-                known = [text for kind, text in _RETRIED.items() if isinstance(error, kind)]
-                again = bool(known)
-                outcome = Outcome("failed", known[0] if known else type(error).__name__)
+                # The message would show the signed address.
+                outcome = Outcome("failed", type(error).__name__)
+                again = isinstance(error, _RETRIED)
             finally:
                 self._ledger.end(outcome)
-            if not again:
-                return outcome
             pause = default if asked is None else asked
             if pause and pause > LONGEST_WAIT:
+                resume = _utc(time.time() + pause)
                 raise _Pause(
-                    f"7digital asks for a pause ({outcome.detail}). Resume after "
-                    f"{_utc(time.time() + pause)}:"
+                    f"7digital asks for a pause ({outcome.detail}). Resume after {resume}:"
                 )
-            if pause is not None and default is not None:
-                time.sleep(pause)
+            if not again or default is None:
+                break
+            time.sleep(pause or 0)
         if outcome.detail == "HTTP 429":
             raise _Pause(
                 "7digital refuses further requests (HTTP 429) and does not say until when. Resume "
@@ -497,8 +464,14 @@ def _save(response: requests.Response, path: Path) -> tuple[Outcome, bool]:
         body += chunk
         if len(body) > MAX_BYTES:
             return Outcome("no_audio", f"more than {MAX_BYTES >> 20} MB"), False
-    if wrong := _not_mp3(body):
-        return Outcome("no_audio", wrong), False
+    try:
+        with soundfile.SoundFile(io.BytesIO(body)) as file:
+            decodable = file.format == "MP3" and file.frames > 0
+    except (soundfile.LibsndfileError, RuntimeError):
+        decodable = False
+    if not decodable:
+        what = response.headers.get("Content-Type", "unknown type")
+        return Outcome("no_audio", f"no mp3 but {len(body)} bytes of {what}"), False
     with replacing(path) as temporary:
         temporary.write_bytes(body)
     return Outcome("found", f"{len(body)} bytes"), False
@@ -513,20 +486,6 @@ def _asked_wait(response: requests.Response) -> float | None:
     with contextlib.suppress(InvalidHeader):
         return Retry().parse_retry_after(value)
     return None
-
-
-def _not_mp3(body: bytes) -> str:
-    """Returns why some bytes are not an mp3 file; "" where they are one."""
-    start = body[:1000].lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-    if not start:
-        return "an empty response"
-    if start in (b"<", b"{", b"["):
-        return f"{'a web page or XML' if start == b'<' else 'JSON'} instead of audio"
-    try:
-        with soundfile.SoundFile(io.BytesIO(body)) as file:
-            return "" if file.format == "MP3" and file.frames > 0 else f"{file.format}, not mp3"
-    except (soundfile.LibsndfileError, RuntimeError):
-        return "no mp3 that can be decoded"
 
 
 def _utc(seconds: float) -> str:

@@ -110,7 +110,7 @@ class Objective(abc.ABC):
     Attributes:
       name: its name in the registry.
       stage: "train" or "pretrain".
-      obeys: sections and fields of the config beside `COMMON`.
+      obeys: sections and fields of the config in addition to `COMMON`.
       ignores: sections and fields that belong to the other command.
       refuses: fields, within those that it obeys, that it cannot honour, each with the reason.
       fields: its own fields in `config.pretrain`, with their defaults.

@@ -333,7 +333,7 @@ def get_config():
 def test_a_pretraining_stopped_three_times_ends_up_bit_identical(rbm_config, tmp_path, monkeypatch):
     """Within the first machine, at its end, and within the second, which the command finishes."""
     full = pretrain(rbm_config, tmp_path / "full", progress=False)
-    place, done = Parallel.place_batch, 0
+    place_batch, done = Parallel.place_batch, 0
     for stop, number in ((5, signal.SIGTERM), (12, signal.SIGINT), (17, signal.SIGTERM)):
         # A batch is placed while the step before its own runs.
         numbers = itertools.count(done + 1)
@@ -341,7 +341,7 @@ def test_a_pretraining_stopped_three_times_ends_up_bit_identical(rbm_config, tmp
         def placed(self, batch, stop=stop, number=number, numbers=numbers):
             if next(numbers) == stop + 1:
                 os.kill(os.getpid(), number)
-            return place(self, batch)
+            return place_batch(self, batch)
 
         monkeypatch.setattr(Parallel, "place_batch", placed)
         name = signal.Signals(number).name
