@@ -29,9 +29,8 @@ def music(tmp_path):
     (tmp_path / "music" / "album").mkdir(parents=True)
     for seed, name in enumerate(("a.wav", "album/b.flac", "album/c, d.ogg", "e.mp3")):
         samples = 0.1 * np.random.default_rng(seed).standard_normal(22050 * 2 + 5000 * seed)
-        soundfile.write(
-            tmp_path / "music" / name, np.cumsum(samples) * 0.02 if seed % 2 else samples, 22050
-        )
+        samples = np.cumsum(samples) * 0.02 if seed % 2 else samples
+        soundfile.write(tmp_path / "music" / name, samples, 22050)
     return tmp_path / "music"
 
 
@@ -46,21 +45,11 @@ def expected(bundle, path):
 
 
 def test_files_folders_and_patterns_are_found_once(bundle, music, capsys):
-    assert (
-        run(
-            "tag",
-            music / "album",
-            music / "*.wav",
-            music / "album" / "b.flac",
-            f"--model={bundle}",
-            "--top=1",
-        )
-        == 0
-    )
+    words = [music / "album", music / "*.wav", music / "album" / "b.flac", f"--model={bundle}"]
+    assert run("tag", *words, "--top=1") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines] == [
-        str(music / name) for name in ("album/b.flac", "album/c, d.ogg", "a.wav")
-    ]
+    names = ("album/b.flac", "album/c, d.ogg", "a.wav")
+    assert [line.split("  ")[0] for line in lines] == [str(music / name) for name in names]
     label, probabilities = expected(bundle, music / "album" / "b.flac")
     assert lines[0] == f"{music}/album/b.flac  {label} {100 * probabilities.max():.1f} %"
 
@@ -75,10 +64,8 @@ def test_json_lines_and_csv(bundle, music, capsys):
     assert [row["path"] for row in rows] == list(map(str, files))
     assert "not a sound file" in rows[1]["error"]
     label, probabilities = expected(bundle, files[0])
-    assert rows[0]["labels"][0] == {
-        "label": label,
-        "probability": pytest.approx(probabilities.max(), abs=1e-6),
-    }
+    probability = pytest.approx(probabilities.max(), abs=1e-6)
+    assert rows[0]["labels"][0] == {"label": label, "probability": probability}
     assert len(rows[2]["labels"]) == 2
     assert "error: " in captured.err
     assert "bad.wav" in captured.err
@@ -107,17 +94,8 @@ def test_a_playlist_for_each_label(bundle, music, tmp_path, capsys):
         listed |= dict.fromkeys(paths, label)
     files = [path for path in music.rglob("*") if path.is_file()]
     assert listed == {str(path): expected(bundle, path)[0] for path in files}
-    assert (
-        run(
-            "tag",
-            music,
-            f"--model={bundle}",
-            "--format=m3u",
-            "--min_probability=1.1",
-            f"--out={tmp_path / 'none'}",
-        )
-        == 0
-    )
+    words = [f"--model={bundle}", "--format=m3u", "--min_probability=1.1"]
+    assert run("tag", music, *words, f"--out={tmp_path / 'none'}") == 0
     assert not (tmp_path / "none").exists()
 
 
@@ -226,17 +204,8 @@ def test_a_link_stays_a_link_and_au_has_no_tags(bundle, music, tmp_path, capsys)
 
 def test_taggram_as_arrays_table_and_picture(bundle, music, tmp_path, capsys):
     out = tmp_path / "out"
-    assert (
-        run(
-            "taggram",
-            music / "e.mp3",
-            music / "album",
-            f"--model={bundle}",
-            f"--out={out}",
-            "--step=0.5",
-        )
-        == 0
-    )
+    words = [music / "e.mp3", music / "album", f"--model={bundle}", f"--out={out}"]
+    assert run("taggram", *words, "--step=0.5") == 0
     assert len(capsys.readouterr().out.splitlines()) == 3
     with np.load(out / "e.taggram.npz") as arrays:
         assert arrays["label"].tolist() == ["low", "middle", "high/est"]
@@ -245,10 +214,9 @@ def test_taggram_as_arrays_table_and_picture(bundle, music, tmp_path, capsys):
         rows = list(csv.reader((out / "e.taggram.csv").open()))
         assert rows[0] == ["start", "end", "low", "middle", "high/est"]
         assert len(rows) == 1 + len(arrays["start"])
-        np.testing.assert_allclose(
-            np.array(rows[1:], float)[:, 2:], arrays["probability"], atol=1e-6
-        )
-        np.testing.assert_allclose(np.array(rows[1:], float)[:, 1], arrays["end"], atol=1e-3)
+        numbers = np.array(rows[1:], float)
+        np.testing.assert_allclose(numbers[:, 2:], arrays["probability"], atol=1e-6)
+        np.testing.assert_allclose(numbers[:, 1], arrays["end"], atol=1e-3)
     with Image.open(out / "e.taggram.png") as image:
         assert image.width > 1000 and len(image.convert("RGB").getcolors(1 << 20)) > 50
 
@@ -258,21 +226,14 @@ def test_embeddings_of_files_and_windows(bundle, music, tmp_path):
     bad.write_bytes(b"RIFF")
     assert run("embed", music, f"--model={bundle}", f"--out={tmp_path / 'e.npz'}", "--windows") == 3
     with np.load(tmp_path / "e.npz") as arrays:
-        assert [Path(path).name for path in arrays["path"]] == [
-            "a.wav",
-            "b.flac",
-            "c, d.ogg",
-            "e.mp3",
-        ]
+        names = [Path(path).name for path in arrays["path"]]
+        assert names == ["a.wav", "b.flac", "c, d.ogg", "e.mp3"]
         assert arrays["embedding"].shape == (4, 16)
         for row in range(4):
             own = arrays["window_file"] == row
             # The last window overlaps the one before; each counts by the seconds that it adds.
-            mean = np.average(
-                arrays["window_embedding"][own],
-                axis=0,
-                weights=np.diff(arrays["window_end"][own], prepend=0),
-            )
+            weights = np.diff(arrays["window_end"][own], prepend=0)
+            mean = np.average(arrays["window_embedding"][own], axis=0, weights=weights)
             np.testing.assert_allclose(mean, arrays["embedding"][row], rtol=0.01, atol=0.01)
         assert np.all(arrays["window_end"] > arrays["window_start"])
 

@@ -113,8 +113,8 @@ def test_the_page_in_a_browser(browser, live, tmp_path):
         row = tagger.labels.index(tags[0].label)
         middles = (taggram.starts + taggram.ends) / 2
         for colour, seconds in ((first, 0.4), (second, 20.0), (last, 39.6)):
-            share = taggram.probabilities[np.abs(middles - seconds).argmin(), row]
-            np.testing.assert_allclose(colour, low + share * (high - low), atol=1.5)
+            fraction = taggram.probabilities[np.abs(middles - seconds).argmin(), row]
+            np.testing.assert_allclose(colour, low + fraction * (high - low), atol=1.5)
         # One time axis for both.
         levels, cells = (
             good.find_element(By.CSS_SELECTOR, f"canvas.{name}").rect
