@@ -7,8 +7,7 @@ From GTZAN's audio, /data/gtzan/blues/blues.00000.wav (or .au) and so on:
       --workdir=runs/gtzan_modulation/seed0
     musicgenre evaluate --workdir=runs/gtzan_modulation/seed0 --split=valid
 
-A clip that cannot be decoded (jazz.00054 in the common copy) is skipped and listed. If it has been
-deleted, add --config.data.allow_missing=True to prepare and train.
+jazz.00054, which is broken in the common copy or deleted from it, is skipped and listed.
 
 From precomputed spectrograms, /data/gtzan_mels/train.npz and valid.npz, in all three commands:
 

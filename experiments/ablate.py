@@ -19,44 +19,42 @@ from musicgenre.errors import UserError, did_you_mean
 
 FLAGS = flags.FlagValues()
 app.define_config(FLAGS)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of all runs and of the table.", FLAGS, required=True
+flags.DEFINE_string("workdir", None, "Folder of the runs and the table.", FLAGS, required=True)
+flags.DEFINE_integer("seeds", 3, "Seeds of each variant: 0, 1, ...", 1, flag_values=FLAGS)
+flags.DEFINE_integer(
+    "folds", 0, "Folds per variant and seed; 0: the data set's split.", 0, flag_values=FLAGS
 )
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of each variant: 0, 1, ...", 1, flag_values=FLAGS)
-_FOLDS = flags.DEFINE_integer(
-    "folds", 0, "Folds per variant and seed; 0 uses the data set's split.", 0, flag_values=FLAGS
-)
-_STEPS = flags.DEFINE_integer(
+flags.DEFINE_integer(
     "steps",
     0,
     "With --folds: steps of each training, to within half an epoch; 0 uses config.epochs.",
     0,
     flag_values=FLAGS,
 )
-_ONLY = flags.DEFINE_list("only", [], "Names of variants to run; all if empty.", FLAGS)
-_PROGRESS = flags.DEFINE_bool("progress", True, "Draw progress bars.", FLAGS)
+flags.DEFINE_list("only", [], "Names of variants to run; all if empty.", FLAGS)
+flags.DEFINE_bool("progress", True, "Draw progress bars.", FLAGS)
 
 
 def main() -> int:
     """Runs the ablation and prints the table."""
     config = app.get_config(FLAGS)
     variants = _variants(config_flags.get_config_filename(FLAGS["config"]).partition(":")[0])
-    if _STEPS.value and not _FOLDS.value:
+    if FLAGS.steps and not FLAGS.folds:
         raise UserError("--steps goes with --folds; without folds set --config.epochs.")
 
     from musicgenre.runs.workdir import Interrupted
     from musicgenre.studies.ablation import run_ablation, run_folds
 
-    arguments = (config, variants, _WORKDIR.value, range(_SEEDS.value))
+    arguments = (config, variants, FLAGS.workdir, range(FLAGS.seeds))
     try:
-        if _FOLDS.value:
-            run_folds(*arguments, _FOLDS.value, steps=_STEPS.value, progress=_PROGRESS.value)
+        if FLAGS.folds:
+            run_folds(*arguments, FLAGS.folds, steps=FLAGS.steps, progress=FLAGS.progress)
         else:
-            run_ablation(*arguments, progress=_PROGRESS.value)
+            run_ablation(*arguments, progress=FLAGS.progress)
     except Interrupted as stop:
         print(stop)
         return 128 + stop.signal_number
-    print(Path(_WORKDIR.value, "ablation.md").read_text(encoding="utf-8"))
+    print(Path(FLAGS.workdir, "ablation.md").read_text(encoding="utf-8"))
     return 0
 
 
@@ -68,10 +66,10 @@ def _variants(path: str) -> list[tuple[str, dict[str, object]]]:
         raise UserError(f"{path}: has no sweep(). {remedy}.")
     variants = list(module["sweep"]())
     names = [name for name, _ in variants]
-    for name in _ONLY.value:
+    for name in FLAGS.only:
         if name not in names:
             raise UserError(f"--only={name}: no variant of {path}.{did_you_mean(name, names)}")
-    return [variant for variant in variants if variant[0] in (_ONLY.value or names)]
+    return [variant for variant in variants if variant[0] in (FLAGS.only or names)]
 
 
 if __name__ == "__main__":

@@ -18,22 +18,16 @@ from musicgenre.cli import app
 from musicgenre.errors import LEAKAGE
 
 FLAGS = flags.FlagValues()
-_WORKDIRS = flags.DEFINE_multi_string(
+flags.DEFINE_multi_string(
     "workdir", None, "A run's folder, a bundle, or a packaged model's name.", FLAGS, required=True
 )
 flags.DEFINE_enum("split", "test", ["train", "valid", "test"], "Split to evaluate.", FLAGS)
-flags.DEFINE_string(
-    "store", "", "Store to evaluate on; the one that the model was trained on if empty.", FLAGS
-)
-flags.DEFINE_string(
-    "arrays", "", "Or a file of spectrograms (.npz or .npy), all of it as --split.", FLAGS
-)
+flags.DEFINE_string("store", "", "Store to evaluate on; that of the training if empty.", FLAGS)
+flags.DEFINE_string("arrays", "", "Or a file of spectrograms (.npz or .npy), as --split.", FLAGS)
 flags.DEFINE_string(
     "checkpoint", "last", "last, best (by the validation measure) or a step.", FLAGS
 )
-flags.DEFINE_string(
-    "out", "", "Folder of the report; <workdir>/evaluation-<split> if empty.", FLAGS
-)
+flags.DEFINE_string("out", "", "Folder; <workdir>/evaluation-<split> if empty.", FLAGS)
 flags.DEFINE_string(
     "temperature",
     "",
@@ -41,7 +35,7 @@ flags.DEFINE_string(
     "temperature, or what it is fitted on, a split or a file of spectrograms.",
     FLAGS,
 )
-_FATAL = flags.DEFINE_bool(
+flags.DEFINE_bool(
     "fatal_leakage",
     False,
     f"Exit with {LEAKAGE} if the audit finds training clips in the split, or if they are unknown.",
@@ -62,9 +56,9 @@ def main() -> int:
 
     names = "split store arrays checkpoint out temperature neighbours"
     options = {name: FLAGS[name].value for name in names.split()}
-    result = evaluate_runs(_WORKDIRS.value, **options, command=app.command_line())
+    result = evaluate_runs(FLAGS.workdir, **options, command=app.command_line())
     print("\n".join(result.lines))
-    if result.leaks and _FATAL.value:
+    if result.leaks and FLAGS.fatal_leakage:
         text = "the evaluated clips are not, or not known to be, independent of the training clips"
         print(f"error: {text} (--fatal_leakage).", file=sys.stderr)
         return LEAKAGE

@@ -15,8 +15,8 @@ from musicgenre.cli import app
 from musicgenre.errors import PARTIAL
 
 FLAGS = flags.FlagValues()
-_ROOT = flags.DEFINE_string(
-    "root", None, "Folder with the .h5 files, or one file of many songs.", FLAGS, required=True
+flags.DEFINE_string(
+    "root", None, "Folder of .h5 files, or one file of many songs.", FLAGS, required=True
 )
 flags.DEFINE_integer(
     "limit", 0, "Most songs to request in this run; 0 is all.", 0, flag_values=FLAGS
@@ -24,21 +24,17 @@ flags.DEFINE_integer(
 flags.DEFINE_integer(
     "per_day", 4000, "Requests within 24 hours, retries included.", 1, flag_values=FLAGS
 )
-_DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "Only list what would be requested; needs no keys, writes nothing.", FLAGS
-)
+flags.DEFINE_bool("dry_run", False, "List what would be requested; needs no keys.", FLAGS)
 flags.DEFINE_bool("retry_missing", False, "Request songs again that were not found.", FLAGS)
 flags.DEFINE_string(
-    "ledger", "", "Record of a key's requests; <root>/previews/requests.jsonl if empty.", FLAGS
+    "ledger", "", "Record of requests; <root>/previews/requests.jsonl if empty.", FLAGS
 )
 flags.DEFINE_string(
-    "country", "", "ISO code of 7digital's shop, such as GB; the account's own if empty.", FLAGS
+    "country", "", "ISO code of the shop, such as GB; the account's if empty.", FLAGS
 )
-_BASE_URL = flags.DEFINE_string(
-    "base_url", "", "Another address that the track id is added to.", FLAGS
-)
+flags.DEFINE_string("base_url", "", "Another address that the track id is added to.", FLAGS)
 flags.DEFINE_float(
-    "timeout", 30.0, "Seconds without a byte before a request is given up.", 0.1, flag_values=FLAGS
+    "timeout", 30.0, "Seconds without a byte before giving up.", 0.1, flag_values=FLAGS
 )
 flags.DEFINE_bool("progress", True, "Draw a progress bar.", FLAGS)
 
@@ -47,18 +43,18 @@ def main() -> int:
     """Downloads, prints what was found, and returns 3 if running it again can get more."""
     from musicgenre.datasets.fetch import previews
 
-    keys = None if _DRY_RUN.value else previews.keys_from_environment()
-    wanted = previews.wanted_songs(_ROOT.value)
+    keys = None if FLAGS.dry_run else previews.keys_from_environment()
+    wanted = previews.wanted_songs(FLAGS.root)
     for entry in wanted.skipped:
         print(f"skipped {entry.path}: {entry.reason}", file=sys.stderr)
     names = ("ledger", "per_day", "limit", "retry_missing")
     options = {name: FLAGS[name].value for name in names}
     if keys is None:
-        print("\n".join(previews.plan_lines(_ROOT.value, wanted.numbers, **options)))
+        print("\n".join(previews.plan_lines(FLAGS.root, wanted.numbers, **options)))
         return 0
     options |= {name: FLAGS[name].value for name in ("country", "timeout", "progress")}
-    options["base_url"] = _BASE_URL.value or previews.BASE_URL
-    summary = previews.fetch_previews(_ROOT.value, wanted.numbers, keys, **options)
+    options["base_url"] = FLAGS.base_url or previews.BASE_URL
+    summary = previews.fetch_previews(FLAGS.root, wanted.numbers, keys, **options)
     print("\n".join(summary.lines()))
     return PARTIAL if summary.incomplete else 0
 

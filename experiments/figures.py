@@ -20,52 +20,32 @@ if TYPE_CHECKING:
 
 FLAGS = flags.FlagValues()
 app.define_config(FLAGS)
-_OUT = flags.DEFINE_string(
-    "out", "", "Folder of the pictures; <workdir>/figures or else runs/figures if empty.", FLAGS
+flags.DEFINE_string("out", "", "Folder; <workdir>/figures or runs/figures if empty.", FLAGS)
+flags.DEFINE_string(
+    "workdir", "", "A trained run: curves, mistakes, network, labels, a clip.", FLAGS
 )
-_WORKDIR = flags.DEFINE_string(
-    "workdir", "", "A trained run: curves, mistakes, network, labels and one clip.", FLAGS
-)
-_SPLIT = flags.DEFINE_enum(
+flags.DEFINE_enum(
     "split", "valid", ["train", "valid", "test"], "With --workdir: the evaluated split.", FLAGS
 )
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "last", "With --workdir: last, best or a step.", FLAGS
-)
-_STORE = flags.DEFINE_string(
-    "store", "", "With --workdir: the store; the run's own if empty.", FLAGS
-)
-_CLIP_ID = flags.DEFINE_string(
-    "clip_id", "", "With --workdir: the clip to draw; the first of the split if empty.", FLAGS
-)
-_CLIP = flags.DEFINE_string(
-    "clip", "", "A sound file: its spectrogram, by the run's or config's front end.", FLAGS
-)
-_TAGS = flags.DEFINE_string(
+flags.DEFINE_string("checkpoint", "last", "With --workdir: last, best or a step.", FLAGS)
+flags.DEFINE_string("store", "", "With --workdir: the store; the run's own if empty.", FLAGS)
+flags.DEFINE_string("clip_id", "", "With --workdir: the clip; the split's first if empty.", FLAGS)
+flags.DEFINE_string("clip", "", "A sound file: its spectrogram, by the run or config.", FLAGS)
+flags.DEFINE_string(
     "tags", "", "MagnaTagATune's annotations_final.csv or .csv.gz: clips per tag.", FLAGS
 )
-_TOP = flags.DEFINE_integer(
-    "top", 50, "Number of most frequent tags to draw.", 1, flag_values=FLAGS
-)
-_MODEL = flags.DEFINE_string(
-    "model", "", "A registered network with its defaults: its layers. Others: --config.", FLAGS
-)
-_FRAMES = flags.DEFINE_integer(
-    "frames", 647, "With --model: frames of its input.", 1, flag_values=FLAGS
-)
-_BANDS = flags.DEFINE_integer(
-    "bands", 128, "With --model: bands of its input.", 1, flag_values=FLAGS
-)
-_CLASSES = flags.DEFINE_integer(
-    "classes", 10, "Outputs of a network without known labels.", 1, flag_values=FLAGS
-)
+flags.DEFINE_integer("top", 50, "Number of most frequent tags to draw.", 1, flag_values=FLAGS)
+flags.DEFINE_string("model", "", "A registered network with its defaults: its layers.", FLAGS)
+flags.DEFINE_integer("frames", 647, "With --model: frames of its input.", 1, flag_values=FLAGS)
+flags.DEFINE_integer("bands", 128, "With --model: bands of its input.", 1, flag_values=FLAGS)
+flags.DEFINE_integer("classes", 10, "Outputs of a network without labels.", 1, flag_values=FLAGS)
 
 
 def main() -> None:
     """Draws what the flags name and prints the paths."""
     settings = app.get_config(FLAGS) if FLAGS.config is not None else None
-    workdir = _WORKDIR.value
-    if not (workdir or settings or _CLIP.value or _TAGS.value or _MODEL.value):
+    workdir = FLAGS.workdir
+    if not (workdir or settings or FLAGS.clip or FLAGS.tags or FLAGS.model):
         raise UserError("nothing to draw: give --workdir, --config, --clip, --tags or --model.")
     if workdir and settings:
         raise UserError("--workdir brings its own config: give only one of the two.")
@@ -77,22 +57,22 @@ def main() -> None:
     from musicgenre.studies.evaluate import training_store
     from musicgenre.studies.figures import run_figures, sound_figures, table_figures
 
-    out = Path(_OUT.value or (f"{workdir}/figures" if workdir else "runs/figures"))
+    out = Path(FLAGS.out or (f"{workdir}/figures" if workdir else "runs/figures"))
     features = feature_spec(settings) if settings else FeatureSpec()
     if workdir:
-        model = load_model(workdir, _CHECKPOINT.value)
+        model = load_model(workdir, FLAGS.checkpoint)
         features = model.features
-        store = Store.open(_STORE.value or training_store(model.workdir))
-        _print(run_figures(model, store, out, _SPLIT.value, clip_id=_CLIP_ID.value, top=_TOP.value))
-    if _CLIP.value:
-        _print(sound_figures(_CLIP.value, features, out))
+        store = Store.open(FLAGS.store or training_store(model.workdir))
+        _print(run_figures(model, store, out, FLAGS.split, clip_id=FLAGS.clip_id, top=FLAGS.top))
+    if FLAGS.clip:
+        _print(sound_figures(FLAGS.clip, features, out))
     elif settings:
         _draw_config(settings, out)
-    if _TAGS.value:
-        _print(table_figures(_TAGS.value, out, _TOP.value))
-    if _MODEL.value:
-        inputs = {"frames": _FRAMES.value, "bands": _BANDS.value}
-        _draw_network({"name": _MODEL.value}, out, _CLASSES.value, **inputs)
+    if FLAGS.tags:
+        _print(table_figures(FLAGS.tags, out, FLAGS.top))
+    if FLAGS.model:
+        inputs = {"frames": FLAGS.frames, "bands": FLAGS.bands}
+        _draw_network({"name": FLAGS.model}, out, FLAGS.classes, **inputs)
 
 
 def _draw_config(settings: "ConfigDict", out: Path) -> None:
@@ -104,11 +84,11 @@ def _draw_config(settings: "ConfigDict", out: Path) -> None:
 
     path = config.store_path(settings)
     prepared = (path / "manifest.json").is_file()
-    classes = _CLASSES.value
+    classes = FLAGS.classes
     if prepared or settings.data.root or settings.data.dataset == "arrays":
         clips = Store.open(path) if prepared else load_dataset(config.dataset_options(settings))
         classes = len(clips.label_names)
-        _print(label_figures(clips, out, _TOP.value))
+        _print(label_figures(clips, out, FLAGS.top))
     else:
         print("no labels are drawn: the config has no data.root, and no store is prepared.")
     spec = config.feature_spec(settings)

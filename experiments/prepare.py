@@ -12,19 +12,17 @@ from musicgenre.cli import app
 
 FLAGS = flags.FlagValues()
 app.define_config(FLAGS)
-_WORKERS = flags.DEFINE_integer("workers", 0, "Processes; 0 is one per core.", 0, flag_values=FLAGS)
-_PROGRESS = flags.DEFINE_bool("progress", True, "Draw a progress bar.", FLAGS)
-_VERIFY = flags.DEFINE_bool(
-    "verify", True, "Compare existing shards with their checksums, not only their sizes.", FLAGS
-)
+flags.DEFINE_integer("workers", 0, "Processes; 0 is one per core.", 0, flag_values=FLAGS)
+flags.DEFINE_bool("progress", True, "Draw a progress bar.", FLAGS)
+flags.DEFINE_bool("verify", True, "Compare shards with their checksums, not only sizes.", FLAGS)
 
 
 def main() -> None:
     """Prepares the store and prints its contents and what was skipped."""
     from musicgenre.store.prepare import prepare_store
 
-    options = {"progress": _PROGRESS.value, "verify": _VERIFY.value}
-    prepare(FLAGS, prepare_store, workers=_WORKERS.value, **options)
+    options = {"progress": FLAGS.progress, "verify": FLAGS.verify}
+    prepare(FLAGS, prepare_store, workers=FLAGS.workers, **options)
 
 
 def prepare(

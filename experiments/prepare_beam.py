@@ -19,10 +19,8 @@ ARGUMENTS = (
     "machine: --direct_num_workers=2 --direct_running_mode=multi_processing"
 )
 app.define_config(FLAGS)
-_PROGRESS = flags.DEFINE_bool("progress", True, "Draw a progress bar.", FLAGS)
-_VERIFY = flags.DEFINE_bool(
-    "verify", True, "Compare existing shards with their checksums, not only their sizes.", FLAGS
-)
+flags.DEFINE_bool("progress", True, "Draw a progress bar.", FLAGS)
+flags.DEFINE_bool("verify", True, "Compare shards with their checksums, not only sizes.", FLAGS)
 
 
 def main(beam_flags: list[str]) -> None:
@@ -30,7 +28,7 @@ def main(beam_flags: list[str]) -> None:
     from musicgenre.experiments.prepare import prepare
     from musicgenre.store.beam import prepare_store_beam
 
-    options = {"progress": _PROGRESS.value, "verify": _VERIFY.value}
+    options = {"progress": FLAGS.progress, "verify": FLAGS.verify}
     prepare(FLAGS, prepare_store_beam, beam_flags, **options)
 
 

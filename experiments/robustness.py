@@ -16,42 +16,40 @@ from musicgenre.cli import app
 from musicgenre.errors import PARTIAL, UserError
 
 FLAGS = flags.FlagValues()
-_WORKDIR = flags.DEFINE_string(
+flags.DEFINE_string(
     "workdir", None, "A run's folder, a bundle, or a packaged model's name.", FLAGS, required=True
 )
-_CHECKPOINT = flags.DEFINE_string(
+flags.DEFINE_string(
     "checkpoint", "last", "last, best (by the validation measure) or a step.", FLAGS
 )
-_AUDIO = flags.DEFINE_multi_string(
+flags.DEFINE_multi_string(
     "audio",
     [],
     "Folder with one sub-folder per label, or a file, whose folder is its label.",
     FLAGS,
 )
-_ARRAYS = flags.DEFINE_string("arrays", "", "File of spectrograms (.npz or .npy) instead.", FLAGS)
-_SPLIT = flags.DEFINE_enum(
+flags.DEFINE_string("arrays", "", "File of spectrograms (.npz or .npy) instead.", FLAGS)
+flags.DEFINE_enum(
     "split",
     "",
     ["", "train", "valid", "test"],
     "With --audio: the split, if the folder has one folder per split; all if empty.",
     FLAGS,
 )
-_LABELS = flags.DEFINE_bool(
-    "labels", True, "With --audio: folders are named after labels that the model knows.", FLAGS
-)
-_OUT = flags.DEFINE_string("out", None, "Folder of the report.", FLAGS, required=True)
+flags.DEFINE_bool("labels", True, "With --audio: folders are named after labels.", FLAGS)
+flags.DEFINE_string("out", None, "Folder of the report.", FLAGS, required=True)
 flags.DEFINE_integer("tries", 20, "Random equalisers per clip; 0 is none.", 0, flag_values=FLAGS)
 flags.DEFINE_float(
-    "seconds", 60.0, "Longest excerpt, from the middle; 0 is no limit.", 0.0, flag_values=FLAGS
+    "seconds", 60.0, "Longest excerpt, from the middle; 0: no limit.", 0.0, flag_values=FLAGS
 )
 flags.DEFINE_float("min_seconds", 1.0, "Shorter sound files are skipped.", 1.0, flag_values=FLAGS)
-_SEED = flags.DEFINE_integer("seed", 0, "Of equalisers, noise and bootstrap.", 0, flag_values=FLAGS)
+flags.DEFINE_integer("seed", 0, "Of equalisers, noise and bootstrap.", 0, flag_values=FLAGS)
 flags.DEFINE_bool("progress", True, "Draw progress bars.", FLAGS)
 
 
 def main() -> int:
     """Tests the model and prints the main results; returns 3 if clips were skipped."""
-    if bool(_AUDIO.value) == bool(_ARRAYS.value):
+    if bool(FLAGS.audio) == bool(FLAGS.arrays):
         raise UserError("name either sound (--audio=...) or a file of spectrograms (--arrays=...).")
 
     from musicgenre.evaluation.robustness import headline, measure, write_report
@@ -60,15 +58,15 @@ def main() -> int:
 
     common = {name: FLAGS[name].value for name in ("tries", "seed", "progress")}
     common["command"] = app.command_line()
-    clips = find_sounds(_AUDIO.value, split=_SPLIT.value, labelled=_LABELS.value)
-    model = load_model(_WORKDIR.value, _CHECKPOINT.value)
-    if _ARRAYS.value:
-        tested = probe_arrays(model, _ARRAYS.value, **common)
+    clips = find_sounds(FLAGS.audio, split=FLAGS.split, labelled=FLAGS.labels)
+    model = load_model(FLAGS.workdir, FLAGS.checkpoint)
+    if FLAGS.arrays:
+        tested = probe_arrays(model, FLAGS.arrays, **common)
     else:
         lengths = {name: FLAGS[name].value for name in ("seconds", "min_seconds")}
         tested = probe_sounds(model, clips, **lengths, **common)
-    measures = measure(tested, seed=_SEED.value)
-    report = write_report(_OUT.value, tested, measures)
+    measures = measure(tested, seed=FLAGS.seed)
+    report = write_report(FLAGS.out, tested, measures)
     if tested.synthetic:
         print("SYNTHETIC: the model was trained on synthetic audio; this says nothing about music.")
     print("\n".join(headline(measures)))

@@ -109,12 +109,8 @@ def read_arrays(
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Returns the arrays and the notes of a file of `write_arrays`.
 
-    Args:
-      path: the file.
-      key: as it was written.
-      schemas: the values of `schema` that the caller can read.
-      what: the type of file for messages, such as "model".
-      remedy: a sentence that ends the message about a file that is damaged or of another type.
+    `schemas` are the values of the notes' `schema` that the caller can read. Messages call the
+    file `what`, such as "model", and end in `remedy`.
 
     Raises:
       UserError: the file is missing, damaged, of another type or of a newer version.

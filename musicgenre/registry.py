@@ -18,27 +18,25 @@ class Registry(Generic[T]):
     """Items by name.
 
     Args:
-      kind: what an item is called in messages, such as "model".
+      what: what an item is called in messages, such as "model".
       group: the entry point group that installed packages list their items under.
     """
 
-    def __init__(self, kind: str, group: str) -> None:
-        self._kind = kind
-        self._group = group
+    def __init__(self, what: str, group: str) -> None:
+        self._what, self._group = what, group
         self._items: dict[str, T] = {}
 
     def add(self, name: str, item: T) -> T:
         """Adds an item and returns it.
 
         Raises:
-          ValueError: another item has this name. The same one, from a module imported again, replaces
-            the earlier one.
+          ValueError: another item has this name. The same item of a module that is imported again
+            replaces the earlier one.
         """
-        there = self._items.get(name)
-        if there is not None and _origin(there) != _origin(item):
-            raise ValueError(
-                f"two {self._kind}s are registered as {name!r}: {_origin(there)} and {_origin(item)}"
-            )
+        origins = [_origin(each) for each in (self._items.get(name, item), item)]
+        if origins[0] != origins[1]:
+            both = " and ".join(origins)
+            raise ValueError(f"two {self._what}s are registered as {name!r}: {both}")
         self._items[name] = item
         return item
 
@@ -46,21 +44,19 @@ class Registry(Generic[T]):
         """Returns an item by name.
 
         Raises:
-          UserError: no item has this name; the message names the nearest one. Or the package that
-            lists it cannot be imported.
+          UserError: no item has this name, or the package that lists it cannot be imported.
         """
         if name not in self._items:
             for point in importlib.metadata.entry_points(group=self._group, name=name):
                 try:
                     loaded: T = point.load()
                 except (ImportError, AttributeError) as error:
-                    raise UserError(
-                        f"the {self._kind} {name!r} of {point.value} cannot be imported ({error})."
-                    ) from error
+                    item = f"the {self._what} {name!r} of {point.value}"
+                    raise UserError(f"{item} cannot be imported ({error}).") from error
                 # Importing the module may have registered it already.
                 self._items.setdefault(name, loaded)
         if name not in self._items:
-            raise UserError(f"no {self._kind} {name!r}." + did_you_mean(name, self.names()))
+            raise UserError(f"no {self._what} {name!r}." + did_you_mean(name, self.names()))
         return self._items[name]
 
     def names(self) -> list[str]:
@@ -69,28 +65,23 @@ class Registry(Generic[T]):
         return sorted({*self._items, *(point.name for point in points)})
 
     def added_by(self, module: str) -> Iterator[str]:
-        """Yields the names of the items that a module defines."""
-        for name, item in self._items.items():
-            if getattr(item, "__module__", None) == module:
-                yield name
+        """Returns the names of the items that a module defines."""
+        items = self._items.items()
+        return (name for name, item in items if getattr(item, "__module__", None) == module)
 
 
 def import_user_module(module: str, field: str = "config.module") -> None:
-    """Imports a module that registers a user's own networks, data sets or objectives.
-
-    Args:
-      module: its dotted name.
-      field: the config field that names it, for messages.
+    """Imports a user's module (a dotted name) that registers networks, data sets or objectives.
 
     Raises:
-      UserError: there is no such module.
+      UserError: there is no such module; the message names the config field.
     """
     try:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise UserError(
-            f"{field}={module!r}: no module {error.name!r}. Run from the folder that holds it, or put "
-            "that folder on PYTHONPATH."
+            f"{field}={module!r}: no module {error.name!r}. Run from the folder that holds it, or "
+            "put that folder on PYTHONPATH."
         ) from error
 
 

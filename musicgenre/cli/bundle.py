@@ -19,17 +19,15 @@ if TYPE_CHECKING:
 FLAGS = flags.FlagValues()
 ARGUMENTS = "model, out: a run's folder or another bundle, and the file to write, .safetensors"
 define_checkpoint(FLAGS)
-_HALF = flags.DEFINE_bool("half", False, "Store numbers in float16: half the size.", FLAGS)
-_TEMPERATURE = flags.DEFINE_string(
+flags.DEFINE_bool("half", False, "Store numbers in float16: half the size.", FLAGS)
+flags.DEFINE_string(
     "temperature",
     "",
     "Calibrates the probabilities: a number that divides the logits, or the metrics.json of an "
     "evaluation of this model with --temperature.",
     FLAGS,
 )
-_REMARKS = flags.DEFINE_string(
-    "remarks", "", "A text file that is added to the card: results, limits, licence.", FLAGS
-)
+flags.DEFINE_string("remarks", "", "A text file that is added to the card.", FLAGS)
 
 
 def main(words: list[str]) -> None:
@@ -40,18 +38,18 @@ def main(words: list[str]) -> None:
     from musicgenre.runs.model import load_model
 
     remarks = ""
-    if _REMARKS.value:
+    if FLAGS.remarks:
         try:
-            remarks = Path(_REMARKS.value).read_text(encoding="utf-8")
+            remarks = Path(FLAGS.remarks).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{_REMARKS.value}: not a readable text file ({error}).") from error
+            raise UserError(f"{FLAGS.remarks}: not a readable text file ({error}).") from error
     model = load_model(source, FLAGS.checkpoint)
-    if _TEMPERATURE.value:
-        temperature, origin = _temperature(_TEMPERATURE.value, model)
+    if FLAGS.temperature:
+        temperature, origin = _temperature(FLAGS.temperature, model)
         model = dataclasses.replace(model, temperature=temperature)
         remarks = "\n\n".join(filter(None, (remarks.strip(), origin)))
     card = model_card(model, remarks)
-    save_bundle(model, out, card, half=_HALF.value)
+    save_bundle(model, out, card, half=FLAGS.half)
     print(card)
     print(f"{out}: {Path(out).stat().st_size / 2**20:.2f} MiB")
 

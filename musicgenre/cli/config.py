@@ -11,16 +11,14 @@ from musicgenre.cli import app
 
 FLAGS = flags.FlagValues()
 app.define_config(FLAGS)
-_NETWORKS = flags.DEFINE_bool(
-    "networks", False, "List the registered networks instead.", flag_values=FLAGS
-)
+flags.DEFINE_bool("networks", False, "List the registered networks instead.", FLAGS)
 
 
 def main() -> None:
     """Prints the fields."""
     from musicgenre.config import reference
 
-    if _NETWORKS.value:
+    if FLAGS.networks:
         lines = reference.network_listing()
     else:
         values = app.get_config(FLAGS).to_dict() if FLAGS["config"].value is not None else None

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 FLAGS = flags.FlagValues()
 ARGUMENTS = FILES
 define_model(FLAGS)
-_OUT = flags.DEFINE_string("out", None, "The .npz file to write.", FLAGS, required=True)
-_WINDOWS = flags.DEFINE_bool("windows", False, "Also write the embedding of every window.", FLAGS)
+flags.DEFINE_string("out", None, "The .npz file to write.", FLAGS, required=True)
+flags.DEFINE_bool("windows", False, "Also write the embedding of every window.", FLAGS)
 
 
 def main(words: list[str]) -> int:
     """Embeds every file; returns 3 if some failed, 2 if all did."""
-    if not _OUT.value.endswith(".npz"):
-        raise UserError(f"--out={_OUT.value}: the name must end in .npz.")
+    if not FLAGS.out.endswith(".npz"):
+        raise UserError(f"--out={FLAGS.out}: the name must end in .npz.")
     tally = Tally()
     files = expand(words, tally)
     if not files:
@@ -41,7 +41,7 @@ def main(words: list[str]) -> int:
     paths: list[str] = []
     embeddings: list[np.ndarray] = []
     windows: list[WindowScores] = []
-    for scores in tagger.scores(files, step=tagger.model.frames, keep_windows=_WINDOWS.value):
+    for scores in tagger.scores(files, step=tagger.model.frames, keep_windows=FLAGS.windows):
         if scores.error:
             tally.fail(scores.error)
             continue
@@ -59,5 +59,5 @@ def main(words: list[str]) -> int:
             for name in ("start", "end", "embedding"):
                 parts = [getattr(part, f"{name}s") for part in windows]
                 arrays[f"window_{name}"] = np.concatenate(parts)
-        write_npz(_OUT.value, arrays)
+        write_npz(FLAGS.out, arrays)
     return tally.exit_code()

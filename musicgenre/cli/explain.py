@@ -33,14 +33,14 @@ flags.DEFINE_float(
 )
 flags.DEFINE_string("layer", "", "Layer of --unit; without --unit, the layer of Grad-CAM.", FLAGS)
 flags.DEFINE_integer("unit", None, "Unit of --layer to explain.", flag_values=FLAGS)
-_CLIPS = flags.DEFINE_multi_string(
-    "clips", [], "Files and folders to search for moments; the explained files if empty.", FLAGS
+flags.DEFINE_multi_string(
+    "clips", [], "Where to search for moments; the explained files if empty.", FLAGS
 )
 flags.DEFINE_integer("top", 5, "Moments per unit.", 1, flag_values=FLAGS)
 flags.DEFINE_bool("cut", False, "Cut the moments out as WAV files.", FLAGS)
 flags.DEFINE_float("seconds", 3.0, "Length of a cut moment.", flag_values=FLAGS)
 flags.DEFINE_list("parts", "filters,activations,saliency,sound,moments", "Any of these.", FLAGS)
-_LIST_LAYERS = flags.DEFINE_bool("list_layers", False, "Print layers and units, then exit.", FLAGS)
+flags.DEFINE_bool("list_layers", False, "Print layers and units, then exit.", FLAGS)
 
 
 def main(words: list[str]) -> int:
@@ -50,7 +50,7 @@ def main(words: list[str]) -> int:
 
     names = (field.name for field in dataclasses.fields(Options))
     options = Options(**{name: FLAGS[name].value for name in names})
-    if _LIST_LAYERS.value:
+    if FLAGS.list_layers:
         print(layer_table(Explainer(load_tagger(FLAGS).model)))
         return 0
     if not words:
@@ -59,7 +59,7 @@ def main(words: list[str]) -> int:
     files = expand(words, tally)
     if not files:
         return tally.exit_code()
-    clips = expand(_CLIPS.value, tally) if _CLIPS.value else None
+    clips = expand(FLAGS.clips, tally) if FLAGS.clips else None
     explanation = Explanation(load_tagger(FLAGS), options, FLAGS.model)
     for path in files:
         try:

@@ -16,13 +16,11 @@ from musicgenre.cli.files import define_checkpoint, named, warn_if_synthetic
 FLAGS = flags.FlagValues()
 ARGUMENTS = "model: a packaged model's name, a run's folder or a bundle"
 define_checkpoint(FLAGS)
-_OUT = flags.DEFINE_string("out", None, "The file to write.", FLAGS, required=True)
-_FORMAT = flags.DEFINE_enum(
+flags.DEFINE_string("out", None, "The file to write.", FLAGS, required=True)
+flags.DEFINE_enum(
     "format", None, ["onnx", "stablehlo"], "By default from the file's ending.", FLAGS
 )
-_SECONDS = flags.DEFINE_float(
-    "seconds", 0.0, "Length of an input, at most the model's clip; 0 is that.", flag_values=FLAGS
-)
+flags.DEFINE_float("seconds", 0.0, "Length of an input; 0 is the model's clip.", flag_values=FLAGS)
 
 
 def main(words: list[str]) -> None:
@@ -32,9 +30,9 @@ def main(words: list[str]) -> None:
     from musicgenre.exchange.export import check_format, export_model
     from musicgenre.runs.model import load_model
 
-    form = check_format(_OUT.value, _FORMAT.value or "")
+    form = check_format(FLAGS.out, FLAGS.format or "")
     model = load_model(source, FLAGS.checkpoint)
-    exported = export_model(model, _OUT.value, form, seconds=_SECONDS.value)
+    exported = export_model(model, FLAGS.out, form, seconds=FLAGS.seconds)
     rate = model.features.sample_rate
     print(
         f"{exported.path}: {exported.path.stat().st_size / 1e6:.1f} MB; "

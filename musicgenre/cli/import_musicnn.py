@@ -12,9 +12,9 @@ from musicgenre.cli.files import named
 FLAGS = flags.FlagValues()
 ARGUMENTS = "source: the wheel of musicnn, its unpacked package, or a folder that holds either"
 REPEATED = ("models",)
-_OUT = flags.DEFINE_string("out", ".", "Folder of the files <name>.safetensors.", FLAGS)
-_MODELS = flags.DEFINE_multi_string(
-    "models", [], "MTT_musicnn, MSD_musicnn, MTT_vgg, MSD_vgg; all that are found if empty.", FLAGS
+flags.DEFINE_string("out", ".", "Folder of the files <name>.safetensors.", FLAGS)
+flags.DEFINE_multi_string(
+    "models", [], "MTT_musicnn, MSD_musicnn, MTT_vgg, MSD_vgg; all if empty.", FLAGS
 )
 
 
@@ -26,9 +26,9 @@ def main(words: list[str]) -> None:
 
     source = Source(name)
     found = available(source)
-    for path in import_models(source, _MODELS.value or found, _OUT.value):
+    for path in import_models(source, FLAGS.models or found, FLAGS.out):
         print(f"{path}: {path.stat().st_size / 2**20:.2f} MiB", flush=True)
-    if not _MODELS.value:
+    if not FLAGS.models:
         # The wheel never held the largest model.
         for missing in [model for model in MODELS[:4] if model not in found]:
             print(f"{source.path}: holds no {missing}.")

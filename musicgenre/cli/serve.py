@@ -23,21 +23,13 @@ _GRACE_SECONDS = 1
 
 FLAGS = flags.FlagValues()
 define_model(FLAGS)
-_INDEX = flags.DEFINE_string(
-    "index", "", "Index of embeddings, made with the same model, to find similar files in.", FLAGS
-)
-_HOST = flags.DEFINE_string("host", "127.0.0.1", "Address or name to listen on.", FLAGS)
-_PORT = flags.DEFINE_integer("port", 8000, "0 takes a free one.", 0, 65535, flag_values=FLAGS)
-_ALLOW_HOST = flags.DEFINE_multi_string(
-    "allow_host", [], "Another name of this server that requests may use.", FLAGS
-)
-_MAX_MB = flags.DEFINE_float("max_mb", 200.0, "Largest upload in megabytes.", flag_values=FLAGS)
-_MAX_SECONDS = flags.DEFINE_float(
-    "max_seconds", 600.0, "Longest sound in seconds.", flag_values=FLAGS
-)
-_MAX_WAITING = flags.DEFINE_integer(
-    "max_waiting", 8, "Uploads that may wait while one is processed.", 0, flag_values=FLAGS
-)
+flags.DEFINE_string("index", "", "Index of the same model, to find similar files in.", FLAGS)
+flags.DEFINE_string("host", "127.0.0.1", "Address or name to listen on.", FLAGS)
+flags.DEFINE_integer("port", 8000, "0 takes a free one.", 0, 65535, flag_values=FLAGS)
+flags.DEFINE_multi_string("allow_host", [], "Another name of this server.", FLAGS)
+flags.DEFINE_float("max_mb", 200.0, "Largest upload in megabytes.", flag_values=FLAGS)
+flags.DEFINE_float("max_seconds", 600.0, "Longest sound in seconds.", flag_values=FLAGS)
+flags.DEFINE_integer("max_waiting", 8, "Uploads that may wait for another.", 0, flag_values=FLAGS)
 
 
 def main() -> None:
@@ -53,16 +45,16 @@ def main() -> None:
         if (error.name or "").partition(".")[0] == "musicgenre":
             raise
         raise UserError(f"the page needs {error.name}: pip install 'musicgenre[demo]'") from None
-    host = _HOST.value
-    with _listen(host, _PORT.value) as listening:
+    host = FLAGS.host
+    with _listen(host, FLAGS.port) as listening:
         tagger, index = load_tagger(FLAGS), None
-        if _INDEX.value:
+        if FLAGS.index:
             from musicgenre.inference.index import EmbeddingIndex
 
-            index = EmbeddingIndex.load(_INDEX.value)
+            index = EmbeddingIndex.load(FLAGS.index)
             index.check_model(tagger.model)
-        limits = Limits(round(_MAX_MB.value * 1e6), _MAX_SECONDS.value, _MAX_WAITING.value)
-        hosts = [*_ALLOW_HOST.value, *([] if is_address(host) else [host])]
+        limits = Limits(round(FLAGS.max_mb * 1e6), FLAGS.max_seconds, FLAGS.max_waiting)
+        hosts = [*FLAGS.allow_host, *([] if is_address(host) else [host])]
         app = create_app(tagger, index, limits, hosts=hosts)
         address, port = listening.getsockname()[:2]
         if not ipaddress.ip_address(address).is_loopback:

@@ -28,19 +28,19 @@ if TYPE_CHECKING:
 FLAGS = flags.FlagValues()
 ARGUMENTS = FILES
 define_model(FLAGS)
-_INDEX = flags.DEFINE_string("index", None, "The file of the index.", FLAGS, required=True)
-_ADD = flags.DEFINE_multi_string(
+flags.DEFINE_string("index", None, "The file of the index.", FLAGS, required=True)
+flags.DEFINE_multi_string(
     "add", [], "Files, a folder, a pattern or - to bring into the index.", FLAGS
 )
-_K = flags.DEFINE_integer("k", 10, "Neighbours per file.", 1, flag_values=FLAGS)
-_FORMAT = flags.DEFINE_enum(
+flags.DEFINE_integer("k", 10, "Neighbours per file.", 1, flag_values=FLAGS)
+flags.DEFINE_enum(
     "format",
     "table",
     ["table", "jsonl", "csv", "m3u"],
     "m3u is one playlist of the neighbours of all given files, each once.",
     FLAGS,
 )
-_OUT = flags.DEFINE_string("out", "", "File to write; standard output if empty.", FLAGS)
+flags.DEFINE_string("out", "", "File to write; standard output if empty.", FLAGS)
 
 
 class _Answer(NamedTuple):
@@ -53,21 +53,21 @@ class _Answer(NamedTuple):
 
 def main(words: list[str]) -> int:
     """Updates and queries the index; returns 3 if some files failed, 2 if all did."""
-    if not words and not _ADD.value:
+    if not words and not FLAGS.add:
         raise UserError("no files: name some, or make the index with --add=<folder>.")
-    if "-" in words and "-" in _ADD.value:
+    if "-" in words and "-" in FLAGS.add:
         raise UserError("standard input (-) can list the files or those of --add, not both.")
-    path = _INDEX.value
-    if _OUT.value and os.path.abspath(_OUT.value) == os.path.abspath(path):
-        raise UserError(f"--out={_OUT.value} is the index.")
+    path = FLAGS.index
+    if FLAGS.out and os.path.abspath(FLAGS.out) == os.path.abspath(path):
+        raise UserError(f"--out={FLAGS.out} is the index.")
 
     from musicgenre.inference.index import EmbeddingIndex
 
     index = None
-    if os.path.lexists(path) or not _ADD.value:
+    if os.path.lexists(path) or not FLAGS.add:
         index = EmbeddingIndex.load(path)
     tally = Tally()
-    added = expand(_ADD.value, tally) if _ADD.value else []
+    added = expand(FLAGS.add, tally) if FLAGS.add else []
     queries = expand(words, tally) if words else []
     if not added and not queries:
         return tally.exit_code()
@@ -83,17 +83,17 @@ def main(words: list[str]) -> int:
     if queries:
         if not len(index):
             raise UserError(f"{path}: the index is empty; add files with --add=<folder>.")
-        write_lines(_render(_ask(index, tagger, queries, tally), tally), _OUT.value)
+        write_lines(_render(_ask(index, tagger, queries, tally), tally), FLAGS.out)
     return tally.exit_code()
 
 
 def _update(index: "EmbeddingIndex", tagger: "Tagger", files: list[str], tally: Tally) -> None:
-    folders = [name for name in _ADD.value if os.path.isdir(name)]
-    options = {"failed": tally.fail, "save_to": _INDEX.value, "progress": True}
+    folders = [name for name in FLAGS.add if os.path.isdir(name)]
+    options = {"failed": tally.fail, "save_to": FLAGS.index, "progress": True}
     done = index.update(tagger, files, folders, **options)
     tally.done += done.added + done.changed + done.unchanged
     parts = [f"{count} {name}" for name, count in zip(done._fields, done, strict=True) if count]
-    print(f"{_INDEX.value}: {len(index)} files ({', '.join(parts)})", file=sys.stderr)
+    print(f"{FLAGS.index}: {len(index)} files ({', '.join(parts)})", file=sys.stderr)
 
 
 def _ask(
@@ -113,14 +113,14 @@ def _ask(
             yield _Answer(path, [], error)
         else:
             tally.done += 1
-            yield _Answer(path, index.search(embedding, _K.value, exclude=path))
+            yield _Answer(path, index.search(embedding, FLAGS.k, exclude=path))
 
 
 def _render(answers: Iterator[_Answer], tally: Tally) -> Iterator[str]:
     """Yields the lines of a table, JSON lines, a CSV file or a playlist."""
     from musicgenre.inference.predict import csv_line, json_line
 
-    form = _FORMAT.value
+    form = FLAGS.format
     if form == "csv":
         yield "query,rank,path,similarity,error"
     if form == "m3u":

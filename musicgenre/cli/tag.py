@@ -26,39 +26,33 @@ FLAGS = flags.FlagValues()
 ARGUMENTS = FILES
 define_model(FLAGS)
 flags.DEFINE_alias("workdir", "model", FLAGS)
-_TOP = flags.DEFINE_integer(
+flags.DEFINE_integer(
     "top",
     None,
     "Labels per file (default: 3; with m3u and --write_tags 1 if labels exclude each other).",
     1,
     flag_values=FLAGS,
 )
-_MIN_PROBABILITY = flags.DEFINE_float(
-    "min_probability", 0.0, "With m3u and --write_tags: drop labels below.", flag_values=FLAGS
+flags.DEFINE_float(
+    "min_probability", 0.0, "For m3u and tags: drop labels below this.", flag_values=FLAGS
 )
-_FORMAT = flags.DEFINE_enum(
+flags.DEFINE_enum(
     "format", "table", ["table", "jsonl", "json", "csv", "m3u"], "csv has every label.", FLAGS
 )
-_OUT = flags.DEFINE_string(
-    "out", "", "File to write, standard output if empty; for m3u a folder.", FLAGS
+flags.DEFINE_string(
+    "out", "", "File to write, or for m3u a folder; standard output if empty.", FLAGS
 )
-_WRITE_TAGS = flags.DEFINE_bool(
-    "write_tags", False, "Write the labels into the files' own genre tags.", FLAGS
-)
-_DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "With --write_tags: print what would be written, write nothing.", FLAGS
-)
-_KEEP_GENRE = flags.DEFINE_bool(
-    "keep_genre", False, "With --write_tags: skip files that have a genre.", FLAGS
-)
+flags.DEFINE_bool("write_tags", False, "Write the labels into the files' genre tags.", FLAGS)
+flags.DEFINE_bool("dry_run", False, "With --write_tags: print, write nothing.", FLAGS)
+flags.DEFINE_bool("keep_genre", False, "With --write_tags: skip files with a genre.", FLAGS)
 
 
 def main(words: list[str]) -> int:
     """Tags every file; returns 3 if some failed, 2 if all did."""
-    if (_DRY_RUN.value or _KEEP_GENRE.value) and not _WRITE_TAGS.value:
+    if (FLAGS.dry_run or FLAGS.keep_genre) and not FLAGS.write_tags:
         raise UserError("--dry_run and --keep_genre go with --write_tags.")
-    playlists = _FORMAT.value == "m3u"
-    if playlists and not _OUT.value:
+    playlists = FLAGS.format == "m3u"
+    if playlists and not FLAGS.out:
         raise UserError("--format=m3u needs --out, the folder of the playlists.")
     tally = Tally()
     files = expand(words, tally)
@@ -66,23 +60,23 @@ def main(words: list[str]) -> int:
         return tally.exit_code()
     tagger = load_tagger(FLAGS)
     model = tagger.model
-    chosen = playlists or _WRITE_TAGS.value
+    chosen = playlists or FLAGS.write_tags
     if chosen and model.task == "regression":
         reason = "its outputs are numbers, but m3u and --write_tags need labels"
         raise UserError(f"{FLAGS.model}: {reason}.")
-    top = _TOP.value or (1 if chosen and model.task == "single_label" else 3)
+    top = FLAGS.top or (1 if chosen and model.task == "single_label" else 3)
     predictions = _predictions(tagger, files, top, tally)
     if playlists:
         lists: dict[str, list[tuple[float, str]]] = {}
         for prediction in predictions:
             for name, probability in _labels(tagger, prediction, top):
                 lists.setdefault(name, []).append((probability, prediction.path))
-        _write_playlists(Path(_OUT.value), lists)
+        _write_playlists(Path(FLAGS.out), lists)
     else:
         from musicgenre.inference.predict import render
 
-        lines = render(predictions, model.label_names, _FORMAT.value, top, model.task)
-        write_lines(lines, _OUT.value)
+        lines = render(predictions, model.label_names, FLAGS.format, top, model.task)
+        write_lines(lines, FLAGS.out)
     return tally.exit_code()
 
 
@@ -92,7 +86,7 @@ def _predictions(
     """Yields the prediction of each file, counted in `tally`, after writing its tags."""
     for prediction in tagger.scores(files):
         error = prediction.error
-        if not error and _WRITE_TAGS.value:
+        if not error and FLAGS.write_tags:
             names = [name for name, _ in _labels(tagger, prediction, top)]
             error = _write_genre(prediction.path, names)
         if error:
@@ -105,7 +99,7 @@ def _predictions(
 def _labels(tagger: "Tagger", prediction: "FileScores", top: int) -> "list[Tag]":
     """Returns the most probable labels of a file, none if it failed."""
     tags = tagger.tags(prediction, top)
-    return [tag for tag in tags if tag.probability >= _MIN_PROBABILITY.value]
+    return [tag for tag in tags if tag.probability >= FLAGS.min_probability]
 
 
 def _write_genre(path: str, names: list[str]) -> str:
@@ -114,13 +108,13 @@ def _write_genre(path: str, names: list[str]) -> str:
 
     try:
         before = read_genre(path)
-        if not names or (_KEEP_GENRE.value and before) or before == names:
+        if not names or (FLAGS.keep_genre and before) or before == names:
             return ""
-        if not _DRY_RUN.value:
+        if not FLAGS.dry_run:
             write_genre(path, names)
     except UserError as error:
         return str(error)
-    changed = f"{'would be ' if _DRY_RUN.value else ''}changed"
+    changed = f"{'would be ' if FLAGS.dry_run else ''}changed"
     change = f"{', '.join(before) or '(none)'} -> {', '.join(names)}"
     print(f"{path}: genre {changed}: {change}", file=sys.stderr, flush=True)
     return ""

@@ -26,19 +26,15 @@ _FORMATS = ("npz", "csv", "png")
 FLAGS = flags.FlagValues()
 ARGUMENTS = FILES
 define_model(FLAGS)
-_OUT = flags.DEFINE_string("out", ".", "Folder to write to.", FLAGS)
-_SELECTED = flags.DEFINE_list("formats", list(_FORMATS), "Any of these.", FLAGS)
-_STEP = flags.DEFINE_float(
-    "step", 0.0, "Seconds between windows; 0 is no overlap.", flag_values=FLAGS
-)
-_TOP = flags.DEFINE_integer(
-    "top", 15, "Labels in the picture, those with the highest peaks.", 1, flag_values=FLAGS
-)
+flags.DEFINE_string("out", ".", "Folder to write to.", FLAGS)
+flags.DEFINE_list("formats", list(_FORMATS), "Any of these.", FLAGS)
+flags.DEFINE_float("step", 0.0, "Seconds between windows; 0 is no overlap.", flag_values=FLAGS)
+flags.DEFINE_integer("top", 15, "Labels in the picture, by their peaks.", 1, flag_values=FLAGS)
 
 
 def main(words: list[str]) -> int:
     """Writes the taggram of every file; returns 3 if some failed, 2 if all did."""
-    for name in _SELECTED.value:
+    for name in FLAGS.formats:
         if name not in _FORMATS:
             raise UserError(f"--formats: {name!r} is not known." + did_you_mean(name, _FORMATS))
     tally = Tally()
@@ -46,7 +42,7 @@ def main(words: list[str]) -> int:
     if not files:
         return tally.exit_code()
     tagger = load_tagger(FLAGS)
-    step = tagger.step_frames(_STEP.value)
+    step = tagger.step_frames(FLAGS.step)
     taken: set[str] = set()
     for scores in tagger.scores(files, step=step, keep_windows=True):
         if scores.windows is None:
@@ -57,7 +53,7 @@ def main(words: list[str]) -> int:
         names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
         unique = next(name for name in names if name not in taken)
         taken.add(unique)
-        written = [Path(_OUT.value) / f"{unique}.taggram.{name}" for name in _SELECTED.value]
+        written = [Path(FLAGS.out) / f"{unique}.taggram.{name}" for name in FLAGS.formats]
         for path in written:
             _write(path, tagger, scores, scores.windows)
         count = len(scores.windows.starts)
@@ -99,7 +95,7 @@ def _draw(path: Path, tagger: "Tagger", sound: str, windows: "WindowScores") -> 
     panel = dataclasses.replace(feature_panel(to_db(power, spec), spec), seconds=step)
     values, unit = windows.probabilities, "value" if model.task == "regression" else "probability"
     arguments = (panel, windows.starts, windows.ends, values, tagger.labels)
-    figure = plots.taggram(*arguments, most=_TOP.value, unit=unit)
+    figure = plots.taggram(*arguments, most=FLAGS.top, unit=unit)
     name = Path(sound).name.encode("utf-8", "replace").decode()
     synthetic = "SYNTHETIC · " if model.dataset.get("synthetic") else ""
     title = f"{synthetic}{name} · {model.config.model.name} on {model.dataset['name']}"

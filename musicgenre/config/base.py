@@ -212,10 +212,7 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
     def merge(default: Any, there: Any) -> Any:
         if not isinstance(default, Mapping) or not isinstance(there, Mapping):
             return there
-        return {
-            key: merge(default[key], there[key]) if key in there else default[key]
-            for key in default
-        } | {key: value for key, value in there.items() if key not in default}
+        return {**default, **{key: merge(default.get(key), there[key]) for key in there}}
 
     merged: dict[str, Any] = merge(to_plain(base_config()), values)
     return merged

@@ -43,13 +43,9 @@ def check_type(name: str, value: Any, default: Any) -> None:
         raise UserError(f"config.{name} must be {wanted} like {default!r}, not {value!r}.")
 
 
-# Written so that a NaN fails every one of them.
-_HOLDS = {
-    "at least": operator.ge,
-    "above": operator.gt,
-    "at most": operator.le,
-    "below": operator.lt,
-}
+# A NaN fails every one of them.
+_HOLDS = {"at least": operator.ge, "above": operator.gt}
+_HOLDS |= {"at most": operator.le, "below": operator.lt}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,14 +1,13 @@
 """A user's own music listed in a CSV file with labels or targets, optionally splits and groups."""
 
 import csv
-import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from musicgenre.datasets.base import SPLIT_ALIASES, Clip, Dataset, Skipped
 from musicgenre.datasets.registry import register
-from musicgenre.datasets.splits import fractions_text, group_split
+from musicgenre.datasets.splits import fractions_text, split_clips
 from musicgenre.errors import UserError, did_you_mean
 
 COLUMNS = ("path", "label", "labels", "targets", "split", "group", "clip_id")
@@ -79,9 +78,7 @@ def load_csv(
             )
     protocol = "splits of the file"
     if "split" not in header and clips:
-        first_labels = [clip.labels[0] if clip.labels else "" for clip in clips]
-        parts = group_split(first_labels, [clip.group for clip in clips], seed, fractions)
-        clips = [dataclasses.replace(c, split=part) for c, part in zip(clips, parts, strict=True)]
+        clips = split_clips(clips, seed, fractions)
         protocol = f"grouped, {fractions_text(fractions)}, seed {seed}"
     names = tuple(sorted({label for clip in clips for label in clip.labels}))
     if task == "regression":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from musicgenre.datasets.base import SPLIT_ALIASES, Clip, Dataset, find_audio
 from musicgenre.datasets.registry import register
-from musicgenre.datasets.splits import fractions_text, group_split
+from musicgenre.datasets.splits import fractions_text, split_clips
 from musicgenre.errors import UserError
 
 
@@ -19,13 +19,8 @@ def load_folder(
     Without split folders the clips are split at random, never within a folder below the class's (an
     artist or album).
 
-    Args:
-      root: the folder.
-      seed: of the split.
-      fractions: of train, valid and test.
-
     Raises:
-      UserError: no such folder, a sound file outside any class, or fewer than two classes.
+      UserError: no sound files, one outside any class, or fewer than two classes.
     """
     root = Path(root)
     files = {path: path.relative_to(root) for path in find_audio(root)}
@@ -37,29 +32,22 @@ def load_folder(
     top = {path.parts[0] for path in files.values()}
     given = len(top) > 1 and all(name.lower() in SPLIT_ALIASES for name in top)
     stems = Counter(path.with_suffix("") for path in files.values())
-    labels, groups, splits = [], [], []
-    for path, relative in files.items():
-        folders = relative.parts[1 if given else 0 : -1]
+    clips = []
+    for file, path in files.items():
+        folders = path.parts[1 if given else 0 : -1]
         if not folders:
-            raise UserError(f"{path}: is in no class; move it into a folder named after its label.")
-        labels.append(folders[0])
-        groups.append("/".join(folders) if len(folders) > 1 else None)
-        splits.append(SPLIT_ALIASES[relative.parts[0].lower()] if given else "")
-    if len(set(labels)) < 2:
-        raise UserError(f"{root}: one class only ({labels[0]!r}); a classifier needs two folders.")
+            raise UserError(f"{file}: is in no class; move it into a folder named after its label.")
+        split = SPLIT_ALIASES[path.parts[0].lower()] if given else ""
+        group = "/".join(folders) if len(folders) > 1 else None
+        # The suffix stays in the id only where two files differ by nothing else.
+        stem = path.with_suffix("")
+        clip_id = (path if stems[stem] > 1 else stem).as_posix()
+        clips.append(Clip(clip_id, file, folders[:1], split, group))
+    names = tuple(sorted({clip.labels[0] for clip in clips}))
+    if len(names) < 2:
+        raise UserError(f"{root}: one class only ({names[0]!r}); a classifier needs two folders.")
     protocol = "split folders"
     if not given:
-        splits = group_split(labels, groups, seed, fractions)
+        clips = split_clips(clips, seed, fractions)
         protocol = f"grouped by folder, {fractions_text(fractions)}, seed {seed}"
-    # The suffix stays in the id only where two files differ by nothing else.
-    unique = [
-        path if stems[path.with_suffix("")] > 1 else path.with_suffix("") for path in files.values()
-    ]
-    clips = [
-        Clip(path.as_posix(), file, (label,), split, group)
-        for file, path, label, split, group in zip(
-            files, unique, labels, splits, groups, strict=True
-        )
-    ]
-    names = tuple(sorted(set(labels)))
     return Dataset("folder", root, protocol, "single_label", names, clips, group_name="folder")

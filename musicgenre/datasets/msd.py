@@ -19,7 +19,7 @@ import numpy as np
 
 from musicgenre.datasets.base import Clip, Dataset, Skipped, find_audio, find_files
 from musicgenre.datasets.registry import register
-from musicgenre.datasets.splits import fractions_text, group_split
+from musicgenre.datasets.splits import fractions_text, split_clips
 from musicgenre.errors import UserError
 
 # Folder of the previews in the data set's, and the list in it of the outcome for each song.
@@ -101,7 +101,7 @@ def read_songs(path: str | os.PathLike[str]) -> Iterator[Song]:
 
 
 def _song(path: Path, row: dict[str, Any], terms: _Pairs, tags: _Pairs) -> Song:
-    fields = {
+    fields: dict[str, Any] = {
         name: _text(value) if name in (*TEXTS, "track_id") else value for name, value in row.items()
     }
     if not TRACK_ID.fullmatch(fields["track_id"]):
@@ -262,19 +262,14 @@ def load_msd(
             "song files or an aggregate file."
         )
     names = tuple(sorted(counts, key=lambda term: (-counts[term], term))[:top_k])
-    labels, artists = {}, {}
+    clips = []
     for track_id, song in found.usable.items():
-        if own := tuple(term for term, _ in song.artist_terms if term in names):
-            labels[track_id], artists[track_id] = own, song.artist_id or None
+        if labels := tuple(term for term, _ in song.artist_terms if term in names):
+            clips.append(Clip(track_id, audio[track_id], labels, "", song.artist_id or None))
         else:
-            reason = f"none of the {len(names)} commonest artist terms"
-            found.skipped.append(Skipped(track_id, str(audio[track_id]), reason))
-    first_labels = [own[0] for own in labels.values()]
-    splits = group_split(first_labels, list(artists.values()), seed, fractions)
-    clips = [
-        Clip(track_id, audio[track_id], labels[track_id], split, artists[track_id])
-        for track_id, split in zip(labels, splits, strict=True)
-    ]
+            why = f"none of the {len(names)} commonest artist terms"
+            found.skipped.append(Skipped(track_id, str(audio[track_id]), why))
+    clips = split_clips(clips, seed, fractions)
     notes = [
         f"{found.songs} songs, {len(found.usable)} with a preview; {len(clips)} of them have one "
         f"of the {len(names)} commonest terms of {len(counts)}.",
@@ -287,10 +282,9 @@ def load_msd(
         notes.append(
             f"{strays} sound files are named after tracks that no .h5 file has; they are left out."
         )
-    protocol = f"by artist, top {len(names)} artist terms, {fractions_text(fractions)}, seed {seed}"
-    return Dataset(
-        "msd", root, protocol, "multi_label", names, clips, found.skipped, notes=tuple(notes)
-    )
+    title = f"by artist, top {len(names)} artist terms, {fractions_text(fractions)}, seed {seed}"
+    skipped, lines = found.skipped, tuple(notes)
+    return Dataset("msd", root, title, "multi_label", names, clips, skipped, notes=lines)
 
 
 class _Gathered(NamedTuple):

@@ -29,8 +29,8 @@ from musicgenre.errors import UserError, did_you_mean
 PROTOCOLS = ("report", "clean", "all", "grouped")
 TABLE_NAMES = ("annotations_final.csv", "annotations_final.csv.gz")
 # The split of each of the data set's sixteen folders.
-FOLDER_SPLITS = (
-    dict.fromkeys("0123456789ab", "train") | {"c": "valid"} | dict.fromkeys("def", "test")
+FOLDER_SPLITS = dict(
+    zip("0123456789abcdef", ["train"] * 12 + ["valid"] + ["test"] * 3, strict=True)
 )
 # Three mp3s of the published archive are empty.
 EMPTY_IN_THE_ARCHIVE = {
@@ -40,11 +40,9 @@ EMPTY_IN_THE_ARCHIVE = {
     "57881": "9/american_baroque-dances_and_suites_of_rameau_and_couperin-25-le_petit_rien_xiveme_"
     "ordre_couperin-88-117.mp3",
 }
-# A larger table is refused before it fills the memory; MTAT's has 12 MB, or 22 with its quotes.
-MAX_TABLE_BYTES = 2**28
 
-# artist-album-NN-title-START-END.mp3; the track is all but the seconds.
-_MP3_NAME = re.compile(r"(?P<track>(?P<artist>[^-]+)-.+)-\d+-\d+\.mp3")
+# FOLDER/artist-album-NN-title-START-END.mp3; the track is the name without the seconds.
+_MP3_PATH = re.compile(r"(?:.*/)?(?P<track>(?P<artist>[^-/]+)-[^/]+)-\d+-\d+\.mp3")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,12 +58,12 @@ class MtatTable:
     @functools.cached_property
     def tracks(self) -> tuple[str, ...]:
         """The track that each clip is an excerpt of: the mp3's name without seconds, `[clips]`."""
-        return tuple(match["track"] for match in map(_match_name, self.mp3_paths) if match)
+        return tuple(match["track"] for match in map(_MP3_PATH.fullmatch, self.mp3_paths) if match)
 
     @functools.cached_property
     def artists(self) -> tuple[str, ...]:
         """The artist of each clip, the beginning of the mp3's name, `[clips]`."""
-        return tuple(match["artist"] for match in map(_match_name, self.mp3_paths) if match)
+        return tuple(match["artist"] for match in map(_MP3_PATH.fullmatch, self.mp3_paths) if match)
 
 
 class Leak(NamedTuple):
@@ -106,20 +104,17 @@ def load_mtat(
       allow_missing: list clips whose mp3 is not on disk as skipped, instead of an error.
 
     Raises:
-      UserError: no table, a table that cannot be used (the message names its line and column), an
-        unknown protocol, or mp3s that are not on disk.
+      UserError: as `read_table` and `protocol_splits`, or mp3s that are not on disk.
     """
     root = Path(root)
     table = read_table(root)
     splits = protocol_splits(table, protocol, top_k=top_k, seed=seed, fractions=fractions)
-    details = {
-        "report": f" random 64/16/20 seed {seed}",
-        "grouped": f" by track {fractions_text(fractions)} seed {seed}",
-    }
-    described = f"{protocol}{details.get(protocol, '')}, top {top_k} tags"
+    grouped = f" by track {fractions_text(fractions)} seed {seed}"
+    details = {"report": f" random 64/16/20 seed {seed}", "grouped": grouped}
+    title = f"{protocol}{details.get(protocol, '')}, top {top_k} tags"
     used, numbers = [i for i, split in enumerate(splits) if split], Counter(splits)
     parts = ", ".join(f"{split} {numbers[split]:,}" for split in SPLITS if numbers[split])
-    counts = f"mtat, protocol {described}: {parts} of {len(splits):,} clips in the table"
+    counts = f"mtat, protocol {title}: {parts} of {len(splits):,} clips in the table"
     names = table.tag_names[:top_k]
     clips, skipped = [], []
     for i, path in zip(used, _find(root, [table.mp3_paths[i] for i in used]), strict=True):
@@ -137,16 +132,9 @@ def load_mtat(
     absent = "every mp3 is on disk"
     if skipped:
         absent = f"{len(skipped):,} mp3{'s are' if len(skipped) != 1 else ' is'} not on disk"
+    notes = (f"{counts}; {absent}", *_notes(table, splits, top_k))
     return Dataset(
-        "mtat",
-        root,
-        described,
-        "multi_label",
-        names,
-        clips,
-        skipped,
-        group_name="track",
-        notes=(f"{counts}; {absent}", *_notes(table, splits, top_k)),
+        "mtat", root, title, "multi_label", names, clips, skipped, group_name="track", notes=notes
     )
 
 
@@ -162,14 +150,19 @@ def read_table(root: str | Path) -> MtatTable:
     Raises:
       UserError: there is none, or it cannot be used; the message names the file, line and column.
     """
-    for name in TABLE_NAMES:
-        path = Path(root) / name
-        if path.is_file():
-            return _parse(path, _read(path))
-    raise UserError(
-        f"{root}: no {' or '.join(TABLE_NAMES)} in this folder. Set --config.data.root to the one "
-        f"that holds it, or fetch MagnaTagATune with: {_fetch_command(root)}"
+    path = next(
+        (path for path in (Path(root, name) for name in TABLE_NAMES) if path.is_file()), None
     )
+    if not path:
+        raise UserError(
+            f"{root}: no {' or '.join(TABLE_NAMES)} in this folder. Set --config.data.root to the "
+            f"one that holds it, or fetch MagnaTagATune with: {_fetch_command(root)}"
+        )
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return _parse(path, data.decode("utf-8-sig"))
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not UTF-8 text that can be read ({error}).") from error
 
 
 def _fetch_command(root: str | Path) -> str:
@@ -200,7 +193,8 @@ def protocol_splits(
     if protocol not in PROTOCOLS:
         hint = did_you_mean(protocol, PROTOCOLS)
         raise UserError(f"data.protocol: MTAT has no protocol {protocol!r}.{hint}")
-    if not 1 <= top_k <= (count := int(table.tags.any(axis=0).sum())):
+    count = int(table.tags.any(axis=0).sum())
+    if not 1 <= top_k <= count:
         raise UserError(f"data.top_k={top_k} is not one of 1 to {count}, the tags of {table.path}.")
     tagged = table.tags[:, :top_k].any(axis=1) | (protocol == "all")
     chosen: list[int] = np.flatnonzero(tagged).tolist()
@@ -288,14 +282,13 @@ def _nested_random(count: int, seed: int) -> list[str]:
 
 
 def _folder_split(table: MtatTable, row: int) -> str:
-    folder = table.mp3_paths[row].split("/")[0]
-    if folder not in FOLDER_SPLITS:
+    path = table.mp3_paths[row]
+    if path.split("/")[0] not in FOLDER_SPLITS:
         raise UserError(
-            f"{table.path}, clip {table.clip_ids[row]}, column mp3_path: {table.mp3_paths[row]!r} "
-            "is in none of the folders 0-9 and a-f, by which this protocol splits. Use "
-            "--config.data.protocol=grouped."
+            f"{table.path}, clip {table.clip_ids[row]}, column mp3_path: {path!r} is in none of "
+            "the folders 0-9 and a-f of this protocol. Use --config.data.protocol=grouped."
         )
-    return FOLDER_SPLITS[folder]
+    return FOLDER_SPLITS[path.split("/")[0]]
 
 
 def _notes(table: MtatTable, splits: Sequence[str], top_k: int) -> list[str]:
@@ -336,22 +329,6 @@ def _find(root: Path, mp3_paths: Sequence[str]) -> list[Path | None]:
     return found
 
 
-def _read(path: Path) -> str:
-    """Returns the table's text."""
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as stream:
-            data = stream.read(MAX_TABLE_BYTES + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({error}). Fetch it again.") from error
-    if len(data) > MAX_TABLE_BYTES:
-        raise UserError(f"{path}: more than {MAX_TABLE_BYTES:,} bytes, so it is not MTAT's table.")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: not UTF-8 text ({error.reason}).") from error
-
-
 def _parse(path: Path, text: str) -> MtatTable:
     """Reads the fields and checks every one."""
     # No field of the table has a quote, a tab or a newline inside, so that quotes have no meaning.
@@ -375,7 +352,7 @@ def _parse(path: Path, text: str) -> MtatTable:
         column, problem = "", ""
         if not (clip_id.isascii() and clip_id.isdigit()):
             column, problem = "clip_id", f"{clip_id!r} is not a number"
-        elif not _match_name(mp3_path) or mp3_path.startswith("/") or ".." in mp3_path.split("/"):
+        elif not _MP3_PATH.fullmatch(mp3_path) or {"", ".."} & set(mp3_path.split("/")):
             wanted = "a path such as f/artist-album-01-title-START-END.mp3"
             column, problem = "mp3_path", f"{mp3_path!r} is not {wanted}"
         elif (first := first_lines.setdefault(int(clip_id), line)) != line:
@@ -394,13 +371,12 @@ def _parse(path: Path, text: str) -> MtatTable:
     counts = tags.sum(axis=0)
     by_frequency = sorted(range(len(names)), key=lambda i: (-counts[i], names[i]))
     rows = sorted(range(len(ids)), key=lambda i: int(ids[i]))
-    return MtatTable(
-        path,
-        tuple(ids[i] for i in rows),
-        tuple(mp3_paths[i] for i in rows),
-        tuple(names[i] for i in by_frequency),
-        tags[np.ix_(rows, by_frequency)],
-    )
+
+    def pick(values: list[str], order: list[int]) -> tuple[str, ...]:
+        return tuple(values[i] for i in order)
+
+    tags = tags[np.ix_(rows, by_frequency)]
+    return MtatTable(path, pick(ids, rows), pick(mp3_paths, rows), pick(names, by_frequency), tags)
 
 
 def _check_header(path: Path, header: Sequence[str]) -> None:
@@ -415,7 +391,3 @@ def _check_header(path: Path, header: Sequence[str]) -> None:
         problem = "a column without a name"
     if problem:
         raise UserError(f"{path}, line 1: {problem}.")
-
-
-def _match_name(mp3_path: str) -> re.Match[str] | None:
-    return _MP3_NAME.fullmatch(mp3_path.rpartition("/")[2])

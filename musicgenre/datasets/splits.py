@@ -1,11 +1,12 @@
 """Ways to split clips into train, valid and test: pure functions of labels, groups and a seed."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
-from musicgenre.datasets.base import SPLITS
+from musicgenre.datasets.base import SPLITS, Clip
 from musicgenre.errors import UserError
 
 
@@ -111,9 +112,6 @@ def check_fold(fold: int, folds: int) -> None:
 def split_fractions(fractions: Sequence[float]) -> tuple[list[str], np.ndarray]:
     """Returns the splits that are not empty, and their fractions of the clips.
 
-    Args:
-      fractions: of train, valid and test; 0 leaves a split out.
-
     Raises:
       UserError: the fractions are negative or do not sum to 1, or nothing is for training.
     """
@@ -129,6 +127,13 @@ def split_fractions(fractions: Sequence[float]) -> tuple[list[str], np.ndarray]:
 def fractions_text(fractions: Sequence[float]) -> str:
     """Returns (0.7, 0.15, 0.15) as "70/15/15"."""
     return "/".join(f"{100 * fraction:g}" for fraction in fractions)
+
+
+def split_clips(clips: Sequence[Clip], seed: int, fractions: Sequence[float]) -> list[Clip]:
+    """Returns clips with the splits of `group_split`, by the first label of each."""
+    labels = [clip.labels[0] if clip.labels else "" for clip in clips]
+    splits = group_split(labels, [clip.group for clip in clips], seed, fractions)
+    return [dataclasses.replace(clip, split=x) for clip, x in zip(clips, splits, strict=True)]
 
 
 def group_split(

@@ -58,16 +58,12 @@ class Timbre(NamedTuple):
     vibrato: float = 0.0  # depth in semitones, at 5.5 Hz
 
 
-def _falling(count: int, exponent: float) -> tuple[float, ...]:
-    return tuple(rank**-exponent for rank in range(1, count + 1))
-
-
 TIMBRES = {
-    "string": Timbre(_falling(12, 1.0), damping=1.3, release=0.15),
-    "nylon": Timbre(_falling(8, 1.6), damping=2.2, release=0.12),
+    "string": Timbre(tuple(h**-1.0 for h in range(1, 13)), damping=1.3, release=0.15),
+    "nylon": Timbre(tuple(h**-1.6 for h in range(1, 9)), damping=2.2, release=0.12),
     "rubber": Timbre((1.0, 0.7, 0.35, 0.2), damping=3.0, release=0.05),
     "sub": Timbre((1.0, 0.15, 0.05), attack=0.01, release=0.05),
-    "saw": Timbre(_falling(16, 1.0), attack=0.008, release=0.08),
+    "saw": Timbre(tuple(h**-1.0 for h in range(1, 17)), attack=0.008, release=0.08),
     "hollow": Timbre(tuple(float(h % 2) / h for h in range(1, 14)), attack=0.03, vibrato=0.12),
     "organ": Timbre((1, 0.8, 0.5, 0.5, 0, 0.3, 0, 0.35), attack=0.01, release=0.05, vibrato=0.06),
     "horn": Timbre((1, 0.4), fm_index=1.8, attack=0.045, release=0.09, vibrato=0.08),
@@ -77,9 +73,6 @@ TIMBRES = {
     "flute": Timbre((1, 0.35, 0.1), attack=0.06, breath=0.10, vibrato=0.2),
     "haze": Timbre((1, 0.6, 0.4, 0.25, 0.15), attack=0.5, release=0.6, breath=0.05),
 }
-
-
-PARTS = ("bass", "chords", "lead")
 
 
 class Voice(NamedTuple):
@@ -108,14 +101,11 @@ class Style(NamedTuple):
     levels: Sequence[float] = (0, 0, 0, 0)  # drums, bass, chords and lead in dB
 
 
-def _load_styles() -> dict[str, Style]:
-    styles = tomllib.loads(packaged("synthetic_styles.toml"))
-    for fields in styles.values():
-        fields |= {part: Voice(**fields[part]) for part in PARTS}
-    return {name: Style(**fields) for name, fields in styles.items()}
-
-
-STYLES = _load_styles()
+PARTS = ("bass", "chords", "lead")
+STYLES = {
+    name: Style(**fields | {part: Voice(**fields[part]) for part in PARTS})
+    for name, fields in tomllib.loads(packaged("synthetic_styles.toml")).items()
+}
 
 
 def _draw(style: Style, habit: Generator, own: Generator) -> SimpleNamespace:

@@ -13,11 +13,10 @@ from musicgenre.errors import UserError
 # to MAX_SHIFT time cells: for a 30 s clip a cell is 0.47 s, so copies are found up to 1.9 s apart.
 TIME_CELLS, BAND_CELLS, MAX_SHIFT = 64, 32, 4
 
-# Measured on the 639 GTZAN clips of the fault-filtered train and valid lists, none a copy: the
-# highest cosine of all 203,841 pairs is 0.44. Copies with gain, a tilt of 8 dB, 1.5 dB of noise and
-# a shift of up to 1.2 s have 0.88 and more; eight clips through a 64 kbit/s MP3 and moved by up to
-# 0.7 s have 0.93 and more (through 24 kbit/s 0.63: those are missed). The threshold is high
-# because drum machines resemble each other: the closest of 240 synthetic clips have 0.76.
+# Among the 639 GTZAN clips of the fault-filtered train and valid lists the highest cosine is 0.44.
+# Copies with gain, a tilt of 8 dB, 1.5 dB of noise and a shift of up to 1.2 s have 0.88 and more;
+# clips through a 64 kbit/s MP3 and moved by up to 0.7 s 0.93 and more (through 24 kbit/s 0.63:
+# those are missed). Different clips with drum machines reach 0.76.
 NEAR_IDENTICAL = 0.8
 
 # Pairs listed per type of leak; the counts are always exact.
@@ -71,8 +70,7 @@ class Finding:
     Attributes:
       kind: "same clip", "same content", "near-identical" or "same artist" (or the group's name).
       severity: "same recording", or "same artist" for other clips by the artist.
-      pairs: exact number of pairs of clips.
-      clips: exact number of evaluated clips among them.
+      pairs, clips: exact numbers of pairs, and of evaluated clips among them.
       examples: the first pairs, strongest first; for a shared artist one per evaluated clip.
     """
 
@@ -121,20 +119,18 @@ class AuditResult:
         sides = f"{self.evaluated} evaluated clips against {self.trained} trained on"
         lines = [f"LEAK: {sides}"] if self.findings else []
         if self.unknown:
-            warning = f"training clips unknown: {self.unknown}; leakage cannot be ruled out"
-            lines.append(warning)
-            if not self.findings and self.trained:
-                lines.append(f"nothing found among the training clips that are known: {sides}")
-        elif not self.findings:
-            lines.append(f"no leak found: {sides}")
+            lines.append(f"training clips unknown: {self.unknown}; leakage cannot be ruled out")
+        if not self.findings and (self.trained or not self.unknown):
+            known = "nothing found among the training clips that are known"
+            lines.append(f"{known if self.unknown else 'no leak found'}: {sides}")
         for found in self.findings:
             pairs = f"{found.pairs} pair{'s' if found.pairs != 1 else ''}"
             lines.append(
                 f"{found.kind}: {found.clips} of {self.evaluated} evaluated clips ({pairs})"
             )
         if self.closest is not None:
-            limit = f"(near-identical from {self.threshold:.2f})"
-            lines.append(f"closest spectrograms: cosine {self.closest:.2f} {limit}")
+            cosines = f"{self.closest:.2f} (near-identical from {self.threshold:.2f})"
+            lines.append(f"closest spectrograms: cosine {cosines}")
         if self.unknown and not self.trained:
             return lines
         if not self.fingerprints_compared:
@@ -155,18 +151,16 @@ class AuditResult:
 
 
 def fingerprint_spectrogram(spectrogram: np.ndarray) -> np.ndarray:
-    """Returns a compact description of a clip that identifies its copies.
+    """Returns a clip's fingerprint, a unit vector, float32 `[2048]`, that identifies its copies.
 
     The spectrogram is averaged over overlapping cells, 64 in time by 32 in frequency. Subtracting
     each band's mean removes gain and equalisation, and each band is scaled to a similar standard
     deviation. Subtracting each time's mean keeps clips that fade in alike from looking alike.
+    A constant clip has zeros, which match nothing.
 
     Args:
       spectrogram: dB (or MFCCs), `[frames, bands]`, any floating type. Identical frames at its end
         (padding) are ignored.
-
-    Returns:
-      Unit vector, float32 `[2048]`; zeros for a constant clip, which then matches no other.
 
     Raises:
       UserError: it has not two axes, is empty, or holds NaN or infinity.
@@ -186,9 +180,7 @@ def fingerprint_spectrogram(spectrogram: np.ndarray) -> np.ndarray:
     grid = grid / (grid.std(axis=0) + 1)  # the 1 dB keeps a silent band's rounding noise small
     grid = grid - grid.mean(axis=1, keepdims=True)
     norm = np.linalg.norm(grid)
-    if norm < 1e-3:
-        return np.zeros(grid.size, np.float32)
-    return (grid / norm).astype(np.float32).ravel()
+    return (grid / norm if norm >= 1e-3 else np.zeros_like(grid)).astype(np.float32).ravel()
 
 
 def _cells(positions: int, cells: int, overlap: float) -> np.ndarray:

@@ -24,7 +24,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -36,7 +36,7 @@ from musicgenre.audio.features import frame_count
 from musicgenre.audio.features_jax import features
 from musicgenre.audio.layout import ClipLayout
 from musicgenre.errors import UserError, did_you_mean
-from musicgenre.files import replacing
+from musicgenre.files import replacing, write_json
 from musicgenre.inference.windows import BATCH, Network, file_inputs
 from musicgenre.models.apply import normalise
 from musicgenre.runs.bundle import model_card
@@ -57,15 +57,10 @@ _FLAX_BATCH_NORM = nn.BatchNorm.__call__
 NOTES_KEY, _SCHEMA = "musicgenre", 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Exported:
-    """An exported program.
+class Exported(NamedTuple):
+    """An exported program: its file, its JSON notes, the samples of one input.
 
-    Attributes:
-      path: its file.
-      notes: the JSON file next to it.
-      samples: of one input.
-      difference: the largest difference of its probabilities from the model's, over test signals.
+    `difference` is the largest from the model's probabilities, over test signals.
     """
 
     path: Path
@@ -81,7 +76,6 @@ def export_model(
     *,
     seconds: float = 0.0,
     card: str = "",
-    tolerance: float = TOLERANCE,
 ) -> Exported:
     """Writes a model as a program with notes, after comparing the program with the model.
 
@@ -95,7 +89,6 @@ def export_model(
       form: "onnx" or "stablehlo"; "" goes by the file's suffix.
       seconds: the length of an input, at most the model's clip; 0 is the clip.
       card: what users should know about it, Markdown; "" is the model's own, or `model_card`.
-      tolerance: the largest difference that is allowed.
 
     Raises:
       UserError: the form is not known, a package is missing, the length does not fit, the network
@@ -112,7 +105,7 @@ def export_model(
     program = write(model, samples, notes)
     beside = path.with_name(path.name + ".json")
     # Both files are written, or neither: the program is renamed last.
-    with replacing(path) as temporary, replacing(beside) as temporary_notes:
+    with replacing(path) as temporary:
         temporary.write_bytes(program)
         try:
             difference = _difference(model, samples, read(temporary))
@@ -121,14 +114,12 @@ def export_model(
             raise UserError(
                 f"{path}: the exported program cannot be run ({reason}); nothing was written."
             ) from error
-        if not difference <= tolerance:
+        if not difference <= TOLERANCE:
             raise UserError(
                 f"{path}: the exported program differs from the model by {difference:.1e} in a "
-                f"probability, more than {tolerance:.0e}; nothing was written."
+                f"probability, more than {TOLERANCE:.0e}; nothing was written."
             )
-        notes["largest_difference"] = difference
-        text = json.dumps(notes, indent=1, ensure_ascii=False, allow_nan=False)
-        temporary_notes.write_text(text + "\n", encoding="utf-8")
+        write_json(beside, notes | {"largest_difference": difference})
     return Exported(path, beside, samples, difference)
 
 
@@ -136,14 +127,13 @@ def check_format(path: str | os.PathLike[str], form: str = "") -> str:
     """Returns `form`, or that of the file's suffix; raises UserError if it cannot be written."""
     form = form or Path(path).suffix.removeprefix(".").lower()
     if form not in FORMATS:
+        hint = did_you_mean(form, FORMATS)
         raise UserError(
-            f"{os.fspath(path)}: no known format; the name ends in .onnx or .stablehlo, "
-            "or --format says which." + did_you_mean(form, FORMATS)
+            f"{path}: no known format; name it *.onnx or *.stablehlo, or set --format.{hint}"
         )
     if missing := [name for name in _NEEDED[form] if importlib.util.find_spec(name) is None]:
-        raise UserError(
-            f"{form}: the package {missing[0]!r} is missing: pip install 'musicgenre[export]'."
-        )
+        remedy = "pip install 'musicgenre[export]'"
+        raise UserError(f"{form}: the package {missing[0]!r} is missing: {remedy}.")
     return form
 
 
@@ -157,10 +147,8 @@ def input_samples(model: TrainedModel, seconds: float = 0.0) -> int:
     clip = model.layout.frames * spec.hop_length
     samples = round(seconds * spec.sample_rate) if seconds else clip
     if not 0 < samples <= clip:
-        raise UserError(
-            "the length must be above 0 and at most the model's clip of "
-            f"{clip / spec.sample_rate:.2f} s, not {seconds:g} s."
-        )
+        most = f"{clip / spec.sample_rate:.2f} s, not {seconds:g} s"
+        raise UserError(f"the length must be above 0 and at most the model's clip of {most}.")
     return samples
 
 
@@ -343,8 +331,7 @@ def _mended() -> Iterator[None]:
 def _run_stablehlo(path: Path) -> Callable[[np.ndarray], np.ndarray]:
     from jax import export
 
-    call = jax.jit(export.deserialize(bytearray(path.read_bytes())).call)
-    return lambda x: np.asarray(call(x))
+    return jax.jit(export.deserialize(bytearray(path.read_bytes())).call)
 
 
 def _run_onnx(path: Path) -> Callable[[np.ndarray], np.ndarray]:

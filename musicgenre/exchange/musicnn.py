@@ -29,12 +29,11 @@ from ml_collections import ConfigDict
 
 from musicgenre import models
 from musicgenre.audio.features import FeatureSpec
-from musicgenre.audio.layout import ClipLayout
-from musicgenre.config import base_config
+from musicgenre.config import base_config, to_plain
 from musicgenre.errors import UserError, did_you_mean
 from musicgenre.exchange.tf_checkpoint import read_checkpoint
 from musicgenre.runs.bundle import SUFFIX, save_bundle
-from musicgenre.runs.notes import TrainedModel, variable_shapes
+from musicgenre.runs.notes import TrainedModel, model_of_notes, saved_shapes
 
 # The last one comes with the source code only, not with the wheel.
 MODELS = ("MTT_musicnn", "MSD_musicnn", "MTT_vgg", "MSD_vgg", "MSD_musicnn_big")
@@ -71,9 +70,10 @@ class Source:
                     return
             wheels = sorted(self.path.glob("musicnn-*.whl"))
             if len(wheels) != 1:
-                nothing = "neither musicnn/configuration.py nor a wheel musicnn-*.whl"
-                found = f"{len(wheels)} wheels" if wheels else nothing
-                raise UserError(f"{self.path}: holds {found}. Name the wheel or folder. {_HINT}")
+                raise UserError(
+                    f"{self.path}: holds no musicnn/configuration.py, and {len(wheels)} wheels "
+                    f"musicnn-*.whl. Name the wheel or the package's folder. {_HINT}"
+                )
             self.path = wheels[0]
         if not self.path.is_file():
             raise UserError(f"{self.path}: no such file or folder. {_HINT}")
@@ -154,32 +154,24 @@ def read_model(source: Source, name: str) -> TrainedModel:
     variables = read_checkpoint(source.read, f"{name}/")
     where = f"{source.path}: {name}"
     fields = _fields(variables, name, where)
-    module = models.build(
-        fields, num_classes=len(labels), frames=frames, bands=spec.bands, kind=spec.kind
-    )
-    wanted = variable_shapes(module, frames, spec.bands)
     config = base_config()
     config.data.update(dataset=dataset, frames=frames, normalise="none")
     config.features = ConfigDict(spec.to_dict())
     config.model = ConfigDict(models.resolve(fields))
-    mean, std = np.zeros((1, spec.bands), np.float32), np.ones((1, spec.bands), np.float32)
-    model = TrainedModel(
-        workdir=source.path,
-        step=0,
-        which="last",
-        measure=("", None),
-        config=config,
-        module=module,
-        model={
-            "variables": _converted(variables, wanted, name, where),
-            "norm": {"mean": mean, "std": std},
-        },
-        label_names=tuple(labels),
-        task="multi_label",
-        features=spec,
-        layout=ClipLayout(frames),
-        dataset={"name": dataset, "protocol": split, "task": "multi_label", "synthetic": False},
-    )
+    notes = {
+        "config": to_plain(config),
+        "label_names": labels,
+        "task": "multi_label",
+        "features": spec.to_dict(),
+        "layout": {"frames": frames},
+        "dataset": {"name": dataset, "protocol": split, "task": "multi_label", "synthetic": False},
+        "metric": "",
+        "measure": None,
+    }
+    converted = _converted(variables, saved_shapes(notes)["variables"], name, where)
+    norm = {"mean": np.zeros((1, spec.bands), np.float32), "std": np.ones((1, spec.bands), "f4")}
+    value = {"variables": converted, "norm": norm}
+    model = model_of_notes(notes, value, workdir=source.path, step=0, which="last")
     return dataclasses.replace(model, card=_card(source, name, model, corpus))
 
 
@@ -265,7 +257,7 @@ def _reported(source: Source, name: str) -> str:
     """Returns the published test results: ROC-AUC and PR-AUC, means over the tags."""
     if source.has(f"{name}/experiment.result"):
         text = source.read(f"{name}/experiment.result").decode("utf-8", "replace")
-        values = [float(value) for value in re.findall(r"AUC: *([0-9.]+)$", text, re.MULTILINE)]
+        values = [float(value) for value in re.findall(r"AUC: *(\d+\.\d+)\s*$", text, re.MULTILINE)]
         if len(values) == 2:
             return f"ROC-AUC {values[0]:.4f}, PR-AUC {values[1]:.4f} on the test split"
     return "not stated"

@@ -1,14 +1,11 @@
 """TensorFlow V2 checkpoints, read without TensorFlow: variables as arrays by name.
 
-A checkpoint with the prefix `p` is two or more files:
-
-    p.index                  a LevelDB table of sorted keys: "" for the header, names for entries
-    p.data-00000-of-00001    the variables' raw bytes, one after the other
-
-The table ends in a footer that points to its index block, whose entries point to the data blocks. A
-block is entries (each omits the prefix that its key shares with the previous key), restart offsets,
-and a trailer with a CRC-32C. The header and the entries are protocol buffers (`BundleHeaderProto`,
-`BundleEntryProto`), of which this module reads the few fields that matter.
+The file `<prefix>.data-00000-of-00001` holds the variables' raw bytes, one after the other.
+`<prefix>.index` is a LevelDB table of sorted keys: "" for the header, names for entries. It ends in
+a footer that points to its index block, whose entries point to the data blocks. A block is entries
+(each omits the prefix that its key shares with the previous key), restart offsets, and a trailer
+with a CRC-32C. The header and the entries are protocol buffers (`BundleHeaderProto`,
+`BundleEntryProto`).
 
 Every offset, length and checksum is checked: a damaged file is a UserError, never a wrong weight.
 

@@ -16,6 +16,7 @@ from musicgenre.runs.provenance import KEY, PREFIX, SCHEMA, TrainedOn, read_bund
 # Models that come with the package: <name>.safetensors.
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 SUFFIX = ".safetensors"
+_HALVED = ("variables/params/", "norm/")
 _NOTES = ["config", "label_names", "task", "features", "layout", "dataset"]
 _NOTES += ["step", "which", "metric", "measure", "card"]
 
@@ -36,9 +37,8 @@ def save_bundle(
       model: a trained model.
       path: the file, named `.safetensors`.
       card: what users should know about it, Markdown; see `model_card`. "" keeps the model's own.
-      half: store parameters and normalisation as float16, which halves the file and changes a value
-        by up to 1 part in 2,048. Batch normalisation statistics and arrays that exceed float16's
-        range stay float32.
+      half: store parameters and normalisation as float16, which changes a value by up to 1 part in
+        2,048. Batch normalisation statistics and arrays beyond float16's range stay float32.
 
     Raises:
       UserError: the name has another suffix, or the file cannot be written.
@@ -48,11 +48,8 @@ def save_bundle(
         raise UserError(f"{path}: the file of a model must be named {path.stem}{SUFFIX}.")
     flat: dict[str, Any] = flatten_dict(dict(jax.device_get(model.model)), sep="/")
     arrays = {name: np.ascontiguousarray(value) for name, value in flat.items()}
-    if half:
-        arrays = {
-            name: _halved(value) if name.startswith(("variables/params/", "norm/")) else value
-            for name, value in arrays.items()
-        }
+    for name in [name for name in arrays if half and name.startswith(_HALVED)]:
+        arrays[name] = _halved(arrays[name])
     notes = run_notes(model.config, model)
     config, (metric, measure) = notes["config"], model.measure
     config["init_from"] = ""
@@ -96,9 +93,7 @@ def read_bundle(path: Path) -> TrainedModel:
 def model_card(model: TrainedModel, remarks: str = "") -> str:
     """Returns a Markdown card of a model: data, protocol, measure, labels, front end and limits.
 
-    Args:
-      model: a trained model.
-      remarks: text to add, such as the result on the test split.
+    `remarks` are added, such as the result on the test split.
     """
     data, config = model.dataset, model.config
     (metric, measure), rate = model.measure, model.features.sample_rate
@@ -106,10 +101,8 @@ def model_card(model: TrainedModel, remarks: str = "") -> str:
     clip = model.layout.frames * model.features.hop_length / rate
     measured = "not measured"
     if measure is not None:
-        measured = (
-            f"{metric} {measure:.4f} on the validation split "
-            f"({model.which} checkpoint, step {model.step})"
-        )
+        checkpoint = f"({model.which} checkpoint, step {model.step})"
+        measured = f"{metric} {measure:.4f} on the validation split {checkpoint}"
         if model.which == "best":
             measured += ", which also selected this checkpoint, so it is slightly optimistic"
     lines = [f"# {config.model.name} on {data['name']}", ""]

@@ -1,13 +1,12 @@
 """Orbax checkpoints: the latest two and the best, each complete enough to resume or to be used."""
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import grain.checkpoint
@@ -25,8 +24,7 @@ from musicgenre.runs.processes import ProcessLost, is_lost
 ITEMS = ("model", "train", "data", "meta")
 
 
-@dataclasses.dataclass(frozen=True)
-class Restored:
+class Restored(NamedTuple):
     """A restored checkpoint: its step, the state (or the model alone), and its notes."""
 
     step: int
@@ -136,10 +134,10 @@ class Checkpoints:
                 continue
             return Restored(step, state.joined(restored.model, restored.train), restored.meta)
         if steps:
+            names = ", ".join(map(str, steps))
             raise UserError(
-                f"{self._folder}: none of the checkpoints ({', '.join(map(str, steps))}) can be "
-                f"read; they are now in {self._folder.parent / 'damaged'}. "
-                "Train again in another --workdir."
+                f"{self._folder}: none of the checkpoints ({names}) can be read; they are now in "
+                f"{self._folder.parent / 'damaged'}. Train again in another --workdir."
             )
         return None
 
@@ -163,7 +161,7 @@ class Checkpoints:
             if is_lost(error):
                 raise ProcessLost(error) from error
             raise UserError(
-                f"{self._folder}: the checkpoint could not be written ({_first_line(error)}). Free "
+                f"{self._folder}: the checkpoint could not be written ({_line(error)}). Free "
                 "some space and repeat the command: it resumes from the last complete checkpoint."
             ) from error
 
@@ -171,10 +169,8 @@ class Checkpoints:
 def read_model(folder: Path, which: str) -> Restored:
     """Reads only the model (`variables` and `norm`) from a checkpoint in `<workdir>/checkpoints`.
 
-    Args:
-      folder: the checkpoints' folder.
-      which: "best", "last" or a step. If the last one is unreadable, the one before it is read,
-        with a warning.
+    `which` is "best", "last" or a step. If the last one is unreadable, the one before it is read,
+    with a warning.
 
     Raises:
       UserError: there is no such checkpoint, or it cannot be read.
@@ -223,9 +219,8 @@ def _candidates(which: str, metas: dict[int, dict[str, Any]]) -> list[int]:
 
 
 def _warn_unreadable(step: int, error: Exception, action: str = "") -> None:
-    reason = _first_line(error)
-    logging.warning("the checkpoint of step %d cannot be read (%s)%s", step, reason, action)
+    logging.warning("the checkpoint of step %d cannot be read (%s)%s", step, _line(error), action)
 
 
-def _first_line(error: Exception) -> str:
+def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -50,9 +50,7 @@ def _resolved(source: str | os.PathLike[str], field: str) -> Path:
         path = packaged_models().get(str(source), path)
     if path.exists():
         return path
-    names = did_you_mean(str(source), packaged_models())
+    hint = did_you_mean(str(source), packaged_models())
     name = f"{field}: {str(source)!r}" if field else str(source)
-    raise UserError(
-        f"{name}: no such workdir, bundle or packaged model.{names} "
-        f"Train one first: musicgenre train --config=... --workdir={source}"
-    )
+    remedy = f"Train it: musicgenre train --config=... --workdir={source}"
+    raise UserError(f"{name}: no such workdir, bundle or packaged model.{hint} {remedy}")

@@ -59,12 +59,11 @@ class TrainedModel:
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < math.inf:
-            raise UserError(
-                f"{self.workdir}: a temperature must be a number above 0, not {self.temperature}."
-            )
+            wrong = f"must be a number above 0, not {self.temperature}"
+            raise UserError(f"{self.workdir}: a temperature {wrong}.")
         if self.temperature != 1 and self.task == "regression":
             raise UserError(
-                f"{self.workdir}: a temperature is for probabilities, and a regression has none."
+                f"{self.workdir}: a temperature is for probabilities; a regression has none."
             )
 
     @property
@@ -73,11 +72,7 @@ class TrainedModel:
         return int(self.config.data.crop_frames) or self.layout.frames
 
     def probabilities(self, logits: jax.Array) -> jax.Array:
-        """Returns probabilities, or a regression's outputs, of logits `[batch, classes]`.
-
-        Everything that shows probabilities of a saved model uses this, so the temperature always
-        applies.
-        """
+        """Returns probabilities, or a regression's outputs, of logits `[batch, classes]`."""
         # A late import: it brings Optax, which tagging does not need otherwise.
         from musicgenre.models.apply import probabilities
 
@@ -86,13 +81,10 @@ class TrainedModel:
 
 
 def model_of_notes(notes: Mapping[str, Any], variables: Any, **fields: Any) -> TrainedModel:
-    """Returns a model from saved notes and the content of `TrainState.model()`.
+    """Returns a model from saved notes and `TrainState.model()` (`variables` and `norm`).
 
-    Args:
-      notes: see `run_notes`; also `metric`, `measure` and optionally `temperature`.
-      variables: `variables` and `norm`.
-      **fields: the fields of `TrainedModel` that the notes do not have: `workdir`, `step`, `which`,
-        and optionally `trained_on` and `card`.
+    `fields` are those of `TrainedModel` that the notes do not have: `workdir`, `step`, `which`, and
+    optionally `trained_on` and `card`.
     """
     return TrainedModel(
         measure=(notes["metric"], notes["measure"]),
@@ -137,7 +129,10 @@ def saved_module(notes: Mapping[str, Any]) -> nn.Module:
 def saved_shapes(notes: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the shapes of the saved `TrainState.model()`, for this machine's first device."""
     frames, bands = _input_shape(notes)
-    variables = variable_shapes(saved_module(notes), frames, bands)
+    module = saved_module(notes)
+    x = jax.ShapeDtypeStruct((1, frames, bands), jnp.float32)
+    variables = dict(jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), x))
+    variables.pop("intermediates", None)
     norm_shape = (frames if notes["config"]["data"]["normalise"] == "position" else 1, bands)
     norm = {name: jax.ShapeDtypeStruct(norm_shape, jnp.float32) for name in ("mean", "std")}
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -145,13 +140,6 @@ def saved_shapes(notes: Mapping[str, Any]) -> dict[str, Any]:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         {"variables": variables, "norm": norm},
     )
-
-
-def variable_shapes(module: nn.Module, frames: int, bands: int) -> dict[str, Any]:
-    """Returns the shapes of a module's variables, as a checkpoint or bundle holds them."""
-    x = jax.ShapeDtypeStruct((1, frames, bands), jnp.float32)
-    found = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), x)
-    return {name: shapes for name, shapes in found.items() if name != "intermediates"}
 
 
 def _input_shape(notes: Mapping[str, Any]) -> tuple[int, int]:

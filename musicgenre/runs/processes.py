@@ -16,20 +16,17 @@ class ProcessLost(UserError):
     """A step failed because another process has died, or because of this process's own error."""
 
     def __init__(self, error: Exception) -> None:
-        process = f"process {jax.process_index()} of {jax.process_count()}"
         reason = str(error).splitlines()[0][:200]
         super().__init__(
-            f"{process} cannot continue ({reason}). Most likely another process has ended; "
-            f"its own output says why. {AGAIN}"
+            f"process {jax.process_index()} of {jax.process_count()} cannot continue ({reason}). "
+            f"Most likely another process has ended; its own output says why. {AGAIN}"
         )
 
 
 def is_lost(error: BaseException) -> bool:
-    """Returns whether an error comes from a step or an agreement with a process that has died."""
+    """Returns whether an error comes from a process that has died."""
     if isinstance(error, ProcessLost):
         return True
     # XLA raises some as a ValueError that begins with a status: "UNKNOWN: Gloo AllGather failed".
-    status = isinstance(error, ValueError) and re.match("[A-Z_]+: ", str(error))
-    return jax.process_count() > 1 and (
-        isinstance(error, jax.errors.JaxRuntimeError) or bool(status)
-    )
+    status = isinstance(error, ValueError) and bool(re.match("[A-Z_]+: ", str(error)))
+    return jax.process_count() > 1 and (status or isinstance(error, jax.errors.JaxRuntimeError))

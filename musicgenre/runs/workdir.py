@@ -40,11 +40,9 @@ def check_store(config: ConfigDict, store: Store) -> None:
             f"{store.path}: the store's features are not the config's (store -> config): "
             f"{'; '.join(lines)}. Prepare another store, or change --config.features."
         )
-    if store.layout.frames != config.data.frames:
-        raise UserError(
-            f"{store.path}: the store has {store.layout.frames} frames per clip, "
-            f"config.data.frames is {config.data.frames}."
-        )
+    if (frames := store.layout.frames) != config.data.frames:
+        needed = f"config.data.frames is {config.data.frames}"
+        raise UserError(f"{store.path}: the store has {frames} frames per clip, {needed}.")
 
 
 def claim_workdir(
@@ -71,10 +69,8 @@ def claim_workdir(
             )
         trained = read_json(workdir / CLIPS_FILE, "list of training clips")
         if (trained["clip_id"], trained["sha256"]) != (own.clip_ids, own.hashes):
-            raise UserError(
-                f"{workdir}: the store's training clips have changed since this run began. "
-                "Choose another --workdir."
-            )
+            text = "the store's training clips have changed since this run began"
+            raise UserError(f"{workdir}: {text}. Choose another --workdir.")
         return
     record = own.to_json() | {"store": own.sources[0]}
     known = set(own.clip_ids)

@@ -63,10 +63,10 @@ class PrepareSummary:
     def lines(self) -> list[str]:
         """Returns the summary for people."""
         splits = ", ".join(f"{name} {count}" for name, count in self.splits.items())
-        lines = [
-            f"{self.store}: {self.clips} clips ({splits}); {self.computed} computed, "
-            f"{self.reused} already there, {len(self.skipped)} skipped."
-        ]
+        counts = (
+            f"{self.computed} computed, {self.reused} already there, {len(self.skipped)} skipped"
+        )
+        lines = [f"{self.store}: {self.clips} clips ({splits}); {counts}."]
         lines += [f"  skipped {entry['clip_id']}: {entry['reason']}" for entry in self.skipped[:20]]
         if (more := len(self.skipped) - 20) > 0:
             lines.append(f"  ... and {more} more: see {self.store}/skipped-*.jsonl")
@@ -95,15 +95,10 @@ class Recipe:
             if clip.row is not None:
                 features, digest = self._of_array(clip.path, clip.row)
             else:
-                digest, rate, resampler = (
-                    sha256(clip.path),
-                    self.spec.sample_rate,
-                    self.spec.resampler,
-                )
-                audio = load_audio(
-                    clip.path, rate, min_seconds=self.min_seconds, resampler=resampler
-                )
-                features = self.layout.features(audio.samples, self.spec)
+                digest, spec = sha256(clip.path), self.spec
+                rate, resampler, shortest = spec.sample_rate, spec.resampler, self.min_seconds
+                samples = load_audio(clip.path, rate, min_seconds=shortest, resampler=resampler)[0]
+                features = self.layout.features(samples, spec)
         except (UserError, OSError) as error:
             return str(error)
         fitted, length = self.layout.fit(features)
@@ -169,17 +164,9 @@ class StorePlan:
         verify: bool = True,
         progress: bool = False,
     ) -> None:
-        """Reads the existing shards.
+        """Reads the existing shards, with a progress bar if this takes more than a moment.
 
-        Args:
-          dataset: the clips.
-          recipe: how they become rows.
-          path: the store's folder.
-          verify: compare existing shards with their checksums, not only their sizes.
-          progress: draw a progress bar if this takes more than a moment.
-
-        Raises:
-          UserError: the folder holds no store, or a store of another front end, layout or data set.
+        See `prepare_store` for the arguments and errors.
         """
         self.dataset, self.recipe, self.path = dataset, recipe, Path(path)
         self.shards = self.path / "shards"
@@ -196,7 +183,7 @@ class StorePlan:
         for record in _read_shards(self.shards, recipe.made_with, verify, progress):
             self.add(record)
         self._todo = np.flatnonzero(self._rows["state"] <= _STALE)
-        self.todo = [dataset.clips[i] for i in self._todo]
+        self.todo = [dataset.clips[int(i)] for i in self._todo]
         self.reusable = count - len(self.todo)
 
     def tasks(self, clips_per_shard: int, *, fill_gaps: bool = False) -> Iterator[ShardTask]:
@@ -204,9 +191,9 @@ class StorePlan:
 
         Args:
           clips_per_shard: clips of each but the last.
-          fill_gaps: use free numbers below the highest first. Runs that finish shards in any order
-            leave gaps when they die; filling them gives the same store as an undisturbed run. If
-            the source of a clip has changed, numbers continue from the highest instead, because the
+          fill_gaps: use free numbers below the highest first, which runs that finish shards in any
+            order leave when they die; the store then equals that of an undisturbed run. If the
+            source of a clip has changed, numbers continue from the highest instead, because the
             later of a clip's entries is the valid one.
         """
         fill_gaps = fill_gaps and not (self._rows["state"] == _STALE).any()
@@ -246,7 +233,7 @@ class StorePlan:
         lost = [Skipped(clips[i].clip_id, str(clips[i].path), self._reasons[i]) for i in unusable]
         skipped = [dataclasses.asdict(entry) for entry in [*dataset.skipped, *lost]]
         kept = np.flatnonzero(self._rows["state"] == _COMPUTED)
-        used, rows = [clips[i] for i in kept], self._rows[kept]
+        used, rows = [clips[int(i)] for i in kept], self._rows[kept]
         splits = dict(sorted(Counter(clip.split for clip in used).items()))
         for i in unusable:
             if (split := clips[i].split) not in splits:
@@ -417,8 +404,7 @@ def write_shard(
     Raises:
       UserError: the folder cannot be written, or the disk is full.
     """
-    file = folder / f"{task.number:05d}.npy"
-    entries: list[dict[str, Any]] = []
+    file, entries = folder / f"{task.number:05d}.npy", []
     rows: list[np.ndarray] = []
     for clip, source, result in zip(task.clips, task.sources, results, strict=True):
         entry: dict[str, Any] = {"clip_id": clip.clip_id, "path": str(clip.path), "source": source}
@@ -448,11 +434,9 @@ def finished_shard(
     record: dict[str, Any] = read_json(file, "shard record")
     entries = [(entry["clip_id"], entry["source"]) for entry in record["clips"]]
     wanted = [(clip.clip_id, source) for clip, source in zip(task.clips, task.sources, strict=True)]
-    if entries != wanted or any(record.get(field) != value for field, value in made_with.items()):
-        return None
-    if record["rows"] and file_problem(folder, record, full=True):
-        return None
-    return record
+    same = entries == wanted and record | made_with == record
+    intact = same and not (record["rows"] and file_problem(folder, record, full=True))
+    return record if intact else None
 
 
 def _ordered_map(
@@ -506,24 +490,22 @@ def _compute(recipe: Recipe, clips: Sequence[Clip]) -> list[ClipFeatures | str]:
     return list(map(recipe, clips))
 
 
-_one_thread_lock = threading.Lock()
-_one_thread_limits: list[Any] = []  # one entry per user
+_lock = threading.Lock()
+_limits: list[Any] = []  # one entry per user of `one_thread`
 
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """Limits this process's matrix products to one thread; their number changes the last bits.
 
-    With it, every way of running over the clips gives the same bytes. Several threads may use it at
-    the same time: the first sets the limit and the last removes it.
+    Several threads may use it at the same time: the first sets the limit and the last removes it.
     """
-    with _one_thread_lock:
-        first = _one_thread_limits[0] if _one_thread_limits else threadpool_limits(1)
-        _one_thread_limits.append(first)
+    with _lock:
+        _limits.append(_limits[0] if _limits else threadpool_limits(1))
     try:
         yield
     finally:
-        with _one_thread_lock:
-            limits = _one_thread_limits.pop()
-            if not _one_thread_limits:
+        with _lock:
+            limits = _limits.pop()
+            if not _limits:
                 limits.restore_original_limits()

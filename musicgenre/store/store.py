@@ -20,6 +20,7 @@ import itertools
 import json
 import mmap
 import os
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -93,9 +94,9 @@ class Store:
         manifest = read_json(file, "store manifest")
         found = manifest.get("schema") if isinstance(manifest, dict) else None
         if found != SCHEMA:
-            remedy = f"{_AGAIN}: it rewrites this file, computing nothing."
-            if found != 1:
-                remedy = "Update musicgenre, or prepare the store again in another folder."
+            remedy = "Update musicgenre, or prepare the store again in another folder."
+            if found == 1:
+                remedy = f"{_AGAIN}: it rewrites this file, computing nothing."
             raise UserError(
                 f"{file}: this version reads schema {SCHEMA}, not schema {found!r}. {remedy}"
             )
@@ -266,10 +267,9 @@ class Store:
         reading is faster, adds no pages to this process and limits the number of open files.
         """
         shard = _MappedShard if len(self._column("shard_number")) <= _OPEN_SHARDS else _OpenShard
-        opener: Callable[[int], _MappedShard | _OpenShard] = functools.partial(
-            shard, f"{self.path}/shards"
+        return functools.lru_cache(_OPEN_SHARDS)(
+            lambda number: shard(f"{self.path}/shards", number)
         )
-        return functools.lru_cache(_OPEN_SHARDS)(opener)
 
     @functools.cached_property
     def _reader(self) -> Any:
@@ -303,16 +303,14 @@ class _MappedShard:
     @staticmethod
     def read(rows: np.ndarray, shards: "Sequence[_MappedShard]", offsets: Sequence[int]) -> None:
         """Fills each of `rows`, uint8 `[n, bytes]`, from its shard at its offset."""
-        for shard in set(shards):
+        size, pairs = rows.shape[1], list(zip(shards, offsets, strict=True))
+        lengths = {shard: shard._map.size() for shard in set(shards)}
+        for shard, offset in pairs:
             # Touching pages that the file has lost since it was mapped would end the process.
-            if shard._map.size() < len(shard._bytes):
-                raise _unreadable(shard.path)
-        size, parts = rows.shape[1], []
-        for shard, offset in zip(shards, offsets, strict=True):
-            parts.append(shard._bytes[offset : offset + size])
-            if len(parts[-1]) < size:
+            if min(lengths[shard], len(shard._bytes)) < offset + size:
                 raise _unreadable(shard.path)
         # One call takes a quarter less time than one per row.
+        parts = [shard._bytes[offset : offset + size] for shard, offset in pairs]
         np.concatenate(parts, out=rows.reshape(-1))
 
 
@@ -325,11 +323,7 @@ class _OpenShard:
             self._number = os.open(self.path, os.O_RDONLY)
         except OSError as error:
             raise _unreadable(self.path, error) from error
-        self._close = os.close  # when Python exits, the module may be gone first
-
-    def __del__(self) -> None:
-        if hasattr(self, "_close"):
-            self._close(self._number)
+        weakref.finalize(self, os.close, self._number)
 
     @staticmethod
     def read(rows: np.ndarray, shards: "Sequence[_OpenShard]", offsets: Sequence[int]) -> None:

@@ -7,10 +7,8 @@ from musicgenre.audio.decode import load_audio
 from musicgenre.errors import UserError
 
 
-def tone(rate, seconds=2.0, frequency=440.0):
-    return (0.5 * np.sin(2 * np.pi * frequency * np.arange(int(rate * seconds)) / rate)).astype(
-        np.float32
-    )
+def tone(rate, seconds=2.0):
+    return np.float32(0.5) * np.sin(2 * np.pi * 440 * np.arange(int(rate * seconds)) / rate)
 
 
 @pytest.mark.parametrize("extension", ["wav", "au", "flac", "ogg", "mp3", "aiff"])
@@ -38,33 +36,30 @@ def test_any_rate_and_channel_count_equals_librosa(tmp_path, rate, channels):
     assert abs(np.abs(samples[1000:-1000]).max() - 0.5 * scale.mean()) < 2e-3
 
 
-def damaged(path, kind):
-    soundfile.write(path, tone(22050), 22050)
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2] if kind == "cut" else kind)
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("empty.wav", b"", "empty file"),
         ("text.mp3", b"this is no music\n" * 50, "not a sound file"),
-        ("cut.wav", "cut", "truncated .*88200 bytes of sound, 44078 are there"),
-        ("cut.au", "cut", "truncated"),
-        ("cut.aiff", "cut", "truncated"),
-        ("cut.flac", "cut", "not a sound file|truncated"),
-        ("cut.mp3", "cut", "truncated"),
+        ("half.wav", None, "truncated .*88200 bytes of sound, 44078 are present"),
+        ("half.au", None, "truncated"),
+        ("half.aiff", None, "truncated"),
+        ("half.flac", None, "not a sound file|truncated"),
+        ("half.mp3", None, "truncated"),
     ],
 )
 def test_damaged_files_are_refused_by_name(tmp_path, name, content, message):
     path = tmp_path / name
-    damaged(path, content)
+    if content is None:
+        soundfile.write(path, tone(22050), 22050)
+        content = path.read_bytes()[: path.stat().st_size // 2]
+    path.write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
         load_audio(path, 22050)
     assert str(path) in str(error.value)
 
 
-def test_a_length_left_open_by_a_pipe_is_no_damage(tmp_path):
+def test_a_length_left_open_by_a_pipe_is_accepted(tmp_path):
     path = tmp_path / "streamed.wav"
     soundfile.write(path, tone(22050), 22050)
     content = bytearray(path.read_bytes())

@@ -34,26 +34,22 @@ def signals(samples, rate=22050):
     tone = 0.5 * np.sin(2 * np.pi * 440 * time)
     dying = np.sin(2 * np.pi * 1000 * time) * np.exp(-8 * time)
     half = 0.1 * noise * (np.arange(samples) < samples // 2)
-    return np.stack([0.1 * noise, tone, dying, 1e-4 * noise, half, 1e-6 * noise, 0 * noise]).astype(
-        np.float32
-    )
+    quiet = 1e-4 * noise, half, 1e-6 * noise, 0 * noise
+    return np.stack([0.1 * noise, tone, dying, *quiet]).astype(np.float32)
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_features_are_those_of_numpy(spec):
+def test_features_equal_those_of_numpy(spec):
     batch = signals(30011)
     expected = np.stack([compute_features(clip, spec) for clip in batch])
     found = jax.jit(partial(features, spec=spec))(batch)
-    assert found.dtype == jnp.float32 and found.shape == expected.shape == (
-        7,
-        frame_count(30011, spec),
-        spec.bands,
-    )
+    assert found.dtype == jnp.float32 and found.shape == expected.shape
+    assert found.shape == (7, frame_count(30011, spec), spec.bands)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3 if spec.kind == "mfcc" else 1e-4)
 
 
 @pytest.mark.parametrize("name", ["report", "odd", "prime"])
-def test_the_matrix_products_are_the_transform(name):
+def test_the_matrix_products_equal_the_transform(name):
     """Factors 64 x 32, 17 x 15 and 257 x 1, relative to the loudest cell."""
     spec = SPECS[name]
     batch = signals(9000)[:3]
@@ -77,47 +73,36 @@ def test_a_tone_on_a_frequency_has_the_power_of_the_window():
         assert power[:19].max() < 1e-6 and power[22:].max() < 1e-6
 
 
-def test_features_of_the_real_clips_are_those_of_numpy(real_data):
+def test_features_of_the_real_clips_equal_those_of_numpy(real_data):
     """Measured over 30 s: at most 2e-5 dB with "auto", and 3e-4 in single precision."""
     clips = sorted((real_data / "gtzan_audio").glob("*/*.au"))
     spec = FeatureSpec()
     assert len(clips) == 8
-    run = {
-        transform: jax.jit(partial(features, spec=spec, transform=transform))
-        for transform in ("auto", "rfft32", "matmul")
-    }
+    run = {name: jax.jit(partial(features, spec=spec, transform=name)) for name in TRANSFORMS}
     for clip in clips:
-        samples = load_audio(clip, 22050).samples[
-            : 29 * 22050
-        ]  # of one length, so that each is compiled once
+        # Of one length, so that each transform is compiled once.
+        samples = load_audio(clip, 22050).samples[: 29 * 22050]
         expected = compute_features(samples, spec)
         for transform, function in run.items():
-            np.testing.assert_allclose(
-                function(samples[None])[0],
-                expected,
-                rtol=0,
-                atol=1e-4 if transform == "auto" else 1e-3,
-            )
+            atol = 1e-4 if transform in ("auto", "rfft64") else 1e-3
+            np.testing.assert_allclose(function(samples[None])[0], expected, rtol=0, atol=atol)
 
 
-def test_the_first_frames_are_a_clip_of_their_own():
+def test_the_first_frames_alone_set_reference_and_floor():
     """What comes after them is in the last one's window but not in the reference."""
     spec = FeatureSpec(n_fft=512, hop_length=256, n_mels=20)
     clip = signals(8192)[:1].copy()
     clip[:, 6000:] *= 50
     found = jax.jit(partial(features, spec=spec, frames=16))(clip)
-    np.testing.assert_allclose(
-        found[0], to_db(mel_power(clip[0], spec)[:16], spec), rtol=0, atol=1e-4
-    )
-    assert (
-        abs(float(found.max())) < 1e-5
-        and jax.jit(partial(features, spec=spec))(clip)[:, :16].max() < -20
-    )
+    expected = to_db(mel_power(clip[0], spec)[:16], spec)
+    np.testing.assert_allclose(found[0], expected, rtol=0, atol=1e-4)
+    assert abs(float(found.max())) < 1e-5
+    assert jax.jit(partial(features, spec=spec))(clip)[:, :16].max() < -20
     with pytest.raises(UserError, match="34 frames were requested, but the samples make 33"):
         features(clip, spec, frames=34)
 
 
-def test_waveforms_are_cut_and_filled():
+def test_waveforms_are_framed_and_padded():
     samples = jnp.arange(1.0, 8.0)[None]
     np.testing.assert_array_equal(frame_waveform(samples, 3), [[[1, 2, 3], [4, 5, 6]]])
     np.testing.assert_array_equal(frame_waveform(samples, 3, frames=1), [[[1, 2, 3]]])

@@ -9,15 +9,10 @@ from musicgenre.audio import perturb_sound as transforms
 from musicgenre.audio.perturb_sound import (
     EQ_CENTRES,
     Equaliser,
-    begin_later,
-    change_pitch,
-    change_speed,
-    change_tempo,
     equalise,
     limit_band,
     quantise,
     random_equalisers,
-    silence_before,
     sound_transforms,
     through_file,
     through_mp3,
@@ -29,10 +24,9 @@ from musicgenre.errors import UserError
 RATE = 22050
 
 
-def tone(frequency, seconds=2.0, rate=RATE):
-    return (0.4 * np.sin(2 * np.pi * frequency * np.arange(round(seconds * rate)) / rate)).astype(
-        np.float32
-    )
+def tone(frequency, seconds=2.0):
+    time = np.arange(round(seconds * RATE)) / RATE
+    return (0.4 * np.sin(2 * np.pi * frequency * time)).astype(np.float32)
 
 
 def level(samples):
@@ -41,32 +35,36 @@ def level(samples):
     return 10 * np.log10(np.mean(inner**2))
 
 
-def peak_frequency(samples, rate=RATE):
+def peak_frequency(samples):
     spectrum = np.abs(np.fft.rfft(samples * np.hanning(len(samples)), 8 * len(samples)))
-    return np.argmax(spectrum) * rate / (8 * len(samples))
+    return np.argmax(spectrum) * RATE / (8 * len(samples))
+
+
+def change(name, samples, rate=RATE):
+    (made,) = (made for made in sound_transforms(rate)[0] if made.name == name)
+    return made.apply(samples, np.random.default_rng(0))
 
 
 def test_an_equaliser_gives_its_gains_and_moves_nothing_in_time():
-    equaliser = Equaliser(
-        np.array([0, 0, 0, 2.0, -6.0, 4.0, 0, 0, 0])
-    )  # 62.5, 125, 250, 500, 1000, 2000 ... Hz
-    np.testing.assert_allclose(
-        equaliser.response(np.array([0.0, 500, 1000, 2000, 20000])), [0, 2, -6, 4, 0]
-    )
-    assert equaliser.response(np.array([1000 * 2**0.5]))[0] == pytest.approx(
-        -1.0
-    )  # halfway between them in octaves
+    # At 62.5, 125, 250, 500, 1000, 2000 ... Hz, and halfway between two in octaves.
+    equaliser = Equaliser(np.array([0, 0, 0, 2.0, -6.0, 4.0, 0, 0, 0]))
+    frequencies = np.array([0.0, 500, 1000, 1000 * 2**0.5, 2000, 20000])
+    np.testing.assert_allclose(equaliser.response(frequencies), [0, 2, -6, -1, 4, 0], atol=1e-9)
     for frequency, gain in ((500, 2.0), (1000, -6.0), (2000 / 2**0.5, -1.0), (9000, 0.0)):
-        heard = equalise(tone(frequency), RATE, equaliser)
-        assert level(heard) - level(tone(frequency)) == pytest.approx(gain, abs=0.1), frequency
+        changed = equalise(tone(frequency), RATE, equaliser)
+        assert level(changed) - level(tone(frequency)) == pytest.approx(gain, abs=0.1), frequency
     click = np.zeros(RATE, np.float32)
     click[9000] = 1
-    heard = equalise(click, RATE, equaliser)
-    assert np.argmax(np.abs(heard)) == 9000 and heard.dtype == np.float32 and len(heard) == RATE
-    np.testing.assert_allclose(heard[8000:9000], heard[9001:10001][::-1], atol=1e-6)  # zero phase
+    changed = equalise(click, RATE, equaliser)
+    assert (
+        np.argmax(np.abs(changed)) == 9000 and changed.dtype == np.float32 and len(changed) == RATE
+    )
+    np.testing.assert_allclose(
+        changed[8000:9000], changed[9001:10001][::-1], atol=1e-6
+    )  # zero phase
 
 
-def test_random_equalisers_are_the_same_again_and_within_their_limit():
+def test_random_equalisers_are_reproducible_and_within_their_limit():
     few, many = random_equalisers(2, 3.0, 5), random_equalisers(30, 3.0, 5)
     np.testing.assert_array_equal(few[1].gains, many[1].gains)
     gains = np.array([equaliser.gains for equaliser in many])
@@ -78,17 +76,13 @@ def test_random_equalisers_are_the_same_again_and_within_their_limit():
 @pytest.mark.parametrize(
     ("kind", "beyond", "within"), [("lowpass", 4000, 1000), ("highpass", 1000, 4000)]
 )
-def test_the_limits_of_the_band(kind, beyond, within):
+def test_band_limits_attenuate_as_a_butterworth_filter(kind, beyond, within):
     """Butterworth: 3.01 dB at the cutoff, at least 48.2 dB an octave beyond, none within."""
-    at = [
-        level(limit_band(tone(f), RATE, kind, 2000)) - level(tone(f))
-        for f in (2000, beyond, within)
-    ]
+    tones = [tone(frequency) for frequency in (2000, beyond, within)]
+    at = [level(limit_band(x, RATE, kind, 2000)) - level(x) for x in tones]
     assert at[0] == pytest.approx(-3.01, abs=0.02)
     # The filter's digital form is steeper towards half the rate, and flatter towards 0.
     assert -60 < at[1] < -46 and at[2] == pytest.approx(0.0, abs=0.02)
-    with pytest.raises(UserError, match="12000 Hz is not possible at 22050"):
-        limit_band(tone(440), RATE, kind, 12000)
 
 
 def test_noise_and_rounding():
@@ -100,34 +94,30 @@ def test_noise_and_rounding():
     error = (rounded - clip) * 128
     # A step squared over 12 of rounding and twice that of the dither: half a step.
     assert np.sqrt(np.mean(error**2)) == pytest.approx(0.5, abs=0.01) and abs(error.mean()) < 0.01
-    assert quantise(np.array([1.5, -1.5], np.float32), np.random.default_rng(0), 8).tolist() == [
-        127 / 128,
-        -1.0,
-    ]
+    clipped = quantise(np.array([1.5, -1.5], np.float32), np.random.default_rng(0), 8)
+    assert clipped.tolist() == [127 / 128, -1.0]
 
 
 def test_silence_and_a_later_beginning():
-    clip = np.arange(10, dtype=np.float32)
-    assert silence_before(clip, 10, 0.3).tolist() == [0, 0, 0, 0, 1, 2, 3, 4, 5, 6]
-    assert begin_later(clip, 10, 0.3).tolist() == [3, 4, 5, 6, 7, 8, 9]
+    clip = np.arange(1, 22051, dtype=np.float32)
+    silent = change("silence of 0.5 s first", clip)
+    assert len(silent) == 22050 and not silent[:11025].any() and silent[11025] == 1
+    assert change("begins 0.02 s later", clip).tolist() == clip[441:].tolist()
 
 
 @pytest.mark.parametrize(
-    ("change", "pitch", "beat", "length"),
+    ("name", "pitch", "beat", "length"),
     [
-        (lambda x: change_tempo(x, 1.02), 440.0, 2.04, round(4 * RATE / 1.02)),
-        (lambda x: change_tempo(x, 0.98), 440.0, 1.96, 4 * RATE),
-        (lambda x: change_speed(x, RATE, 1.02), 448.8, 2.04, round(4 * RATE / 1.02)),
-        (lambda x: change_pitch(x, RATE, 0.5), 440 * 2 ** (0.5 / 12), 2.0, 4 * RATE),
+        ("tempo +2 %", 440.0, 2.04, round(4 * RATE / 1.02)),
+        ("tempo -2 %", 440.0, 1.96, 4 * RATE),
+        ("speed +2 %", 448.8, 2.04, round(4 * RATE / 1.02)),
+        ("pitch +0.5 semitone", 440 * 2 ** (0.5 / 12), 2.0, 4 * RATE),
     ],
-    ids=["faster", "slower", "as a tape", "transposed"],
 )
-def test_tempo_speed_and_pitch(change, pitch, beat, length):
+def test_tempo_speed_and_pitch(name, pitch, beat, length):
     """A tone that swells twice a second."""
-    clip = tone(440, 4.0) * (0.6 + 0.4 * np.sin(4 * np.pi * np.arange(4 * RATE) / RATE)).astype(
-        np.float32
-    )
-    changed = change(clip)
+    swell = 0.6 + 0.4 * np.sin(4 * np.pi * np.arange(4 * RATE) / RATE)
+    changed = change(name, tone(440, 4.0) * swell.astype(np.float32))
     assert abs(len(changed) - length) <= 1 and changed.dtype == np.float32
     assert peak_frequency(changed) == pytest.approx(pitch, abs=0.1)
     envelope = np.abs(scipy.signal.hilbert(changed))[RATE // 4 : -RATE // 4]
@@ -155,37 +145,28 @@ def test_an_mp3_has_its_bit_rate_and_is_as_long_and_early_as_the_clip(kbits, mon
         through_mp3(clip, RATE, 320)
 
 
-def test_a_file_of_another_rate_and_two_channels_gives_the_clip_back():
+def test_a_file_of_another_rate_and_two_channels_preserves_the_clip():
     clip = tone(440, 1.0)
-    again = through_file(
-        clip, RATE, ".wav", channels=2, file_rate=44100, format="WAV", subtype="FLOAT"
-    )
+    how = {"channels": 2, "file_rate": 44100, "format": "WAV", "subtype": "FLOAT"}
+    again = through_file(clip, RATE, ".wav", **how)
     np.testing.assert_allclose(again[2000:-2000], clip[2000:-2000], atol=1e-3)
     assert again.shape == clip.shape
 
 
 @pytest.mark.parametrize("rate", [22050, 12000])
-def test_every_change_leaves_sound_of_no_greater_length(rate):
-    clip = render_clip("metal" if "metal" in STYLES else next(iter(STYLES)), 0, 2.0, 22050)[
-        : 2 * rate
-    ]
+def test_every_change_gives_sound_of_no_greater_length(rate):
+    clip = render_clip(next(iter(STYLES)), 0, 2.0, 22050)[: 2 * rate]
     made, missing = sound_transforms(rate)
-    names = [transform.name for transform in made] + [gone.name for gone in missing]
+    names = [each.name for each in [*made, *missing]]
     assert len(names) == len(set(names)) == 34
     # At 12 kHz there is nothing above 6 kHz, and an mp3 has 64 kbit/s at most.
-    assert {gone.name for gone in missing} == (
-        set() if rate == 22050 else {"nothing above 8000 Hz", "mp3, 128 kbit/s"}
-    )
-    assert any(transform.irrelevant for transform in made) and not all(
-        transform.irrelevant for transform in made
-    )
+    lost = set() if rate == 22050 else {"nothing above 8000 Hz", "mp3, 128 kbit/s"}
+    assert {gone.name for gone in missing} == lost
+    assert {transform.irrelevant for transform in made} == {True, False}
     for transform in made:
         changed = transform.apply(clip, np.random.default_rng(0))
-        assert (
-            0 < len(changed) <= len(clip)
-            and changed.dtype == np.float32
-            and np.isfinite(changed).all()
-        ), transform.name
+        assert 0 < len(changed) <= len(clip) and changed.dtype == np.float32, transform.name
+        assert np.isfinite(changed).all(), transform.name
         assert not np.array_equal(changed, clip), transform.name
 
 

@@ -21,30 +21,22 @@ def sine(frequency, rate, count):
     ],
 )
 def test_kaiser_best_gives_the_values_of_resampy(rate, wanted, count, expected):
-    """Those of resampy 0.4.3 at ratios for which the steps through its table are integers."""
+    """Those of resampy 0.4.3 at ratios for which the steps through its table are whole numbers."""
     n = np.arange(400)
     resampled = resample(np.where(n % 7 < 3, 1.0, -1.0) * (n % 5) / 4, rate, wanted, "kaiser_best")
     assert len(resampled) == count and resampled.dtype == np.float32
     np.testing.assert_allclose(resampled[[0, 1, 100, 101, 150, -1]], expected, rtol=0, atol=1e-6)
 
 
-def test_an_impulse_draws_the_filter():
+def test_an_impulse_gives_the_filter():
     """At twice the rate, by hand: the windowed sinc at half zero crossings, up to 50."""
     samples = np.zeros(201, np.float32)
     samples[100] = 1
     resampled = resample(samples, 8000, 16000, "kaiser_best")
-    np.testing.assert_allclose(
-        resampled[[199, 200, 201, 202]],
-        [0.6308683, 0.9173474, 0.6308683, 0.0815233],
-        rtol=0,
-        atol=1e-7,
-    )
-    assert (
-        len(resampled) == 402
-        and not resampled[:100].any()
-        and not resampled[301:].any()
-        and resampled[101:300].all()
-    )
+    values = [0.6308683, 0.9173474, 0.6308683, 0.0815233]
+    np.testing.assert_allclose(resampled[199:203], values, rtol=0, atol=1e-7)
+    assert len(resampled) == 402 and resampled[101:300].all()
+    assert not resampled[:100].any() and not resampled[301:].any()
 
 
 @pytest.mark.parametrize(
@@ -60,34 +52,22 @@ def test_kaiser_best_keeps_a_sine_and_removes_what_folds_back(rate, wanted):
 
 
 @pytest.mark.parametrize("resampler", ["soxr_hq", "kaiser_best"])
-@pytest.mark.parametrize(
-    ("rate", "wanted"),
-    [
-        (44_100, 16_000),
-        (22_050, 16_000),
-        (8_000, 22_050),
-        (16_000, 16_000),
-        (192_000, 22_050),
-        (9_999, 7_000),
-    ],
-)
+@pytest.mark.parametrize("rate", [44_100, 22_050, 8_000, 16_000, 192_000, 9_999])
 @pytest.mark.parametrize("size", [977, 10_001])
-def test_a_stream_gives_the_same_bits(resampler, rate, wanted, size):
-    samples = noise(20_007)
+def test_a_stream_gives_the_same_bits(resampler, rate, size):
+    samples, wanted = noise(20_007), 16_000
     blocks = (samples[start : start + size] for start in range(0, len(samples), size))
     expected = resample(samples, rate, wanted, resampler)
-    np.testing.assert_array_equal(
-        np.concatenate(list(resample_stream(blocks, rate, wanted, resampler))), expected
-    )
-    assert len(expected) == (
-        20_007 * wanted // rate if resampler == "kaiser_best" else -(-20_007 * wanted // rate)
-    )
+    streamed = np.concatenate(list(resample_stream(blocks, rate, wanted, resampler)))
+    np.testing.assert_array_equal(streamed, expected)
+    lengths = {"kaiser_best": 20_007 * wanted // rate, "soxr_hq": -(-20_007 * wanted // rate)}
+    assert len(expected) == lengths[resampler]
 
 
 @pytest.mark.parametrize(
     ("rate", "wanted"), [(22_050, 16_000), (44_100, 22_050), (8_000, 22_050), (44_099, 11_025)]
 )
-def test_the_default_is_librosas(rate, wanted):
+def test_the_default_equals_librosa(rate, wanted):
     samples = noise(5_001)
     expected = librosa.resample(samples, orig_sr=rate, target_sr=wanted, res_type="soxr_hq")
     np.testing.assert_array_equal(resample(samples, rate, wanted), expected)
@@ -111,7 +91,5 @@ def test_a_stream_holds_no_more_than_the_filter_reaches():
 
 @pytest.mark.parametrize("count", [1, 2, 50])
 def test_very_short_sounds(count):
-    assert (
-        len(resample(np.ones(count, np.float32), 44_100, 16_000, "kaiser_best"))
-        == count * 160 // 441
-    )
+    resampled = resample(np.ones(count, np.float32), 44_100, 16_000, "kaiser_best")
+    assert len(resampled) == count * 160 // 441

@@ -33,21 +33,15 @@ def test_a_temperature_from_an_evaluation_or_a_number(bundle, tmp_path, capsys):
     assert "Temperature: 1.25" in capsys.readouterr().out
     model = load_model(out)
     assert model.temperature == 1.25
-    assert (
-        "fitted on valid (197 clips of gtzan): calibration error before 20.0 %, after 10.0 %"
-        in model.card
-    )
+    line = "fitted on valid (197 clips of gtzan): calibration error before 20.0 %, after 10.0 %"
+    assert line in model.card
     # A bundle of it keeps the temperature, unless another is given.
     again = tmp_path / "again.safetensors"
     assert main(["bundle", str(out), str(again)]) == 0 and load_model(again).temperature == 1.25
-    assert (
-        main(["bundle", str(out), str(again), "--temperature=0.8"]) == 0
-        and load_model(again).temperature == 0.8
-    )
-    assert (
-        main(["bundle", str(out), str(again), "--temperature=1"]) == 0
-        and load_model(again).temperature == 1
-    )
+    assert main(["bundle", str(out), str(again), "--temperature=0.8"]) == 0
+    assert load_model(again).temperature == 0.8
+    assert main(["bundle", str(out), str(again), "--temperature=1"]) == 0
+    assert load_model(again).temperature == 1
     assert np.array_equal(load_model(again).model["norm"]["mean"], model.model["norm"]["mean"])
     with safe_open(again, "np") as file:
         assert "temperature" not in json.loads(file.metadata()["musicgenre"])
@@ -64,9 +58,8 @@ def test_a_temperature_from_an_evaluation_or_a_number(bundle, tmp_path, capsys):
 )
 def test_another_evaluation_is_refused(bundle, tmp_path, capsys, changes, message):
     out = tmp_path / "calibrated.safetensors"
-    assert (
-        main(["bundle", str(bundle), str(out), f"--temperature={metrics(bundle, **changes)}"]) == 2
-    )
+    words = ["bundle", str(bundle), str(out), f"--temperature={metrics(bundle, **changes)}"]
+    assert main(words) == 2
     assert message in capsys.readouterr().err and not out.exists()
 
 
@@ -79,8 +72,6 @@ def test_another_evaluation_is_refused(bundle, tmp_path, capsys, changes, messag
     ],
 )
 def test_what_is_no_temperature_is_refused(bundle, tmp_path, capsys, asked, message):
-    assert (
-        main(["bundle", str(bundle), str(tmp_path / "x.safetensors"), f"--temperature={asked}"])
-        == 2
-    )
+    words = ["bundle", str(bundle), str(tmp_path / "x.safetensors"), f"--temperature={asked}"]
+    assert main(words) == 2
     assert message in capsys.readouterr().err

@@ -222,4 +222,4 @@ def test_figures_are_drawn_and_named(trained, folder, small, tmp_path):
     paths = [line for line in done.out.splitlines() if line.endswith(".png")]
     assert paths and all(Path(path).is_file() for path in paths)
     done = run("figures", f"--workdir={trained}", "--config=synthetic")
-    assert done.code == 2 and "give only one of --workdir and --config" in done.err
+    assert done.code == 2 and "give only one of the two" in done.err

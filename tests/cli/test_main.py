@@ -78,7 +78,7 @@ def test_answers_without_work_import_no_jax():
         (["bundle", "runs/x"], "missing argument: out"),
         (["bundle", "runs/x", "a.safetensors", "b"], "unexpected argument 'b'"),
         (["export", "--out=x.onnx"], "missing argument: model"),
-        (["download"], "--root is needed: Folder of the data set"),
+        (["download"], "--root is needed: Folder, created if missing."),
         (["figures"], "nothing to draw"),
         (["robustness", "--workdir=x", "--out=y"], "name either sound"),
         (["serve", "x"], "unexpected argument 'x'"),
@@ -98,7 +98,7 @@ def test_a_script_is_the_command(capsys, tmp_path):
     done = in_a_process(ROOT / "experiments/train.py", "--help", cwd=tmp_path)
     assert main(["train", "--help"]) == 0
     assert (done.returncode, done.stdout) == (0, capsys.readouterr().out)
-    done = in_a_process(ROOT / "experiments/train.py", "--config=gtzan_best", cwd=tmp_path)
+    done = in_a_process(ROOT / "experiments/train.py", "--config=gtzan_conv1d", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: --workdir is needed")
     done = in_a_process("-m", "musicgenre", "--version", cwd=tmp_path)
     assert done.stdout == f"musicgenre {__version__}\n"

@@ -64,10 +64,8 @@ def test_what_is_missing_is_named(monkeypatch, capsys, missing):
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.delitem(sys.modules, "musicgenre.web.app", raising=False)
     assert run() == 2
-    assert (
-        capsys.readouterr().err
-        == f"error: the page needs {missing}: pip install 'musicgenre[demo]'\n"
-    )
+    error = f"error: the page needs {missing}: pip install 'musicgenre[demo]'\n"
+    assert capsys.readouterr().err == error
 
 
 @pytest.mark.parametrize(
@@ -113,35 +111,20 @@ def test_from_the_shell_to_sigterm(bundle, tmp_path, capsys):
     capsys.readouterr()
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    command = [
-        sys.executable,
-        "-m",
-        "musicgenre",
-        "serve",
-        "--port=0",
-        f"--model={bundle}",
-        f"--index={index}",
-    ]
-    server = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "TMPDIR": str(temporary)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, "-m", "musicgenre", "serve", "--port=0"]
+    command += [f"--model={bundle}", f"--index={index}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = os.environ | {"TMPDIR": str(temporary)}
+    server = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
     try:
         line = server.stdout.readline()
         assert line.startswith("http://127.0.0.1:"), server.stderr.read()
         port = int(line.split("  ")[0].rpartition(":")[2])
         found = ask(port, music[1], "mine.wav")
-        assert [(entry["label"], entry["probability"]) for entry in found["labels"]] == Tagger.load(
-            bundle
-        ).tag(music[1])
-        assert (
-            found["neighbours"][0]["file"] == f"{tmp_path.name}/1.wav"
-            and len(found["neighbours"]) == 3
-        )
+        tags = Tagger.load(bundle).tag(music[1])
+        assert [(entry["label"], entry["probability"]) for entry in found["labels"]] == tags
+        assert found["neighbours"][0]["file"] == f"{tmp_path.name}/1.wav"
+        assert len(found["neighbours"]) == 3
         nearest, second, _ = (entry["similarity"] for entry in found["neighbours"])
         assert nearest == pytest.approx(1, abs=1e-5) and second < 0.9999
         # Stopped in the middle of an upload.

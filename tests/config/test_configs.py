@@ -177,7 +177,7 @@ def test_sizes_and_sources_of_the_residual_network_combine():
             get_config(wrong)
 
 
-def test_the_base_is_the_reports():
+def test_the_base_config_is_the_reports():
     config = base_config()
     check_config(config)
     assert (

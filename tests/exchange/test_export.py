@@ -1,4 +1,4 @@
-"""The exported programs, run in processes of their own that know nothing of this package."""
+"""The exported programs, run in separate processes without this package."""
 
 import dataclasses
 import importlib.util
@@ -102,7 +102,7 @@ def check_in_another_process(folder, form, code, imported):
     assert done.stdout.strip() == str(imported)
     for name, rows in expected.items():
         found = np.load(folder / f"{name}.out.npy")
-        assert np.ptp(rows, axis=0).max() > 0.01, name  # the three signals are told apart
+        assert np.ptp(rows, axis=0).max() > 0.01, name  # the three signals differ
         np.testing.assert_allclose(
             found, np.concatenate([rows, rows[:1]]), rtol=0, atol=1e-4, err_msg=name
         )
@@ -118,7 +118,7 @@ def test_stablehlo_in_a_process_with_jax_alone(tmp_path):
     check_in_another_process(tmp_path, "stablehlo", RUN_STABLEHLO, ["jax"])
 
 
-def test_the_real_clips_get_the_tags_of_tagger(real_data, tmp_path):
+def test_real_clips_get_the_probabilities_of_tagger(real_data, tmp_path):
     """Measured on 30.01 s: at most 5e-6 by either transform; 1.6e-4 without rounding to float16."""
     model = load_model("gtzan")
     samples = export.input_samples(model)
@@ -151,7 +151,7 @@ def test_the_real_clips_get_the_tags_of_tagger(real_data, tmp_path):
         (0.04, {"features__kind": "waveform", "features__hop_length": 16}),
     ],
 )
-def test_shorter_clips_are_filled_up_as_tagger_fills_them(seconds, changes):
+def test_shorter_clips_are_padded_as_tagger_pads_them(seconds, changes):
     model = tiny_model(**changes)
     samples = export.input_samples(model, seconds)
     signals = export.check_signals(samples, 22050)[:2]
@@ -159,7 +159,7 @@ def test_shorter_clips_are_filled_up_as_tagger_fills_them(seconds, changes):
     np.testing.assert_allclose(found, export.reference(model, signals), rtol=0, atol=1e-4)
 
 
-def test_the_temperature_is_inside():
+def test_the_program_applies_the_temperature():
     model = tiny_model()
     samples = export.input_samples(model)
     signals = export.check_signals(samples, 22050)
@@ -191,8 +191,8 @@ def test_the_features_are_rounded_as_the_store_rounds_them():
     np.testing.assert_array_equal(found, found.astype(np.float16))
 
 
-class Misunderstood(nn.Module):
-    """What the CRNN and the ResNet have and jax2onnx takes wrongly, and a loop over the frames."""
+class Difficult(nn.Module):
+    """Layers of the CRNN and the ResNet that jax2onnx converts wrongly, and a loop over frames."""
 
     num_classes: int = 3
 
@@ -205,22 +205,22 @@ class Misunderstood(nn.Module):
 
 
 @needs_onnx
-def test_layers_that_jax2onnx_misunderstands(tmp_path):
+def test_layers_that_jax2onnx_converts_wrongly_are_corrected(tmp_path):
     import onnx
 
     model = tiny_model()
-    variables = jax.jit(Misunderstood().init)(jax.random.key(0), np.zeros((1, 64, 16), np.float32))
+    variables = jax.jit(Difficult().init)(jax.random.key(0), np.zeros((1, 64, 16), np.float32))
     stats = {"mean": np.linspace(-1, 1, 64), "var": np.linspace(0.5, 2, 64)}
     variables = {
         **variables,
         "batch_stats": {"norm": {name: np.float32(value) for name, value in stats.items()}},
     }
     model = dataclasses.replace(
-        model, module=Misunderstood(), model={"variables": variables, "norm": model.model["norm"]}
+        model, module=Difficult(), model={"variables": variables, "norm": model.model["norm"]}
     )
     exported = export.export_model(model, tmp_path / "a.onnx")
     assert exported.difference < 1e-4
-    # What was changed of Flax for the export is as it was.
+    # Flax is restored after the export.
     assert (
         export.nn.BatchNorm.__call__ is export._FLAX_BATCH_NORM
         and export.nn.max_pool.__module__.startswith("flax.")
@@ -245,7 +245,7 @@ def test_a_network_that_computes_in_bfloat16_is_exported_in_float32(tmp_path):
 
 
 @needs_stablehlo
-def test_the_notes_beside_a_program(tmp_path):
+def test_the_notes_of_a_program(tmp_path):
     model = tiny_model("multi_label", ("low", "naïve", "high/est"))
     exported = export.export_model(model, tmp_path / "new" / "a.stablehlo")
     assert sorted(path.name for path in exported.path.parent.iterdir()) == [
@@ -272,9 +272,9 @@ def test_the_notes_beside_a_program(tmp_path):
 
 
 @needs_stablehlo
-def test_what_differs_from_the_model_is_not_written(tmp_path, monkeypatch):
+def test_a_program_that_differs_from_the_model_is_not_written(tmp_path, monkeypatch):
     path = tmp_path / "a.stablehlo"
-    path.write_text("the old one")
+    path.write_text("the old file")
     right = export.reference
     monkeypatch.setattr(export, "reference", lambda model, signals: right(model, signals) + 2e-4)
     with pytest.raises(
@@ -282,11 +282,11 @@ def test_what_differs_from_the_model_is_not_written(tmp_path, monkeypatch):
         match=r"a.stablehlo: the exported program differs from the model by 2.0e-04 .* nothing was",
     ):
         export.export_model(tiny_model(), path, seconds=0.5)
-    assert path.read_text() == "the old one" and list(tmp_path.iterdir()) == [path]
+    assert path.read_text() == "the old file" and list(tmp_path.iterdir()) == [path]
 
 
 @needs_onnx
-def test_a_network_that_onnx_cannot_say(tmp_path):
+def test_a_network_that_onnx_cannot_express_is_refused(tmp_path):
     class Sorting:
         def apply(self, variables, x, train):
             return jax.pure_callback(
@@ -303,7 +303,7 @@ def test_a_network_that_onnx_cannot_say(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_bad_requests(tmp_path, monkeypatch):
+def test_bad_formats_lengths_and_missing_packages_are_refused(tmp_path, monkeypatch):
     model = tiny_model()
     with pytest.raises(UserError, match=r"a.onxx: no known format; .* Did you mean 'onnx'"):
         export.export_model(model, tmp_path / "a.onxx")

@@ -56,14 +56,12 @@ def random_index(n=300, d=16):
 def test_neighbours_are_those_of_scikit_learn():
     index = random_index()
     values = np.random.default_rng(0).standard_normal((300, 16))
-    np.testing.assert_allclose(
-        index.embeddings, values / np.linalg.norm(values, axis=1, keepdims=True), atol=1e-7
-    )
+    unit = values / np.linalg.norm(values, axis=1, keepdims=True)
+    np.testing.assert_allclose(index.embeddings, unit, atol=1e-7)
     assert index.embeddings.dtype == np.float32
     queries = np.random.default_rng(1).standard_normal((5, 16)) * 100
-    distances, rows = (
-        NearestNeighbors(n_neighbors=7, metric="cosine").fit(values).kneighbors(queries)
-    )
+    nearest = NearestNeighbors(n_neighbors=7, metric="cosine").fit(values)
+    distances, rows = nearest.kneighbors(queries)
     for query, distance, row in zip(queries, distances, rows, strict=True):
         found = index.search(query, 7)
         assert [near.path for near in found] == [f"/music/{i:03d}.mp3" for i in row]
@@ -73,17 +71,15 @@ def test_neighbours_are_those_of_scikit_learn():
 def test_a_query_is_left_out_by_any_name_and_equals_go_by_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link.mp3").symlink_to(tmp_path / "b.mp3")
-    index = EmbeddingIndex(
-        ["b.mp3", "a.mp3", "c.mp3", "zero.mp3"], np.array([[2.0, 0], [1, 0], [3, 4], [0, 0]])
-    )
-    assert index.paths == [str(tmp_path / name) for name in ("b.mp3", "a.mp3", "c.mp3", "zero.mp3")]
+    names = ["b.mp3", "a.mp3", "c.mp3", "zero.mp3"]
+    index = EmbeddingIndex(names, np.array([[2.0, 0], [1, 0], [3, 4], [0, 0]]))
+    assert index.paths == [str(tmp_path / name) for name in names]
     found = index.search(np.array([5.0, 0]), 10**9)
     assert [Path(near.path).name for near in found] == ["a.mp3", "b.mp3", "c.mp3", "zero.mp3"]
     np.testing.assert_allclose([near.similarity for near in found], [1, 1, 0.6, 0], atol=1e-7)
     for name in ("b.mp3", "./b.mp3", tmp_path / "link.mp3"):
-        assert [
-            Path(near.path).name for near in index.search(np.array([5.0, 0]), 2, exclude=name)
-        ] == ["a.mp3", "c.mp3"]
+        found = index.search(np.array([5.0, 0]), 2, exclude=name)
+        assert [Path(near.path).name for near in found] == ["a.mp3", "c.mp3"]
     assert len(index.search(np.array([5.0, 0]), 4, exclude="elsewhere.mp3")) == 4
     assert EmbeddingIndex(["a.mp3"], np.ones((1, 2))).search(np.ones(2), 3, exclude="a.mp3") == []
     assert EmbeddingIndex().search(np.ones(2), 3) == []
@@ -193,10 +189,7 @@ def test_the_digest_knows_a_model_again_and_no_other(model, tmp_path):
     assert len(digest) == 64 and digest == model_digest(load_model(tmp_path / "a.safetensors"))
     changed = jax.tree.map(np.copy, model.model)
     changed["norm"]["mean"][0, 3] += 1e-3
-    other_network, cropped = (
-        model.config.copy_and_resolve_references(),
-        model.config.copy_and_resolve_references(),
-    )
+    other_network, cropped = (model.config.copy_and_resolve_references() for _ in range(2))
     other_network.model.padding, cropped.data.crop_frames = "VALID", 32
     others = [
         load_model(tmp_path / "half.safetensors"),
@@ -226,9 +219,8 @@ def test_an_update_embeds_only_what_is_new_or_has_changed(tagger, tmp_path):
     assert index.update(tagger, [*files, Path(files[0])], [tmp_path]) == Update(3, 0, 0, 0, 0)
     for file in files:
         expected = tagger.embed(file)
-        np.testing.assert_allclose(
-            index.stored(file), expected / np.linalg.norm(expected), atol=1e-6
-        )
+        expected = expected / np.linalg.norm(expected)
+        np.testing.assert_allclose(index.stored(file), expected, atol=1e-6)
         assert index.search(expected, 1)[0].path == file
     before = index.embeddings.copy()
     assert index.update(tagger, files, [tmp_path]) == Update(0, 0, 3, 0, 0)
@@ -239,20 +231,17 @@ def test_an_update_embeds_only_what_is_new_or_has_changed(tagger, tmp_path):
     sound(tmp_path / "1.wav", 8)
     os.utime(files[1], ns=(same.st_atime_ns, same.st_mtime_ns + 1))
     assert os.stat(files[1]).st_size == same.st_size
-    assert (
-        index.stored(files[0]) is None
-        and index.stored(files[1]) is None
-        and index.stored(files[2]) is not None
-    )
+    assert index.stored(files[0]) is None
+    assert index.stored(files[1]) is None
+    assert index.stored(files[2]) is not None
     os.remove(files[2])
     new = sound(tmp_path / "new.wav", 9)
     assert index.update(tagger, [files[0], files[1], new], [tmp_path]) == Update(1, 2, 0, 1, 0)
     assert sorted(index.paths) == sorted([files[0], files[1], new])
     for file in index.paths:
         expected = tagger.embed(file)
-        np.testing.assert_allclose(
-            index.stored(file), expected / np.linalg.norm(expected), atol=1e-6
-        )
+        expected = expected / np.linalg.norm(expected)
+        np.testing.assert_allclose(index.stored(file), expected, atol=1e-6)
 
 
 def test_only_what_is_certainly_gone_is_taken_out(tagger, tmp_path):
@@ -269,42 +258,32 @@ def test_only_what_is_certainly_gone_is_taken_out(tagger, tmp_path):
         os.remove(file)
     # `disk` has no file, so it may not be mounted; `here-too` is not below `here`; `odd` exists,
     # though a search for sound files does not find it.
-    assert index.update(tagger, [a], [tmp_path / "here", tmp_path / "disk"]) == Update(
-        0, 0, 1, 1, 0
-    )
+    folders = [tmp_path / "here", tmp_path / "disk"]
+    assert index.update(tagger, [a], folders) == Update(0, 0, 1, 1, 0)
     assert sorted(index.paths) == sorted([a, c, d, odd])
     # A file that is named and is not there is taken out, and said so.
     messages = []
     assert index.update(tagger, [a, d], failed=messages.append) == Update(0, 0, 1, 0, 1)
-    assert (
-        sorted(index.paths) == sorted([a, c, odd])
-        and "no such file" in messages[0]
-        and d in messages[0]
-    )
+    assert sorted(index.paths) == sorted([a, c, odd])
+    assert "no such file" in messages[0]
+    assert d in messages[0]
 
 
 def test_a_file_that_has_become_bad_is_reported_and_not_kept(tagger, sounds, tmp_path):
     bad = sound(tmp_path / "bad.wav")
     index = EmbeddingIndex.of(tagger.model)
-    index.update(tagger, [*sounds[:2], bad], save_to=tmp_path / "music.index")
+    path = tmp_path / "music.index"
+    index.update(tagger, [*sounds[:2], bad], save_to=path)
     Path(bad).write_bytes(b"RIFF")
     messages = []
-    done = index.update(
-        tagger, [bad, *sounds[:3]], failed=messages.append, save_to=tmp_path / "music.index"
-    )
-    assert (
-        done == Update(1, 0, 2, 0, 1)
-        and len(messages) == 1
-        and "bad.wav: not a sound file" in messages[0]
-    )
-    assert EmbeddingIndex.load(tmp_path / "music.index").paths == sounds[:3]
+    done = index.update(tagger, [bad, *sounds[:3]], failed=messages.append, save_to=path)
+    assert done == Update(1, 0, 2, 0, 1)
+    assert len(messages) == 1
+    assert "bad.wav: not a sound file" in messages[0]
+    assert EmbeddingIndex.load(path).paths == sounds[:3]
     # A new index of bad files only is not written at all.
-    assert (
-        EmbeddingIndex.of(tagger.model)
-        .update(tagger, [bad], save_to=tmp_path / "none.index")
-        .failed
-        == 1
-    )
+    empty = EmbeddingIndex.of(tagger.model)
+    assert empty.update(tagger, [bad], save_to=tmp_path / "none.index").failed == 1
     assert not (tmp_path / "none.index").exists()
 
 
@@ -343,10 +322,8 @@ def test_an_interruption_keeps_what_was_there_and_what_is_done(
             again.update(tagger, [new], save_to=path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert path.read_bytes() == before and sorted(os.listdir(tmp_path)) == [
-        "music.index",
-        "new.wav",
-    ]
+    assert path.read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["music.index", "new.wav"]
     assert path.stat().st_mode == Path(new).stat().st_mode
 
 

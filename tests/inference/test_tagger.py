@@ -24,9 +24,8 @@ def tagger(tmp_path_factory):
 
 
 def sound(path, seconds=3.0, seed=0):
-    soundfile.write(
-        path, 0.1 * np.random.default_rng(seed).standard_normal(int(22050 * seconds)), 22050
-    )
+    samples = 0.1 * np.random.default_rng(seed).standard_normal(int(22050 * seconds))
+    soundfile.write(path, samples, 22050)
     return path
 
 
@@ -35,9 +34,7 @@ def test_tags_are_the_sorted_scores(tagger, tmp_path):
     tags = tagger.tag(path)
     expected = next(score_files(tagger.model, [path])).probabilities
     assert [tag.probability for tag in tags] == sorted(expected.tolist(), reverse=True)
-    assert {tag.label: tag.probability for tag in tags} == dict(
-        zip(tagger.labels, expected.tolist(), strict=True)
-    )
+    assert dict(tags) == dict(zip(tagger.labels, expected.tolist(), strict=True))
     assert abs(sum(tag.probability for tag in tags) - 1) < 1e-5
     assert tagger.tag(path, top=1) == tags[:1]
 
@@ -55,12 +52,10 @@ def test_a_taggram_covers_the_file_and_its_weighted_mean_is_the_tags(tagger, tmp
     mean = dict(zip(tagger.labels, mean, strict=True))
     for label, probability in tagger.tag(path):
         assert mean[label] == pytest.approx(probability, abs=1e-6)
-    np.testing.assert_allclose(
-        tagger.embed(path), np.average(found.embeddings, axis=0, weights=weights), atol=1e-6
-    )
-    assert (
-        len(tagger.taggram(path, step_seconds=0.2).starts) == 13
-    )  # 172 hops, windows of 64 at 0, 9, ... 108
+    embedding = np.average(found.embeddings, axis=0, weights=weights)
+    np.testing.assert_allclose(tagger.embed(path), embedding, atol=1e-6)
+    # 172 hops, windows of 64 at 0, 9, ... 108
+    assert len(tagger.taggram(path, step_seconds=0.2).starts) == 13
     with pytest.raises(UserError, match="at most a window's 64"):
         tagger.taggram(path, step_seconds=30)
     with pytest.raises(UserError, match="must not be negative"):
@@ -70,12 +65,8 @@ def test_a_taggram_covers_the_file_and_its_weighted_mean_is_the_tags(tagger, tmp
 def test_a_bad_file_yields_its_error_and_the_others_their_tags(tagger, tmp_path):
     bad = tmp_path / "bad.mp3"
     bad.write_text("no music")
-    files = [
-        sound(tmp_path / "a.wav"),
-        bad,
-        sound(tmp_path / "b.wav", 2.0, 1),
-        tmp_path / "gone.wav",
-    ]
+    good, other = sound(tmp_path / "a.wav"), sound(tmp_path / "b.wav", 2.0, 1)
+    files = [good, bad, other, tmp_path / "gone.wav"]
     found = list(tagger.tag_files(files, top=2))
     assert [file.path for file in found] == [str(path) for path in files]
     assert [len(file.tags) for file in found] == [2, 0, 2, 0]
@@ -87,9 +78,8 @@ def test_a_bad_file_yields_its_error_and_the_others_their_tags(tagger, tmp_path)
 
 def test_a_regression_keeps_the_order_of_its_outputs(tmp_path):
     tags = Tagger(tiny_model("regression", ("x", "y", "z"))).tag(sound(tmp_path / "a.wav"))
-    assert [tag.label for tag in tags] == ["x", "y", "z"] and min(
-        tag.probability for tag in tags
-    ) < 0
+    assert [tag.label for tag in tags] == ["x", "y", "z"]
+    assert min(tag.probability for tag in tags) < 0
 
 
 def test_a_network_without_an_embedding_still_tags(tmp_path):
@@ -102,11 +92,8 @@ def test_a_network_without_an_embedding_still_tags(tmp_path):
 
     variables = Plain(3).init(jax.random.key(0), np.zeros((1, 64, 16)))
     model = tiny_model()
-    tagger = Tagger(
-        dataclasses.replace(
-            model, module=Plain(3), model={"variables": variables, "norm": model.model["norm"]}
-        )
-    )
+    saved = {"variables": variables, "norm": model.model["norm"]}
+    tagger = Tagger(dataclasses.replace(model, module=Plain(3), model=saved))
     path = sound(tmp_path / "a.wav")
     assert len(tagger.tag(path)) == 3
     with pytest.raises(UserError, match="sows no embedding"):
@@ -118,11 +105,7 @@ def test_importing_the_package_is_light():
         "import sys, musicgenre, musicgenre.cli.main; "
         "print([name for name in ('jax', 'flax', 'librosa', 'matplotlib') if name in sys.modules])"
     )
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        == "[]"
-    )
+    options = {"capture_output": True, "text": True, "check": True}
+    assert subprocess.run([sys.executable, "-c", code], **options).stdout == "[]\n"
     with pytest.raises(AttributeError, match="no attribute 'Taggre'"):
         musicgenre.Taggre  # noqa: B018

@@ -59,10 +59,8 @@ def test_frames_of_a_stream_are_those_of_the_whole_file(fields, count, size):
 def test_a_waveform_is_framed_alike_in_blocks(count, size):
     samples = noise(count)
     spec = FeatureSpec(kind="waveform", hop_length=100)
-    np.testing.assert_array_equal(
-        np.concatenate(list(stream_power(in_blocks(samples, size), spec))),
-        frame_waveform(samples, 100),
-    )
+    framed = np.concatenate(list(stream_power(in_blocks(samples, size), spec)))
+    np.testing.assert_array_equal(framed, frame_waveform(samples, 100))
 
 
 @pytest.mark.parametrize(
@@ -83,9 +81,8 @@ def test_windows_are_consecutive_and_the_last_ends_with_the_file(hops, starts, l
     assert [window.start for window in found] == starts
     assert [window.length for window in found] == lengths
     assert [window.weight for window in found] == weights
-    assert {window.inputs.shape for window in found} == {(64, 16)} and found[
-        0
-    ].inputs.dtype == np.float16
+    assert {window.inputs.shape for window in found} == {(64, 16)}
+    assert found[0].inputs.dtype == np.float16
 
 
 def test_a_step_makes_windows_overlap():
@@ -126,9 +123,8 @@ def test_streamed_probabilities_equal_those_of_the_whole_file(
 ):
     monkeypatch.setattr(windows, "BLOCK", 4_001)
     path = tmp_path / name
-    soundfile.write(
-        path, np.stack([noise(int(rate * seconds)), noise(int(rate * seconds), 1)], axis=1), rate
-    )
+    channels = [noise(int(rate * seconds), seed) for seed in range(2)]
+    soundfile.write(path, np.stack(channels, axis=1), rate)
     model = tiny_model()
     network = Network(model)
     samples = load_audio(path, 22050).samples
@@ -140,9 +136,8 @@ def test_streamed_probabilities_equal_those_of_the_whole_file(
     weights = [w.weight for w in stream_windows([samples], model.features, model)]
     mean = np.average(full, axis=0, weights=weights)
     np.testing.assert_allclose(scores.probabilities, mean, atol=1e-5)
-    assert scores.windows.ends[-1] == pytest.approx(
-        seconds, abs=0.06
-    ) and scores.embedding.shape == (16,)
+    assert scores.windows.ends[-1] == pytest.approx(seconds, abs=0.06)
+    assert scores.embedding.shape == (16,)
 
 
 @pytest.mark.parametrize(
@@ -263,9 +258,8 @@ def test_resampling_a_stream_is_bit_exact(tmp_path, rate, wanted, resampler):
     path = tmp_path / "any.wav"
     soundfile.write(path, noise(int(2.01 * rate) + 7), rate, subtype="FLOAT")
     blocks = list(stream_audio(path, wanted, block=10_001, resampler=resampler))
-    np.testing.assert_array_equal(
-        np.concatenate(blocks), load_audio(path, wanted, resampler=resampler).samples
-    )
+    whole = load_audio(path, wanted, resampler=resampler).samples
+    np.testing.assert_array_equal(np.concatenate(blocks), whole)
 
 
 def test_every_reader_of_a_file_uses_the_models_resampler(tmp_path):
@@ -276,9 +270,8 @@ def test_every_reader_of_a_file_uses_the_models_resampler(tmp_path):
     model = tiny_model(features__sample_rate=16_000)
     inputs, pictures, clips = {}, {}, {}
     for name in ("soxr_hq", "kaiser_best"):
-        own = dataclasses.replace(
-            model, features=dataclasses.replace(model.features, resampler=name)
-        )
+        features = dataclasses.replace(model.features, resampler=name)
+        own = dataclasses.replace(model, features=features)
         resampled = resample(samples, 44_100, 16_000, name)
         inputs[name] = file_inputs(resampled, own)
         (scores,) = score_files(own, [path], keep_windows=True)
@@ -301,6 +294,5 @@ def test_an_overview_averages_frames_of_the_whole_file(tmp_path, frames):
     assert 50 <= len(power) <= 100
     together = round(seconds * 22050 / 512)
     assert together == 8
-    np.testing.assert_allclose(
-        power, full[: len(power) * 8].reshape(-1, 8, 16).mean(axis=1), rtol=1e-4
-    )
+    expected = full[: len(power) * 8].reshape(-1, 8, 16).mean(axis=1)
+    np.testing.assert_allclose(power, expected, rtol=1e-4)

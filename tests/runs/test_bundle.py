@@ -32,7 +32,7 @@ def inputs(seed=0):
     return np.random.default_rng(seed).normal(-30, 15, (8, 64, 16)).astype(np.float16)
 
 
-def test_a_bundle_gives_the_same_model_to_the_bit(model, bundle):
+def test_a_bundle_gives_the_same_model_bit_for_bit(model, bundle):
     loaded = load_model(bundle)
     for name in ("step", "which", "measure", "label_names", "task", "features", "layout", "frames"):
         assert getattr(loaded, name) == getattr(model, name), name
@@ -66,7 +66,7 @@ def test_a_temperature_divides_the_logits(task, tmp_path):
     np.testing.assert_array_equal(same, embedding)
 
 
-def test_a_model_without_a_temperature_is_written_as_ever(model, bundle):
+def test_a_model_without_a_temperature_has_none_in_its_notes(model, bundle):
     with safe_open(bundle, "np") as file:
         assert "temperature" not in json.loads(file.metadata()["musicgenre"])
     assert load_model(bundle).temperature == 1
@@ -82,7 +82,7 @@ def test_a_bundle_of_the_first_schema_is_read_and_its_training_clips_are_unknown
     assert len(loaded.trained_on) == 0
 
 
-def test_no_path_of_this_machine_is_in_it(bundle):
+def test_a_bundle_holds_no_path_of_this_machine(bundle):
     assert b"private" not in bundle.read_bytes()
     loaded = load_model(bundle)
     assert (
@@ -92,13 +92,13 @@ def test_no_path_of_this_machine_is_in_it(bundle):
     )
 
 
-def test_half_has_half_the_size_and_nearly_the_same_probabilities(model, bundle, tmp_path):
+def test_half_precision_halves_the_size_and_nearly_keeps_the_probabilities(model, bundle, tmp_path):
     save_bundle(model, tmp_path / "half.safetensors", half=True)
     arrays = load_file(tmp_path / "half.safetensors")
     full = load_file(bundle)
-    kinds = {name: array.dtype for name, array in arrays.items()}
-    assert {kinds[name] for name in kinds if "batch_stats" in name} == {np.dtype("float32")}
-    assert kinds["variables/params/head/kernel"] == kinds["norm/mean"] == np.float16
+    dtypes = {name: array.dtype for name, array in arrays.items()}
+    assert {dtypes[name] for name in dtypes if "batch_stats" in name} == {np.dtype("float32")}
+    assert dtypes["variables/params/head/kernel"] == dtypes["norm/mean"] == np.float16
     assert sum(a.nbytes for a in arrays.values()) < 0.6 * sum(a.nbytes for a in full.values())
     loaded = load_model(tmp_path / "half.safetensors")
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded.model)} == {np.dtype("float32")}
@@ -106,7 +106,7 @@ def test_half_has_half_the_size_and_nearly_the_same_probabilities(model, bundle,
     assert 0 < difference < 5e-3
 
 
-def test_what_float16_cannot_hold_stays_whole(tmp_path):
+def test_values_that_float16_cannot_hold_stay_float32(tmp_path):
     model = tiny_model()
     params = model.model["variables"]["params"]
     params["head"]["bias"] = np.array([1e5, 0.0, -1.0], np.float32)
@@ -126,7 +126,7 @@ def test_what_float16_cannot_hold_stays_whole(tmp_path):
 
 
 def changed_notes(path, **changes):
-    """Writes other notes into a bundle; a value of None takes one away."""
+    """Writes other notes into a bundle; a value of None removes one."""
     content = path.read_bytes()
     size = struct.unpack("<Q", content[:8])[0]
     notes = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["musicgenre"]) | changes
@@ -165,14 +165,14 @@ def flipped(path):
         ),
     ],
 )
-def test_what_is_damaged_or_foreign_is_refused_by_name(bundle, damage, message):
+def test_a_damaged_or_foreign_file_is_refused_by_name(bundle, damage, message):
     damage(bundle)
     with pytest.raises(UserError, match=message) as error:
         load_model(bundle)
     assert "tiny.safetensors" in str(error.value) or "features.bands" in str(error.value)
 
 
-def test_names(model, bundle, tmp_path, monkeypatch):
+def test_bundle_names_and_packaged_names(model, bundle, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"must be named mine\.safetensors"):
         save_bundle(model, tmp_path / "mine.bin")
     assert not (tmp_path / "mine.bin").exists()
@@ -189,7 +189,7 @@ def test_names(model, bundle, tmp_path, monkeypatch):
         load_model("tinny")
 
 
-def test_the_card_says_what_is_known(model):
+def test_the_card_states_data_measure_labels_and_remarks(model):
     card = model_card(model, "Test: 12 of 290.")
     for words in (
         "# conv1d on example",

@@ -18,7 +18,7 @@ def test_the_card_of_the_packaged_model_states_data_and_results():
     model = load_model("gtzan")
     assert "gtzan" in packaged_models() and model.workdir.stat().st_size < 6.5e6
     assert model.label_names == GENRES and (model.frames, model.features.hop_length) == (387, 1710)
-    said = (
+    facts = (
         "442 clips",
         "197 clips",
         "64.0 %",
@@ -26,11 +26,11 @@ def test_the_card_of_the_packaged_model_states_data_and_results():
         "Temperature: 0.5052",
         "has not been evaluated",
     )
-    for words in (*said, ", ".join(GENRES)):
+    for words in (*facts, ", ".join(GENRES)):
         assert words in model.card.replace("\n", " ")
 
 
-def test_it_lists_its_training_clips(real_data, tmp_path):
+def test_the_packaged_model_lists_its_training_clips(real_data, tmp_path):
     """Ids, hashes, groups and fingerprints are those of a store of the arrays."""
     model = load_model("gtzan")
     listed = model.trained_on
@@ -43,7 +43,7 @@ def test_it_lists_its_training_clips(real_data, tmp_path):
     assert np.abs(difference).max() <= 1  # another machine may round a value up
 
 
-def test_its_accuracy_is_the_one_that_its_card_states(real_data):
+def test_its_accuracy_matches_its_card(real_data):
     """126 of the 197 clips of the valid list; another machine's rounding may turn a clip or two."""
     model = load_model("gtzan")
     file = open_array_file(real_data / "gtzan_mels" / "valid.npz")
@@ -59,6 +59,6 @@ def test_its_accuracy_is_the_one_that_its_card_states(real_data):
     assert abs(right - 126) <= 2
 
 
-def test_it_tags_plain_audio(real_data):
+def test_the_packaged_model_tags_audio(real_data):
     [tag, *_] = Tagger.load("gtzan").tag(real_data / "gtzan_audio" / "metal" / "metal.00000.au")
     assert tag.label == "metal" and tag.probability == pytest.approx(0.949, abs=0.02)

@@ -33,7 +33,7 @@ def test_a_bundle_is_audited_without_its_training_store(small_config, tmp_path):
     for field in ("clip_ids", "hashes", "groups", "unknown"):
         assert getattr(bundle.trained_on, field) == getattr(run.trained_on, field)
     found = evaluate_model(bundle, store, "valid").audit
-    assert found.closest == pytest.approx(expected.closest, abs=2e-3)  # the prints are int8
+    assert found.closest == pytest.approx(expected.closest, abs=2e-3)  # the fingerprints are int8
     assert dataclasses.replace(found, closest=0) == dataclasses.replace(expected, closest=0)
     # Every type of trace alone reveals all 24 clips.
     ids, hashes = [f"renamed {i}" for i in range(24)], [""] * 24
@@ -48,7 +48,7 @@ def test_a_bundle_is_audited_without_its_training_store(small_config, tmp_path):
         assert (finding.kind, finding.clips) == (kind, 24)
 
 
-def test_a_run_keeps_what_the_bundle_that_it_started_from_was_trained_on(small_config, tmp_path):
+def test_a_run_records_the_training_clips_of_its_initial_model_and_teachers(small_config, tmp_path):
     """Its fingerprints are taken from the bundle, its own from the store."""
     prints = np.random.default_rng(0).standard_normal((2, 2048)).astype(np.float32)
     before = TrainedOn(["a", "train.0"], ["#a", "#b"], ["x", None], fingerprints=prints)

@@ -79,9 +79,8 @@ def test_the_page_in_a_browser(browser, live, tmp_path):
         # By keyboard: the field for files is the first thing that is reached.
         browser.find_element(By.TAG_NAME, "body").send_keys(Keys.TAB)
         files = browser.switch_to.active_element
-        assert files.get_attribute("id") == "files" and files.accessible_name.startswith(
-            "Drop music here, or choose files"
-        )
+        assert files.get_attribute("id") == "files"
+        assert files.accessible_name.startswith("Drop music here, or choose files")
         files.send_keys("\n".join(map(str, (song, bad, large))))
         wait.until(lambda _: len(browser.find_elements(By.CSS_SELECTOR, ".bars, .error")) == 3)
         good, broken, too_large = browser.find_elements(By.CSS_SELECTOR, ".result")
@@ -114,16 +113,15 @@ def test_the_page_in_a_browser(browser, live, tmp_path):
         row = tagger.labels.index(tags[0].label)
         middles = (taggram.starts + taggram.ends) / 2
         for colour, seconds in ((first, 0.4), (second, 20.0), (last, 39.6)):
-            share = taggram.probabilities[np.abs(middles - seconds).argmin(), row]
-            np.testing.assert_allclose(colour, low + share * (high - low), atol=1.5)
+            fraction = taggram.probabilities[np.abs(middles - seconds).argmin(), row]
+            np.testing.assert_allclose(colour, low + fraction * (high - low), atol=1.5)
         # One time axis for both.
         levels, cells = (
             good.find_element(By.CSS_SELECTOR, f"canvas.{name}").rect
             for name in ("levels", "cells")
         )
-        assert (levels["x"], levels["width"]) == (cells["x"], cells["width"]) and levels[
-            "width"
-        ] > 600
+        assert (levels["x"], levels["width"]) == (cells["x"], cells["width"])
+        assert levels["width"] > 600
         assert texts(good, ".names span") == [tag.label for tag in tags]
 
         # The player's position is shown over both, and followed.
@@ -157,11 +155,9 @@ def test_the_page_in_a_browser(browser, live, tmp_path):
         # The card, with its words and not its Markdown.
         browser.find_element(By.CSS_SELECTOR, "#about summary").click()
         card = browser.find_element(By.ID, "card").text
-        assert (
-            "accuracy 0.6396 on the validation split" in card
-            and "modulation on arrays" in card
-            and "`" not in card
-        )
+        assert "accuracy 0.6396 on the validation split" in card
+        assert "modulation on arrays" in card
+        assert "`" not in card
         assert tmp_path.joinpath("page.png").write_bytes(browser.get_screenshot_as_png()) > 20_000
 
         # On a phone nothing is wider than the screen.

@@ -197,10 +197,10 @@ class Ledger:
 
 
 class Wanted(NamedTuple):
-    """The songs of a data set."""
+    """The 7digital id (0 or -1: none) of each song by track id, and the files that are unusable."""
 
-    numbers: dict[str, int]  # 7digital track id by track id; 0 or -1: none
-    skipped: list[Skipped]  # files that cannot be used
+    numbers: dict[str, int]
+    skipped: list[Skipped]
 
 
 def wanted_songs(root: str | os.PathLike[str]) -> Wanted:
@@ -224,24 +224,20 @@ def _outcomes(
     numbers: Mapping[str, int], have: Collection[str], last: Mapping[int, Outcome]
 ) -> dict[str, Outcome]:
     """Returns what is known of each song: by its file, its 7digital id and the ledger."""
-    outcomes = {}
-    for track_id, number in numbers.items():
-        outcome = last.get(number, Outcome("not_asked"))
-        if track_id in have:
-            outcome = Outcome("found")
-        elif number <= 0:
-            outcome = Outcome("no_id")
-        elif outcome.status == "found":  # its file was deleted since
-            outcome = Outcome("not_asked")
-        outcomes[track_id] = outcome
-    return outcomes
+    # A song that was found but whose file was deleted since is asked for again.
+    known = {number: outcome for number, outcome in last.items() if outcome.status != "found"}
+    return {
+        song: Outcome("found")
+        if song in have
+        else known.get(number, Outcome("not_asked" if number > 0 else "no_id"))
+        for song, number in numbers.items()
+    }
 
 
 def _to_ask(outcomes: Mapping[str, Outcome], retry_missing: bool) -> list[str]:
     """Returns the track ids to ask for: new songs first, then failed ones, then missing ones."""
     order = ["not_asked", "no_audio", "failed"] + ["not_found"] * retry_missing
-    asked = [track_id for track_id, outcome in outcomes.items() if outcome.status in order]
-    return sorted(asked, key=lambda track_id: order.index(outcomes[track_id].status))
+    return [song for status in order for song in outcomes if outcomes[song].status == status]
 
 
 def plan_lines(
@@ -333,7 +329,7 @@ def fetch_previews(
     Args:
       root: the data set's folder or file.
       numbers: 7digital track id by track id, from `wanted_songs`.
-      keys: of the 7digital account.
+      keys: from `keys_from_environment`.
       ledger: the list of requests; "" is requests.jsonl beside the previews. One key needs one
         ledger.
       base_url: the address that the track id is appended to.

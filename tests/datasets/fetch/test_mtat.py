@@ -4,7 +4,6 @@ import io
 import json
 import shutil
 import socket
-import stat
 import subprocess
 import sys
 import zipfile
@@ -116,9 +115,8 @@ def test_everything_is_fetched_once_and_intact(host, published, tmp_path):
     summary = fetch(root, host)
     assert (summary.fetched, summary.verified) == ([*TABLES, *PARTS], [])
     assert summary.unpacked == (12, 0, {})
-    for path in tree.rglob("*.mp3"):
-        assert (root / path.relative_to(tree)).read_bytes() == path.read_bytes()
-    for name, content in files.items():
+    mp3s = {str(path.relative_to(tree)): path.read_bytes() for path in tree.rglob("*.mp3")}
+    for name, content in (files | mp3s).items():
         assert (root / name).read_bytes() == content
     record = json.loads((root / "downloads.json").read_text())["files"]
     assert record[PARTS[1]]["sha256"] == hashlib.sha256(files[PARTS[1]]).hexdigest()
@@ -178,12 +176,11 @@ def test_a_broken_connection_is_resumed_where_it_broke(host, published, tmp_path
 
 
 def test_what_came_is_kept_for_the_next_run(host, published, tmp_path):
-    part = interrupt(tmp_path, host, PARTS[1], 200_000)
-    size = part.stat().st_size
-    assert published[1][PARTS[1]].startswith(part.read_bytes()) and size >= 200_000 - 2**16
+    part = interrupt(tmp_path, host, PARTS[1], 200_000).read_bytes()
+    assert published[1][PARTS[1]].startswith(part) and len(part) >= 200_000 - 2**16
     assert not (tmp_path / PARTS[1]).exists()
     summary = fetch(tmp_path, host)
-    assert ranges(host, PARTS[1]) == [f"bytes={size}-"] and ranges(host, PARTS[0]) == []
+    assert ranges(host, PARTS[1]) == [f"bytes={len(part)}-"] and ranges(host, PARTS[0]) == []
     assert summary.fetched == list(PARTS[1:]) and summary.unpacked.broken == {}
 
 
@@ -201,8 +198,7 @@ def test_a_host_without_ranges_sends_the_file_again(host, published, tmp_path):
 
 
 def test_a_host_that_sends_less_than_the_rest_is_asked_again(host, published, tmp_path):
-    host.cuts[PARTS[1]] = [100_000]
-    host.longest_range = 50_000
+    host.cuts[PARTS[1]], host.longest_range = [100_000], 50_000
     fetch(tmp_path, host)
     assert len(ranges(host, PARTS[1])) >= 5
     assert (tmp_path / PARTS[1]).read_bytes() == published[1][PARTS[1]]
@@ -211,22 +207,16 @@ def test_a_host_that_sends_less_than_the_rest_is_asked_again(host, published, tm
 def test_a_run_that_stopped_between_the_last_byte_and_the_renaming(host, published, tmp_path):
     interrupt(tmp_path, host, PARTS[1], 100).write_bytes(published[1][PARTS[1]])
     host.sent = 0
-    assert PARTS[1] in fetch(tmp_path, host).fetched
-    assert host.sent == len(published[1][PARTS[2]])
+    assert PARTS[1] in fetch(tmp_path, host).fetched and host.sent == len(published[1][PARTS[2]])
     assert (tmp_path / PARTS[1]).read_bytes() == published[1][PARTS[1]]
 
 
+DATE = "Wed, 21 Oct 2015 07:28:00 GMT"
+
+
+@pytest.mark.parametrize("checks_if_range", [True, False])
 @pytest.mark.parametrize(
-    ("etags", "modified", "checks_if_range"),
-    [
-        ("strong", "", True),
-        ("weak", "Wed, 21 Oct 2015 07:28:00 GMT", True),
-        ("", "Wed, 21 Oct 2015 07:28:00 GMT", True),
-        ("strong", "", False),
-        ("", "Wed, 21 Oct 2015 07:28:00 GMT", False),
-        ("", "", True),
-        ("weak", "", True),
-    ],
+    ("etags", "modified"), [("strong", ""), ("weak", DATE), ("", DATE), ("", ""), ("weak", "")]
 )
 def test_parts_of_two_versions_are_never_joined(host, tmp_path, etags, modified, checks_if_range):
     host.etags, host.modified, host.checks_if_range = etags, modified, checks_if_range
@@ -244,21 +234,18 @@ def test_parts_of_two_versions_are_never_joined(host, tmp_path, etags, modified,
 
 
 def test_a_partial_file_is_resumed_under_a_weak_tag(host, tmp_path):
-    host.etags, host.modified = "weak", "Wed, 21 Oct 2015 07:28:00 GMT"
+    host.etags, host.modified = "weak", DATE
     host.cuts[PARTS[1]] = [200_000]
     fetch(tmp_path, host)
     assert len(ranges(host, PARTS[1])) == 2
     assert 0 <= host.sent - sum(map(len, host.files.values())) <= 2**16
 
 
-def test_a_file_that_is_not_the_recorded_one(host, published, tmp_path, monkeypatch):
-    monkeypatch.setattr(module.time, "sleep", lambda _: None)  # pooch waits before its second try
+def test_a_file_that_is_not_the_recorded_one(host, published, tmp_path):
     fetch(tmp_path, host)
     (tmp_path / INFO).unlink()
     host.files[INFO] = b"other"
-    with pytest.raises(
-        UserError, match=r"not the file recorded on 20\d\d-\d\d-\d\d in .*delete that record"
-    ):
+    with pytest.raises(UserError, match=r"the file recorded on 20\d\d-\d\d-\d\d in .*delete that"):
         fetch(tmp_path, host)
     assert not list(tmp_path.glob(f"{INFO}*"))
     # A damaged partial file is fetched again.
@@ -288,13 +275,10 @@ def test_files_that_came_by_other_means(host, published, tmp_path):
 
 def test_responses_that_persist_and_those_that_may_not(host, tmp_path, monkeypatch):
     del host.files[INFO]
-    with pytest.raises(
-        UserError, match=r"clip_info_final\.csv: the host responds 404 .*--base_url"
-    ):
+    with pytest.raises(UserError, match=r"info_final\.csv: the host responds 404 .*--base_url"):
         fetch(tmp_path, host)
     assert [entry for entry in host.log if entry[1] == INFO] == [("GET", INFO, "")]
-    host.files[INFO] = b"x"
-    host.statuses[INFO] = [503, 429, 500]
+    host.files[INFO], host.statuses[INFO] = b"x", [503, 429, 500]
     with pytest.raises(UserError, match=r"clip_info_final\.csv: .*too many 500 error responses"):
         fetch(tmp_path, host, attempts=2)
     host.statuses[INFO] = [503, 500]
@@ -313,7 +297,7 @@ def test_hosts_that_cannot_be_reached(host, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    with pytest.raises(UserError, match=r"annotations_final\.csv: Connection refused.*to resume"):
+    with pytest.raises(UserError, match=r"annotations_final\.csv: .*Connection refused.*to resume"):
         download_mtat(tmp_path, url, attempts=2, pause=0.0, progress=False)
     for url in ("file:///tmp", "127.0.0.1/mtat", "http:///mtat"):
         with pytest.raises(UserError, match=f"--base_url={url} is not an address such as http"):
@@ -335,9 +319,7 @@ def test_a_disk_that_fills_up_keeps_what_came(host, published, tmp_path, monkeyp
         return FullDisk(path, mode) if full else open(path, mode, **options)
 
     monkeypatch.setattr(module, "open", opened, raising=False)
-    with pytest.raises(
-        UserError, match=r"zip\.002\.part: cannot be written \(No space left on device\).* is kept"
-    ):
+    with pytest.raises(UserError, match=r"zip\.002\.part: .* \(No space left on device\).* kept"):
         fetch(tmp_path, host)
     monkeypatch.delattr(module, "open")
     host.log.clear()
@@ -354,53 +336,39 @@ def write_archive(path, *members, method=zipfile.ZIP_DEFLATED):
     return path
 
 
-def link(name):
-    info = zipfile.ZipInfo(name)
-    info.external_attr = (stat.S_IFLNK | 0o777) << 16
-    return info
-
-
 GOOD = ("0/a-b-01-c-0-29.mp3", b"sound")
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("../evil.mp3", r"the member '\.\./evil\.mp3' would leave the folder"),
-        ("0/../../evil.mp3", "would leave the folder"),
-        ("0/..", "would leave the folder"),
-        ("/etc/evil.mp3", "'/etc/evil.mp3' would leave the folder"),
-        ("0//evil.mp3", "would leave the folder"),
-        ("./evil.mp3", "would leave the folder"),
-        ("..\\evil.mp3", "would leave the folder"),
-        ("C:evil.mp3", "'C:evil.mp3' would leave the folder"),
-        (link("0/a-b-02-c-0-29.mp3"), r"0/a-b-02-c-0-29\.mp3' is a link or a device"),
-        ("0/A-b-01-c-0-29.mp3", "'0/A-b-01-c-0-29.mp3' occurs twice"),
-    ],
-)
-def test_an_archive_that_could_do_harm_is_refused(tmp_path, name, message):
-    path = write_archive(tmp_path / "a.zip", GOOD, (name, b"x"))
+def test_members_that_would_leave_the_folder_are_ignored(tmp_path):
+    names = (
+        "../x.mp3",
+        "0/../../x.mp3",
+        "/etc/x.mp3",
+        "0//x.mp3",
+        "./x.mp3",
+        "0/..\\x.mp3",
+        "0/C:x.mp3",
+    )
+    path = write_archive(tmp_path / "a.zip", *((name, b"x") for name in names), GOOD)
     root = tmp_path / "root"
     root.mkdir()
-    with pytest.raises(UserError, match=f"{message}.*; nothing was unpacked"):
-        unpack(root, [path], progress=False)
-    assert list(root.iterdir()) == []
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.zip", "root"]
+    assert unpack(root, [path], progress=False) == (1, 0, {})
+    assert sorted(tmp_path.rglob("*")) == [path, root, root / "0", root / GOOD[0]]
 
 
 def test_archives_that_would_take_too_much_space(tmp_path, monkeypatch):
     zeros = ("1/a-b-02-c-0-29.mp3", bytes(3 * 2**20))
     path = write_archive(tmp_path / "a.zip", GOOD, zeros)
-    with pytest.raises(UserError, match="would unpack to 3,145,733, more than is allowed"):
+    with pytest.raises(UserError, match="would unpack to 3,145,733 bytes, more than is allowed"):
         unpack(tmp_path, [path], progress=False)
     path = write_archive(tmp_path / "a.zip", GOOD)
     monkeypatch.setattr(module, "MAX_UNPACKED_BYTES", 4)
-    with pytest.raises(UserError, match="would unpack to 5, more than is allowed"):
+    with pytest.raises(UserError, match="would unpack to 5 bytes, more than is allowed"):
         unpack(tmp_path, [path], progress=False)
     monkeypatch.undo()
     usage = shutil._ntuple_diskusage(10, 6, 4)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(UserError, match="unpacking needs 0 MiB, 0 MiB are free"):
+    with pytest.raises(UserError, match="unpacking needs 5 bytes, 4 are free"):
         unpack(tmp_path, [path], progress=False)
 
 
@@ -424,9 +392,7 @@ def test_an_archive_with_a_part_missing_or_no_archive_at_all(host, published, tm
     archive = b"".join(published[1][name] for name in PARTS)
     (tmp_path / "one").write_bytes(archive[:200_000])
     (tmp_path / "two").write_bytes(b"")
-    with pytest.raises(
-        UserError, match=r"one to two: not a ZIP archive that can be read .* delete it and run"
-    ):
+    with pytest.raises(UserError, match=r"one to two: not a ZIP archive that can .* delete it and"):
         unpack(tmp_path, [tmp_path / "one", tmp_path / "two"], progress=False)
     host.files[TABLES[0]] = b"<html>moved</html>"
     with pytest.raises(UserError, match=r"annotations_final\.csv, line 1: no column clip_id"):
