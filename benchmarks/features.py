@@ -22,7 +22,6 @@ import dataclasses
 import functools
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -55,11 +54,6 @@ from musicgenre.store.prepare import CLIPS_PER_SHARD, prepare_store
 
 MOST_ERROR, LEAST_SPEED, LEAST_OF_STEPS, LEAST_OF_PROCESSES = 1e-4, 2.0, 0.9, 1.9
 FILE_TYPES = (WAV, MP3)
-# Keeps a core busy for some seconds and prints how many of them it got.
-_SPIN = """import sys, time
-end = time.time() + float(sys.argv[1])
-while time.time() < end: pass
-print(time.process_time())"""
 
 
 def librosa_features(samples: np.ndarray, spec: FeatureSpec) -> np.ndarray:
@@ -193,15 +187,6 @@ class Preparing:
         return self.layout.fit(compute_features(samples, self.spec))[0].astype(np.float16)
 
 
-def idle_cores(processes: int, seconds: float = 1.0) -> float:
-    """Returns how many cores that many busy processes get at this moment."""
-    command = [sys.executable, "-c", _SPIN, str(seconds)]
-    spinning = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes)
-    ]
-    return sum(float(process.communicate()[0]) for process in spinning) / seconds
-
-
 def report_front_end(real: str, rounds: int, seconds: float) -> None:
     """Prints the front end against librosa."""
     files = sorted(Path(real).glob("*/*.au")) if real else []
@@ -242,7 +227,6 @@ def report_processes(file_type: FileType, preparing: Preparing, clips: int, roun
     """Prints preparing in two processes against one, with and without their start-up."""
     half = clips // 2
     print(f"\nprepare, {file_type}: two processes against one, wall clock, rounds: {rounds}")
-    print(f"  before: two busy loops get {idle_cores(2):.2f} cores")
     runs = {
         f"{workers} x {count}": functools.partial(preparing.prepare, workers, count)
         for workers in (1, 2)
@@ -260,7 +244,6 @@ def report_processes(file_type: FileType, preparing: Preparing, clips: int, roun
         f"  one process takes {1e3 * np.median(one) / (clips - half):.2f} ms per clip; "
         f"starting two took {start:.2f} s"
     )
-    print(f"  afterwards: two busy loops get {idle_cores(2):.2f} cores")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -50,16 +50,9 @@ LABELS = tuple(f"tag {number:02d}" for number in range(50))
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A data set as it is published.
+    """A data set as it is published: clips of some seconds in files of a rate in Hz.
 
-    Attributes:
-      name: for the tables.
-      clips: number of clips.
-      seconds: length of a clip.
-      rate: of its files, Hz.
-      channels: of its files.
-      ending: of its files.
-      frames: per clip in the store, with a hop of 1,024 samples at 22,050 Hz.
+    `frames` are those of a clip in the store, at a hop of 1,024 samples at 22,050 Hz.
     """
 
     name: str

@@ -141,23 +141,16 @@ def tag_long(model: str, path: Path) -> dict[str, float]:
     return {"seconds": time.perf_counter() - start, "before_MB": before, "after_MB": memory_mb()}
 
 
-def tag_long_in_new_process(model: str, path: Path) -> dict[str, float]:
-    """Returns `tag_long` of a new process, whose memory counts nothing else."""
-    return in_new_process("tag", f"--model={model}", f"--of={path}")
-
-
-def report_memory(
-    model: str,
-    lengths: Sequence[float],
-    folder: Path,
-    measure: Callable[[str, Path], dict[str, float]],
-) -> None:
-    """Prints memory over the length of a file."""
+def report_memory(model: str, lengths: Sequence[float], folder: Path, new_process: bool) -> None:
+    """Prints memory over the length of a file, which a new process tags."""
     print("\npeak memory of a process that tags one file")
     rows, first = [], 0.0
     for seconds in lengths:
         path = write_long(folder / "long.wav", seconds)
-        found = measure(model, path)
+        if new_process:
+            found = in_new_process("tag", f"--model={model}", f"--of={path}")
+        else:
+            found = tag_long(model, path)
         path.unlink()
         after = found["after_MB"]
         first = first or after
@@ -193,8 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.single:
             report_processes(given.model, paths, given.single)
         if lengths := [float(seconds) for seconds in given.long.split(",") if seconds]:
-            measure = tag_long if given.tiny else tag_long_in_new_process
-            report_memory(given.model, lengths, folder, measure)
+            report_memory(given.model, lengths, folder, new_process=not given.tiny)
     return 0
 
 

@@ -23,7 +23,6 @@ smaller batches, so that a round takes seconds; `--batch=32` is a GPU's default.
 import argparse
 import contextlib
 import ctypes
-import dataclasses
 import gc
 import importlib
 import json
@@ -158,27 +157,23 @@ def make_side(side: str, name: str, net: Net, batch: int, dtype: str) -> Any:
     return Jax(net, batch, dtype) if side == "jax" else Torch(name, net, batch, dtype, side)
 
 
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Memory of a process, MB, beyond its imports; on a GPU the allocated memory.
-
-    Attributes:
-      steps: peak while stepping, after compilation.
-      peak: peak including compilation.
-    """
-
-    steps: float
-    peak: float
-
-
-def measure_memory(side: str, name: str, batch: int, dtype: str, *, tiny: bool = False) -> Memory:
-    """Returns a side's memory in a new process."""
+def measure_memory(
+    side: str, name: str, batch: int, dtype: str, *, tiny: bool = False
+) -> dict[str, float]:
+    """Returns `memory_of_five_steps` of a new process."""
     flags = [f"--memory_of={side}", f"--nets={name}", f"--batch={batch}", f"--dtypes={dtype}"]
-    return Memory(**in_new_process("train_step", *flags, *["--tiny"] * tiny))
+    return in_new_process("train_step", *flags, *["--tiny"] * tiny)
 
 
-def memory_of_five_steps(side: str, name: str, net: Net, batch: int, dtype: str) -> Memory:
-    """Takes five steps in this process, which must be new, and returns its memory."""
+def memory_of_five_steps(
+    side: str, name: str, net: Net, batch: int, dtype: str
+) -> dict[str, float]:
+    """Takes five steps in this process, which must be new.
+
+    Returns:
+      Peak memory in MB beyond imports, on a GPU all that was allocated: "steps", while stepping
+      after compilation, and "peak", with compilation.
+    """
     import jax
     import torch
 
@@ -193,17 +188,15 @@ def memory_of_five_steps(side: str, name: str, net: Net, batch: int, dtype: str)
     step.run(3)
     peak = memory_mb()
     if side == "jax" and (stats := jax.devices()[0].memory_stats()):
-        allocated = float(stats["peak_bytes_in_use"]) / 1e6
-        return Memory(allocated, allocated)
+        return dict.fromkeys(("steps", "peak"), stats["peak_bytes_in_use"] / 1e6)
     if side != "jax" and step.device == "cuda":
-        allocated = float(torch.cuda.max_memory_allocated()) / 1e6
-        return Memory(allocated, allocated)
+        return dict.fromkeys(("steps", "peak"), torch.cuda.max_memory_allocated() / 1e6)
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # glibc: returns free memory to the system
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     step.run(2)
-    return Memory(memory_mb() - start, peak - start)
+    return {"steps": memory_mb() - start, "peak": peak - start}
 
 
 def device_rates(dtype: str, size: int, megabytes: int) -> tuple[float, float]:
@@ -268,7 +261,7 @@ def compare(
     gc.collect()
     memory = {side: measure_memory(side, name, batch, dtype, tiny=options.tiny) for side in wall}
     for field, what in (("steps", "stepping"), ("peak", "with compilation")):
-        values = {side: getattr(memory[side], field) for side in wall}
+        values = {side: memory[side][field] for side in wall}
         text = ", ".join(f"{side} {value:.0f}" for side, value in values.items())
         print(f"  memory, {what}, MB: {text}")
         print(f"    jax / {fastest}: {values['jax'] / values[fastest]:.3f}; target: at most 1")
@@ -305,7 +298,7 @@ def main(arguments: list[str] | None = None) -> int:
         ((name, net),) = nets.items()
         batch = options.batch or net.cpu_batch
         memory = memory_of_five_steps(options.memory_of, name, net, batch, dtypes[0])
-        print(json.dumps(dataclasses.asdict(memory)))
+        print(json.dumps(memory))
         return 0
 
     import jax

@@ -110,27 +110,27 @@ def test_memory_is_measured_in_a_new_process(benchmark, monkeypatch):
 
     monkeypatch.setattr(benchmark, "in_new_process", run)
     memory = benchmark.measure_memory("torch eager", "tiny", 8, "float32", tiny=True)
-    assert memory == benchmark.Memory(123.5, 200.0)
+    assert memory == {"steps": 123.5, "peak": 200.0}
     flags = ("--memory_of=torch eager", "--nets=tiny", "--batch=8", "--dtypes=float32", "--tiny")
     assert calls == [("train_step", *flags)]
 
 
 def test_a_dry_run_prints_every_figure(benchmark, capsys, monkeypatch):
-    sizes = {"jax": (300, 500)}
-    monkeypatch.setattr(
-        benchmark,
-        "measure_memory",
-        lambda side, *_, **__: benchmark.Memory(*sizes.get(side, (200, 250))),
-    )
+    ours, theirs = {"steps": 300, "peak": 500}, {"steps": 200, "peak": 250}
+
+    def measure_memory(side, *_, **__):
+        return ours if side == "jax" else theirs
+
+    monkeypatch.setattr(benchmark, "measure_memory", measure_memory)
     assert benchmark.main(["--tiny", "--no_compile"]) == 0
     printed = capsys.readouterr().out
     assert len(re.findall(r"jax / torch eager: [\d.]+ \(quartiles", printed)) == 2  # of both types
     assert printed.count("target: at most 1, ") == 1  # in float32 alone
-    for what, ours, theirs, ratio in (
+    for what, jax_mb, torch_mb, ratio in (
         ("stepping", 300, 200, "1.500"),
         ("with compilation", 500, 250, "2.000"),
     ):
-        line = f"memory, {what}, MB: jax {ours}, torch eager {theirs}"
+        line = f"memory, {what}, MB: jax {jax_mb}, torch eager {torch_mb}"
         assert f"{line}\n    jax / torch eager: {ratio}" in printed
     rates = r"the device: [\d.]+ TFLOP/s in products of 1024\^3, [\d.]+ GB/s in copies"
     assert len(re.findall(rates, printed)) == 2
