@@ -11,14 +11,13 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from musicgenre.models.layers import batch_norm, max_pool_time, output_layer
+from musicgenre.models.layers import Network, batch_norm, max_pool
 from musicgenre.models.registry import InputLimits, register
 
 
 @register("sample_level")
-class SampleLevel(nn.Module):
+class SampleLevel(Network):
     """A strided convolution, nine times [convolution, normalisation, ReLU, max-pool], and the head.
 
     It takes features of the type "waveform": frames of consecutive samples, which are joined. Every
@@ -30,7 +29,6 @@ class SampleLevel(nn.Module):
     convolutions, which normalisation cancels.
 
     Attributes:
-      num_classes: outputs.
       first_filters: filters of the strided convolution.
       filters: filters of each convolution that a max-pool follows; their number is the n of an m^n
         model.
@@ -41,10 +39,8 @@ class SampleLevel(nn.Module):
         dense layer, are not included.
       excite_ratio: hidden units of that weighting per channel.
       dropout: rate before the head.
-      dtype: compute type.
     """
 
-    num_classes: int
     first_filters: int = 128
     filters: tuple[int, ...] = (128, 128, 256, 256, 256, 256, 256, 256, 512)
     last_filters: int = 512
@@ -52,7 +48,6 @@ class SampleLevel(nn.Module):
     squeeze_excite: bool = False
     excite_ratio: int = 16
     dropout: float = 0.5
-    dtype: Any = jnp.float32
 
     @staticmethod
     def input_limits(fields: Mapping[str, Any]) -> InputLimits:
@@ -80,7 +75,7 @@ class SampleLevel(nn.Module):
         x = x.astype(self.dtype).reshape(x.shape[0], -1, 1)
         x = layer(x, self.first_filters, self.width, 1)
         for i, filters in enumerate(self.filters, start=2):
-            x = max_pool_time(layer(x, filters, self.width, i), self.width)
+            x = max_pool(layer(x, filters, self.width, i), (self.width,))
             if self.squeeze_excite:
                 squeeze = nn.Dense(
                     filters * self.excite_ratio, dtype=self.dtype, name=f"squeeze{i}"
@@ -88,6 +83,4 @@ class SampleLevel(nn.Module):
                 excite = nn.Dense(filters, dtype=self.dtype, name=f"excite{i}")
                 x = x * nn.sigmoid(excite(nn.relu(squeeze(x.mean(axis=1)))))[:, None]
         x = layer(x, self.last_filters, 1, len(self.filters) + 2).mean(axis=1)
-        self.sow("intermediates", "embedding", x)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return output_layer(self, x)
+        return self.logits(self.embed(x, train))

@@ -15,17 +15,17 @@ import jax.numpy as jnp
 from musicgenre.models.layers import (
     BatchNorm,
     Conv,
+    Network,
     batch_norm,
     convolve_together,
     global_max,
     max_pool,
-    output_layer,
 )
 from musicgenre.models.registry import InputLimits, register
 
 
 @register("short_chunk")
-class ShortChunk(nn.Module):
+class ShortChunk(Network):
     """Seven layers that halve frames and bands, a global maximum, a dense layer, and the head.
 
     A plain layer is [convolution, normalisation, ReLU, max-pool 2]. A residual one is [convolution
@@ -39,23 +39,19 @@ class ShortChunk(nn.Module):
     cancels: biases before it, and the scale and offset of the input.
 
     Attributes:
-      num_classes: outputs.
       filters: filters of each layer; their number is the number of layers.
       residual: residual layers.
       dense: units of the hidden dense layer.
       dropout: rate before the head.
       input_norm: normalise the input with one mean and standard deviation, those of the batch in
         training and their running means in use.
-      dtype: compute type.
     """
 
-    num_classes: int
     filters: tuple[int, ...] = (128, 128, 256, 256, 256, 256, 512)
     residual: bool = False
     dense: int = 512
     dropout: float = 0.5
     input_norm: bool = True
-    dtype: Any = jnp.float32
 
     @staticmethod
     def input_limits(fields: Mapping[str, Any]) -> InputLimits:
@@ -69,12 +65,12 @@ class ShortChunk(nn.Module):
         options = {"kernel_init": nn.initializers.he_normal(), "dtype": self.dtype, "train": train}
 
         def norm(name: str) -> BatchNorm:
-            return batch_norm(train, self.dtype, name=f"{name}_norm")
+            return batch_norm(train, self.dtype, f"{name}_norm")
 
         x = x[..., None]
         if self.input_norm:
             # In float32, since the input may be dB far from 0.
-            x = batch_norm(train, jnp.float32, name="input_norm", affine=False)(x)
+            x = batch_norm(train, jnp.float32, "input_norm", use_scale=False, use_bias=False)(x)
         x = x.astype(self.dtype)
         for i, filters in enumerate(self.filters, start=1):
             name = f"conv{i}"
@@ -89,6 +85,4 @@ class ShortChunk(nn.Module):
                 x = max_pool(norm(name)(x, relu=True), (2, 2))
         x = nn.Dense(self.dense, use_bias=False, dtype=self.dtype, name="dense")(global_max(x))
         x = norm("dense")(x, relu=True)
-        self.sow("intermediates", "embedding", x)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return output_layer(self, x)
+        return self.logits(self.embed(x, train))
