@@ -25,8 +25,7 @@ class Conv1D(Network):
     """Three times [convolution, ReLU, max-pool], a pool over the remaining time, and dense layers.
 
     The defaults are the report's sizes, after Dieleman's network (Spotify, 2014). Its pool,
-    `flatten`, ties the head to a number of frames. With the other pools the same parameters serve
-    inputs of any length.
+    `flatten`, ties the head to a number of frames; the other pools take inputs of any length.
 
     Attention weights frames by the softmax over time of one linear score (after Raffel and Ellis
     2015, arXiv:1512.08756, without its tanh). The score starts at 0, which makes it the mean; the

@@ -85,16 +85,14 @@ class CRNN(Network):
     """Four times [convolution, normalisation, ELU, max-pool, dropout], then recurrent layers.
 
     The pools leave 15 frames x 1 band x 128 filters of 1366 frames x 96 bands (29.1 s at 12 kHz,
-    hop 256). Remaining bands are concatenated in each frame, so more bands can be used.
-
-    With 50 outputs it has 396,338 parameters, and with `conv_bias` the 396,786 of the public code.
+    hop 256). Further bands are concatenated in each frame. With 50 outputs it has 396,338
+    parameters, and with `conv_bias` the 396,786 of the public code.
 
     Attributes:
       pad: frames of zeros before and after the clip, each.
-      input_norm: "time" normalises each frame of the padded input over clips and bands and then
-        scales it, as the public code does; the scales belong to their frames, so it takes exactly
-        1366. "band" normalises each band before the padding, and "none" nothing; both take any
-        number of frames.
+      input_norm: "time" normalises and scales each frame of the padded input, as the public code
+        does, so it takes exactly 1366. "band" normalises each band before the padding, and "none"
+        nothing; both take any number of frames.
       filters: filters of each convolution; their number is the number of layers.
       time_pools: frames of the max-pool after each convolution.
       band_pools: bands of the max-pool after each convolution.

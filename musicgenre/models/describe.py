@@ -104,7 +104,7 @@ def table(layers: Sequence[Layer]) -> str:
     """Returns layers as an aligned table, and the number of all parameters below it."""
     rows = [("", "layer", "type", "settings", "input", "output", "parameters", "from")]
     for i, layer in enumerate(layers):
-        inputs, output = ", ".join(map(shape_text, layer.inputs)), shape_text(layer.output)
+        inputs, output = ", ".join(map(_words, layer.inputs)), _words(layer.output)
         count = f"{layer.parameters:,}" if layer.parameters else ""
         shapes = (inputs, output, count, ", ".join(map(source_text, layer.sources)))
         rows.append((str(i), layer.name, layer.kind, settings_text(layer), *shapes))

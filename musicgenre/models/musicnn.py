@@ -24,10 +24,8 @@ class Musicnn(Network):
 
     With 96 bands and 50 outputs it has 787,159 parameters for any number of frames. The original
     takes 187 frames (3 s at 16 kHz and a hop of 256) of `log10(1 + 10000 * mel power)`. Its big
-    version is `mid_filters=512, dense=500`.
-
-    The embedding is the original's "penultimate" feature: the dense layer after its ReLU and batch
-    normalisation.
+    version is `mid_filters=512, dense=500`. The embedding is its "penultimate" feature: the dense
+    layer after ReLU and batch normalisation.
 
     Attributes:
       timbral_filters: filters of each height, for a spectral shape at any position.
@@ -73,11 +71,9 @@ class Musicnn(Network):
         def norm(x: jax.Array, name: str) -> jax.Array:
             return musicnn_norm(x, train, self.dtype, f"{name}_norm")
 
-        def layer(
-            x: jax.Array, filters: int, size: tuple[int, ...], padding: Any, name: str
-        ) -> jax.Array:
-            options = {"padding": padding, "kernel_init": init, "dtype": self.dtype, "name": name}
-            return norm(nn.relu(nn.Conv(filters, size, **options)(x)), name)
+        def layer(x: jax.Array, name: str, filters: int, size: Any, pad: Any = "SAME") -> jax.Array:
+            conv = nn.Conv(filters, size, 1, pad, kernel_init=init, dtype=self.dtype, name=name)
+            return norm(nn.relu(conv(x)), name)
 
         x = norm(x[..., None], "input")
         # Time is padded with zeros after the normalisation; the bands are not padded, since the
@@ -86,13 +82,13 @@ class Musicnn(Network):
         maps = []
         for i, height in enumerate(self.timbral_heights, start=1):
             size = (self.timbral_width, int(height * bands))
-            maps.append(layer(x, self.timbral_filters, size, padding, f"timbral{i}"))
+            maps.append(layer(x, f"timbral{i}", self.timbral_filters, size, padding))
         for i, width in enumerate(self.temporal_widths, start=1):
-            maps.append(layer(x, self.temporal_filters, (width, 1), "SAME", f"temporal{i}"))
+            maps.append(layer(x, f"temporal{i}", self.temporal_filters, (width, 1)))
         # From here on each is [batch, frames, channels].
         features = [jnp.concatenate([_max_over_bands(y) for y in maps], axis=-1)]
         for i in range(self.mid_layers):
-            deeper = layer(features[-1], self.mid_filters, (self.mid_width,), "SAME", f"mid{i + 1}")
+            deeper = layer(features[-1], f"mid{i + 1}", self.mid_filters, (self.mid_width,))
             features.append(deeper + features[-1] if i else deeper)
         x = jnp.concatenate(features, axis=-1)
         # Maximum and mean of a channel are next to each other, as in the original.

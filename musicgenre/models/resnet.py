@@ -36,12 +36,9 @@ class ResNet(Network):
     changes the shape, its shortcut is a 1 x 1 convolution, otherwise the identity.
 
     The original units normalise after each convolution and apply ReLU after the sum. The identity
-    units normalise and apply ReLU before each convolution, so that only sums follow each other
-    within a stage; one more normalisation and ReLU follow the last unit. Where the shape changes
-    they come before the branch, and the shortcut has no normalisation.
-
-    The defaults are those of the report's notebook: one unit in each of two stages, 308,426
-    parameters with 10 outputs.
+    units do both before each convolution and after the last unit; where the shape changes they come
+    before the branch, and the shortcut has no normalisation. The defaults are those of the report's
+    notebook: one unit in each of two stages, 308,426 parameters with 10 outputs.
 
     Attributes:
       blocks: residual units of each stage.

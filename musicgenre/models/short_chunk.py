@@ -30,21 +30,18 @@ class ShortChunk(Network):
 
     A plain layer is [convolution, normalisation, ReLU, max-pool 2]. A residual one is [convolution
     of stride 2, normalisation, ReLU, convolution, normalisation] plus [convolution of stride 2,
-    normalisation], then ReLU. All convolutions are 3 x 3. A pool drops an odd last frame, a stride
-    keeps it.
+    normalisation], then ReLU. A pool drops an odd last frame, a stride keeps it.
 
-    It is meant for 231 frames x 128 bands (3.69 s at 16 kHz, n_fft 512, hop 256), of which it
-    leaves 1 x 1 (residual: 2 x 1). With 50 outputs it has 3,685,042 parameters, residual
-    12,098,354; the public code's 3.69 and 12.1 million also count parameters that normalisation
-    cancels: biases before it, and the scale and offset of the input.
+    It leaves 1 x 1 (residual: 2 x 1) of 231 frames x 128 bands (3.69 s at 16 kHz, n_fft 512, hop
+    256). With 50 outputs it has 3,685,042 parameters, residual 12,098,354; the public code's 3.69
+    and 12.1 million also count biases and an input scale that normalisation cancels.
 
     Attributes:
       filters: filters of each layer; their number is the number of layers.
       residual: residual layers.
       dense: units of the hidden dense layer.
       dropout: rate before the head.
-      input_norm: normalise the input with one mean and standard deviation, those of the batch in
-        training and their running means in use.
+      input_norm: normalise the input with one mean and standard deviation.
     """
 
     filters: tuple[int, ...] = (128, 128, 256, 256, 256, 256, 512)
@@ -55,7 +52,7 @@ class ShortChunk(Network):
 
     @staticmethod
     def input_limits(fields: Mapping[str, Any]) -> InputLimits:
-        """The fewest frames and bands that leave one position: a pool rounds down, a stride up."""
+        """A pool rounds frames and bands down, a stride rounds up."""
         least = 1 if fields["residual"] else 2 ** len(fields["filters"])
         return InputLimits(min_frames=least, min_bands=least)
 

@@ -24,7 +24,6 @@ class Vgg(Network):
     The pools take 4 x 1 (stride 2 x 2), 2 x 2 three times, and 4 x 4. Of the original's 187 frames
     x 96 bands they leave 2 x 1; with 50 outputs that makes 605,748 parameters. The head depends on
     the number of frames.
-
     The embedding is the original's "pool5" feature, its frames one after the other.
 
     Attributes:
