@@ -100,7 +100,7 @@ def weighted_mean(x: jax.Array, weight: jax.Array) -> jax.Array:
     return (x * weight[:, :, None]).sum(axis=1, keepdims=True) / total[:, None, None]
 
 
-def deviation(x: jax.Array, weight: jax.Array) -> jax.Array:
+def standard_deviation(x: jax.Array, weight: jax.Array) -> jax.Array:
     """Returns the standard deviation over frames, `[batch, frames, n]` to `[batch, n]`.
 
     It has a gradient where it is 0. The weights are `[batch, frames]`.
@@ -289,7 +289,7 @@ class Modulation(Network):
         for view in loudness_views(x, weight, self.floors, self.contrasts):
             difference = view[:, 1:] - view[:, :-1]
             features.append(weighted_mean(view, weight)[:, 0])
-            features.append(jnp.log(deviation(difference, of_difference) + _FLOOR))
+            features.append(jnp.log(standard_deviation(difference, of_difference) + _FLOOR))
             for sizes in zip(self.regions, self.windows, strict=True):
                 spectrum = modulation_spectrum(view, weight, *sizes, *edges)
                 features.append(spectrum.reshape(view.shape[0], -1))
@@ -298,7 +298,7 @@ class Modulation(Network):
             if self.cepstra:
                 matrix = cosine_matrix(view.shape[2])[:, : self.cepstra]
                 cepstra = _einsum("ntb,bk->ntk", difference, matrix)
-                features.append(deviation(cepstra, of_difference))
+                features.append(standard_deviation(cepstra, of_difference))
         return features
 
     @nn.nowrap

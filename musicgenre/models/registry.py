@@ -3,8 +3,8 @@
 A Flax Linen network is a module class with a field `num_classes` and further fields, all with
 defaults, which a config sets as `model.<field>`; docs/tutorials/add_network.md shows one.
 
-A Flax NNX network says the same by its constructor, which also takes `rngs`. NNX layers need the
-sizes of their inputs, so it may name `frames` and `bands`, which are filled in.
+A Flax NNX network has these as arguments of its constructor, which also takes `rngs`. NNX layers
+need the sizes of their inputs, so it may name `frames` and `bands`, which are filled in.
 
 Either takes `x`, float32 `[batch, frames, bands]`, and returns logits, float32 `[batch,
 num_classes]`, and sows the embedding before its last layer. That layer, the last one called (Linen)

@@ -1,4 +1,4 @@
-"""What the tests of the networks share; each fixture is one of these functions."""
+"""Helpers for the tests of the networks; each fixture is one of these functions."""
 
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import pytest
 
 from musicgenre import models
 
-# Compiled as a whole, which is faster than each operation on its own.
+# Compiling all of it is faster than each operation alone.
 _apply = jax.jit(models.apply_model, static_argnums=0)
 
 

@@ -10,7 +10,7 @@ from musicgenre.models.modulation import (
     Modulation,
     band_correlations,
     bin_matrix,
-    deviation,
+    standard_deviation,
     loudness_views,
     modulation_spectrum,
     sounding,
@@ -192,7 +192,7 @@ def test_bands_that_move_together_correlate():
     np.testing.assert_allclose(correlations(x, 3)[0], [1, -1, -1], atol=2e-3)
     # What does not move has no correlation, rather than an undefined one.
     np.testing.assert_allclose(correlations(np.ones((1, 400, 3), np.float32), 3)[0], 0)
-    found = jax.jit(deviation)(x, np.ones((1, 400)))[0]
+    found = jax.jit(standard_deviation)(x, np.ones((1, 400)))[0]
     np.testing.assert_allclose(found, x[0].std(axis=0), rtol=1e-5)
 
 
@@ -211,7 +211,7 @@ def test_the_sizes(variable_shapes, count, parameter_count, layer_shapes):
     # A floor and a contrast make three views of it.
     three = build(387, floors=(50.0,), contrasts=(8.0,))
     assert parameter_count(three, 387, 128) == 3 * size * 256 + 2826
-    # As many parameters for any length, so that a model trained on crops scores whole clips.
+    # As many parameters for any length, so that a model trained on windows scores complete clips.
     assert variable_shapes(build(64), 64, 128) == shapes
     assert layer_shapes(build(hidden=(8, 6)), 64, 128)["embedding"] == (2, 6)
     assert layer_shapes(build(hidden=()), 64, 128)["embedding"] == (2, size)

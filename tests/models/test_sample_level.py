@@ -60,8 +60,8 @@ def test_the_network_is_the_one_described(squeeze_excite, samples, lively, apply
         return np.maximum(numpy_norm(np.array(out), variables, f"{name}_norm"), 0)
 
     def pool(x):
-        whole = len(x) // 3
-        return x[: whole * 3].reshape(whole, 3, -1).max(axis=1)
+        length = len(x) // 3
+        return x[: length * 3].reshape(length, 3, -1).max(axis=1)
 
     def dense(x, name):
         return x @ p[name]["kernel"] + p[name]["bias"]
