@@ -48,8 +48,8 @@ def product_and_gradients(conv, x, kernel, stride, dy):
     return y, *gradients(dy)
 
 
-# Batch, frames, bands, channels, filters, size, stride: Winograd clip by clip, with several and with
-# all clips at once; stride 2 at odd and at even sizes; too few positions for Winograd; one channel;
+# Batch, frames, bands, channels, filters, size, stride: Winograd clip by clip, with several and
+# with all clips at once; stride 2 at odd and even sizes; too few positions for Winograd; one channel;
 # 1 x 1; other sizes.
 CASES = [
     (2, 47, 35, 128, 128, 3, 1),
