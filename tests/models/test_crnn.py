@@ -85,7 +85,7 @@ def test_the_recurrence_equals_a_loop_in_numpy(scale):
     np.testing.assert_allclose(module.apply({"params": params}, x), states, atol=2e-6)
 
 
-def test_each_gate_is_initialised_separately():
+def test_each_gate_is_initialised_on_its_own():
     params = GRU(32).init(jax.random.key(0), jnp.zeros((1, 2, 128)))["params"]
     for gate in np.split(np.asarray(params["kernel"]), 3, axis=1):
         # Uniform up to sqrt(6 / (inputs + units)).

@@ -47,7 +47,7 @@ def test_every_size_ends_in_one_position(name, pooled, layer_shapes):
     assert [layers[f"dropout{i}"] for i in range(1, len(filters) + 1)] == [
         (2, *positions, channels) for positions, channels in zip(pooled, filters, strict=True)
     ]
-    # The last pool covers exactly the output of the previous one.
+    # The last pool covers exactly what the one before it left.
     last = len(fields["filters"])
     assert layers[f"conv{last}"][1] // fields["time_pools"][-1] == 1
     assert layers[f"conv{last}"][2] == fields["band_pools"][-1]

@@ -64,7 +64,7 @@ def build(name="nnx_net", **fields):
 X = np.random.default_rng(0).standard_normal((4, 7, 5), np.float32)
 
 
-def test_its_variables_have_plain_names_and_its_layers_keep_their_order():
+def test_its_variables_have_plain_names_and_its_layers_their_order():
     variables = build().init(jax.random.key(0), X, train=False)
     assert jax.tree.map(jnp.shape, variables) == {
         "params": {
@@ -85,7 +85,7 @@ def test_its_variables_have_plain_names_and_its_layers_keep_their_order():
     assert not np.allclose(*(v["params"]["a_head"]["kernel"] for v in (variables, other)))
 
 
-def test_it_trains_like_the_same_linen_network(learn):
+def test_it_trains_as_its_linen_twin(learn):
     """The same values, gradients, statistics and parameters after a few steps."""
     ours = jax.jit(build().init, static_argnames="train")(jax.random.key(0), X, train=False)
     params = ours["params"] | {"filters": ours["params"]["filters"]["0"]}
@@ -119,7 +119,7 @@ def test_bfloat16_keeps_float32_weights(check_bfloat16):
 
 
 def test_batch_normalisation_synchronises_over_devices_by_an_interceptor():
-    """Over a mapped axis, as in training under pmap."""
+    """As training does under pmap; here over a mapped axis."""
     module = build()
     variables = module.init(jax.random.key(0), X, train=False)
 

@@ -159,13 +159,13 @@ def a_function(): ...
         (NNXNoTrain, r"NNXNoTrain needs a method __call__\(self, x, train=False\)"),
     ],
 )
-def test_what_cannot_be_a_network_gives_one_line(thing, message):
+def test_what_cannot_be_a_network_is_said_in_one_line(thing, message):
     with pytest.raises(UserError, match=message) as caught:
         models.register("mine")(thing)
     assert "\n" not in str(caught.value) and "mine" not in models.registered()
 
 
-def test_a_name_is_required_and_unique():
+def test_a_name_is_needed_and_taken_only_once():
     class Other(nn.Module):
         num_classes: int
 

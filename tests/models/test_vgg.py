@@ -63,7 +63,7 @@ def test_frames_of_the_embedding_follow_each_other(apply, filled):
 
 
 def test_dropout_is_where_the_original_has_it(filled):
-    """Dropping everything after each pool or before the head leaves biases only."""
+    """Dropping all after each pool or before the head leaves biases only."""
     x = np.random.default_rng(0).standard_normal((2, 66, 63), np.float32)
 
     def run(layer_dropout, dropout):
