@@ -53,7 +53,7 @@ class SampleLevel(Network):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Returns logits, float32 `[batch, num_classes]`, of samples `x` `[batch, frames, hop]`."""
-        options = {"use_bias": False, "kernel_init": nn.initializers.he_uniform()}
+        options: dict[str, Any] = {"use_bias": False, "kernel_init": nn.initializers.he_uniform()}
         x = x.astype(self.dtype).reshape(x.shape[0], -1, 1)
         last = len(self.filters) + 2
         all_filters = (self.first_filters, *self.filters, self.last_filters)
