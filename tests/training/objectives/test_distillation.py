@@ -481,7 +481,10 @@ def test_a_bundle_teaches_tags_and_its_clips_are_not_known(tmp_path, prepared, c
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"distill.weight": 1.5}, r"config\.distill\.weight must be at least 0 and at most 1, not 1\.5"),
+        (
+            {"distill.weight": 1.5},
+            r"config\.distill\.weight must be at least 0 and at most 1, not 1\.5",
+        ),
         ({"distill.weight": -0.1}, r"config\.distill\.weight must be at least 0 and at most 1"),
         ({"distill.temperature": 0.0}, r"config\.distill\.temperature must be above 0, not 0\.0"),
         (
