@@ -88,7 +88,9 @@ def step_runners(
         spread, store, store.indices("train"), "always" if feed == "resident" else "never"
     )
     augmentation = (
-        Augmentation(frames, time_masks=2, band_masks=2, mixup=0.4, noise=0.5) if augment else None
+        Augmentation(frames=frames, time_masks=2, band_masks=2, mixup=0.4, noise=0.5)
+        if augment
+        else None
     )
     norm = normalisation(store, "band")
 

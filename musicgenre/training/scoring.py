@@ -26,22 +26,16 @@ def score_clips(
 
     Args:
       score: from `Parallel.score_step`.
-      model: from `TrainState.model`.
-      store: where the clips are.
+      model: its first argument, such as `TrainState.model()`.
+      store: holds the clips.
       indices: the clips, `[n]`.
       batch_size: windows per step over all processes, a multiple of the devices.
-      crop_frames: frames of a window; 0 for full clips.
+      crop_frames: frames of a window; 0 for complete clips.
       chunks: windows per clip.
     """
-    batches = eval_batches(
-        store,
-        indices,
-        batch_size=batch_size,
-        crop_frames=crop_frames,
-        chunks=chunks,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    own = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    window = {"crop_frames": crop_frames, "chunks": chunks}
+    batches = eval_batches(store, indices, batch_size=batch_size, **window, **own)
     parts = [(score(model, batch["x"]), batch["clip"], batch["mask"]) for batch in batches]
     scores, clip, mask = (np.concatenate(column) for column in zip(*parts, strict=True))
     if jax.process_count() > 1:

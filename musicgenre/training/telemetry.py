@@ -31,39 +31,33 @@ class Telemetry:
 
     Args:
       workdir: the run's folder.
-      start_step: where the run resumes; rows of later steps, which it repeats, are removed.
-      total_steps: length of the run.
+      steps: those that this call trains; rows of later steps than before these are removed.
       progress: draw a progress bar.
       name: the bar's label.
     """
 
-    def __init__(
-        self, workdir: Path, start_step: int, total_steps: int, progress: bool, name: str = "train"
-    ) -> None:
+    def __init__(self, workdir: Path, steps: range, progress: bool, name: str = "train") -> None:
         self._active = jax.process_index() == 0
         self._path = workdir / "metrics.jsonl"
         self._writer: Any = None
-        self._start = time.monotonic()
+        self._began = time.monotonic()
+        bar = {"total": steps.stop, "initial": steps.start, "unit": "step", "desc": name}
+        self._bar = tqdm(**bar, disable=not (progress and self._active))
         if not self._active:
-            self._bar = tqdm(disable=True)
             return
-        kept = [row for row in read_rows(workdir) if row["step"] <= start_step]
+        kept = [row for row in read_rows(workdir) if row["step"] <= steps.start]
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         try:
             from tensorboardX import SummaryWriter
         except ImportError:
-            pass
-        else:
-            self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
-        self._bar = tqdm(
-            total=total_steps, initial=start_step, unit="step", desc=name, disable=not progress
-        )
+            return
+        self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=steps.start + 1)
 
     def write(self, step: int, **values: float) -> None:
         """Appends a row: the step, the seconds since this process began, and the values."""
         if not self._active:
             return
-        row = {"step": step, "seconds": round(time.monotonic() - self._start, 3), **values}
+        row = {"step": step, "seconds": round(time.monotonic() - self._began, 3), **values}
         try:
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -76,29 +70,22 @@ class Telemetry:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
 
-    def progress(self, step: int, **values: float) -> None:
-        """Moves the bar to a step and shows the values."""
+    def progress(self, step: int, line: str, **values: float) -> None:
+        """Moves the bar to a step, shows the values, and prints a line unless it is empty."""
+        if self._active and line:
+            tqdm.write(line)
         self._bar.update(step - self._bar.n)
         shown = {name: f"{value:.4g}" for name, value in values.items()}
         self._bar.set_postfix(shown, refresh=False)
 
-    def say(self, line: str) -> None:
-        """Prints a line, unless it is empty, above the bar."""
-        if self._active and line:
-            tqdm.write(line)
-
     def close(self) -> None:
         """Closes the bar and the TensorBoard file."""
         self._bar.close()
-        if self._writer is not None:
-            try:
+        try:
+            if self._writer is not None:
                 self._writer.close()
-            except OSError as error:
-                # On a full disk this must not hide the error that ended the run.
-                logging.warning(
-                    "TensorBoard's file could not be finished (%s); metrics.jsonl is complete",
-                    error,
-                )
+        except OSError as error:  # a full disk must not hide the error that ended the run
+            logging.warning("TensorBoard's file is incomplete (%s); metrics.jsonl is not", error)
 
 
 class Profiler:
@@ -112,9 +99,10 @@ class Profiler:
 
     def __init__(self, workdir: Path, steps: tuple[int, int] | None, trains: range) -> None:
         self._folder = os.fspath(workdir / "profile")
-        self._steps = steps
+        self._first, count = steps or (-1, 0)
+        self._last = self._first + count - 1
         self._running = False
-        if steps and steps[0] not in trains:
+        if steps and self._first not in trains:
             there = f"none: the run has its {trains.start} steps"
             if trains:
                 there = f"steps {trains[0]} to {trains[-1]}"
@@ -124,15 +112,15 @@ class Profiler:
                 there,
             )
 
-    def before(self, step: int) -> None:
-        """Starts the trace before its first step."""
-        if self._steps and step == self._steps[0]:
+    def before(self, steps: range) -> None:
+        """Starts the trace before the call that has its first step."""
+        if self._first in steps:
             jax.profiler.start_trace(self._folder)
             self._running = True
 
-    def after(self, step: int, result: Any) -> None:
-        """Ends the trace after its last step, once its `result` is there."""
-        if self._running and self._steps and step + 1 >= sum(self._steps):
+    def after(self, steps: range, result: Any) -> None:
+        """Ends the trace after the call with its last step, once its `result` is there."""
+        if self._running and steps[-1] >= self._last:
             jax.block_until_ready(result)
             self.close()
 

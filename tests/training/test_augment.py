@@ -62,7 +62,7 @@ def augmented(key=0, size=6, frames=40, **fields):
         size, frames, offset=np.zeros(size, np.int32), length=np.full(size, frames, np.int32)
     )
     # Zeros everywhere but in `mean` of the split: what is masked can be told from the rest.
-    return given["x"], jax.jit(Augmentation(frames, **fields))(
+    return given["x"], jax.jit(Augmentation(frames=frames, **fields))(
         given, jax.random.key(key), {"mean": np.full((1, 8), 500.0)}
     )
 
@@ -152,7 +152,9 @@ def test_each_end_is_limited_on_its_own_and_as_far_as_its_share():
     size = 800
     flat = batch(size) | {"x": np.zeros((size, 40, 8), np.float16)}
     limit = jax.jit(
-        Augmentation(40, low_pass=0.5, high_pass=0.25, pass_share=0.5, top_db=6.0, probability=0.1)
+        Augmentation(
+            frames=40, low_pass=0.5, high_pass=0.25, pass_share=0.5, top_db=6.0, probability=0.1
+        )
     )
     got = np.asarray(limit(flat, jax.random.key(0), NORM)["x"])
     assert (got == got[:, :1]).all() and got.max() == 0.0 and got.min() == -6.0
@@ -270,7 +272,7 @@ def test_the_key_decides_and_each_clip_has_its_own():
     _, other = augmented(1, **fields)
     np.testing.assert_array_equal(one["x"], again["x"])
     assert (np.asarray(one["x"]) != np.asarray(other["x"])).mean() > 0.8
-    same = jax.jit(Augmentation(40, gain=6.0))(
+    same = jax.jit(Augmentation(frames=40, gain=6.0))(
         batch() | {"x": np.zeros((6, 40, 8), np.float16)}, jax.random.key(0), NORM
     )
     assert len(set(np.asarray(same["x"])[:, 0, 0].tolist())) == 6
@@ -294,7 +296,7 @@ def test_off_is_none():
     assert Augmentation.from_config(config, 647) is None
     config.augment.eq = 1.0
     config.features.top_db = 60.0
-    assert Augmentation.from_config(config, 647) == Augmentation(647, eq=1.0, top_db=60.0)
+    assert Augmentation.from_config(config, 647) == Augmentation(frames=647, eq=1.0, top_db=60.0)
     config.data.normalise = "none"
     assert Augmentation.from_config(config, 647).clip_mean
 
@@ -322,7 +324,7 @@ def test_a_mixed_batch_has_the_loss_and_gradient_of_its_soft_labels(task):
     weights = jnp.ones(3)
     y = (np.arange(6) % 3).astype(np.int32)
     targets = np.eye(3, dtype=np.float32)[y] * (2.5 if task == "regression" else 1.0)
-    augmentation = Augmentation(40, mixup=0.7)
+    augmentation = Augmentation(frames=40, mixup=0.7)
     module, state, metrics, gradient = stepped(
         task,
         y if task == "single_label" else targets,
@@ -358,7 +360,7 @@ def test_a_mixed_batch_has_the_loss_and_gradient_of_its_soft_labels(task):
 
 def test_parts_of_a_batch_are_augmented_as_the_whole_batch():
     y = (np.arange(6) % 3).astype(np.int32)
-    augmentation = Augmentation(40, gain=6.0, mixup=0.4)
+    augmentation = Augmentation(frames=40, gain=6.0, mixup=0.4)
     _, _, one, whole = stepped("single_label", y, augmentation, class_weights=jnp.ones(3))
     _, _, other, parts = stepped(
         "single_label", y, augmentation, class_weights=jnp.ones(3), accumulate=3

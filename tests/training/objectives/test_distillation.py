@@ -241,7 +241,7 @@ def soft_step(task, teacher, *, weight=0.3, augmentation=None, accumulate=1):
 )
 def test_the_loss_is_the_cross_entropy_against_labels_and_teachers(task, mixed):
     teacher = np.random.default_rng(1).dirichlet(np.ones(3), 6).astype(np.float32)
-    augmentation = Augmentation(40, mixup=0.7) if mixed else None
+    augmentation = Augmentation(frames=40, mixup=0.7) if mixed else None
     module, params, batch, labels, metrics, gradient = soft_step(
         task, teacher, augmentation=augmentation
     )
@@ -376,7 +376,7 @@ def test_a_stopped_run_goes_on_to_the_bit_without_its_teachers(place, tmp_path, 
     ):
         train(config, tmp_path / "cut", progress=False)
     (tmp_path / "cut" / "teachers.npy").unlink()
-    with pytest.raises(UserError, match=r"teachers\.npy: cannot be read \(No such file"):
+    with pytest.raises(UserError, match=r"teachers\.npy: not the teachers' predictions"):
         train(config, tmp_path / "cut", progress=False)
     (tmp_path / "cut" / "teachers.npy").write_bytes(saved)
     notes = json.loads((tmp_path / "cut" / "teachers.json").read_text())
@@ -481,8 +481,8 @@ def test_a_bundle_teaches_tags_and_its_clips_are_not_known(tmp_path, prepared, c
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"distill.weight": 1.5}, r"config\.distill\.weight must lie between 0 and 1, not 1\.5"),
-        ({"distill.weight": -0.1}, r"config\.distill\.weight must lie between 0 and 1"),
+        ({"distill.weight": 1.5}, r"distill\.weight must be at least 0 and at most 1, not 1\.5"),
+        ({"distill.weight": -0.1}, r"config\.distill\.weight must be at least 0 and at most 1"),
         ({"distill.temperature": 0.0}, r"config\.distill\.temperature must be above 0, not 0\.0"),
         (
             {"distill.teachers": ("gtzan", "")},
@@ -512,10 +512,10 @@ def test_teachers_that_do_not_fit_are_named(place, tmp_path, monkeypatch):
     for name, model in models_of.items():
         save_bundle(model, tmp_path / f"{name}.safetensors")
     for source, message in {
-        "genres.safetensors": "'genres.safetensors' has other labels, in their .*: low, high, ",
-        "frames.safetensors": "'frames.safetensors' has other frames per clip .*: 80 -> 64",
-        "front.safetensors": "'front.safetensors' was trained on other .*: top_db: 60.0 -> 80.0",
-        "tags.safetensors": "'tags.safetensors' has other task .*: multi_label -> single_label",
+        "genres.safetensors": "labels: low, high, middle -> low, middle, high. Choose another",
+        "frames.safetensors": "'frames.safetensors' does not fit the store .*: frames: 80 -> 64",
+        "front.safetensors": "does not fit the store .*: features.top_db: 60.0 -> 80.0",
+        "tags.safetensors": "does not fit the store .*: task: multi_label -> single_label",
         "nowhere": "config.distill.teachers: 'nowhere': no such workdir, bundle or packaged model",
         "gtzam": "Did you mean 'gtzan'",
         str(place): "no checkpoint found there",
