@@ -38,14 +38,10 @@ def resident_clips(
 
 
 class Feed:
-    """Training batches on the devices. The next ones are placed while a step runs.
+    """Training batches of Grain's iterator on the devices, the next ones placed while a step runs.
 
-    Its state, for the checkpoint, is the Grain iterator's as if nothing had been read ahead.
-
-    Args:
-      iterator: Grain's, from `train_batches`.
-      spread: places the batches.
-      stacked: place several batches together, for a step of `make_many_steps`.
+    Its state, for the checkpoint, is the iterator's as if nothing had been read ahead. `stacked`
+    batches are placed several at once, for a step of `make_many_steps`.
     """
 
     def __init__(

@@ -18,8 +18,7 @@ import jax
 from musicgenre.errors import LOST_PROCESS, UserError
 from musicgenre.runs.processes import AGAIN, ProcessLost, is_lost
 
-# Exit code of a process that had to stop because another one did.
-LOST = LOST_PROCESS
+LOST = LOST_PROCESS  # exit code of a process that had to stop because another one did
 # JAX aborts the others when process 0 is gone, so it leaves last and each can say why it ends.
 _LEADER_WAITS = 2.0
 # JAX ends a process that misses another one from C++, where Python cannot print. Then this one's

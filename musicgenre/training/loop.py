@@ -25,13 +25,7 @@ MOST_STEPS_IN_FLIGHT = 10
 
 
 class Loop:
-    """The state of a run while it trains.
-
-    Args:
-      objective: what it learns from.
-      progress: draw a progress bar.
-      profile_steps: (first step, count) to trace.
-    """
+    """The state of a run while it trains. `profile_steps` are (first step, count) to trace."""
 
     def __init__(
         self, objective: Objective, progress: bool, profile_steps: tuple[int, int] | None
@@ -83,20 +77,16 @@ class Loop:
                 raise
 
     def _run(self, signals: Any) -> None:
-        objective, spread = self.objective, self.run.spread
-        stage, compiled = -1, None
+        objective, stage, compiled = self.objective, -1, None
         while self.step < self.total_steps and not self.selection.exhausted:
             if stage != self.step // objective.stage_steps:
                 stage = self.step // objective.stage_steps
                 step = objective.step(stage)
-                compiled = spread.train_step(
-                    make_many_steps(step) if self._stacked else step,
-                    resident=bool(self._resident),
-                    stacked=self._stacked,
-                )
+                step = make_many_steps(step) if self._stacked else step
+                options = {"resident": bool(self._resident), "stacked": self._stacked}
+                compiled = self.run.spread.train_step(step, **options)
             self._call(compiled)
             if evaluates := objective.evaluates(self.step):
-                self._settle()
                 self._evaluate()
             if (number := signals.received(self.step)) is not None:
                 if not evaluates:
@@ -165,6 +155,7 @@ class Loop:
 
     def _evaluate(self) -> None:
         """Measures the state, writes the measures and saves a checkpoint."""
+        self._settle()
         metric = self.objective.metric
         measures = self.objective.evaluate(self._state, self.step)
         if metric and measures:

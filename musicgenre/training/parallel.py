@@ -41,9 +41,8 @@ SHARD_FROM = 65_536
 class Parallel:
     """How a step runs on several devices: each has its rows of the batch.
 
-    Attributes:
-      kind: "jit" and "pmap" replicate the state, "fsdp" shards its large arrays.
-      mesh: all devices of all processes in one row.
+    The kinds "jit" and "pmap" replicate the state, "fsdp" shards its large arrays. The `mesh` has
+    all devices of all processes in one row.
     """
 
     kind: str
@@ -93,8 +92,8 @@ class Parallel:
     def state_shardings(self, state: Any) -> Any:
         """Returns the sharding of each array of a state.
 
-        "fsdp" shards large arrays along the longest axis that the devices divide. Everything else
-        is replicated.
+        "fsdp" shards large arrays along the longest axis that the devices divide, and replicates
+        all others, as the other kinds do with all.
         """
 
         def of(array: Any) -> NamedSharding:
@@ -106,11 +105,8 @@ class Parallel:
         return jax.tree.map(of, state)
 
     def gather(self, tree: Any) -> Any:
-        """Inside a compiled function, replicates sharded arrays, and so their gradients.
-
-        XLA alone would gather some activations instead, so that each device computes a few
-        channels of the global batch.
-        """
+        """Inside a compiled function, replicates sharded arrays, and so their gradients."""
+        # XLA alone would gather some activations, so that each device computes a few channels.
         if self.kind != "fsdp":
             return tree
         return jax.lax.with_sharding_constraint(tree, self.replicated)
@@ -152,8 +148,8 @@ class Parallel:
         if local[0].platform == "cpu":
             fits = size * len(local) <= HOST_FRACTION * _host_memory()
         else:
-            limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in local]
-            fits = size <= DEVICE_FRACTION * min(limits)
+            free = min((device.memory_stats() or {}).get("bytes_limit", 0) for device in local)
+            fits = size <= DEVICE_FRACTION * free
         if jax.process_count() > 1:
             # All must run the same program.
             fits = bool(multihost_utils.process_allgather(np.array(fits)).all())
@@ -167,12 +163,10 @@ class Parallel:
     def train_step(
         self, step: StepFunction, *, resident: bool = False, stacked: bool = False
     ) -> Callable[..., Any]:
-        """Compiles a train step. It donates the state's buffers to the new state.
+        """Compiles a train step, which donates the state's buffers to the new state.
 
-        Args:
-          step: takes a state and a batch.
-          resident: it also takes clips, from `place_whole`.
-          stacked: it takes batches from `place_batches`.
+        It takes a state and a batch; if `resident`, also clips, from `place_whole`; if `stacked`,
+        batches from `place_batches`.
         """
         one_cpu = self.mesh.size == 1 and self.mesh.devices.flat[0].platform == "cpu"
 
@@ -189,13 +183,10 @@ class Parallel:
             return state, metrics
 
         if self.kind == "pmap":
+            axes = (None, 0, None) if resident else (None, 0)
+            devices = list(self.mesh.devices.flat)
             return jax.pmap(
-                traced_step,
-                axis_name=AXIS,
-                in_axes=(None, 0, None) if resident else (None, 0),
-                out_axes=(None, None),
-                donate_argnums=(0,),
-                devices=list(self.mesh.devices.flat),
+                traced_step, AXIS, in_axes=axes, out_axes=None, devices=devices, donate_argnums=0
             )
         # A sharded state brings its own shardings.
         placed = None if self.kind == "fsdp" else self.replicated
@@ -204,7 +195,7 @@ class Parallel:
             traced_step,
             in_shardings=given if resident else given[:2],
             out_shardings=(placed, self.replicated),
-            donate_argnums=(0,),
+            donate_argnums=0,
         )
 
     def score_step(self, step: Callable[..., Any]) -> Callable[[Any, np.ndarray], np.ndarray]:

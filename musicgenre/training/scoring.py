@@ -24,14 +24,9 @@ def score_clips(
 ) -> np.ndarray:
     """Returns each clip's mean scores over its windows, `[n, classes]`, equal on every process.
 
-    Args:
-      score: from `Parallel.score_step`.
-      model: its first argument, such as `TrainState.model()`.
-      store: holds the clips.
-      indices: the clips, `[n]`.
-      batch_size: windows per step over all processes, a multiple of the devices.
-      crop_frames: frames of a window; 0 for complete clips.
-      chunks: windows per clip.
+    The function `score` is from `Parallel.score_step`, and `model` its first argument. `indices`,
+    `[n]`, are the clips. Over all processes a step takes `batch_size` windows, a multiple of the
+    devices, of `crop_frames` frames (0: complete clips); each clip has `chunks` of them.
     """
     own = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     window = {"crop_frames": crop_frames, "chunks": chunks}

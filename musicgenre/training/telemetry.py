@@ -29,11 +29,8 @@ def read_rows(workdir: str | Path) -> list[dict[str, Any]]:
 class Telemetry:
     """Writes a run's measures, on process 0 alone.
 
-    Args:
-      workdir: the run's folder.
-      steps: those that this call trains; rows of later steps than before these are removed.
-      progress: draw a progress bar.
-      name: the bar's label.
+    Rows after the first of `steps`, those that this call trains, are removed. `name` labels the
+    progress bar.
     """
 
     def __init__(self, workdir: Path, steps: range, progress: bool, name: str = "train") -> None:
@@ -91,10 +88,8 @@ class Telemetry:
 class Profiler:
     """Writes a trace of some steps to `<workdir>/profile`, for TensorBoard or Perfetto.
 
-    Args:
-      workdir: the run's folder.
-      steps: (first, count) of the steps to trace, or None.
-      trains: the steps that this call trains. A first step outside them causes a warning.
+    `steps` are the first to trace and a count, or None. If this call does not train the first one,
+    there is a warning.
     """
 
     def __init__(self, workdir: Path, steps: tuple[int, int] | None, trains: range) -> None:
@@ -106,11 +101,8 @@ class Profiler:
             there = f"none: the run has its {trains.start} steps"
             if trains:
                 there = f"steps {trains[0]} to {trains[-1]}"
-            logging.warning(
-                "--profile_steps=%d,%d: no trace will be written; this call trains %s",
-                *steps,
-                there,
-            )
+            text = "--profile_steps=%d,%d: no trace will be written; this call trains %s"
+            logging.warning(text, *steps, there)
 
     def before(self, steps: range) -> None:
         """Starts the trace before the call that has its first step."""

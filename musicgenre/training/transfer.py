@@ -54,12 +54,9 @@ def start_from(
     Batch normalisation statistics are copied as well. The input normalisation stays that of the new
     training split. The other model's front end may differ, with a warning.
 
-    Args:
-      state: a fresh state.
-      layers: from `layer_order`; the last one is the head.
-      source: a workdir, whose last checkpoint is used, a bundle, or the name of a packaged model.
-      model: the config's resolved `model` section.
-      features: the new run's front end.
+    `source` is a workdir, whose last checkpoint is used, a bundle, or the name of a packaged model.
+    `layers` come from `layer_order`; the last one is the head. `model` is the config's resolved
+    section `model`, and `features` the new run's front end.
 
     Raises:
       UserError: there is no such model, it has another network, or a layer has another shape.

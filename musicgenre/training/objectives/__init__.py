@@ -34,14 +34,14 @@ T = TypeVar("T", bound="Objective")
 class Objective(abc.ABC):
     """One way of learning. An instance belongs to one run.
 
-    A class states which config fields it obeys. Of all others, only those in `ignores`, which the
-    other command of a pair reads from the same file, may differ from their defaults.
+    Of the config fields that a class does not obey, only those in `ignores`, which belong to the
+    other command and may come in the same file, may differ from their defaults.
 
     Attributes:
       name: its name in the registry.
       stage: "train" or "pretrain".
       obeys: sections and fields of the config in addition to `COMMON`.
-      ignores: sections and fields that belong to the other command.
+      ignores: sections and fields of the other command.
       refuses: fields, within those that it obeys, that it cannot honour, each with the reason.
       fields: its own fields in `config.pretrain`, with their defaults.
       pmap: `--parallel=pmap` is possible.

@@ -104,8 +104,7 @@ def soft_targets(run: Run, teachers: Sequence[TrainedModel] | None) -> np.ndarra
             "config.distill: every teacher trained, or may have trained, on %d of the %d training "
             "clips, so their predictions are little more than the labels. Teachers of different "
             "folds (musicgenre ablate --folds=5) leave none",
-            by_all,
-            len(clips),
+            *(by_all, len(clips)),
         )
     _warn_of_leak(teachers, store)
     return targets

@@ -183,7 +183,7 @@ class ContrastiveDivergence(Objective):
             raise UserError(
                 f"config.model.name={model.name!r} has no restricted Boltzmann machines to "
                 "pretrain: set --config.model.name=rbm, with at least one number of units in "
-                "--config.model.layers. --config.pretrain.method=simclr pretrains any network."
+                "--config.model.layers, or --config.pretrain.method=simclr."
             )
         self._module: Any = run.module()
         self._optimizer = cd_optimizer(
@@ -233,10 +233,11 @@ class ContrastiveDivergence(Objective):
         def layer_step(
             state: TrainState, batch: Any, clips: jax.Array | None = None
         ) -> tuple[TrainState, Metrics]:
-            if clips is None:
-                x = batch["x"]
-            else:
-                x = gather_windows(clips, batch["clip"], batch["start"], self.run.frames)
+            x = (
+                batch["x"]
+                if clips is None
+                else gather_windows(clips, batch["clip"], batch["start"], self.run.frames)
+            )
             full = dataclasses.replace(state, params=spread.gather(state.params))
             rbm, optimized, metrics = cd_update(
                 machine(full, stage),
@@ -256,7 +257,7 @@ class ContrastiveDivergence(Objective):
 
     def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
         """Returns the measures of the layer that a step belongs to."""
-        score = self._monitors[self._layer(step) - 1]
+        score = self._monitors[(step - 1) // self.stage_steps]
         measures: dict[str, float] = {}
         for split, clips in self._clips.items():
             energy, error = self.run.scores(score, state, clips).mean(axis=0, dtype=np.float64)
@@ -269,16 +270,13 @@ class ContrastiveDivergence(Objective):
             self.progress = [*self.progress, measures]
         return measures
 
-    def _layer(self, step: int) -> int:
-        """Returns the layer, from 1, that was trained in a step."""
-        return (step - 1) // self.stage_steps + 1
-
     def rows(
         self, step: int, means: dict[str, float], measures: dict[str, float]
     ) -> list[dict[str, float]]:
         """Returns a row of training metrics and one of measures."""
         train = {f"batch_{name}": value for name, value in means.items()}
-        return [{"layer": self._layer(step), **row} for row in (train, measures) if row]
+        layer = (step - 1) // self.stage_steps + 1
+        return [{"layer": layer, **row} for row in (train, measures) if row]
 
     def summary(self, step: int) -> str:
         """Returns the reconstruction errors, for people."""

@@ -57,11 +57,9 @@ def nt_xent(z: jax.Array, clip: jax.Array, temperature: float) -> tuple[jax.Arra
     With s the cosines of the rows over the temperature, row i with the other view j has the loss
     -s_ij + log sum over k != i of exp(s_ik). Where all rows are equal, this is log(2 clips - 1).
 
-    Args:
-      z: float `[2 clips, d]`; rows 2c and 2c + 1 are the two views of a clip.
-      clip: int32 `[2 clips]`, each row's clip. Other views of it do not count as another clip's,
-        and nothing is compared with rows of a negative clip, which are padding.
-      temperature: divides the cosines.
+    Rows 2c and 2c + 1 of `z`, float `[2 clips, d]`, are the two views of a clip. `clip`, int32
+    `[2 clips]`, is each row's. Other views of it do not count as another clip's, and nothing is
+    compared with rows of a negative clip, which are padding.
 
     Returns:
       The loss of each row, float32, and whether its clip's other view is nearer than all views of
@@ -165,8 +163,8 @@ class SimCLR(Objective):
             )
         if not 2 <= size <= len(run.clips):
             raise UserError(
-                f"config.batch_size={size}: a batch compares clips with each other, so it takes "
-                f"from 2 to all {len(run.clips)} training clips."
+                f"config.batch_size={size}: a batch compares from 2 to all {len(run.clips)} "
+                "training clips with each other."
             )
         self._optimizer = make_optimizer(config.optimizer, self.stage_steps)
         self._schedule = learning_rate_schedule(config.optimizer, self.stage_steps)
@@ -215,11 +213,10 @@ class SimCLR(Objective):
         return self.run.batches(self.stage_steps, resident, window_frames=frames, named=True)
 
     def step(self, stage: int) -> StepFunction:
-        """Returns the step.
+        """Returns the step, with the metrics `loss` and `nearest`.
 
-        Its batch has `x` `[batch, frames, bands]` (unless all `clips` are given), `clip` int32
-        `[batch]`, the index among the training clips, and `length` int32 `[batch]`, see
-        `draw_views`. Its metrics are `loss` and `nearest`.
+        Its batch has `x` `[batch, frames, bands]` (unless all `clips` are given) and int32 `clip`,
+        the index among the training clips, and `length`, see `draw_views`, both `[batch]`.
         """
         config, gather = self.run.config, self.run.spread.gather
 
@@ -322,11 +319,9 @@ class SimCLR(Objective):
         return f"pretrained in {step} steps; {self._shown()}"
 
     def _shown(self) -> str:
-        measures = self.progress
-        return "; ".join(
-            f"{split} loss {measures[f'{split}_loss']:.3f}, "
-            f"other view nearest {measures[f'{split}_nearest']:.1%} "
-            f"(chance {measures[f'{split}_chance']:.1%})"
-            for split in ("train", "valid")
-            if f"{split}_loss" in measures
-        )
+        shown = "{} loss {loss:.3f}, other view nearest {nearest:.1%} (chance {chance:.1%})"
+        columns: dict[str, dict[str, float]] = {}
+        for name, value in self.progress.items():
+            split, _, measure = name.partition("_")
+            columns.setdefault(split, {})[measure] = value
+        return "; ".join(shown.format(split, **measures) for split, measures in columns.items())
