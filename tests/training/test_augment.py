@@ -61,13 +61,13 @@ def augmented(key=0, size=6, frames=40, **fields):
     given = batch(
         size, frames, offset=np.zeros(size, np.int32), length=np.full(size, frames, np.int32)
     )
-    # Zeros everywhere except in `mean`, so masked cells differ from the rest.
-    return given["x"], jax.jit(Augmentation(frames, **fields))(
+    # Zeros everywhere but in `mean` of the split: what is masked can be told from the rest.
+    return given["x"], jax.jit(Augmentation(frames=frames, **fields))(
         given, jax.random.key(key), {"mean": np.full((1, 8), 500.0)}
     )
 
 
-def test_a_shift_by_one_band_moves_it_and_by_half_a_band_averages():
+def test_a_shift_by_whole_bands_moves_them_and_half_a_band_is_the_mean():
     x = clips().astype(np.float32)
     got = np.asarray(pitch_shift(x, jnp.array([1.0, -2.0, 0.5, 0.0, 20.0, 0.25])))
     np.testing.assert_array_equal(got[0, :, 1:], x[0, :, :-1])
@@ -103,19 +103,19 @@ def test_the_window_holds_the_fastest_clip():
         window_frames(21, 1000, 0.25) == 27
     )  # 20 steps of 1.25 frames: 26 frames, and one to spare
     assert window_frames(256, 260, 0.5) == 260
-    # A window is bit-identical to that part of the clip.
+    # A window is as good as the whole clip, to the bit.
     x = clips(1, 400)[:, :, :1].astype(np.float32)
     for start, rate in ((0, 1.25), (100, 1.2499), (370, 1.25), (373, 0.8)):
         start_of_window = min(start, 400 - 27)
-        full = time_stretch(x, jnp.array([rate]), jnp.array([start]), jnp.array([400]), 21)
+        whole = time_stretch(x, jnp.array([rate]), jnp.array([start]), jnp.array([400]), 21)
         window = x[:, start_of_window : start_of_window + 27]
         part = time_stretch(
             window, jnp.array([rate]), jnp.array([start - start_of_window]), jnp.array([27]), 21
         )
-        np.testing.assert_array_equal(full, part)
+        np.testing.assert_array_equal(whole, part)
 
 
-def test_segments_are_permuted_without_loss():
+def test_segments_change_their_order_and_nothing_is_lost():
     x = np.arange(10.0)[None, :, None] * np.ones((2, 1, 1))
     got = np.asarray(time_shuffle(x, jnp.array([[2, 0, 1], [0, 1, 2]])))[:, :, 0]
     # Bounds 0, 3, 7, 10.
@@ -142,17 +142,19 @@ def test_a_band_limit_falls_in_straight_lines_to_the_floor():
     np.testing.assert_allclose(
         got[0], [[-25, -20, -10, -10, 0, -10, -10, -10], [-25, -20, -10, -10, -10, -10, -10, -10]]
     )
-    # Band 4 is half a band beyond the edge; the floor is relative to it.
+    # Band 4 lies half a band beyond the edge, and is what the floor is counted from.
     np.testing.assert_allclose(got[1, 0], [-10, -10, -10, -10, -1.5, -14.5, -17.5, -20.5])
     np.testing.assert_allclose(got[1, 1], [-10, -10, -10, -10, -11.5, -14.5, -17.5, -20.5])
     np.testing.assert_array_equal(got[2], x[2])
 
 
-def test_both_ends_are_limited_independently_up_to_their_fraction():
+def test_each_end_is_limited_on_its_own_and_as_far_as_its_share():
     size = 800
     flat = batch(size) | {"x": np.zeros((size, 40, 8), np.float16)}
     limit = jax.jit(
-        Augmentation(40, low_pass=0.5, high_pass=0.25, pass_share=0.5, top_db=6.0, probability=0.1)
+        Augmentation(
+            frames=40, low_pass=0.5, high_pass=0.25, pass_share=0.5, top_db=6.0, probability=0.1
+        )
     )
     got = np.asarray(limit(flat, jax.random.key(0), NORM)["x"])
     assert (got == got[:, :1]).all() and got.max() == 0.0 and got.min() == -6.0
@@ -164,7 +166,7 @@ def test_both_ends_are_limited_independently_up_to_their_fraction():
     np.testing.assert_allclose((got[:, 0, [0, 7]] < 0).all(axis=1).mean(), 1 / 4, atol=0.05)
 
 
-def test_masks_and_cuts_are_at_the_recorded_positions():
+def test_masks_and_cuts_are_where_they_are_said_to_be():
     x = np.ones((2, 6, 4), np.float32)
     got = np.asarray(mask(x, jnp.array([1, 4]), jnp.array([2, 0]), jnp.float32(9), axis=1))
     assert got[0, :, 0].tolist() == [1, 9, 9, 1, 1, 1] and (got[1] == 1).all()
@@ -186,7 +188,7 @@ def test_windows_come_from_the_right_clip_and_frame():
     np.testing.assert_array_equal(gather_windows(x, np.array([2]), np.array([0]), 40)[0], x[2])
 
 
-def test_mixing_weights_follow_the_beta_distribution():
+def test_shares_follow_the_beta_distribution():
     for alpha in (0.2, 1.0, 3.0):
         got = np.asarray(beta(jax.random.uniform(jax.random.key(1), (4000,)), alpha))
         assert scipy.stats.kstest(got, scipy.stats.beta(alpha, alpha).cdf).pvalue > 0.01
@@ -198,10 +200,8 @@ def test_masks_cover_half_of_their_widest_on_average_each_to_its_own_width():
     masked = (np.asarray(got["x"]) == 500.0).all(axis=2)
     widths = masked.sum(axis=1)
     assert set(widths) == set(range(21))  # half of 40 frames, and none at all
-    np.testing.assert_allclose(
-        widths.mean(), 10, atol=0.9
-    )  # three standard deviations of the mean of 400
-    # One piece each; apart from the edges all frames are masked equally often.
+    np.testing.assert_allclose(widths.mean(), 10, atol=0.9)  # 3 deviations of the mean of 400
+    # One piece each, and none of the frames is left out or preferred beyond what the edges do.
     assert (np.abs(np.diff(masked.astype(int), axis=1)).sum(axis=1) <= 2).all()
     assert masked.any(axis=0).all()
     _, got = augmented(size=400, band_masks=2, band_mask_share=0.25, probability=0.5)
@@ -230,12 +230,12 @@ def test_changes_of_level_have_their_range_and_shape(fields):
         assert 3.9 < np.abs(change).max() <= 4.001
         assert np.abs(np.corrcoef(change[:, 0, 0], change[:, 0, -1])[0, 1]) < 0.2
     else:
-        std = change.std(axis=(1, 2))
-        assert std.max() < 2.3 and std.min() < 0.1
-        np.testing.assert_allclose(std.mean(), 1.0, atol=0.12)
+        deviation = change.std(axis=(1, 2))
+        assert deviation.max() < 2.3 and deviation.min() < 0.1
+        np.testing.assert_allclose(deviation.mean(), 1.0, atol=0.12)
 
 
-def test_without_normalisation_masks_are_filled_with_the_clips_mean():
+def test_a_clips_mean_fills_masks_where_there_is_no_normalisation():
     x, got = augmented(size=20, time_masks=1, time_mask_share=0.9, clip_mean=True)
     got = np.asarray(got["x"])
     masked = (got != x).all(axis=2)
@@ -246,7 +246,7 @@ def test_without_normalisation_masks_are_filled_with_the_clips_mean():
         )
 
 
-def test_mixed_clips_are_weighted_sums():
+def test_mixed_clips_are_the_sum_of_their_shares():
     x, got = augmented(mixup=0.4)
     x, share = x.astype(np.float32), np.asarray(got["mix"])
     assert ((share > 0) & (share < 1)).all()
@@ -257,12 +257,12 @@ def test_mixed_clips_are_weighted_sums():
     own = (np.asarray(got["x"]) == x).all(axis=2)
     np.testing.assert_array_equal(np.asarray(got["x"])[~own], np.roll(x, -1, axis=0)[~own])
     np.testing.assert_allclose(own.mean(axis=1), got["mix"], atol=1e-6)
-    # Both: either, for the chosen fraction of the clips.
+    # Both: either, for the chosen share of the clips.
     x, got = augmented(size=400, mixup=1.0, cutmix=1.0, mix_share=0.5)
-    full = (np.asarray(got["x"]) == x).all(axis=(1, 2))
-    cut = ((np.asarray(got["x"]) == x).all(axis=2).sum(axis=1) > 0) & ~full
-    np.testing.assert_allclose([full.mean(), cut.mean()], [0.5, 0.25], atol=0.07)
-    np.testing.assert_array_equal(np.asarray(got["mix"])[full], 1.0)
+    whole = (np.asarray(got["x"]) == x).all(axis=(1, 2))
+    cut = ((np.asarray(got["x"]) == x).all(axis=2).sum(axis=1) > 0) & ~whole
+    np.testing.assert_allclose([whole.mean(), cut.mean()], [0.5, 0.25], atol=0.07)
+    np.testing.assert_array_equal(np.asarray(got["mix"])[whole], 1.0)
 
 
 def test_the_key_decides_and_each_clip_has_its_own():
@@ -272,17 +272,17 @@ def test_the_key_decides_and_each_clip_has_its_own():
     _, other = augmented(1, **fields)
     np.testing.assert_array_equal(one["x"], again["x"])
     assert (np.asarray(one["x"]) != np.asarray(other["x"])).mean() > 0.8
-    same = jax.jit(Augmentation(40, gain=6.0))(
+    same = jax.jit(Augmentation(frames=40, gain=6.0))(
         batch() | {"x": np.zeros((6, 40, 8), np.float16)}, jax.random.key(0), NORM
     )
     assert len(set(np.asarray(same["x"])[:, 0, 0].tolist())) == 6
-    # Another augmentation does not change what the others draw.
+    # One more kind leaves what the others draw as it was.
     _, more = augmented(0, gain=6.0, time_masks=1)
     _, less = augmented(0, time_masks=1)
     np.testing.assert_array_equal(np.asarray(more["x"]) == 500.0, np.asarray(less["x"]) == 500.0)
 
 
-def test_augmentations_with_probability_zero_change_nothing():
+def test_what_no_clip_is_chosen_for_changes_nothing():
     fields = {name: value for name, value in EVERYTHING.items() if name not in ("mixup", "cutmix")}
     x, got = augmented(probability=1e-9, pass_share=1e-9, **fields)
     np.testing.assert_array_equal(got["x"], x)
@@ -291,12 +291,12 @@ def test_augmentations_with_probability_zero_change_nothing():
     np.testing.assert_array_equal(got["mix"], 1.0)
 
 
-def test_switched_off_augmentation_is_none():
+def test_off_is_none():
     config = base_config()
     assert Augmentation.from_config(config, 647) is None
     config.augment.eq = 1.0
     config.features.top_db = 60.0
-    assert Augmentation.from_config(config, 647) == Augmentation(647, eq=1.0, top_db=60.0)
+    assert Augmentation.from_config(config, 647) == Augmentation(frames=647, eq=1.0, top_db=60.0)
     config.data.normalise = "none"
     assert Augmentation.from_config(config, 647).clip_mean
 
@@ -324,7 +324,7 @@ def test_a_mixed_batch_has_the_loss_and_gradient_of_its_soft_labels(task):
     weights = jnp.ones(3)
     y = (np.arange(6) % 3).astype(np.int32)
     targets = np.eye(3, dtype=np.float32)[y] * (2.5 if task == "regression" else 1.0)
-    augmentation = Augmentation(40, mixup=0.7)
+    augmentation = Augmentation(frames=40, mixup=0.7)
     module, state, metrics, gradient = stepped(
         task,
         y if task == "single_label" else targets,
@@ -358,22 +358,22 @@ def test_a_mixed_batch_has_the_loss_and_gradient_of_its_soft_labels(task):
         np.testing.assert_allclose(metrics["accuracy"], soft[np.arange(6), best].mean(), rtol=1e-5)
 
 
-def test_parts_of_a_batch_are_augmented_like_the_full_batch():
+def test_parts_of_a_batch_are_augmented_as_the_whole_batch():
     y = (np.arange(6) % 3).astype(np.int32)
-    augmentation = Augmentation(40, gain=6.0, mixup=0.4)
-    _, _, one, full = stepped("single_label", y, augmentation, class_weights=jnp.ones(3))
+    augmentation = Augmentation(frames=40, gain=6.0, mixup=0.4)
+    _, _, one, whole = stepped("single_label", y, augmentation, class_weights=jnp.ones(3))
     _, _, other, parts = stepped(
         "single_label", y, augmentation, class_weights=jnp.ones(3), accumulate=3
     )
     np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), full, parts)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), whole, parts)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"augment.gain": -1.0}, "config.augment.gain must be at least 0, not -1.0"),
-        ({"augment.noise": float("nan")}, "config.augment.noise must be at least 0"),
+        ({"augment.gain": -1.0}, "config.augment.gain must not be negative, but is -1.0"),
+        ({"augment.noise": float("nan")}, "config.augment.noise must not be negative"),
         (
             {"augment.mix_share": 0.0},
             "config.augment.mix_share must be above 0 and at most 1, not 0.0",
@@ -423,7 +423,7 @@ def test_parts_of_a_batch_are_augmented_like_the_full_batch():
         ({"steps_per_call": 0}, "config.steps_per_call must be at least 1"),
     ],
 )
-def test_impossible_settings_are_named(fields, message):
+def test_settings_that_cannot_work_are_named(fields, message):
     config = base_config()
     config.data.normalise = "band"
     config.update_from_flattened_dict(fields)

@@ -67,7 +67,7 @@ def test_an_adam_step_is_scaled_layer_by_layer():
     tree = {"a": {"kernel": jnp.ones((2, 2))}, "head": {"kernel": jnp.ones((2, 2))}}
     optimizer = make_optimizer(config, 10, {"a": 0.25, "head": 1.0})
     updates, _ = optimizer.update(tree, optimizer.init(tree), tree)
-    # Adam's first step is the rate for any gradient.
+    # Adam's first step is the rate, whatever the gradient.
     np.testing.assert_allclose(updates["a"]["kernel"], -0.025, rtol=1e-4)
     np.testing.assert_allclose(updates["head"]["kernel"], -0.1, rtol=1e-4)
     plain = make_optimizer(config, 10, {"a": 1.0, "head": 1.0})
@@ -108,7 +108,7 @@ def test_batch_normalisation_statistics_are_copied_and_the_input_normalisation_i
     np.testing.assert_array_equal(state.norm["mean"], norm["mean"])
 
 
-def test_a_slow_body_changes_less_than_a_free_one(source, tmp_path):
+def test_a_slow_body_moves_less_than_a_free_one(source, tmp_path):
     moved = {}
     for rate in (0.1, 1.0):
         config = changed(
@@ -123,13 +123,13 @@ def test_a_slow_body_changes_less_than_a_free_one(source, tmp_path):
     assert 0 < moved[0.1] < moved[1.0]
 
 
-def test_a_run_resumes_without_its_source_which_the_audit_still_counts(source, tmp_path):
+def test_the_run_resumes_without_its_source_and_the_audit_remembers_it(source, tmp_path):
     config = changed(source, init_from=str(tmp_path / "source"), epochs=2)
     train(config, tmp_path / "run", progress=False)
     (tmp_path / "source" / "checkpoints").rename(tmp_path / "elsewhere")
     again = train(config, tmp_path / "run", progress=False)
     assert again.step == 6
-    # The other run was trained on a clip that is evaluated here.
+    # The other run had been trained on a clip that is evaluated here.
     record = json.loads((tmp_path / "run" / "train_clips.json").read_text())
     store = Store.open(record["store"])
     clip = int(store.indices("valid")[0])
@@ -143,8 +143,8 @@ def test_a_run_resumes_without_its_source_which_the_audit_still_counts(source, t
     assert not audit.clean and audit.findings[0].clips == 1
 
 
-def test_a_bundle_is_a_source_of_unknown_clips(small_config, tmp_path, caplog):
-    """Everything except the head (five labels there, three here) is copied; no audit is clean."""
+def test_a_bundle_is_a_source_whose_clips_are_not_known(small_config, tmp_path, caplog):
+    """All but the head (five labels there, three here) is copied, and no audit is clean."""
     bundle = tmp_path / "tags.safetensors"
     there = tiny_model(
         "multi_label", tuple("abcde"), features__compression="log10000", features__top_db=60.0
@@ -182,7 +182,7 @@ def test_a_bundle_is_a_source_of_unknown_clips(small_config, tmp_path, caplog):
 
 def test_a_source_of_another_size_is_named(source, tmp_path):
     config = changed(source, init_from=str(tmp_path / "source"), model__filters=(8, 32))
-    message = r"its layer conv2\['kernel'\] has the shape \(4, 8, 16\) where \(4, 8, 32\) is needed"
+    message = r"its layer conv2/kernel has the shape \(4, 8, 16\) where \(4, 8, 32\) is needed"
     with pytest.raises(UserError, match=message):
         train(config, tmp_path / "run", progress=False)
 
