@@ -10,10 +10,10 @@ from musicgenre.models.modulation import (
     Modulation,
     band_correlations,
     bin_matrix,
-    standard_deviation,
     loudness_views,
     modulation_spectrum,
     sounding,
+    standard_deviation,
 )
 
 # A small front: 2 blocks of 6 bands in windows of 8 frames, one block of 12 in windows of 4.
