@@ -106,7 +106,8 @@ def table(layers: Sequence[Layer]) -> str:
     for i, layer in enumerate(layers):
         inputs, output = ", ".join(map(_words, layer.inputs)), _words(layer.output)
         count = f"{layer.parameters:,}" if layer.parameters else ""
-        shapes = (inputs, output, count, ", ".join(map(source_text, layer.sources)))
+        sources = [f"{n} ({', '.join(names)})".removesuffix(" ()") for n, names in layer.sources]
+        shapes = (inputs, output, count, ", ".join(sources))
         rows.append((str(i), layer.name, layer.kind, settings_text(layer), *shapes))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     ruled = [rows[0], ["-" * width for width in widths], *rows[1:]]
@@ -127,11 +128,6 @@ def settings_text(layer: Layer) -> str:
 def shape_text(shape: Shape) -> str:
     """Returns a shape such as "323 x 256"."""
     return _words(tuple(shape))
-
-
-def source_text(source: Source) -> str:
-    """Returns a source, such as "3 (ReLU)"."""
-    return f"{source.layer} ({', '.join(source.operations)})".removesuffix(" ()")
 
 
 @dataclasses.dataclass

@@ -90,9 +90,6 @@ class Conv(nn.Module):
       size: frames and bands that a filter covers; the input is padded by `size - 1` zeros.
       stride: from one position of a filter to the next.
       train: use the fast products where they are switched on.
-      use_bias: add a bias.
-      kernel_init: initialiser of the kernel.
-      dtype: compute type.
     """
 
     features: int

@@ -127,7 +127,7 @@ def modulation_spectrum(
     Args:
       x: dB, float32 `[batch, frames, bands]`, at least `window` frames and `regions` bands.
       weight: 0 or 1 for each frame, float32 `[batch, frames]`.
-      regions: blocks of bands.
+      regions: number of blocks of bands.
       window: frames, even.
       scale_edges: first DCT index of each bin, in half cycles per block.
       rate_edges: first Fourier index of each bin, in cycles per window.
@@ -157,15 +157,9 @@ def loudness_views(
 ) -> list[jax.Array]:
     """Returns `x` relative to its maximum, and other views, float32 `[batch, frames, bands]` each.
 
-    In dB, quiet parts vary as much as loud ones. A floor removes quiet parts. A contrast keeps
-    whether a band is louder or softer than on average, and removes by how much.
-
-    Args:
-      x: dB, `[batch, frames, bands]`.
-      weight: of each frame in the mean, float32 `[batch, frames]`.
-      floors: dB below the maximum of a clip; the view adds noise power of this level.
-      contrasts: dB; the view is the difference of each value from its band's mean over frames,
-        compressed to this range.
+    In dB, quiet parts vary as much as loud ones. A floor removes quiet parts: it adds noise power,
+    so many dB below the maximum of a clip. A contrast keeps whether a band is louder or softer than
+    on average, its mean by `weight` `[batch, frames]`, and compresses by how much to a range in dB.
     """
     x = x.astype(jnp.float32)
     x -= x.max(axis=(1, 2), keepdims=True)
@@ -205,15 +199,14 @@ class Modulation(Network):
     and each contrast adds as many features again.
 
     Attributes:
-      regions: for each modulation spectrum, the number of blocks of bands.
-      windows: for each modulation spectrum, the frames of a window, even; windows overlap by half.
+      regions: number of blocks of bands of each modulation spectrum.
+      windows: frames, even, of each modulation spectrum's windows, which overlap by half.
       scale_edges: first index of each bin over frequency, in half cycles per block.
       rate_edges: first index of each bin over time, in cycles per window.
       groups: groups of bands whose correlations are features; 0 leaves them out.
       cepstra: cepstral coefficients whose movement is a feature; 0 leaves them out.
-      floors: for each, another view of the input with its quiet parts filled, dB below its maximum.
-      contrasts: for each, another view of the input relative to the mean of its bands, compressed
-        to this range in dB.
+      floors: dB below the maximum; each adds a view of the input with its quiet parts filled.
+      contrasts: dB; each adds a view relative to the mean of the bands, compressed to this range.
       momentum: of the running mean and variance of the features.
       hidden: units of the hidden layers.
       input_dropout: rate of the features.

@@ -176,8 +176,8 @@ def build(
     Args:
       model: see `resolve`.
       num_classes: outputs.
-      frames: frames of its input.
-      bands: bands of its input.
+      frames: of its input.
+      bands: of its input.
       kind: type of its features, such as "logmel"; "" does not check it.
       dtype: compute type, "float32" or "bfloat16"; parameters stay float32.
 

@@ -1,11 +1,9 @@
 """Dieleman's network at Spotify (2014): convolutions over time, three global pools, dense layers.
 
 Source: S. Dieleman, "Recommending music on Spotify with deep learning", blog post of 5 August 2014.
-Its text gives the input (599 frames x 128 mel bands), four convolutions of width 4, the pools of 4
-and 2 frames between them, the three global pools, two dense layers of 2,048 units with dropout, and
-40 outputs trained by mean squared error. The post shows the filters and the padding in a figure
-only: its text confirms 256 filters in the first layer; the others and VALID padding (the default of
-Theano, in which the network was written) are unverified.
+Its text gives the input (599 frames x 128 mel bands), the layers, pools and outputs. The post shows
+the filters and the padding in a figure only: its text confirms 256 filters in the first layer; the
+others and VALID padding (the default of Theano, in which it was written) are unverified.
 """
 
 from collections.abc import Mapping
