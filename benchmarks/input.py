@@ -84,7 +84,7 @@ def step_runners(
     resident = clips is not None
     augmentation = None
     if augment:
-        augmentation = Augmentation(frames, time_masks=2, band_masks=2, mixup=0.4, noise=0.5)
+        augmentation = Augmentation(frames=frames, time_masks=2, band_masks=2, mixup=0.4, noise=0.5)
     norm = normalisation(store, "band")
     shape: dict[str, Any] = {"seed": 0, "frames": frames, "bands": net.bands}
 

@@ -1,7 +1,6 @@
 """Changes to log-mel spectrograms in dB that preserve the genre, for data without sound.
 
-They have the names of those in `musicgenre.audio.perturb_sound` and approximate their effect on the
-spectrogram, without cells below its floor and without phase.
+They approximate those of the same names in `musicgenre.audio.perturb_sound`.
 """
 
 import functools
@@ -64,14 +63,16 @@ def band_gains(response: np.ndarray, spec: FeatureSpec) -> np.ndarray:
 
 def equaliser_gains(equaliser: Equaliser, spec: FeatureSpec) -> np.ndarray:
     """Returns `band_gains` of an equaliser, dB `[mels]`."""
-    frequencies = np.fft.rfftfreq(spec.n_fft, 1 / spec.sample_rate)
-    return band_gains(10 ** (equaliser.response(frequencies) / 10), spec)
+    return band_gains(10 ** (equaliser.response(_frequencies(spec)) / 10), spec)
+
+
+def _frequencies(spec: FeatureSpec) -> np.ndarray:
+    return np.asarray(np.fft.rfftfreq(spec.n_fft, 1 / spec.sample_rate))
 
 
 def _filter_gains(spec: FeatureSpec, kind: str, frequency: float) -> np.ndarray:
-    frequencies = np.fft.rfftfreq(spec.n_fft, 1 / spec.sample_rate)
     sections = band_filter(kind, frequency, spec.sample_rate)
-    response = scipy.signal.sosfreqz(sections, worN=frequencies, fs=spec.sample_rate)[1]
+    response = scipy.signal.sosfreqz(sections, worN=_frequencies(spec), fs=spec.sample_rate)[1]
     return band_gains(np.square(np.abs(response)), spec)
 
 

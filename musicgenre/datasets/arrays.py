@@ -76,9 +76,9 @@ class ArrayFile:
         if self.db_min is not None:
             values = np.float32(self.db_min[row]) * (1 - (values + np.float32(0.5)) / 256)
         if not np.isfinite(values).all():
+            name = self.clip_ids[row]
             raise UserError(
-                f"{self.path}: the spectrogram of {self.clip_ids[row]} has values that are not "
-                "finite numbers."
+                f"{self.path}: the spectrogram of {name} has values that are not finite."
             )
         return np.ascontiguousarray(values)
 
@@ -142,10 +142,8 @@ def load_arrays(
     clips: list[Clip] = []
     for split, file in opened.items():
         if file.frames_and_bands != first.frames_and_bands:
-            raise UserError(
-                f"{file.path}: clips of {file.frames_and_bands} (frames, bands) where {first.path} "
-                f"has {first.frames_and_bands}."
-            )
+            shapes = f"{file.frames_and_bands} (frames, bands), not {first.frames_and_bands}"
+            raise UserError(f"{file.path}: clips of {shapes} as {first.path} has.")
         if file.label_names and file.label_names != names:
             raise UserError(
                 f"{file.path}: its label names {', '.join(file.label_names)} are not those of "
@@ -159,10 +157,7 @@ def load_arrays(
     if protocol != "files":
         pool = [clip for clip in clips if clip.split != "test"]
         if not pool:
-            raise UserError(
-                "data set 'arrays': folds are made of the train and valid files. Set "
-                "--config.data.files.train=..."
-            )
+            raise UserError("folds are made of the train and valid files: set data.files.train.")
         groups = [clip.group for clip in pool] if protocol == "artist_kfold" else None
         splits = kfold_split([clip.labels[0] for clip in pool], folds, fold, seed, groups)
         clips = [clip for clip in clips if clip.split == "test"] + [
@@ -246,9 +241,8 @@ def open_array_file(path: Path, layout: str = "mel_time") -> ArrayFile:
             raise UserError(f"{path}: label holds numbers, so an array genres must name them.")
         for number, clip_id in zip(labels, ids, strict=True):
             if not 0 <= number < len(names):
-                raise UserError(
-                    f"{path}: label {number} of {clip_id} is not one of the {len(names)} genres."
-                )
+                genres = f"one of the {len(names)} genres"
+                raise UserError(f"{path}: label {number} of {clip_id} is not {genres}.")
         labels = [names[number] for number in labels]
     db_min = db_min if values.dtype == np.uint8 else None
     return ArrayFile(path, values, db_min, layout, ids, list(map(str, labels)), groups, names)
@@ -258,10 +252,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(path) as archive:
         total = sum(member.file_size for member in archive.infolist()) / 2**30
     if total > MAX_BYTES / 2**30:
-        raise UserError(
-            f"{path}: unpacks to {total:.1f} GiB, more than {MAX_BYTES / 2**30:.0f} GiB. Split it, "
-            "or use .npy files, which need not fit into memory."
-        )
+        raise UserError(f"{path}: unpacks to {total:.1f} GiB. Use .npy files, which are mapped.")
     with np.load(path, allow_pickle=False) as file:
         return {name: np.asarray(file[name]) for name in file.files}
 

@@ -46,10 +46,7 @@ def load_csv(
     column = next(name for name in _TASK_OF if name in header)
     task = task or _TASK_OF[column]
     if (task == "regression") != (column == "targets"):
-        raise UserError(
-            f"{path}, line 1: the column {column} does not fit data.task={task!r}; only a "
-            "regression has targets."
-        )
+        raise UserError(f"{path}, line 1: the column {column} does not fit data.task={task!r}.")
     skipped, clips = list[Skipped](), list[Clip]()
     size, seen = 0, dict[Path, int]()
     for line, row in rows:
@@ -72,10 +69,7 @@ def load_csv(
         elif allow_missing:
             skipped.append(Skipped(clip_id, str(file), "not on disk"))
         else:
-            raise UserError(
-                f"{where}: {file} is not on disk. Add it, or continue without such files with "
-                "--config.data.allow_missing=True."
-            )
+            raise UserError(f"{where}: {file} is not on disk; see --config.data.allow_missing.")
     protocol = "splits of the file"
     if "split" not in header and clips:
         clips = split_clips(clips, seed, fractions)
@@ -113,8 +107,7 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{path}: not a CSV file in UTF-8 that can be read ({error}). Set --config.data.root "
-            "to one."
+            f"--config.data.root={path} is no readable UTF-8 file ({error})."
         ) from error
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
     reader = csv.reader(text.splitlines(), delimiter=delimiter)
@@ -123,18 +116,16 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
         if name not in COLUMNS and (hint := did_you_mean(name, COLUMNS)).startswith(" Did"):
             raise UserError(f"{path}, line 1: unknown column {name!r}.{hint}")
     if "path" not in header or sum(name in header for name in _TASK_OF) != 1:
+        found = ", ".join(header)
         raise UserError(
-            f"{path}, line 1: the header must name the columns path and label (or labels, or "
-            f"targets), not {', '.join(header)!r}."
+            f"{path}, line 1: it must name path and label (or labels, or targets), not {found!r}."
         )
     rows = []
     for fields in filter(None, reader):
-        line, count = reader.line_num, len(header)
-        if len(fields) != count:
-            raise UserError(
-                f"{path}, line {line}: {len(fields)} fields where the header has {count}."
-            )
-        rows.append((line, dict(zip(header, map(str.strip, fields), strict=True))))
+        where = f"{path}, line {reader.line_num}"
+        if len(fields) != len(header):
+            raise UserError(f"{where}: {len(fields)} fields where the header has {len(header)}.")
+        rows.append((reader.line_num, dict(zip(header, map(str.strip, fields), strict=True))))
     if not rows:
         raise UserError(f"{path}: no rows below the header.")
     return rows

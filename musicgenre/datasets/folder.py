@@ -25,10 +25,7 @@ def load_folder(
     root = Path(root)
     files = {path: path.relative_to(root) for path in find_audio(root)}
     if not files:
-        raise UserError(
-            f"{root}: no sound files in this folder. Set --config.data.root to a folder with a "
-            "sub-folder per class."
-        )
+        raise UserError(f"--config.data.root={root}: no sound files in this folder.")
     top = {path.parts[0] for path in files.values()}
     given = len(top) > 1 and all(name.lower() in SPLIT_ALIASES for name in top)
     stems = Counter(path.with_suffix("") for path in files.values())

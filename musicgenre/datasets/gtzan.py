@@ -128,10 +128,8 @@ def _find(root: Path) -> dict[str, Path]:
                 raise UserError(f"{path} and {files[path.stem].name} are the same clip; keep one.")
         if files:
             return files
-    raise UserError(
-        f"{root}: not GTZAN's layout, ten folders with files such as blues/blues.00000.wav. Set "
-        "--config.data.root to the folder that holds them."
-    )
+    wanted = "ten folders with files such as blues/blues.00000.wav"
+    raise UserError(f"--config.data.root={root}: not GTZAN's layout, {wanted}.")
 
 
 def _genre(clip_id: str) -> str:

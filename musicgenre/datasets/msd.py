@@ -81,9 +81,8 @@ def read_songs(path: str | os.PathLike[str]) -> Iterator[Song]:
             count = len(tables["metadata/songs"])
             for name, table in tables.items():
                 if len(table) != count:
-                    raise UserError(
-                        f"{path}: {name} has {len(table)} rows where metadata/songs has {count}."
-                    )
+                    rows = f"{name} has {len(table)} rows where metadata/songs has {count}"
+                    raise UserError(f"{path}: {rows}.")
             lists = (
                 _tags(file, path, "metadata", "artist_terms", "weight"),
                 _tags(file, path, "musicbrainz", "artist_mbtags", "count"),
@@ -245,10 +244,7 @@ def load_msd(
     found = _gather(root, audio)
     fetch = f"Fetch them: musicgenre fetch_previews --root={root}"
     if not found.usable:
-        raise UserError(
-            f"{root}: none of the {found.songs} songs has a preview in {preview_folder(root)}. "
-            f"{fetch}"
-        )
+        raise UserError(f"{root}: none of the {found.songs} songs has a preview. {fetch}")
     if found.unfetched and not allow_missing:
         raise UserError(
             f"{root}: {found.unfetched[0]} has no preview yet ({len(found.unfetched)} of "
@@ -257,10 +253,8 @@ def load_msd(
         )
     counts = Counter(term for song in found.usable.values() for term, _ in song.artist_terms)
     if not counts:
-        raise UserError(
-            f"{root}: no song with a preview has artist terms. A summary file has none; use the "
-            "song files or an aggregate file."
-        )
+        why = "A summary file has none; use the song files"
+        raise UserError(f"{root}: no song with a preview has artist terms. {why}.")
     names = tuple(sorted(counts, key=lambda term: (-counts[term], term))[:top_k])
     clips = []
     for track_id, song in found.usable.items():

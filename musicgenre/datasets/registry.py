@@ -105,10 +105,8 @@ def load_dataset(options: Mapping[str, Any]) -> Dataset:
         del taken["protocol"]
     found = read(root, **taken)
     if not isinstance(found, Dataset):
-        raise UserError(
-            f"the reader of the data set {name!r} returned {type(found).__name__}, not a "
-            "musicgenre.datasets.Dataset."
-        )
+        returned = type(found).__name__
+        raise UserError(f"the reader of {name!r} returned {returned}, not a musicgenre Dataset.")
     return found
 
 

@@ -117,10 +117,8 @@ def split_fractions(fractions: Sequence[float]) -> tuple[list[str], np.ndarray]:
     """
     values = np.asarray(fractions, float)
     if len(values) != 3 or min(values) < 0 or abs(sum(values) - 1) > 1e-6 or values[0] <= 0:
-        raise UserError(
-            f"data.fractions={tuple(fractions)} must be three fractions that sum to 1, of train "
-            "(above 0), valid and test."
-        )
+        wanted = "three fractions that sum to 1, of train (above 0), valid and test"
+        raise UserError(f"data.fractions={tuple(fractions)} must be {wanted}.")
     return [SPLITS[i] for i in np.flatnonzero(values)], values[values > 0]
 
 

@@ -374,16 +374,11 @@ def _claim(root: Path, seed: int, clips_per_style: int, seconds: float) -> None:
     wanted = {"renderer": RENDERER_VERSION, "seed": seed, "seconds": seconds}
     found = read_json(record, "record of the synthetic data set") if record.exists() else {}
     if not found and root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise UserError(
-            f"{root}: is not an empty folder and holds no {RECORD_NAME}. Choose another root for "
-            "the synthetic data set; nothing was changed."
-        )
+        raise UserError(f"{root}: holds other files and no {RECORD_NAME}. Choose another root.")
     for name, value in wanted.items():
         if found and found.get(name) != value:
-            raise UserError(
-                f"{root}: was rendered with {name} {found.get(name)}, not {value}. Choose another "
-                "root for the new clips, or delete this one."
-            )
+            other = f"was rendered with {name} {found.get(name)}, not {value}"
+            raise UserError(f"{root}: {other}. Choose another root, or delete this one.")
     if clips_per_style > found.get("clips_per_style", 0):
         write_json(record, {**wanted, "clips_per_style": clips_per_style})
 

@@ -14,8 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from musicgenre.errors import UserError
-from musicgenre.models.layers import dense_layers, output_layer
+from musicgenre.models.layers import Network, check_field
 from musicgenre.models.registry import InputLimits, register
 
 
@@ -24,15 +23,8 @@ def local_response_norm(
 ) -> jax.Array:
     """Divides activations by a power of the neighbouring channels' energy (Krizhevsky 2012, 3.3).
 
-    Args:
-      x: `[..., channels]`.
-      size: the paper's n: `size // 2` channels on each side count, fewer at the first and last.
-      k: constant under the power.
-      alpha: factor of the sum of squares; not divided by `size`, as some libraries do.
-      beta: exponent.
-
-    Returns:
-      `x / (k + alpha * sum of squares) ** beta` in the type of `x`; the sum is taken in float32.
+    Returns `x / (k + alpha * sum of squares) ** beta` for `x` `[..., channels]`, in its type. The
+    sum is taken in float32 over the channel and `size // 2` on each side, fewer at the ends.
     """
     half = size // 2
     squares = jnp.square(x.astype(jnp.float32))
@@ -46,23 +38,16 @@ def grouped_convolution(
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated` by one call per group, about ten times faster on CPU.
 
-    Args:
-      x: `[batch, ..., channels]`.
-      kernel: `[..., channels / groups, filters]`.
-      *window: strides and padding.
-      feature_group_count: groups of channels and filters that are convolved separately.
-      **options: the others of `jax.lax.conv_general_dilated`.
+    `x` is `[batch, ..., channels]` and `kernel` `[..., channels / groups, filters]`.
     """
     parts = (jnp.split(part, feature_group_count, axis=-1) for part in (x, kernel))
-    groups = [
-        jax.lax.conv_general_dilated(part, filters, *window, **options)
-        for part, filters in zip(*parts, strict=True)
-    ]
+    convolve = jax.lax.conv_general_dilated
+    groups = [convolve(*pair, *window, **options) for pair in zip(*parts, strict=True)]
     return jnp.concatenate(groups, axis=-1)
 
 
 @register("alexnet")
-class AlexNet(nn.Module):
+class AlexNet(Network):
     """Five convolutions, overlapping max-pools after the first, second and fifth, and dense layers.
 
     Convolutions are padded (SAME) and pools are not, so an axis of n becomes ceil(n / 4), and
@@ -71,21 +56,18 @@ class AlexNet(nn.Module):
     nearly all of them in dense1.
 
     Attributes:
-      num_classes: outputs.
-      filters: filters of each convolution; their number is the number of layers.
-      widths: frames and bands that a filter of each layer covers.
-      stride: frames and bands from one position of a first filter to the next.
+      filters: filters of each convolution.
+      widths: frames and bands that a filter of each convolution covers.
+      stride: of the first convolution.
       grouped: convolutions, counted from 1, in two separate halves, as on the original's two GPUs.
-      response_norm: convolutions that local response normalisation follows; empty for none.
+      response_norm: convolutions that local response normalisation follows.
       pool_after: convolutions that a max-pool follows.
       pool: frames and bands of a max-pool.
       pool_stride: frames and bands from one pool to the next; below `pool` they overlap.
       dense: units of the hidden dense layers.
       dropout: rate after each hidden dense layer.
-      dtype: compute type.
     """
 
-    num_classes: int
     filters: tuple[int, ...] = (96, 256, 384, 384, 256)
     widths: tuple[int, ...] = (11, 5, 3, 3, 3)
     stride: int = 4
@@ -96,39 +78,27 @@ class AlexNet(nn.Module):
     pool_stride: int = 2
     dense: tuple[int, ...] = (4096, 4096)
     dropout: float = 0.5
-    dtype: Any = jnp.float32
 
     @staticmethod
     def input_limits(fields: Mapping[str, Any]) -> InputLimits:
-        """The fewest frames and bands that leave one window for the last pool.
-
-        Raises:
-          UserError: the fields do not fit together.
-        """
-        layers = len(fields["filters"])
-        if len(fields["widths"]) != layers:
-            raise UserError(
-                f"model.widths of 'alexnet' needs a width for each of the {layers} filters, "
-                f"not {fields['widths']}."
-            )
+        """The fewest frames and bands that leave one window for the last pool."""
+        filters = fields["filters"]
+        layers = range(1, len(filters) + 1)
+        rule = f"have a width for each of the {len(filters)} filters"
+        check_field("alexnet", fields, "widths", len(fields["widths"]) == len(filters), rule)
         for name in ("grouped", "response_norm", "pool_after"):
-            if wrong := [number for number in fields[name] if not 1 <= number <= layers]:
-                raise UserError(
-                    f"model.{name} of 'alexnet' names convolution {wrong[0]}; "
-                    f"they are 1 to {layers}."
-                )
-        for number in fields["grouped"]:
-            if number == 1 or any(count % 2 for count in fields["filters"][number - 2 : number]):
-                raise UserError(
-                    f"model.grouped of 'alexnet': convolution {number} cannot be halved. It and "
-                    "the one before it need an even number of filters."
-                )
+            rule = f"name convolutions from 1 to {len(filters)}"
+            check_field("alexnet", fields, name, all(n in layers for n in fields[name]), rule)
+        halves = all(
+            n > 1 and not any(f % 2 for f in filters[n - 2 : n]) for n in fields["grouped"]
+        )
+        rule = "name later convolutions that have, as the one before, an even number of filters"
+        check_field("alexnet", fields, "grouped", halves, rule)
         size = 1
-        for number in range(layers, 0, -1):
+        for number in reversed(layers):
             if number in fields["pool_after"]:
                 size = (size - 1) * fields["pool_stride"] + fields["pool"]
-            if number == 1:
-                size = (size - 1) * fields["stride"] + 1
+        size = (size - 1) * fields["stride"] + 1
         return InputLimits(min_frames=size, min_bands=size)
 
     @nn.compact
@@ -143,7 +113,6 @@ class AlexNet(nn.Module):
                 filters,
                 (width, width),
                 (stride, stride),
-                padding="SAME",
                 feature_group_count=2 if i in self.grouped else 1,
                 conv_general_dilated=grouped_convolution,
                 kernel_init=init,
@@ -155,6 +124,7 @@ class AlexNet(nn.Module):
                 x = local_response_norm(x)
             if i in self.pool_after:
                 x = nn.max_pool(x, window_shape=pool, strides=strides)
-        x = dense_layers(self, x.reshape(x.shape[0], -1), train, self.dense, init)
+        x = x.reshape(x.shape[0], -1)
+        x = self.dense_layers(x, train, self.dense, init)
         # As in the original; the other layers' larger values would start far from equal scores.
-        return output_layer(self, x, nn.initializers.normal(0.01))
+        return self.logits(x, nn.initializers.normal(0.01))

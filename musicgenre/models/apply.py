@@ -16,12 +16,7 @@ def normalise(x: jax.Array, norm: Any) -> jax.Array:
 def apply_model(
     module: nn.Module, variables: Mapping[str, Any], x: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs a trained model, a pure function.
-
-    Args:
-      module: the Linen module.
-      variables: its `params` and other collections.
-      x: normalised features, float32 `[batch, frames, bands]`.
+    """Runs a trained model, a pure function, on normalised features `[batch, frames, bands]`.
 
     Returns:
       Logits, float32 `[batch, classes]`, and the embedding, float32 `[batch, d]`.
@@ -31,10 +26,9 @@ def apply_model(
 
 
 def probabilities(logits: jax.Array, task: str) -> jax.Array:
-    """Returns scores, float32 `[batch, classes]`, of logits of that shape.
+    """Returns the scores of logits: softmax, sigmoid, or the logits themselves in regression.
 
-    They are softmax ("single_label"), sigmoid ("multi_label") or the logits themselves
-    ("regression").
+    `task` is "single_label", "multi_label" or "regression"; both are float32 `[batch, classes]`.
     """
     if task == "regression":
         return logits

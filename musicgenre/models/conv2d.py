@@ -7,21 +7,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from musicgenre.models.layers import avg_pool_time, batch_norm, dense_layers, max_pool, output_layer
+from musicgenre.models.layers import Network, avg_pool_time, batch_norm, max_pool
 from musicgenre.models.registry import InputLimits, register
 
 
 @register("conv2d")
-class Conv2D(nn.Module):
+class Conv2D(Network):
     """Three times [convolution, ReLU, max-pool] over frames and bands, pools, and dense layers.
 
     Filters, strides and pools are squares of Conv1D's lengths, and the last pools, a maximum and a
     mean, take the same frames and all bands. Its parameters are within 0.5 % of Conv1D's: for 128
-    bands and 10 outputs 2,784,186 at 647 frames and 1,735,610 at 387 (Conv1D: 2,775,818 and
-    1,727,242).
+    bands and 10 outputs 2,784,186 at 647 frames and 1,735,610 at 387.
 
     Attributes:
-      num_classes: outputs.
       filters: filters of each convolution; their number is the number of layers.
       width: frames and bands that a filter covers.
       stride: frames and bands from one position of a filter to the next.
@@ -31,10 +29,8 @@ class Conv2D(nn.Module):
       dropout: rate after each hidden dense layer.
       batch_norm: normalise before each ReLU.
       output_dropout: also drop logits, as the author's code for Conv1D did.
-      dtype: compute type.
     """
 
-    num_classes: int
     filters: tuple[int, ...] = (32, 144, 256)
     width: int = 4
     stride: int = 2
@@ -44,15 +40,12 @@ class Conv2D(nn.Module):
     dropout: float = 0.5
     batch_norm: bool = False
     output_dropout: bool = False
-    dtype: Any = jnp.float32
 
     @staticmethod
     def input_limits(fields: Mapping[str, Any]) -> InputLimits:
         """The fewest frames that leave one window for the last pools, and the fewest bands."""
         frames, bands = fields["final_pool"] or 1, 1
         for _ in fields["filters"]:
-            # SAME convolution: ceil(extent / stride) positions; the pool keeps complete windows
-            # only.
             frames = (frames * fields["pool"] - 1) * fields["stride"] + 1
             bands = (bands * fields["pool"] - 1) * fields["stride"] + 1
         return InputLimits(min_frames=frames, min_bands=bands)
@@ -61,24 +54,17 @@ class Conv2D(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Returns logits, float32 `[batch, num_classes]`, of `x` `[batch, frames, bands]`."""
         init = nn.initializers.glorot_normal()
+        options = {"use_bias": not self.batch_norm, "kernel_init": init, "dtype": self.dtype}
+        sizes = (self.width, self.width), (self.stride, self.stride)
         x = x.astype(self.dtype)[..., None]
         for i, filters in enumerate(self.filters, start=1):
-            conv = nn.Conv(
-                filters,
-                (self.width, self.width),
-                (self.stride, self.stride),
-                padding="SAME",
-                use_bias=not self.batch_norm,
-                kernel_init=init,
-                dtype=self.dtype,
-                name=f"conv{i}",
-            )
-            x = conv(x)
+            x = nn.Conv(filters, *sizes, name=f"conv{i}", **options)(x)
             if self.batch_norm:
-                x = batch_norm(train, self.dtype, name=f"norm{i}")(x)
+                x = batch_norm(train, self.dtype, f"norm{i}")(x)
             x = max_pool(nn.relu(x), (self.pool, self.pool))
-        window, bands = self.final_pool or x.shape[1], x.shape[2]
-        maxima = max_pool(x, (window, bands)).squeeze(2)
+        window = self.final_pool or x.shape[1]
+        maxima = max_pool(x, (window, x.shape[2])).squeeze(2)
         x = jnp.concatenate([maxima, avg_pool_time(x.mean(axis=2), window)], axis=-1)
-        x = dense_layers(self, x.reshape(x.shape[0], -1), train, self.dense, init)
-        return output_layer(self, x, init, self.dropout if self.output_dropout and train else 0.0)
+        x = x.reshape(x.shape[0], -1)
+        x = self.dense_layers(x, train, self.dense, init)
+        return self.logits(x, init, self.dropout if self.output_dropout and train else 0.0)

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -31,20 +31,12 @@ _OPERATIONS = {
     "tanh": "tanh",
 }
 # Fields of modules that do not say what they compute.
-_NO_SETTINGS = {"parent", "name", "dtype", "param_dtype", "axis_name", "train"} | {
-    "use_running_average",
-    "deterministic",
-}
+_NO_SETTINGS: tuple[str, ...] = ("parent", "name", "dtype", "param_dtype", "axis_name", "train")
+_NO_SETTINGS += ("use_running_average", "deterministic")
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Where an input of a layer comes from.
-
-    Attributes:
-      layer: index of the layer whose output it is.
-      operations: activations and pools between the two, such as "ReLU".
-    """
+class Source(NamedTuple):
+    """The layer, by its index, whose output a layer takes, and activations and pools in between."""
 
     layer: int
     operations: tuple[str, ...] = ()
@@ -56,11 +48,11 @@ class Layer:
 
     Attributes:
       name: its path in the network, such as "block1/conv2".
-      kind: the class of its module, such as "Conv"; "Input" and "Output" are the network's ends,
+      kind: class of its module, such as "Conv"; "Input" and "Output" are the network's ends,
         "Parameters" those of a module that also calls layers.
-      settings: the fields of its module that differ from their defaults.
+      settings: fields of its module that differ from their defaults.
       inputs: shapes of the arrays that it takes, without the batch.
-      output: the shape that it returns, likewise.
+      output: shape that it returns, likewise.
       parameters: trained numbers in it; 0 where an earlier layer has the same ones.
       sources: the layers whose outputs it takes, in order.
     """
@@ -78,25 +70,18 @@ def describe(module: nn.Module, frames: int, bands: int) -> list[Layer]:
     """Finds the layers of a network in the order in which they are called with `train=False`.
 
     A layer is a module of Flax, or any other that calls no further module; an NNX network is one.
-
-    Args:
-      module: a network, such as from `musicgenre.models.build`.
-      frames: frames of its input.
-      bands: bands of its input.
-
-    Returns:
-      The layers, the "Input" first and the "Output" last. Their parameters sum to the network's.
+    The "Input", `[frames, bands]`, is the first and the "Output" the last. Their parameters sum to
+    the network's.
     """
     x = jax.ShapeDtypeStruct((1, frames, bands), jnp.float32)
     variables = dict(jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), x))
     variables.pop("intermediates", None)
-    recorder = _Recorder(_Call(Layer("input", "Input", output=(frames, bands)), []))
-    calls = recorder.calls
+    calls = [_Call(Layer("input", "Input", output=(frames, bands)), [])]
 
     def apply(variables: Any, x: jax.Array) -> Any:
         return module.apply(variables, x, train=False, mutable=["intermediates"])[0]
 
-    with nn.intercept_methods(recorder):
+    with nn.intercept_methods(_Recorder(calls)):
         trace, output = jax.make_jaxpr(apply, return_shape=True)(variables, x)
     end = Layer("output", "Output", {}, (output.shape[1:],), output.shape[1:])
     weights: list[_Origin] = [{} for _ in jax.tree.leaves(variables)]
@@ -119,11 +104,11 @@ def table(layers: Sequence[Layer]) -> str:
     """Returns layers as an aligned table, and the number of all parameters below it."""
     rows = [("", "layer", "type", "settings", "input", "output", "parameters", "from")]
     for i, layer in enumerate(layers):
-        sources = ", ".join(map(source_text, layer.sources))
-        inputs, output = ", ".join(map(shape_text, layer.inputs)), shape_text(layer.output)
+        inputs, output = ", ".join(map(_words, layer.inputs)), _words(layer.output)
         count = f"{layer.parameters:,}" if layer.parameters else ""
-        row = (str(i), layer.name, layer.kind, settings_text(layer), inputs, output, count, sources)
-        rows.append(row)
+        sources = [f"{n} ({', '.join(names)})".removesuffix(" ()") for n, names in layer.sources]
+        shapes = (inputs, output, count, ", ".join(sources))
+        rows.append((str(i), layer.name, layer.kind, settings_text(layer), *shapes))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     ruled = [rows[0], ["-" * width for width in widths], *rows[1:]]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in ruled]
@@ -145,11 +130,6 @@ def shape_text(shape: Shape) -> str:
     return _words(tuple(shape))
 
 
-def source_text(source: Source) -> str:
-    """Returns a source, such as "3 (ReLU)"."""
-    return f"{source.layer} ({', '.join(source.operations)})".removesuffix(" ()")
-
-
 @dataclasses.dataclass
 class _Call:
     layer: Layer
@@ -160,10 +140,10 @@ class _Call:
 
 
 class _Recorder:
-    """Notes calls of modules, and marks the arrays that they take and return for `_connect`."""
+    """Appends calls of modules, and marks the arrays that they take and return for `_connect`."""
 
-    def __init__(self, start: _Call) -> None:
-        self.calls = [start]
+    def __init__(self, calls: list[_Call]) -> None:
+        self.calls = calls
         self._open: list[_Call] = []
 
     def __call__(self, function: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -229,8 +209,8 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     plain = {field.name: value for field, value in fields if value != field.default}
     if "cell" in plain:
         return _settings(plain["cell"])
-    plain = {name: value for name, value in plain.items() if name not in _NO_SETTINGS}
-    return {k: v for k, v in plain.items() if isinstance(v, (bool, int, float, str, tuple))}
+    types = (bool, int, float, str, tuple)
+    return {k: v for k, v in plain.items() if k not in _NO_SETTINGS and isinstance(v, types)}
 
 
 def _words(value: Any, joint: str = " x ") -> str:

@@ -7,10 +7,12 @@ The layers of `musicgenre.models.layers` use this module where it is switched on
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 # Fewest 2 x 2 tiles of a batch for which the transformed kernel, 16 numbers for 9, pays.
 _LEAST_TILES = 64
@@ -23,10 +25,15 @@ _OF_INPUT = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
 _OF_KERNEL = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
 _OF_PRODUCTS = ((1, 1, 1, 0), (0, 1, -1, -1))
 
-Arrays = Sequence[jax.Array]
-Matrix = Sequence[Sequence[float]]
+Arrays = Sequence[Array]
 
 _enabled = False
+
+# a @ b.T and a.T @ b
+_rows_product = functools.partial(jax.lax.dot_general, dimension_numbers=(((1,), (1,)), ((), ())))
+_columns_product = functools.partial(
+    jax.lax.dot_general, dimension_numbers=(((0,), (0,)), ((), ()))
+)
 
 
 def set_enabled(enabled: bool) -> None:
@@ -43,7 +50,7 @@ def is_enabled() -> bool:
     return _enabled
 
 
-def lax_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+def lax_conv(x: Array, kernel: Array, stride: int) -> Array:
     """XLA's convolution of `x` `[batch, frames, bands, in]` and `kernel` `[size, size, in, out]`.
 
     The input is padded by `size - 1` zeros in each direction.
@@ -55,7 +62,7 @@ def lax_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def fast_convs(x: jax.Array, kernels: tuple[jax.Array, ...], stride: int) -> tuple[jax.Array, ...]:
+def fast_convs(x: Array, kernels: tuple[Array, ...], stride: int) -> tuple[Array, ...]:
     """`lax_conv` of one input and each of several kernels of one shape, forward and backward.
 
     - 3 x 3 of stride 1: Winograd's F(2 x 2, 3 x 3), 16 products instead of 36. Its relative error
@@ -84,11 +91,11 @@ def fast_convs(x: jax.Array, kernels: tuple[jax.Array, ...], stride: int) -> tup
     return _rows_conv(x, kernels, stride)
 
 
-def _forward(x: jax.Array, kernels: tuple[jax.Array, ...], stride: int) -> tuple:
+def _forward(x: Array, kernels: tuple[Array, ...], stride: int) -> tuple:
     return fast_convs(x, kernels, stride), (x, kernels)
 
 
-def _backward(stride: int, saved: tuple, dys: tuple[jax.Array, ...]) -> tuple:
+def _backward(stride: int, saved: tuple, dys: tuple[Array, ...]) -> tuple:
     x, kernels = saved
     if _suits_winograd(x, kernels[0], stride):
         pairs = [_winograd_gradients(x, *pair) for pair in zip(kernels, dys, strict=True)]
@@ -104,25 +111,13 @@ fast_convs.defvjp(_forward, _backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def fast_norm(
-    x: jax.Array,
-    scale: jax.Array,
-    offset: jax.Array,
-    plus: jax.Array | None,
-    relu: bool,
-    epsilon: float,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Batch normalisation over all axes but the last, and what follows it.
+    x: Array, scale: Array, offset: Array, plus: Array | None, relu: bool, epsilon: float
+) -> tuple[Array, Array, Array]:
+    """Batch normalisation of `[..., channels]` over all axes but the last, and what follows it.
 
-    Only `x` and the result are kept for the gradient. Flax's also keeps the differences from the
-    mean and the signs of ReLU's inputs.
-
-    Args:
-      x: float32 `[..., channels]`.
-      scale: `[channels]`.
-      offset: `[channels]`.
-      plus: is added to the normalised `x`, of the same shape; None adds nothing.
-      relu: apply ReLU at the end.
-      epsilon: is added to the variance.
+    Adds `plus`, of the shape of `x`, where given, and then applies ReLU if `relu`. Only `x` and the
+    result are kept for the gradient. Flax's also keeps the differences from the mean and the signs
+    of ReLU's inputs.
 
     Returns:
       The result, and the mean and the variance, `[channels]`.
@@ -135,15 +130,9 @@ def fast_norm(
     return jnp.maximum(y, 0.0) if relu else y, mean, variance
 
 
-def _norm_forward(
-    x: jax.Array,
-    scale: jax.Array,
-    offset: jax.Array,
-    plus: jax.Array | None,
-    relu: bool,
-    epsilon: float,
-) -> tuple:
-    y, mean, variance = fast_norm(x, scale, offset, plus, relu, epsilon)
+def _norm_forward(x: Array, scale: Array, offset: Array, plus: Array | None, *rest: Any) -> tuple:
+    y, mean, variance = fast_norm(x, scale, offset, plus, *rest)
+    relu = rest[0]
     return (y, mean, variance), (x, scale, mean, variance, y if relu else None, plus is None)
 
 
@@ -166,7 +155,7 @@ def _norm_backward(relu: bool, epsilon: float, saved: tuple, cotangents: tuple) 
 fast_norm.defvjp(_norm_forward, _norm_backward)
 
 
-def _suits_winograd(x: jax.Array, kernel: jax.Array, stride: int) -> bool:
+def _suits_winograd(x: Array, kernel: Array, stride: int) -> bool:
     batch, frames, bands, _ = x.shape
     size, _, inputs, outputs = kernel.shape
     enough = min(inputs, outputs) >= 16 and batch * frames * bands >= 4 * _LEAST_TILES
@@ -180,15 +169,10 @@ def _some_clips_at_a_time(
     shapes: Sequence[tuple[int, ...]] = (),
     sums: Arrays = (),
 ) -> tuple[Arrays, Arrays]:
-    """Computes results and sums over a batch, at least one clip and about `_POSITIONS` at a time.
+    """Computes results of `shapes` and sums over a batch, about `_POSITIONS` at a time.
 
-    Args:
-      compute: takes some clips of each array and the sums so far, and returns the same clips of
-        each result and the new sums.
-      arrays: `[batch, ...]` each.
-      positions: of a clip.
-      shapes: of each result, `[batch, ...]`.
-      sums: their initial values.
+    `compute` takes some clips of each array and the sums so far, and returns the same clips of each
+    result and the new sums. A clip has `positions`.
     """
     batch = arrays[0].shape[0]
     divisors = [count for count in range(1, batch + 1) if batch % count == 0]
@@ -196,14 +180,13 @@ def _some_clips_at_a_time(
     if clips == batch:
         return compute(arrays, sums)
 
-    def body(number: jax.Array, carry: tuple[Arrays, Arrays]) -> tuple[Arrays, Arrays]:
+    def body(number: Array, carry: tuple[Arrays, Arrays]) -> tuple[Arrays, Arrays]:
         results, sums = carry
         start = number * clips
         parts = [jax.lax.dynamic_slice_in_dim(array, start, clips) for array in arrays]
         new, sums = compute(parts, sums)
         update = jax.lax.dynamic_update_slice_in_dim
-        pairs = zip(results, new, strict=True)
-        return [update(result, part, start, 0) for result, part in pairs], sums
+        return [update(*pair, start, 0) for pair in zip(results, new, strict=True)], sums
 
     # XLA shares zeros between loops and then copies them for each, so each loop begins with a
     # number that no other does.
@@ -211,122 +194,95 @@ def _some_clips_at_a_time(
     return jax.lax.fori_loop(0, batch // clips, body, (empty, sums))
 
 
-def _transform(matrix: Matrix, tile: list[list[jax.Array]]) -> list[list[jax.Array]]:
-    """Transforms the rows of a tile and then its columns by a matrix of few numbers."""
+def _transform(matrix: Iterable[Sequence[float]], tile: Iterable[Arrays]) -> list[Array]:
+    """Transforms the rows of a tile and then its columns by a matrix; returns them row by row."""
+    matrix = list(matrix)
 
-    def product(parts: Arrays) -> list[jax.Array]:
-        scaled = [
+    def product(parts: Arrays) -> list[Array]:
+        scaled = (
             [a if c == 1 else c * a for c, a in zip(line, parts, strict=True) if c]
             for line in matrix
-        ]
+        )
         return [functools.reduce(jnp.add, line) for line in scaled]
 
     rows = [product(row) for row in tile]
     columns = [product(column) for column in zip(*rows, strict=True)]
-    return [list(row) for row in zip(*columns, strict=True)]
+    return [array for row in zip(*columns, strict=True) for array in row]
 
 
-def _transposed(matrix: Matrix) -> Matrix:
-    return list(zip(*matrix, strict=True))
-
-
-def _flat(tile: list[list[jax.Array]]) -> list[jax.Array]:
-    return [array for row in tile for array in row]
-
-
-def _tiles(count: int) -> int:
-    """Returns how many tiles of two cover an axis."""
-    return -(-count // 2)
-
-
-def _input_tiles(x: jax.Array) -> list[jax.Array]:
+def _input_tiles(x: Array) -> list[Array]:
     """Returns the transformed overlapping 4 x 4 tiles of `x`: 16 arrays `[tiles, channels]`."""
     clips, frames, bands, channels = x.shape
-    rows, columns = _tiles(frames), _tiles(bands)
+    rows, columns = -(-frames // 2), -(-bands // 2)
     x = jnp.pad(x, ((0, 0), (1, 2 * rows + 1 - frames), (1, 2 * columns + 1 - bands), (0, 0)))
     x = x.reshape(clips, rows + 1, 2, columns + 1, 2, channels)
     tile = [
         [x[:, i // 2 : i // 2 + rows, i % 2, j // 2 : j // 2 + columns, j % 2] for j in range(4)]
         for i in range(4)
     ]
-    return [array.reshape(-1, channels) for array in _flat(_transform(_OF_INPUT, tile))]
+    return [array.reshape(-1, channels) for array in _transform(_OF_INPUT, tile)]
 
 
-def _winograd(x: jax.Array, kernel: jax.Array, *, swapped: bool = False) -> jax.Array:
+def _winograd(x: Array, kernel: Array, *, swapped: bool = False) -> Array:
     """`lax_conv(x, kernel, 1)` of a 3 x 3 kernel; `swapped` exchanges its inputs and outputs."""
     batch, frames, bands, _ = x.shape
     outputs = kernel.shape[2 if swapped else 3]
     # Swapping the kernel's axes would slow its transform: XLA keeps the layout and reads across it.
     product = _rows_product if swapped else jnp.matmul
-    rows, columns = _tiles(frames), _tiles(bands)
-    weights = _flat(_transform(_OF_KERNEL, [list(row) for row in kernel]))
+    rows, columns = -(-frames // 2), -(-bands // 2)
+    weights = _transform(_OF_KERNEL, [list(row) for row in kernel])
 
     def compute(parts: Arrays, sums: Arrays) -> tuple[Arrays, Arrays]:
         pairs = zip(_input_tiles(parts[0]), weights, strict=True)
         products = [product(*pair).reshape(-1, rows, columns, outputs) for pair in pairs]
         tile = _transform(_OF_PRODUCTS, [products[i : i + 4] for i in range(0, 16, 4)])
-        y = jnp.stack([jnp.stack(row, axis=3) for row in tile], axis=2)
+        y = jnp.stack([jnp.stack(tile[i : i + 2], axis=3) for i in (0, 2)], axis=2)
         return [y.reshape(-1, 2 * rows, 2 * columns, outputs)[:, :frames, :bands]], sums
 
     shape = (batch, frames, bands, outputs)
     return _some_clips_at_a_time(compute, [x], rows * columns, [shape])[0][0]
 
 
-def _winograd_gradients(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> tuple:
+def _winograd_gradients(x: Array, kernel: Array, dy: Array) -> tuple:
     """The gradients of `_winograd`: the input's is another, the kernel's uses the transposes."""
     frames, bands, inputs = x.shape[1:]
     outputs = dy.shape[3]
-    rows, columns = _tiles(frames), _tiles(bands)
+    rows, columns = -(-frames // 2), -(-bands // 2)
 
     def compute(parts: Arrays, sums: Arrays) -> tuple[Arrays, Arrays]:
         x, dy = parts
         dy = jnp.pad(dy, ((0, 0), (0, 2 * rows - frames), (0, 2 * columns - bands), (0, 0)))
         dy = dy.reshape(-1, rows, 2, columns, 2, outputs)
         tile = [[dy[:, :, i, :, j].reshape(-1, outputs) for j in range(2)] for i in range(2)]
-        products = _flat(_transform(_transposed(_OF_PRODUCTS), tile))
+        products = _transform(zip(*_OF_PRODUCTS, strict=True), tile)
         triples = zip(sums, _input_tiles(x), products, strict=True)
         return [], [total + _columns_product(d, e) for total, d, e in triples]
 
     zeros = [jnp.zeros((inputs, outputs), x.dtype)] * 16
     _, sums = _some_clips_at_a_time(compute, [x, dy], rows * columns, sums=zeros)
-    tile = _transform(_transposed(_OF_KERNEL), [list(sums[i : i + 4]) for i in range(0, 16, 4)])
-    gradient = jnp.stack([jnp.stack(row) for row in tile])
+    rows_of_four = [sums[i : i + 4] for i in range(0, 16, 4)]
+    gradient = jnp.stack(_transform(zip(*_OF_KERNEL, strict=True), rows_of_four))
     # The kernel's gradient first, after which the input's may reuse dy's memory.
-    dy, gradient = jax.lax.optimization_barrier((dy, gradient))
+    dy, gradient = jax.lax.optimization_barrier((dy, gradient.reshape(kernel.shape)))
     return _winograd(dy, kernel[::-1, ::-1], swapped=True), gradient
 
 
-def _rows_product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`a @ b.T`."""
-    return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())))
-
-
-def _columns_product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`a.T @ b`."""
-    return jax.lax.dot_general(a, b, (((0,), (0,)), ((), ())))
-
-
-def _shifted(x: jax.Array, size: int, stride: int) -> list[jax.Array]:
+def _shifted(x: Array, size: int, stride: int) -> list[Array]:
     """Returns `x` under each of the kernel's positions, `[clips, rows, columns, channels]` each."""
-    clips, frames, bands, channels = x.shape
-    rows, columns = -(-frames // stride), -(-bands // stride)
+    rows, columns = (stride * (-(-extent // stride) - 1) + 1 for extent in x.shape[1:3])
     pad = ((size - 1) // 2, size // 2)
     x = jnp.pad(x, ((0, 0), pad, pad, (0, 0)))
-
-    def at(i: int, j: int) -> jax.Array:
-        ends = (clips, i + stride * (rows - 1) + 1, j + stride * (columns - 1) + 1, channels)
-        return jax.lax.slice(x, (0, i, j, 0), ends, (1, stride, stride, 1))
-
-    return [at(i, j) for i, j in itertools.product(range(size), repeat=2)]
+    positions = itertools.product(range(size), repeat=2)
+    return [x[:, i : i + rows : stride, j : j + columns : stride] for i, j in positions]
 
 
-def _patches(x: jax.Array, size: int, stride: int) -> jax.Array:
+def _patches(x: Array, size: int, stride: int) -> Array:
     """Returns the input of a filter at each position, `[positions, size * size * channels]`."""
     rows = jnp.concatenate(_shifted(x, size, stride), axis=3)
     return rows.reshape(-1, rows.shape[3])
 
 
-def _rows_conv(x: jax.Array, kernels: tuple[jax.Array, ...], stride: int) -> tuple[jax.Array, ...]:
+def _rows_conv(x: Array, kernels: tuple[Array, ...], stride: int) -> tuple[Array, ...]:
     """`lax_conv` by one product."""
     batch, frames, bands, _ = x.shape
     size, outputs = kernels[0].shape[0], kernels[0].shape[3]
@@ -341,9 +297,7 @@ def _rows_conv(x: jax.Array, kernels: tuple[jax.Array, ...], stride: int) -> tup
     return tuple(_some_clips_at_a_time(compute, [x], rows * columns, shapes)[0])
 
 
-def _rows_gradients(
-    x: jax.Array, kernels: tuple[jax.Array, ...], stride: int, dys: tuple[jax.Array, ...]
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+def _rows_gradients(x: Array, kernels: Arrays, stride: int, dys: Arrays) -> tuple:
     """The gradients of `_rows_conv`, by one product each."""
     size, _, inputs, outputs = kernels[0].shape
     rows, columns = dys[0].shape[1:3]
@@ -362,28 +316,33 @@ def _rows_gradients(
     return dx, tuple(gradients[:, :, :, i] for i in range(len(kernels)))
 
 
-def _unshifted(patches: jax.Array, stride: int, shape: tuple[int, ...]) -> jax.Array:
+def _unshifted(patches: Array, stride: int, shape: tuple[int, ...]) -> Array:
     """Sums patches, `[clips, rows, columns, size * size * channels]`, into an input of `shape`."""
     clips, frames, bands, channels = shape
     size = round((patches.shape[3] // channels) ** 0.5)
     pad = (size - 1) // 2
     # Rows and columns of the padded input, in steps of the stride.
     rows, columns = -(-(frames + size - 1) // stride), -(-(bands + size - 1) // stride)
-    phases: list[list[list[jax.Array]]] = [[[] for _ in range(stride)] for _ in range(stride)]
-    for number, (i, j) in enumerate(itertools.product(range(size), repeat=2)):
-        part = patches[..., number * channels : (number + 1) * channels]
-        first, second = i // stride, j // stride
-        ends = (rows - first - part.shape[1], columns - second - part.shape[2])
-        padded = jnp.pad(part, ((0, 0), (first, ends[0]), (second, ends[1]), (0, 0)))
-        phases[i % stride][j % stride].append(padded)
     nothing = jnp.zeros((clips, rows, columns, channels), patches.dtype)
-    summed = [[sum(phase[1:], phase[0]) if phase else nothing for phase in row] for row in phases]
-    dx = jnp.stack([jnp.stack(row, axis=3) for row in summed], axis=2)
+
+    def phase(*start: int) -> Array:
+        """Sums the patches of the kernel's positions from `start` in steps of the stride."""
+        padded = []
+        for i, j in itertools.product(*(range(at, size, stride) for at in start)):
+            part = patches[..., (i * size + j) * channels : (i * size + j + 1) * channels]
+            first, second = i // stride, j // stride
+            ends = (rows - first - part.shape[1], columns - second - part.shape[2])
+            pads = ((0, 0), (first, ends[0]), (second, ends[1]), (0, 0))
+            padded.append(jnp.pad(part, pads))
+        return functools.reduce(jnp.add, padded) if padded else nothing
+
+    steps = range(stride)
+    dx = jnp.stack([jnp.stack([phase(i, j) for j in steps], axis=3) for i in steps], axis=2)
     dx = dx.reshape(clips, rows * stride, columns * stride, channels)
     return dx[:, pad : pad + frames, pad : pad + bands]
 
 
-def _one_channel_gradients(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int) -> tuple:
+def _one_channel_gradients(x: Array, kernel: Array, dy: Array, stride: int) -> tuple:
     """The gradients of `lax_conv` for one input channel, by one product each."""
     size, outputs = kernel.shape[0], kernel.shape[3]
     rows, columns = dy.shape[1:3]

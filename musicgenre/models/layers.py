@@ -1,4 +1,4 @@
-"""Layers that several models share."""
+"""The base of the networks, and layers that several of them share."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -10,9 +10,72 @@ import jax.numpy as jnp
 
 from musicgenre.errors import UserError
 from musicgenre.models import fast_conv
+from musicgenre.models.registry import InputLimits
 
 # Fewest filters of a layer for which the fast products are worth compiling.
 _LEAST_FEATURES = 32
+
+
+class Network(nn.Module):
+    """Base of this package's networks.
+
+    Attributes:
+      num_classes: outputs.
+      dtype: compute type; parameters and logits are float32.
+    """
+
+    num_classes: int
+    dtype: Any = jnp.float32
+
+    @staticmethod
+    def input_limits(fields: Mapping[str, Any]) -> InputLimits:
+        """Returns the input that a network with these fields takes.
+
+        Raises:
+          UserError: the fields do not fit together.
+        """
+        return InputLimits()
+
+    @nn.nowrap
+    def embed(self: Any, x: jax.Array, train: bool) -> jax.Array:
+        """Sows `x`, `[batch, d]`, as the embedding and returns it after dropout."""
+        self.sow("intermediates", "embedding", x)
+        return nn.Dropout(self.dropout, deterministic=not train)(x)
+
+    @nn.nowrap
+    def dense_layers(
+        self: Any,
+        x: jax.Array,
+        train: bool,
+        units: Sequence[int],
+        init: Any,
+        activation: Callable[[jax.Array], jax.Array] = nn.relu,
+        name: str = "dense",
+    ) -> jax.Array:
+        """Hidden dense layers, each followed by dropout, of `x` `[batch, features]`.
+
+        They have `units` each, kernels initialised by `init`, and a `name` that a number follows.
+        The embedding is the output of the last one before dropout, or `x` if there are none.
+        """
+        embedding = x
+        for i, count in enumerate(units, start=1):
+            layer = nn.Dense(count, kernel_init=init, dtype=self.dtype, name=f"{name}{i}")
+            embedding = activation(layer(x))
+            x = nn.Dropout(self.dropout, deterministic=not train)(embedding)
+        self.sow("intermediates", "embedding", embedding)
+        return x
+
+    @nn.nowrap
+    def logits(
+        self, x: jax.Array, init: Any = nn.linear.default_kernel_init, dropout: float = 0.0
+    ) -> jax.Array:
+        """The last dense layer, "head": logits, float32 `[batch, num_classes]`, of `[batch, d]`.
+
+        `init` is the kernel's initialiser, `dropout` the rate of logits to drop.
+        """
+        x = nn.Dense(self.num_classes, kernel_init=init, dtype=self.dtype, name="head")(x)
+        x = nn.Dropout(dropout, deterministic=False)(x) if dropout else x
+        return x.astype(jnp.float32)
 
 
 class Conv(nn.Module):
@@ -27,9 +90,6 @@ class Conv(nn.Module):
       size: frames and bands that a filter covers; the input is padded by `size - 1` zeros.
       stride: from one position of a filter to the next.
       train: use the fast products where they are switched on.
-      use_bias: add a bias.
-      kernel_init: initialiser of the kernel.
-      dtype: compute type.
     """
 
     features: int
@@ -42,14 +102,11 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, product: bool = True) -> jax.Array:
-        """Convolves.
-
-        Args:
-          x: `[batch, frames, bands, channels]`.
-          product: if False, only return the kernel, `[size, size, channels, features]`.
+        """Convolves `[batch, frames, bands, channels]`.
 
         Returns:
-          `[batch, ceil(frames / stride), ceil(bands / stride), features]`.
+          `[batch, ceil(frames / stride), ceil(bands / stride), features]`, or the kernel only if
+          not `product`.
         """
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel, bias = self.param("kernel", self.kernel_init, shape), None
@@ -58,16 +115,11 @@ class Conv(nn.Module):
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         if not product:
             return kernel
-        if self.is_fast():
+        if self.train and _is_fast(self.dtype, self.features):
             y = fast_conv.fast_convs(x, (kernel,), self.stride)[0]
         else:
             y = fast_conv.lax_conv(x, kernel, self.stride)
         return y if bias is None else y + bias
-
-    @nn.nowrap
-    def is_fast(self) -> bool:
-        """Returns whether the fast products serve."""
-        return self.train and _is_fast(self.dtype, self.features)
 
 
 def _is_fast(dtype: Any, features: int) -> bool:
@@ -77,7 +129,7 @@ def _is_fast(dtype: Any, features: int) -> bool:
 
 def convolve_together(x: jax.Array, *convs: Conv) -> tuple[jax.Array, ...]:
     """Applies convolutions without biases that differ in their names only; fast, by one product."""
-    if not convs[0].is_fast():
+    if not (convs[0].train and _is_fast(convs[0].dtype, convs[0].features)):
         return tuple(conv(x) for conv in convs)
     kernels = tuple(conv(x, product=False) for conv in convs)
     return fast_conv.fast_convs(x.astype(jnp.float32), kernels, convs[0].stride)
@@ -100,29 +152,20 @@ def max_pool(x: jax.Array, window: tuple[int, ...]) -> jax.Array:
       `[batch, a // window[0], ..., channels]`.
     """
     batch, *extents, channels = x.shape
-    lengths = [extent // size for extent, size in zip(extents, window, strict=True)]
-    pairs = list(zip(lengths, window, strict=True))
-    cut = tuple(slice(0, length * size) for length, size in pairs)
-    windows = x[(slice(None), *cut)].reshape(batch, *itertools.chain(*pairs), channels)
+    pairs = [(extent // size, size) for extent, size in zip(extents, window, strict=True)]
+    x = x[(slice(None), *(slice(length * size) for length, size in pairs))]
+    x = x.reshape(batch, *itertools.chain(*pairs), channels)
     # Row by row through the window, so that the first of equal values wins.
     positions = itertools.product(*map(range, window))
-    return _tournament(
-        [
-            windows[(slice(None), *(item for i in position for item in (slice(None), i)))]
-            for position in positions
-        ]
-    )
+    every = slice(None)
+    return _tournament([x[(every, *(i for at in p for i in (every, at)))] for p in positions])
 
 
 @jax.named_scope("max_pool")
 def max_pool_overlapping(x: jax.Array) -> jax.Array:
     """`nn.max_pool` of 3 x 3 windows, stride 2 and padding 1, by the tournament of `max_pool`.
 
-    Args:
-      x: `[batch, frames, bands, channels]`.
-
-    Returns:
-      `[batch, ceil(frames / 2), ceil(bands / 2), channels]`.
+    `[batch, frames, bands, channels]` to `[batch, ceil(frames / 2), ceil(bands / 2), channels]`.
     """
     for axis in (2, 1):  # within the rows first, so that the first of equal values wins row by row
         length = -(-x.shape[axis] // 2)
@@ -135,11 +178,6 @@ def max_pool_overlapping(x: jax.Array) -> jax.Array:
         # In pairs from the left, the odd one last.
         x = _tournament([jax.lax.slice_in_dim(before, 0, length, axis=axis), even, odd])
     return x
-
-
-def max_pool_time(x: jax.Array, window: int) -> jax.Array:
-    """`max_pool` over frames: `[batch, frames, c]` to `[batch, frames // window, c]`."""
-    return max_pool(x, (window,))
 
 
 @jax.named_scope("global_max")
@@ -177,16 +215,7 @@ class BatchNorm(nn.BatchNorm):
     def __call__(  # type: ignore[override]
         self, x: jax.Array, *, plus: jax.Array | None = None, relu: bool = False
     ) -> jax.Array:
-        """Normalises.
-
-        Args:
-          x: `[..., channels]`, or as `axis` says.
-          plus: is added to the normalised `x`, of the same shape.
-          relu: apply ReLU at the end.
-
-        Returns:
-          An array of `x`'s shape.
-        """
+        """Normalises `x`, then adds `plus`, of its shape, then applies ReLU, where given."""
         channels = x.shape[-1]
         training = not self.use_running_average and self.axis_name is None
         plain = self.use_scale and self.axis in (-1, x.ndim - 1) and x.dtype == jnp.float32
@@ -205,84 +234,24 @@ class BatchNorm(nn.BatchNorm):
         return nn.relu(y) if relu else y
 
 
-def batch_norm(
-    train: bool, dtype: Any, name: str | None = None, *, axis: int = -1, affine: bool = True
-) -> BatchNorm:
-    """Batch normalisation over all axes but `axis`, with scale and bias if `affine`.
+def batch_norm(train: bool, dtype: Any, name: str | None = None, **fields: Any) -> BatchNorm:
+    """Batch normalisation with a momentum of 0.9, or other `fields` of `nn.BatchNorm`.
 
     Its statistics are those of the global batch: by sharding under jit, by an interceptor under
     pmap.
     """
-    return BatchNorm(
-        use_running_average=not train,
-        axis=axis,
-        momentum=0.9,
-        epsilon=1e-5,
-        use_scale=affine,
-        use_bias=affine,
-        dtype=dtype,
-        name=name,
-    )
+    return BatchNorm(not train, dtype=dtype, name=name, **{"momentum": 0.9} | fields)
 
 
 def musicnn_norm(x: jax.Array, train: bool, dtype: Any, name: str) -> jax.Array:
     """The batch normalisation of musicnn's public code, whose epsilon is .001."""
-    norm = nn.BatchNorm(not train, momentum=0.99, epsilon=1e-3, dtype=dtype, name=name)
-    return norm(x)
+    return nn.BatchNorm(not train, momentum=0.99, epsilon=1e-3, dtype=dtype, name=name)(x)
 
 
-def output_layer(
-    module: Any, x: jax.Array, init: Any = nn.linear.default_kernel_init, dropout: float = 0.0
-) -> jax.Array:
-    """The last dense layer, "head", of a network that calls this from its compact method.
-
-    Args:
-      module: the network; its fields `num_classes` and `dtype` are used.
-      x: `[batch, features]`.
-      init: initialiser of the kernel.
-      dropout: rate of logits to drop.
-
-    Returns:
-      Logits, float32 `[batch, num_classes]`.
-    """
-    layer = nn.Dense(module.num_classes, kernel_init=init, dtype=module.dtype, name="head")
-    x = layer(x)
-    if dropout:
-        x = nn.Dropout(dropout, deterministic=False)(x)
-    return x.astype(jnp.float32)
-
-
-def dense_layers(
-    module: Any,
-    x: jax.Array,
-    train: bool,
-    units: Sequence[int],
-    init: Any,
-    *,
-    activation: Callable[[jax.Array], jax.Array] = nn.relu,
-    name: str = "dense",
-) -> jax.Array:
-    """Hidden dense layers, each followed by dropout; sows the last one's output as the embedding.
-
-    Args:
-      module: the network; its fields `dropout` and `dtype` are used.
-      x: `[batch, features]`; the embedding if there are no layers.
-      train: drop units.
-      units: of each layer.
-      init: initialiser of the kernels.
-      activation: of each layer.
-      name: of the layers, which a number follows.
-
-    Returns:
-      `[batch, units of the last layer]`.
-    """
-    embedding = x
-    for i, count in enumerate(units, start=1):
-        layer = nn.Dense(count, kernel_init=init, dtype=module.dtype, name=f"{name}{i}")
-        embedding = activation(layer(x))
-        x = nn.Dropout(module.dropout, deterministic=not train)(embedding)
-    module.sow("intermediates", "embedding", embedding)
-    return x
+def check_field(model: str, fields: Mapping[str, Any], name: str, valid: bool, rule: str) -> None:
+    """Raises UserError, "model.<name>=<value> of <model> must <rule>.", if not `valid`."""
+    if not valid:
+        raise UserError(f"model.{name}={fields[name]!r} of {model!r} must {rule}.")
 
 
 def check_lengths(model: str, fields: Mapping[str, Any], *names: str) -> None:
@@ -290,6 +259,4 @@ def check_lengths(model: str, fields: Mapping[str, Any], *names: str) -> None:
     lengths = {len(fields[name]) for name in names}
     if len(lengths) > 1 or 0 in lengths:
         values = ", ".join(f"model.{name}={tuple(fields[name])}" for name in names)
-        raise UserError(
-            f"the model {model!r} takes one value per layer: {values} must have the same length."
-        )
+        raise UserError(f"model {model!r}: {values} must have the same length, one per layer.")

@@ -15,6 +15,7 @@ The papers are cited from memory; the blocks, the bins and the other features ar
 own.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -26,8 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.fft
 
-from musicgenre.errors import UserError
-from musicgenre.models.layers import check_lengths, dense_layers, output_layer
+from musicgenre.models.layers import Network, batch_norm, check_field, check_lengths
 from musicgenre.models.registry import InputLimits, register
 
 # Added before a root, a division or a logarithm of what may be 0, in the input's unit (dB):
@@ -51,10 +51,8 @@ def _einsum(subscripts: str, *arrays: Any) -> jax.Array:
 def bin_matrix(edges: Sequence[int], size: int) -> np.ndarray:
     """Returns the matrix that averages neighbours, float32 `[size, bins]`.
 
-    Args:
-      edges: the first index of each bin, rising from 0; the last bin ends at `size`, and bins
-        beyond it are left out.
-      size: number of values.
+    `edges` are the first index of each bin, rising from 0; the last bin ends at `size`, and bins
+    beyond it are left out.
     """
     starts = [edge for edge in edges if edge < size]
     matrix = np.zeros((size, len(starts)), np.float32)
@@ -69,9 +67,9 @@ def cosine_matrix(size: int) -> np.ndarray:
 
 
 def fourier_matrix(window: int) -> np.ndarray:
-    """Returns the real Fourier transform under a periodic Hann window, cosines and then sines.
+    """Returns the real Fourier transform under a periodic Hann window.
 
-    It is float32 `[window, 2 * (window // 2 + 1)]`.
+    It is float32 `[window, 2 * (window // 2 + 1)]`, cosines and then sines.
     """
     time = np.arange(window)
     angle = 2.0 * np.pi * np.outer(time, np.arange(window // 2 + 1)) / window
@@ -83,10 +81,7 @@ def fourier_matrix(window: int) -> np.ndarray:
 def sounding(x: jax.Array) -> jax.Array:
     """Returns 1 from the first to the last frame that is not silent and else 0, `[batch, frames]`.
 
-    Silence in between counts: a rest is music, silence before and after a song is not.
-
-    Args:
-      x: dB, `[batch, frames, bands]`.
+    `x` is dB, `[batch, frames, bands]`. A rest is music, silence before and after a song is not.
     """
     loudest = x.max(axis=2)
     audible = loudest > loudest.max(axis=1, keepdims=True) - _SILENCE
@@ -105,7 +100,7 @@ def weighted_mean(x: jax.Array, weight: jax.Array) -> jax.Array:
     return (x * weight[:, :, None]).sum(axis=1, keepdims=True) / total[:, None, None]
 
 
-def deviation(x: jax.Array, weight: jax.Array) -> jax.Array:
+def standard_deviation(x: jax.Array, weight: jax.Array) -> jax.Array:
     """Returns the standard deviation over frames, `[batch, frames, n]` to `[batch, n]`.
 
     It has a gradient where it is 0. The weights are `[batch, frames]`.
@@ -124,17 +119,17 @@ def modulation_spectrum(
 ) -> jax.Array:
     """Returns log mean magnitudes of local 2-D spectra, `[batch, regions, scales, rates]`.
 
-    The bands are divided into `regions` blocks and the frames into windows that overlap by half;
-    remaining bands at the top and frames at the end are not used. A DCT over bands and a Fourier
-    transform under a Hann window over frames follow. Magnitudes are averaged over windows and
-    within bins. Windows that contain frames of weight 0 are left out, unless all do.
+    A DCT over each block of bands and a Fourier transform over each window of frames, half of which
+    overlap; remaining bands at the top and frames at the end are not used. Magnitudes are averaged
+    over windows and within bins. Windows that contain frames of weight 0 are left out, unless all
+    do.
 
     Args:
       x: dB, float32 `[batch, frames, bands]`, at least `window` frames and `regions` bands.
       weight: 0 or 1 for each frame, float32 `[batch, frames]`.
-      regions: blocks of bands.
+      regions: number of blocks of bands.
       window: frames, even.
-      scale_edges: first DCT index of each bin; index i is i / 2 cycles per block.
+      scale_edges: first DCT index of each bin, in half cycles per block.
       rate_edges: first Fourier index of each bin, in cycles per window.
     """
     batch, frames, bands = x.shape
@@ -162,16 +157,9 @@ def loudness_views(
 ) -> list[jax.Array]:
     """Returns `x` relative to its maximum, and other views, float32 `[batch, frames, bands]` each.
 
-    In dB, quiet parts vary as much as loud ones. A floor removes quiet parts. A contrast keeps
-    whether a band is louder or softer than on average, and removes by how much and how loud the
-    bands are.
-
-    Args:
-      x: dB, `[batch, frames, bands]`.
-      weight: of each frame in the mean, float32 `[batch, frames]`.
-      floors: dB below the maximum of a clip; the view adds noise power of this level.
-      contrasts: dB; the view is the difference of each value from its band's mean over frames,
-        compressed to this range.
+    In dB, quiet parts vary as much as loud ones. A floor removes quiet parts: it adds noise power,
+    so many dB below the maximum of a clip. A contrast keeps whether a band is louder or softer than
+    on average, its mean by `weight` `[batch, frames]`, and compresses by how much to a range in dB.
     """
     x = x.astype(jnp.float32)
     x -= x.max(axis=(1, 2), keepdims=True)
@@ -187,11 +175,8 @@ def loudness_views(
 def band_correlations(x: jax.Array, weight: jax.Array, groups: int) -> jax.Array:
     """Returns correlations of the levels of groups of bands, `[batch, groups * (groups - 1) / 2]`.
 
-    Args:
-      x: dB, float32 `[batch, frames, bands]`, at least `groups` bands; remaining ones at the top
-        are not used.
-      weight: of each frame, float32 `[batch, frames]`.
-      groups: groups of neighbouring bands, which are averaged.
+    `x` is dB, float32 `[batch, frames, bands]`, and `weight` that of each frame, float32
+    `[batch, frames]`. Neighbouring bands are averaged; remaining ones at the top are not used.
     """
     batch, frames, bands = x.shape
     width = bands // groups
@@ -204,83 +189,30 @@ def band_correlations(x: jax.Array, weight: jax.Array, groups: int) -> jax.Array
     return matrix[:, rows, columns]
 
 
-def modulation_features(
-    x: jax.Array,
-    *,
-    regions: Sequence[int],
-    windows: Sequence[int],
-    scale_edges: Sequence[int],
-    rate_edges: Sequence[int],
-    groups: int,
-    cepstra: int,
-    floors: Sequence[float] = (),
-    contrasts: Sequence[float] = (),
-) -> list[jax.Array]:
-    """Returns the types of features of clips, float32 `[batch, n]` each.
-
-    For each view (`loudness_views`) they are the mean of each band, the log standard deviation of
-    its frame-to-frame differences, the modulation spectra, the correlations of groups of bands, and
-    the standard deviation of the differences of the first cepstral coefficients. A clip's level and
-    silence around it have no effect.
-
-    Args:
-      x: dB, `[batch, frames, bands]`.
-      regions: see `Modulation`, also for the other arguments.
-      windows: see there.
-      scale_edges: see there.
-      rate_edges: see there.
-      groups: see there.
-      cepstra: see there.
-      floors: see there.
-      contrasts: see there.
-    """
-    weight = sounding(x)
-    of_difference = weight[:, 1:] * weight[:, :-1]
-    features = []
-    for view in loudness_views(x, weight, floors, contrasts):
-        difference = view[:, 1:] - view[:, :-1]
-        features.append(weighted_mean(view, weight)[:, 0])
-        features.append(jnp.log(deviation(difference, of_difference) + _FLOOR))
-        for count, window in zip(regions, windows, strict=True):
-            spectrum = modulation_spectrum(view, weight, count, window, scale_edges, rate_edges)
-            features.append(spectrum.reshape(view.shape[0], -1))
-        if groups:
-            features.append(band_correlations(view, weight, groups))
-        if cepstra:
-            matrix = cosine_matrix(view.shape[2])[:, :cepstra]
-            features.append(deviation(_einsum("ntb,bk->ntk", difference, matrix), of_difference))
-    return features
-
-
 @register("modulation")
-class Modulation(nn.Module):
+class Modulation(Network):
     """Normalised modulation features of the input, hidden layers, and a head.
 
     For 128 bands the defaults make 1,709 features; with 10 classes there are 440,330 parameters.
     The front end takes dB (or a similar logarithmic unit), so `data.normalise` should be "none";
-    the level of the input does not matter. It is computed in float32 whatever `dtype`, for any
-    number of frames from the longest window on. Each floor and each contrast adds as many features
-    again.
+    the level of the input does not matter. It is computed in float32 for any `dtype`. Each floor
+    and each contrast adds as many features again.
 
     Attributes:
-      num_classes: outputs.
-      regions: for each modulation spectrum, the number of blocks of bands.
-      windows: for each modulation spectrum, the frames of a window, even; windows overlap by half.
-      scale_edges: the first index of each bin over frequency; index i is i / 2 cycles per block.
-      rate_edges: the first index of each bin over time, in cycles per window.
+      regions: number of blocks of bands of each modulation spectrum.
+      windows: frames, even, of each modulation spectrum's windows, which overlap by half.
+      scale_edges: first index of each bin over frequency, in half cycles per block.
+      rate_edges: first index of each bin over time, in cycles per window.
       groups: groups of bands whose correlations are features; 0 leaves them out.
       cepstra: cepstral coefficients whose movement is a feature; 0 leaves them out.
-      floors: for each, another view of the input with its quiet parts filled, dB below its maximum.
-      contrasts: for each, another view of the input relative to the mean of its bands, compressed
-        to this range in dB.
+      floors: dB below the maximum; each adds a view of the input with its quiet parts filled.
+      contrasts: dB; each adds a view relative to the mean of the bands, compressed to this range.
       momentum: of the running mean and variance of the features.
       hidden: units of the hidden layers.
       input_dropout: rate of the features.
       dropout: rate after each hidden layer.
-      dtype: compute type of the layers after the front end.
     """
 
-    num_classes: int
     regions: tuple[int, ...] = (4, 4, 1)
     windows: tuple[int, ...] = (64, 32, 32)
     scale_edges: tuple[int, ...] = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
@@ -293,24 +225,15 @@ class Modulation(nn.Module):
     hidden: tuple[int, ...] = (256,)
     input_dropout: float = 0.2
     dropout: float = 0.6
-    dtype: Any = jnp.float32
 
     @staticmethod
     def input_limits(fields: Mapping[str, Any]) -> InputLimits:
-        """One of the longest windows, and a band for each block and group.
-
-        Raises:
-          UserError: the fields do not fit together.
-        """
+        """One of the longest windows, and a band for each block and group."""
         check_lengths("modulation", fields, "regions", "windows")
-
-        def check(name: str, valid: bool, rule: str) -> None:
-            if not valid:
-                raise UserError(f"model.{name}={tuple(fields[name])} of 'modulation' must {rule}.")
-
+        check = functools.partial(check_field, "modulation", fields)
         for name in ("scale_edges", "rate_edges"):
             rising = all(a < b for a, b in itertools.pairwise(fields[name]))
-            check(name, tuple(fields[name][:1]) == (0,) and rising, "rise from 0")
+            check(name, fields[name][:1] == (0,) and rising, "rise from 0")
         even = all(window >= 2 and window % 2 == 0 for window in fields["windows"])
         check("windows", even, "be even numbers from 2 on")
         check("regions", min(fields["regions"]) >= 1, "be at least 1")
@@ -325,51 +248,52 @@ class Modulation(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Returns logits, float32 `[batch, num_classes]`, of `x` `[batch, frames, bands]`."""
-        blocks = self._features(x)
-        size = sum(block.shape[1] for block in blocks)
-        # Each type of feature has the same total variance, whatever its number of features.
-        weights = [math.sqrt(size / (len(blocks) * block.shape[1])) for block in blocks]
-        counts = [block.shape[1] for block in blocks]
-        norm = nn.BatchNorm(
-            use_running_average=not train,
-            momentum=self.momentum,
-            epsilon=1e-5,
-            use_scale=False,
-            use_bias=False,
-            dtype=jnp.float32,
-            name="feature_norm",
-        )
-        weight = np.repeat(np.asarray(weights, np.float32), counts)
-        x = (norm(jnp.concatenate(blocks, axis=1)) * weight).astype(self.dtype)
-        x = nn.Dropout(self.input_dropout, deterministic=not train)(x)
-        x = dense_layers(self, x, train, self.hidden, nn.initializers.he_normal())
-        # Small at first, so that training begins from equal probabilities.
-        small = nn.initializers.variance_scaling(0.01, "fan_in", "normal")
-        return output_layer(self, x, small)
-
-    @nn.nowrap
-    def _features(self, x: jax.Array) -> list[jax.Array]:
-        options: dict[str, Any] = {
-            "regions": self.regions,
-            "windows": self.windows,
-            "scale_edges": self.scale_edges,
-            "rate_edges": self.rate_edges,
-            "groups": self.groups,
-            "cepstra": self.cepstra,
-            "floors": self.floors,
-            "contrasts": self.contrasts,
-        }
-
-        def all_at_once(x: jax.Array) -> list[jax.Array]:
-            return modulation_features(x, **options)
-
-        def some_at_a_time(x: jax.Array) -> list[jax.Array]:
-            def of_one(clip: jax.Array) -> list[jax.Array]:
-                return [block[0] for block in all_at_once(clip[None])]
-
-            return jax.lax.map(of_one, x, batch_size=_CPU_CLIPS)
-
         with jax.named_scope("modulation_features"):
             if not isinstance(x.shape[0], int) or x.shape[0] <= _CPU_CLIPS:
-                return all_at_once(x)
-            return jax.lax.platform_dependent(x, cpu=some_at_a_time, default=all_at_once)
+                blocks = self.features(x)
+            else:
+                some = functools.partial(jax.lax.map, self._of_one, batch_size=_CPU_CLIPS)
+                blocks = jax.lax.platform_dependent(x, cpu=some, default=self.features)
+        counts = [block.shape[1] for block in blocks]
+        # Each type of feature has the same total variance, whatever its number of features.
+        weights = [math.sqrt(sum(counts) / (len(counts) * count)) for count in counts]
+        weight = np.repeat(np.asarray(weights, np.float32), counts)
+        options = {"momentum": self.momentum, "use_scale": False, "use_bias": False}
+        norm = batch_norm(train, jnp.float32, "feature_norm", **options)
+        x = (norm(jnp.concatenate(blocks, axis=1)) * weight).astype(self.dtype)
+        x = nn.Dropout(self.input_dropout, deterministic=not train)(x)
+        x = self.dense_layers(x, train, self.hidden, nn.initializers.he_normal())
+        # Small at first, so that training begins from equal probabilities.
+        return self.logits(x, nn.initializers.variance_scaling(0.01, "fan_in", "normal"))
+
+    @nn.nowrap
+    def features(self, x: jax.Array) -> list[jax.Array]:
+        """Returns types of features, float32 `[batch, n]` each, of `x` `[batch, frames, bands]`.
+
+        For each view (`loudness_views`) they are the mean of each band, the log standard deviation
+        of its frame-to-frame differences, the modulation spectra, the correlations of groups of
+        bands, and the standard deviation of the differences of the first cepstral coefficients. A
+        clip's level and silence around it have no effect.
+        """
+        weight = sounding(x)
+        of_difference = weight[:, 1:] * weight[:, :-1]
+        edges = self.scale_edges, self.rate_edges
+        features = []
+        for view in loudness_views(x, weight, self.floors, self.contrasts):
+            difference = view[:, 1:] - view[:, :-1]
+            features.append(weighted_mean(view, weight)[:, 0])
+            features.append(jnp.log(standard_deviation(difference, of_difference) + _FLOOR))
+            for sizes in zip(self.regions, self.windows, strict=True):
+                spectrum = modulation_spectrum(view, weight, *sizes, *edges)
+                features.append(spectrum.reshape(view.shape[0], -1))
+            if self.groups:
+                features.append(band_correlations(view, weight, self.groups))
+            if self.cepstra:
+                matrix = cosine_matrix(view.shape[2])[:, : self.cepstra]
+                cepstra = _einsum("ntb,bk->ntk", difference, matrix)
+                features.append(standard_deviation(cepstra, of_difference))
+        return features
+
+    @nn.nowrap
+    def _of_one(self, clip: jax.Array) -> list[jax.Array]:
+        return [block[0] for block in self.features(clip[None])]

@@ -5,27 +5,6 @@ tagging", arXiv:1909.06654, and its public code (jordipons/musicnn, `models.py`)
 exactly that code's, so that its weights fit: each ReLU comes before its batch normalisation, whose
 epsilon is .001, and convolutions and dense layers have a bias. The bias of mid3_norm has no effect,
 since pool_norm cancels it, and is kept for the same reason.
-
-The variables of its checkpoints (MTT_musicnn and MSD_musicnn) correspond as follows:
-
-    original (kernel, bias)     here            original (gamma, beta, moving_*)    here
-    -                           -               batch_normalization                 input_norm
-    conv2d                      timbral1        batch_normalization_1               timbral1_norm
-    conv2d_1                    timbral2        batch_normalization_2               timbral2_norm
-    conv2d_2                    temporal1       batch_normalization_3               temporal1_norm
-    conv2d_3                    temporal2       batch_normalization_4               temporal2_norm
-    conv2d_4                    temporal3       batch_normalization_5               temporal3_norm
-    conv2d_5                    mid1            batch_normalization_6               mid1_norm
-    conv2d_6                    mid2            batch_normalization_7               mid2_norm
-    conv2d_7                    mid3            batch_normalization_8               mid3_norm
-    -                           -               batch_normalization_9               pool_norm
-    dense                       dense1          batch_normalization_10              dense1_norm
-    dense_1                     head            -                                   -
-
-`kernel` and `bias` keep their names; `gamma` is `scale` and `beta` is `bias` in `params`;
-`moving_mean` is `mean` and `moving_variance` is `var` in `batch_stats`. Shapes are equal but for
-the kernels of mid1 to mid3, `[7, channels, 1, 64]` in the original, which are `[7, channels, 64]`
-here.
 """
 
 from collections.abc import Mapping
@@ -35,24 +14,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from musicgenre.errors import UserError
-from musicgenre.models.layers import global_max, musicnn_norm, output_layer
+from musicgenre.models.layers import Network, check_field, global_max, musicnn_norm
 from musicgenre.models.registry import InputLimits, register
 
 
 @register("musicnn")
-class Musicnn(nn.Module):
+class Musicnn(Network):
     """Parallel timbral and temporal filters, residual layers over time, pools, and dense layers.
 
     With 96 bands and 50 outputs it has 787,159 parameters for any number of frames. The original
     takes 187 frames (3 s at 16 kHz and a hop of 256) of `log10(1 + 10000 * mel power)`. Its big
-    version is `mid_filters=512, dense=500`.
-
-    The embedding is the original's "penultimate" feature: the dense layer after its ReLU and batch
-    normalisation.
+    version is `mid_filters=512, dense=500`. The embedding is its "penultimate" feature: the dense
+    layer after ReLU and batch normalisation.
 
     Attributes:
-      num_classes: outputs.
       timbral_filters: filters of each height, for a spectral shape at any position.
       timbral_heights: fraction of the bands that they cover, rounded down.
       timbral_width: frames that they cover.
@@ -63,10 +38,8 @@ class Musicnn(nn.Module):
       mid_layers: number of these layers; all but the first add their input.
       dense: units of the hidden dense layer.
       dropout: rate before the dense layer and before the head.
-      dtype: compute type.
     """
 
-    num_classes: int
     timbral_filters: int = 204
     timbral_heights: tuple[float, ...] = (0.4, 0.7)
     timbral_width: int = 7
@@ -77,22 +50,14 @@ class Musicnn(nn.Module):
     mid_layers: int = 3
     dense: int = 200
     dropout: float = 0.5
-    dtype: Any = jnp.float32
 
     @staticmethod
     def input_limits(fields: Mapping[str, Any]) -> InputLimits:
-        """The fewest bands of which every timbral filter covers at least one; any number of frames.
-
-        Raises:
-          UserError: a height is not a fraction.
-        """
+        """The fewest bands of which every timbral filter covers at least one."""
         bands = 1
         for height in fields["timbral_heights"]:
-            if not 0 < height <= 1:
-                raise UserError(
-                    "model.timbral_heights of 'musicnn' must be above 0 and at most 1, "
-                    f"not {height:g}."
-                )
+            rule = "be above 0 and at most 1"
+            check_field("musicnn", fields, "timbral_heights", 0 < height <= 1, rule)
             while int(height * bands) < 1:
                 bands += 1
         return InputLimits(min_bands=bands)
@@ -106,11 +71,9 @@ class Musicnn(nn.Module):
         def norm(x: jax.Array, name: str) -> jax.Array:
             return musicnn_norm(x, train, self.dtype, f"{name}_norm")
 
-        def layer(
-            x: jax.Array, filters: int, size: tuple[int, ...], padding: Any, name: str
-        ) -> jax.Array:
-            options = {"padding": padding, "kernel_init": init, "dtype": self.dtype, "name": name}
-            return norm(nn.relu(nn.Conv(filters, size, **options)(x)), name)
+        def layer(x: jax.Array, name: str, filters: int, size: Any, pad: Any = "SAME") -> jax.Array:
+            conv = nn.Conv(filters, size, 1, pad, kernel_init=init, dtype=self.dtype, name=name)
+            return norm(nn.relu(conv(x)), name)
 
         x = norm(x[..., None], "input")
         # Time is padded with zeros after the normalisation; the bands are not padded, since the
@@ -119,13 +82,13 @@ class Musicnn(nn.Module):
         maps = []
         for i, height in enumerate(self.timbral_heights, start=1):
             size = (self.timbral_width, int(height * bands))
-            maps.append(layer(x, self.timbral_filters, size, padding, f"timbral{i}"))
+            maps.append(layer(x, f"timbral{i}", self.timbral_filters, size, padding))
         for i, width in enumerate(self.temporal_widths, start=1):
-            maps.append(layer(x, self.temporal_filters, (width, 1), "SAME", f"temporal{i}"))
+            maps.append(layer(x, f"temporal{i}", self.temporal_filters, (width, 1)))
         # From here on each is [batch, frames, channels].
         features = [jnp.concatenate([_max_over_bands(y) for y in maps], axis=-1)]
         for i in range(self.mid_layers):
-            deeper = layer(features[-1], self.mid_filters, (self.mid_width,), "SAME", f"mid{i + 1}")
+            deeper = layer(features[-1], f"mid{i + 1}", self.mid_filters, (self.mid_width,))
             features.append(deeper + features[-1] if i else deeper)
         x = jnp.concatenate(features, axis=-1)
         # Maximum and mean of a channel are next to each other, as in the original.
@@ -133,9 +96,7 @@ class Musicnn(nn.Module):
         x = nn.Dropout(self.dropout, deterministic=not train)(norm(x, "pool"))
         x = nn.relu(nn.Dense(self.dense, kernel_init=init, dtype=self.dtype, name="dense1")(x))
         x = norm(x, "dense1")
-        self.sow("intermediates", "embedding", x)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return output_layer(self, x, init)
+        return self.logits(self.embed(x, train), init)
 
 
 def _max_over_bands(x: jax.Array) -> jax.Array:

@@ -13,11 +13,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 
 from musicgenre.errors import UserError
 
-# Arguments of a constructor that need no default.
-_FILLED = ("self", "num_classes", "dtype", "frames", "bands", "rngs")
+# Arguments of a constructor that are filled in, and those that need no default.
+_SIZES_AND_RNGS = ("self", "rngs", "frames", "bands")
+_FILLED = (*_SIZES_AND_RNGS, "num_classes", "dtype")
 
 
 class _Layer(nn.Module):
@@ -40,7 +42,14 @@ class NNXNetwork(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Returns logits, float32 `[batch, num_classes]`, of `x` `[batch, frames, bands]`."""
-        network = self._create(x)
+        sizes = {"frames": x.shape[1], "bands": x.shape[2]}
+        arguments = inspect.signature(self.nnx_class.__init__).parameters
+        names = [name for name in arguments if name not in ("self", "rngs")]
+        # One key for all of NNX's streams: each layer derives its own.
+        streams = [stream for stream in ("params", "dropout") if self.has_rng(stream)]
+        rngs = nnx.Rngs(self.make_rng(streams[0]) if streams else 0)
+        fields = {name: sizes[name] if name in sizes else getattr(self, name) for name in names}
+        network = self.nnx_class(**fields, rngs=rngs)
         if self.is_initializing():
             self._write(network)
             for name in vars(network):
@@ -57,49 +66,31 @@ class NNXNetwork(nn.Module):
         self._write(sown)
         return logits.astype(jnp.float32)
 
-    def _create(self, x: jax.Array) -> Any:
-        arguments = inspect.signature(self.nnx_class.__init__).parameters
-        sizes = {"frames": x.shape[1], "bands": x.shape[2]}
-        names = [name for name in arguments if name not in ("self", "rngs")]
-        given = {n: sizes[n] if n in sizes else getattr(self, n) for n in names}
-        # One key for all of NNX's streams: each layer derives its own.
-        streams = [stream for stream in ("params", "dropout") if self.has_rng(stream)]
-        rngs = nnx.Rngs(self.make_rng(streams[0]) if streams else 0)
-        return self.nnx_class(**given, rngs=rngs)
-
     def _read(self, network: Any) -> None:
         """Takes a network's values from the variables."""
         new = []
         for path, variable in _variables(network):
-            value = self.variables[_collection(variable)]
-            for key in path:
-                value = value[str(key)]
-            new.append((path, variable.replace(value)))
+            value = functools.reduce(lambda tree, key: tree[str(key)], path, self.variables)
+            new.append((path[1:], variable.replace(value)))
         nnx.update(network, nnx.from_flat_state(new))
 
     def _write(self, node: Any) -> None:
         """Puts the values of a network, or what it has sown, into the mutable variables."""
-        trees: dict[str, dict[str, Any]] = {}
-        for path, variable in _variables(node):
-            tree = trees.setdefault(_collection(variable), {})
-            for key in path[:-1]:
-                tree = tree.setdefault(str(key), {})
-            tree[str(path[-1])] = variable.get_value()
-        for collection, tree in trees.items():
+        flat = {tuple(map(str, path)): v.get_value() for path, v in _variables(node)}
+        for collection, tree in unflatten_dict(flat).items():
             if self.is_mutable_collection(collection):
                 for name, value in tree.items():
                     self.put_variable(collection, name, value)
 
 
 def _variables(node: Any) -> list[tuple[tuple[Any, ...], Any]]:
-    """Returns the variables of a network or a state by path; other arrays are constants."""
+    """Returns the variables of a network or a state by collection and path, without constants."""
     state = node if isinstance(node, nnx.State) else nnx.state(node, nnx.Not(nnx.RngState))
-    return [item for item in nnx.to_flat_state(state) if isinstance(item[1], nnx.Variable)]
-
-
-def _collection(variable: Any) -> str:
-    name: str = nnx.variable_name_from_type(type(variable), allow_register=True)
-    return name
+    return [
+        ((nnx.variable_name_from_type(type(value), allow_register=True), *path), value)
+        for path, value in nnx.to_flat_state(state)
+        if isinstance(value, nnx.Variable)
+    ]
 
 
 @functools.cache
@@ -121,8 +112,7 @@ def linen_class(cls: type[nnx.Module]) -> type[nn.Module]:
             raise UserError(f"{where}: the argument {name} of its constructor needs a default.")
     if "train" not in inspect.signature(cls.__call__).parameters:
         raise UserError(f"{where} needs a method __call__(self, x, train=False).")
-    sizes_and_rngs = ("self", "rngs", "frames", "bands")
-    fields = {n: argument.default for n, argument in arguments.items() if n not in sizes_and_rngs}
+    fields = {n: a.default for n, a in arguments.items() if n not in _SIZES_AND_RNGS}
     if fields.get("dtype") is inspect.Parameter.empty:
         fields["dtype"] = jnp.float32
     del fields["num_classes"]

@@ -1,38 +1,10 @@
 """Networks by name. A network from outside this package needs no edit here.
 
 A Flax Linen network is a module class with a field `num_classes` and further fields, all with
-defaults, which a config sets as `model.<field>`:
+defaults, which a config sets as `model.<field>`; docs/tutorials/add_network.md shows one.
 
-    from musicgenre.models import register
-
-    @register("my_net")
-    class MyNet(nn.Module):
-        num_classes: int
-        width: int = 64
-
-        @nn.compact
-        def __call__(self, x, train=False):
-            x = nn.relu(nn.Dense(self.width)(x.mean(axis=1)))
-            self.sow("intermediates", "embedding", x)
-            x = nn.Dropout(0.5, deterministic=not train)(x)
-            return nn.Dense(self.num_classes)(x)
-
-A Flax NNX network says the same by its constructor, which also takes `rngs`. NNX layers need the
-sizes of their inputs, so the constructor may name `frames` and `bands`, which are filled in:
-
-    @register("my_nnx_net")
-    class MyNNXNet(nnx.Module):
-        def __init__(self, num_classes, *, width=64, bands, rngs):
-            self.hidden = nnx.Linear(bands, width, rngs=rngs)
-            self.norm = nnx.BatchNorm(width, rngs=rngs)
-            self.dropout = nnx.Dropout(0.5, rngs=rngs)
-            self.head = nnx.Linear(width, num_classes, rngs=rngs)
-
-        def __call__(self, x, train=False):
-            x = nnx.relu(self.hidden(x.mean(axis=1)))
-            x = self.norm(x, use_running_average=not train)
-            self.sow(nnx.Intermediate, "embedding", x)
-            return self.head(self.dropout(x, deterministic=not train))
+A Flax NNX network has these as arguments of its constructor, which also takes `rngs`. NNX layers
+need the sizes of their inputs, so it may name `frames` and `bands`, which are filled in.
 
 Either takes `x`, float32 `[batch, frames, bands]`, and returns logits, float32 `[batch,
 num_classes]`, and sows the embedding before its last layer. That layer, the last one called (Linen)
@@ -89,16 +61,16 @@ class InputLimits(NamedTuple):
     def problems(self, frames: int, bands: int, kind: str = "") -> list[str]:
         """Returns what an input of that size and type lacks, as phrases; nothing if it fits."""
         found = []
-        if self.min_frames == self.max_frames != frames:
-            found.append(f"exactly {self.min_frames} frames")
-        elif frames < self.min_frames:
-            found.append(f"at least {self.min_frames} frames")
-        elif self.max_frames and frames > self.max_frames:
-            found.append(f"at most {self.max_frames} frames")
-        if bands < self.min_bands:
-            found.append(f"at least {self.min_bands} bands")
-        if self.max_bands and bands > self.max_bands:
-            found.append(f"at most {self.max_bands} bands")
+        for size, least, most, unit in (
+            (frames, self.min_frames, self.max_frames, "frames"),
+            (bands, self.min_bands, self.max_bands, "bands"),
+        ):
+            if least == most != size:
+                found.append(f"exactly {least} {unit}")
+            elif size < least:
+                found.append(f"at least {least} {unit}")
+            elif most and size > most:
+                found.append(f"at most {most} {unit}")
         if frames * bands < self.min_values:
             found.append(f"at least {self.min_values} values (frames x bands)")
         if self.kinds and kind and kind not in self.kinds:
@@ -114,7 +86,7 @@ def register(name: str) -> Callable[[T], T]:
       ValueError: another class has that name already.
     """
     if not isinstance(name, str):
-        raise UserError(f'register takes a name: write @register("name") above {_words(name)}.')
+        raise UserError(f'register takes a name: write @register("name") above {name}.')
 
     def decorate(cls: T) -> T:
         _linen_class(cls)
@@ -142,10 +114,12 @@ def network_class(name: str) -> type[nn.Module]:
 
 def hyperparameters(cls: type[nn.Module]) -> dict[str, Any]:
     """Returns the fields that a config can set, with their defaults."""
+    own = [f for f in dataclasses.fields(cls) if f.name not in _NOT_HYPERPARAMETERS and f.init]
     return {
-        field.name: _default(field)
-        for field in dataclasses.fields(cls)
-        if field.name not in _NOT_HYPERPARAMETERS and field.init
+        field.name: field.default
+        if field.default_factory is dataclasses.MISSING
+        else field.default_factory()
+        for field in own
     }
 
 
@@ -162,24 +136,29 @@ def resolve(model: Mapping[str, Any]) -> dict[str, Any]:
       model: `name`, optionally `module` (a user's Python module; if it registers a network, that is
         the network), and fields of that network.
 
-    Returns:
-      A mapping with `name`, `module` and all fields.
-
     Raises:
       UserError: the module cannot be imported or registers nothing, or the name or a field is
         unknown or has another type; the message names the nearest one.
     """
     name, module = str(model.get("name", "")), str(model.get("module", ""))
     if module:
-        name = _import_model(module, name)
+        import_user_module(module, "model.module")
+        own = list(_MODELS.added_by(module))
+        if not own:
+            how = 'decorate its class with @register("name").'
+            raise UserError(f"model.module={module!r} registers no model: {how}")
+        if len(own) > 1 and name not in own:
+            which = f"{', '.join(own)}: say which with model.name."
+            raise UserError(f"model.module={module!r} registers {which}")
+        name = name if name in own else own[0]
     fields = hyperparameters(network_class(name))
-    chosen = {key: value for key, value in model.items() if key not in ("name", "module")}
-    for key, value in chosen.items():
-        if key not in fields:
-            raise UserError(
-                f"model.{key} is not a field of the model {name!r}." + did_you_mean(key, fields)
-            )
-        chosen[key] = _checked(name, key, value, fields[key])
+    chosen = {}
+    for key, value in model.items():
+        if key in fields:
+            chosen[key] = _checked(name, key, value, fields[key])
+        elif key not in ("name", "module"):
+            hint = did_you_mean(key, fields)
+            raise UserError(f"model.{key} is not a field of the model {name!r}.{hint}")
     return {"name": name, "module": module} | fields | chosen
 
 
@@ -197,8 +176,8 @@ def build(
     Args:
       model: see `resolve`.
       num_classes: outputs.
-      frames: frames of its input.
-      bands: bands of its input.
+      frames: of its input.
+      bands: of its input.
       kind: type of its features, such as "logmel"; "" does not check it.
       dtype: compute type, "float32" or "bfloat16"; parameters stay float32.
 
@@ -231,11 +210,12 @@ def _import_networks() -> None:
 
 def _linen_class(cls: Any) -> type[nn.Module]:
     """Returns a network's Linen module class, or raises UserError if it cannot be a network."""
-    if isinstance(cls, type) and issubclass(cls, nnx.Module):
-        return linen_class(cls)
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+    if not (isinstance(cls, type) and issubclass(cls, (nn.Module, nnx.Module))):
         bases = "flax.linen.Module or flax.nnx.Module"
-        raise UserError(f"a network is a class derived from {bases}, not {_words(cls)}.")
+        found = getattr(cls, "__name__", f"an instance of {type(cls).__name__}")
+        raise UserError(f"a network is a class derived from {bases}, not {found}.")
+    if issubclass(cls, nnx.Module):
+        return linen_class(cls)
     where = f"the network {cls.__module__}.{cls.__qualname__}"
     if "num_classes" not in {field.name for field in dataclasses.fields(cls)}:
         raise UserError(f"{where} needs a field num_classes: int.")
@@ -243,34 +223,6 @@ def _linen_class(cls: Any) -> type[nn.Module]:
         if default is dataclasses.MISSING:
             raise UserError(f"{where}: the field {name} needs a default.")
     return cls
-
-
-def _words(thing: Any) -> str:
-    """Returns what a thing is, such as "the function f"."""
-    if isinstance(thing, type):
-        return f"the class {thing.__name__}"
-    name = getattr(thing, "__name__", "")
-    return f"the function {name}" if name else f"an instance of {type(thing).__name__}"
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
-
-
-def _import_model(module: str, name: str) -> str:
-    """Imports a user's module and returns the name of the network that it registers."""
-    import_user_module(module, "model.module")
-    own = list(_MODELS.added_by(module))
-    if not own:
-        how = 'decorate its class with @register("name").'
-        raise UserError(f"model.module={module!r} registers no model: {how}")
-    if len(own) > 1 and name not in own:
-        raise UserError(
-            f"model.module={module!r} registers {', '.join(own)}: say which with model.name."
-        )
-    return name if name in own else own[0]
 
 
 def _checked(model: str, key: str, value: Any, default: Any) -> Any:

@@ -4,10 +4,7 @@ Sources: K. He, X. Zhang, S. Ren, J. Sun, "Deep residual learning for image reco
 arXiv:1512.03385 (the original units), and "Identity mappings in deep residual networks", 2016,
 arXiv:1603.05027 (the identity units).
 
-`RESNET_SIZES` holds the fields of the usual sizes. In a config and in a sweep:
-
-    config.model.update(RESNET_SIZES["resnet18"])
-    yield "resnet18", {f"model.{field}": value for field, value in RESNET_SIZES["resnet18"].items()}
+`RESNET_SIZES` holds the fields of each size: `config.model.update(RESNET_SIZES["resnet18"])`.
 """
 
 from collections.abc import Mapping
@@ -15,10 +12,8 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from musicgenre.errors import UserError
-from musicgenre.models.layers import Conv, batch_norm, max_pool_overlapping, output_layer
+from musicgenre.models.layers import Conv, Network, batch_norm, check_field, max_pool_overlapping
 from musicgenre.models.registry import InputLimits, register
 
 RESNET_SIZES: dict[str, dict[str, Any]] = {
@@ -32,7 +27,7 @@ RESNET_SIZES: dict[str, dict[str, Any]] = {
 
 
 @register("resnet")
-class ResNet(nn.Module):
+class ResNet(Network):
     """A 7 x 7 convolution and a max-pool, stages of residual units, a global mean, and the head.
 
     The convolution and the max-pool have stride 2. A unit has two 3 x 3 convolutions, or as a
@@ -41,42 +36,27 @@ class ResNet(nn.Module):
     changes the shape, its shortcut is a 1 x 1 convolution, otherwise the identity.
 
     The original units normalise after each convolution and apply ReLU after the sum. The identity
-    units normalise and apply ReLU before each convolution, so that only sums follow each other
-    within a stage; one more normalisation and ReLU follow the last unit. Where the shape changes
-    they come before the branch, and the shortcut has no normalisation.
-
-    The defaults are those of the report's notebook: one unit in each of two stages, 308,426
-    parameters with 10 outputs.
+    units do both before each convolution and after the last unit; where the shape changes they come
+    before the branch, and the shortcut has no normalisation. The defaults are those of the report's
+    notebook: one unit in each of two stages, 308,426 parameters with 10 outputs.
 
     Attributes:
-      num_classes: outputs.
       blocks: residual units of each stage.
       bottleneck: bottleneck units.
       preactivation: identity units (He 2016) instead of the original ones (He 2015).
-      filters: filters of the first convolution and the first stage; each further stage doubles
-        them.
-      dtype: compute type.
+      filters: of the first convolution and the first stage; each further stage doubles them.
     """
 
-    num_classes: int
     blocks: tuple[int, ...] = (1, 1)
     bottleneck: bool = False
     preactivation: bool = True
     filters: int = 64
-    dtype: Any = jnp.float32
 
     @staticmethod
     def input_limits(fields: Mapping[str, Any]) -> InputLimits:
-        """Any input: padding keeps at least one position.
-
-        Raises:
-          UserError: a stage has no units.
-        """
-        if not fields["blocks"] or min(fields["blocks"]) < 1:
-            raise UserError(
-                "model.blocks of 'resnet' takes at least one unit for each stage, "
-                f"not {tuple(fields['blocks'])}."
-            )
+        """Any input: padding keeps at least one position."""
+        valid = min(fields["blocks"], default=0) >= 1
+        check_field("resnet", fields, "blocks", valid, "have at least one unit for each stage")
         return InputLimits()
 
     @nn.compact
@@ -90,7 +70,7 @@ class ResNet(nn.Module):
         def norm(
             x: jax.Array, name: str, plus: jax.Array | None = None, *, relu: bool = True
         ) -> jax.Array:
-            return batch_norm(train, self.dtype, name=f"{name}_norm")(x, plus=plus, relu=relu)
+            return batch_norm(train, self.dtype, f"{name}_norm")(x, plus=plus, relu=relu)
 
         x = norm(conv(x.astype(self.dtype)[..., None], self.filters, 7, 2, "stem"), "stem")
         if train:
@@ -121,4 +101,4 @@ class ResNet(nn.Module):
             x = norm(x, "last")
         x = x.mean(axis=(1, 2))
         self.sow("intermediates", "embedding", x)
-        return output_layer(self, x)
+        return self.logits(x)

@@ -11,40 +11,31 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from musicgenre.models.layers import batch_norm, max_pool_time, output_layer
+from musicgenre.models.layers import Network, batch_norm, max_pool
 from musicgenre.models.registry import InputLimits, register
 
 
 @register("sample_level")
-class SampleLevel(nn.Module):
+class SampleLevel(Network):
     """A strided convolution, nine times [convolution, normalisation, ReLU, max-pool], and the head.
 
     It takes features of the type "waveform": frames of consecutive samples, which are joined. Every
     layer divides the time by 3, so that 3^10 = 59,049 samples (2.68 s at 22,050 Hz) end as one
-    position. A longer input leaves several, whose mean the head takes; a remainder of samples is
-    dropped.
-
-    With 50 outputs it has 1,866,930 parameters. The authors' has 2,944 more: biases of its
-    convolutions, which normalisation cancels.
+    position. The head takes the mean of several. With 50 outputs it has 1,866,930 parameters. The
+    authors' has 2,944 more: biases of its convolutions, which normalisation cancels.
 
     Attributes:
-      num_classes: outputs.
       first_filters: filters of the strided convolution.
-      filters: filters of each convolution that a max-pool follows; their number is the n of an m^n
-        model.
+      filters: of each convolution that a max-pool follows; their number is the n of an m^n model.
       last_filters: filters of the convolution of width 1 before the head.
       width: samples of a filter, of the first stride and of a max-pool: the m of an m^n model.
-      squeeze_excite: after each max-pool, weight the channels by what is in all of them (Kim et
-        al.'s SE block). The other changes of their best model, features from several levels and a
-        dense layer, are not included.
+      squeeze_excite: weight the channels after each max-pool (Kim et al.'s SE block). The other
+        changes of their best model are not included.
       excite_ratio: hidden units of that weighting per channel.
       dropout: rate before the head.
-      dtype: compute type.
     """
 
-    num_classes: int
     first_filters: int = 128
     filters: tuple[int, ...] = (128, 128, 256, 256, 256, 256, 256, 256, 512)
     last_filters: int = 512
@@ -52,7 +43,6 @@ class SampleLevel(nn.Module):
     squeeze_excite: bool = False
     excite_ratio: int = 16
     dropout: float = 0.5
-    dtype: Any = jnp.float32
 
     @staticmethod
     def input_limits(fields: Mapping[str, Any]) -> InputLimits:
@@ -63,31 +53,23 @@ class SampleLevel(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Returns logits, float32 `[batch, num_classes]`, of samples `x` `[batch, frames, hop]`."""
-
-        def layer(x: jax.Array, filters: int, width: int, number: int) -> jax.Array:
-            conv = nn.Conv(
-                filters,
-                (width,),
-                self.width if number == 1 else 1,
-                padding="VALID" if number == 1 and self.width > 1 else "SAME",
-                use_bias=False,
-                kernel_init=nn.initializers.he_uniform(),
-                dtype=self.dtype,
-                name=f"conv{number}",
-            )
-            return nn.relu(batch_norm(train, self.dtype, name=f"conv{number}_norm")(conv(x)))
-
+        options: dict[str, Any] = {"use_bias": False, "kernel_init": nn.initializers.he_uniform()}
         x = x.astype(self.dtype).reshape(x.shape[0], -1, 1)
-        x = layer(x, self.first_filters, self.width, 1)
-        for i, filters in enumerate(self.filters, start=2):
-            x = max_pool_time(layer(x, filters, self.width, i), self.width)
+        last = len(self.filters) + 2
+        all_filters = (self.first_filters, *self.filters, self.last_filters)
+        for i, filters in enumerate(all_filters, start=1):
+            stride, name = self.width if i == 1 else 1, f"conv{i}"
+            size = (1 if i == last else self.width,)
+            padding = "VALID" if stride > 1 else "SAME"
+            conv = nn.Conv(filters, size, stride, padding, dtype=self.dtype, name=name, **options)
+            x = nn.relu(batch_norm(train, self.dtype, f"{name}_norm")(conv(x)))
+            if i in (1, last):
+                continue
+            x = max_pool(x, (self.width,))
             if self.squeeze_excite:
-                squeeze = nn.Dense(
-                    filters * self.excite_ratio, dtype=self.dtype, name=f"squeeze{i}"
-                )
+                hidden = filters * self.excite_ratio
+                squeeze = nn.Dense(hidden, dtype=self.dtype, name=f"squeeze{i}")
                 excite = nn.Dense(filters, dtype=self.dtype, name=f"excite{i}")
                 x = x * nn.sigmoid(excite(nn.relu(squeeze(x.mean(axis=1)))))[:, None]
-        x = layer(x, self.last_filters, 1, len(self.filters) + 2).mean(axis=1)
-        self.sow("intermediates", "embedding", x)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return output_layer(self, x)
+        x = x.mean(axis=1)
+        return self.logits(self.embed(x, train))

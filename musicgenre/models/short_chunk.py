@@ -15,51 +15,44 @@ import jax.numpy as jnp
 from musicgenre.models.layers import (
     BatchNorm,
     Conv,
+    Network,
     batch_norm,
     convolve_together,
     global_max,
     max_pool,
-    output_layer,
 )
 from musicgenre.models.registry import InputLimits, register
 
 
 @register("short_chunk")
-class ShortChunk(nn.Module):
+class ShortChunk(Network):
     """Seven layers that halve frames and bands, a global maximum, a dense layer, and the head.
 
     A plain layer is [convolution, normalisation, ReLU, max-pool 2]. A residual one is [convolution
     of stride 2, normalisation, ReLU, convolution, normalisation] plus [convolution of stride 2,
-    normalisation], then ReLU. All convolutions are 3 x 3. A pool drops an odd last frame, a stride
-    keeps it.
+    normalisation], then ReLU. A pool drops an odd last frame, a stride keeps it.
 
-    It is meant for 231 frames x 128 bands (3.69 s at 16 kHz, n_fft 512, hop 256), of which it
-    leaves 1 x 1 (residual: 2 x 1). With 50 outputs it has 3,685,042 parameters, residual
-    12,098,354; the public code's 3.69 and 12.1 million also count parameters that normalisation
-    cancels: biases before it, and the scale and offset of the input.
+    It leaves 1 x 1 (residual: 2 x 1) of 231 frames x 128 bands (3.69 s at 16 kHz, n_fft 512, hop
+    256). With 50 outputs it has 3,685,042 parameters, residual 12,098,354; the public code's 3.69
+    and 12.1 million also count biases and an input scale that normalisation cancels.
 
     Attributes:
-      num_classes: outputs.
       filters: filters of each layer; their number is the number of layers.
       residual: residual layers.
       dense: units of the hidden dense layer.
       dropout: rate before the head.
-      input_norm: normalise the input with one mean and standard deviation, those of the batch in
-        training and their running means in use.
-      dtype: compute type.
+      input_norm: normalise the input with one mean and standard deviation.
     """
 
-    num_classes: int
     filters: tuple[int, ...] = (128, 128, 256, 256, 256, 256, 512)
     residual: bool = False
     dense: int = 512
     dropout: float = 0.5
     input_norm: bool = True
-    dtype: Any = jnp.float32
 
     @staticmethod
     def input_limits(fields: Mapping[str, Any]) -> InputLimits:
-        """The fewest frames and bands that leave one position: a pool rounds down, a stride up."""
+        """A pool rounds frames and bands down, a stride rounds up."""
         least = 1 if fields["residual"] else 2 ** len(fields["filters"])
         return InputLimits(min_frames=least, min_bands=least)
 
@@ -69,12 +62,12 @@ class ShortChunk(nn.Module):
         options = {"kernel_init": nn.initializers.he_normal(), "dtype": self.dtype, "train": train}
 
         def norm(name: str) -> BatchNorm:
-            return batch_norm(train, self.dtype, name=f"{name}_norm")
+            return batch_norm(train, self.dtype, f"{name}_norm")
 
         x = x[..., None]
         if self.input_norm:
             # In float32, since the input may be dB far from 0.
-            x = batch_norm(train, jnp.float32, name="input_norm", affine=False)(x)
+            x = batch_norm(train, jnp.float32, "input_norm", use_scale=False, use_bias=False)(x)
         x = x.astype(self.dtype)
         for i, filters in enumerate(self.filters, start=1):
             name = f"conv{i}"
@@ -89,6 +82,4 @@ class ShortChunk(nn.Module):
                 x = max_pool(norm(name)(x, relu=True), (2, 2))
         x = nn.Dense(self.dense, use_bias=False, dtype=self.dtype, name="dense")(global_max(x))
         x = norm("dense")(x, relu=True)
-        self.sow("intermediates", "embedding", x)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return output_layer(self, x)
+        return self.logits(self.embed(x, train))

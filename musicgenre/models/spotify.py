@@ -1,11 +1,9 @@
 """Dieleman's network at Spotify (2014): convolutions over time, three global pools, dense layers.
 
 Source: S. Dieleman, "Recommending music on Spotify with deep learning", blog post of 5 August 2014.
-Its text gives the input (599 frames x 128 mel bands), four convolutions of width 4, the pools of 4
-and 2 frames between them, the three global pools, two dense layers of 2,048 units with dropout, and
-40 outputs trained by mean squared error. The post shows the filters and the padding in a figure
-only: its text confirms 256 filters in the first layer; the others and VALID padding (the default of
-Theano, in which the network was written) are unverified.
+Its text gives the input (599 frames x 128 mel bands), the layers, pools and outputs. The post shows
+the filters and the padding in a figure only: its text confirms 256 filters in the first layer; the
+others and VALID padding (the default of Theano, in which it was written) are unverified.
 """
 
 from collections.abc import Mapping
@@ -15,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from musicgenre.models.layers import dense_layers, global_max, max_pool_time, output_layer
+from musicgenre.models.layers import Network, global_max, max_pool
 from musicgenre.models.registry import InputLimits, register
 
 
@@ -34,31 +32,27 @@ def l2_pool(x: jax.Array) -> jax.Array:
 
 
 @register("spotify")
-class Spotify(nn.Module):
+class Spotify(Network):
     """Convolutions and max-pools, then mean, maximum and L2 norm over time, and dense layers.
 
     With 599 frames x 128 bands and 40 outputs it has 8,607,016 parameters. It serves any task:
     latent factors by regression, as in the post, or classes or tags.
 
     Attributes:
-      num_classes: outputs.
       filters: filters of each convolution; their number is the number of layers.
       width: frames that a filter covers.
       first_pool: frames of the max-pool between the first and the second convolution.
       pool: frames of the max-pools between the others; none follows the last.
       dense: units of the hidden dense layers.
       dropout: rate after each hidden dense layer.
-      dtype: compute type.
     """
 
-    num_classes: int
     filters: tuple[int, ...] = (256, 256, 256, 512)
     width: int = 4
     first_pool: int = 4
     pool: int = 2
     dense: tuple[int, ...] = (2048, 2048)
     dropout: float = 0.5
-    dtype: Any = jnp.float32
 
     @staticmethod
     def input_limits(fields: Mapping[str, Any]) -> InputLimits:
@@ -79,7 +73,7 @@ class Spotify(nn.Module):
         for i, filters in enumerate(self.filters):
             x = nn.relu(nn.Conv(filters, (self.width,), name=f"conv{i + 1}", **options)(x))
             if i + 1 < len(self.filters):
-                x = max_pool_time(x, self.pool if i else self.first_pool)
+                x = max_pool(x, (self.pool if i else self.first_pool,))
         x = jnp.concatenate([x.mean(axis=1), global_max(x), l2_pool(x).astype(self.dtype)], axis=-1)
-        x = dense_layers(self, x, train, self.dense, init)
-        return output_layer(self, x, init)
+        x = self.dense_layers(x, train, self.dense, init)
+        return self.logits(x, init)

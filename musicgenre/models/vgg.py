@@ -5,16 +5,6 @@ for music audio tagging", arXiv:1909.06654 (jordipons/musicnn, `models.py`), whi
 K. Simonyan, A. Zisserman, arXiv:1409.1556, and K. Choi et al., arXiv:1606.00298. The computation is
 exactly that code's, so that its weights fit: each ReLU comes before its batch normalisation, whose
 epsilon is .001, and the first pool, of 4 frames x 1 band and stride 2 x 2, skips every second band.
-
-The variables of its checkpoints (MTT_vgg and MSD_vgg) correspond as follows:
-
-    original (kernel, bias)     here        original (gamma, beta, moving_*)        here
-    -                           -           batch_normalization                     input_norm
-    1CNN ... 5CNN               conv1 ...   batch_normalization_1 ... _5            conv1_norm ...
-    dense                       head        -                                       -
-
-`kernel` and `bias` keep their names and shapes; `gamma` is `scale` and `beta` is `bias` in
-`params`; `moving_mean` is `mean` and `moving_variance` is `var` in `batch_stats`.
 """
 
 from collections.abc import Mapping
@@ -22,35 +12,29 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from musicgenre.models.layers import max_pool, musicnn_norm, output_layer
+from musicgenre.models.layers import Network, max_pool, musicnn_norm
 from musicgenre.models.registry import InputLimits, register
 
 
 @register("vgg")
-class Vgg(nn.Module):
+class Vgg(Network):
     """Five times [3 x 3 convolution, ReLU, normalisation, max-pool, dropout], and the head.
 
     The pools take 4 x 1 (stride 2 x 2), 2 x 2 three times, and 4 x 4. Of the original's 187 frames
     x 96 bands they leave 2 x 1; with 50 outputs that makes 605,748 parameters. The head depends on
     the number of frames.
-
     The embedding is the original's "pool5" feature, its frames one after the other.
 
     Attributes:
-      num_classes: outputs.
       filters: filters of each layer.
       layer_dropout: rate after each pool but the last.
       dropout: rate before the head.
-      dtype: compute type.
     """
 
-    num_classes: int
     filters: int = 128
     layer_dropout: float = 0.25
     dropout: float = 0.5
-    dtype: Any = jnp.float32
 
     @staticmethod
     def input_limits(fields: Mapping[str, Any]) -> InputLimits:
@@ -74,6 +58,4 @@ class Vgg(nn.Module):
             if i < 5:
                 x = nn.Dropout(self.layer_dropout, deterministic=not train)(x)
         x = x.reshape(x.shape[0], -1)
-        self.sow("intermediates", "embedding", x)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return output_layer(self, x, init)
+        return self.logits(self.embed(x, train), init)

@@ -133,7 +133,6 @@ def train_batches(
     resident: bool = False,
     teacher: np.ndarray | None = None,
     named: bool = False,
-    split: str = "train",
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 0,
@@ -148,13 +147,12 @@ def train_batches(
       batch_size: clips per step over all processes.
       steps: length of the iteration.
       seed: of the order and the crops.
-      crop_frames: frames of a random crop in time; 0 takes whole clips.
+      crop_frames: frames of a random crop in time; 0 takes full clips.
       window_frames: frames to read around each crop, for a step that crops later (time stretch); 0
         reads the crop.
       resident: the clips are on the devices: return their positions and first frames only.
       teacher: further targets, float32 `[clips of the split, classes]`.
       named: return each clip's position in `clip` as well, as with `resident`.
-      split: the split to train on.
       process_index: this process's slice of each batch, of `process_count`.
       process_count: processes that divide each batch.
       workers: Grain worker processes; 0, usually the fastest, reads in this process.
@@ -180,7 +178,7 @@ def train_batches(
         raise UserError(f"batch_size={batch_size} is not a multiple of {process_count} processes.")
     crops = batch_size, frames, seed, window_frames, resident
     share = process_index, process_count, max(workers, 1)  # n workers make every n-th step each
-    make = _MakeBatch(store, store.indices(split), *crops, *share, teacher, named)
+    make = _MakeBatch(store, store.indices("train"), *crops, *share, teacher, named)
     # `musicgenre.training.parallel.Feed` requests batches while the device computes. A reading
     # thread would take longer to hand over most batches than to read them.
     if not workers:
@@ -196,9 +194,9 @@ def chunk_starts(length: int, frames: int, chunks: int) -> np.ndarray:
     One window is centred; several extend from the first frame to the last of a longer clip.
     """
     room = max(length - frames, 0)
-    return (
-        np.array([room // 2]) if chunks == 1 else np.linspace(0, room, chunks).round().astype(int)
-    )
+    if chunks == 1:
+        return np.array([room // 2])
+    return np.linspace(0, room, chunks).round().astype(int)
 
 
 def eval_batches(
@@ -217,7 +215,7 @@ def eval_batches(
       store: the clips.
       indices: which clips, `[n]`.
       batch_size: windows per step over all processes.
-      crop_frames: frames of a window; 0 for the whole clip.
+      crop_frames: frames of a window; 0 for the full clip.
       chunks: evenly spaced windows per clip, if `crop_frames` is set.
       process_index: this process's slice of each batch, of `process_count`.
       process_count: processes that divide each batch.
@@ -240,19 +238,15 @@ def eval_batches(
         yield {"x": x, "mask": (numbers < len(clip)).astype(np.float32), "clip": clip[rows]}
 
 
-def normalisation(
-    store: Store, mode: str, split: str = "train", block: int = 64, clips: int = 0
-) -> dict[str, Any]:
-    """Returns the mean and standard deviation of a split, for `(x - mean) / std`.
+def normalisation(store: Store, mode: str, block: int = 64, clips: int = 0) -> dict[str, Any]:
+    """Returns the mean and standard deviation of the training clips, for `(x - mean) / std`.
 
     Args:
       store: the clips.
       mode: "position" (per frame and band, as in the report), "band" (per band, over the real
         frames), "global" (one of each) or "none".
-      split: the split to measure.
       block: clips read at a time.
-      clips: number of clips to read, evenly spaced over the split in order of their ids; 0 reads
-        all.
+      clips: number of clips to read, evenly spaced in order of their ids; 0 reads all.
 
     Returns:
       `mean` and `std`, float32 `[frames, bands]` ("position") or `[1, bands]`. A standard deviation
@@ -261,7 +255,7 @@ def normalisation(
     shape = (1, store.bands)
     if mode == "none":
         return {"mean": np.zeros(shape, np.float32), "std": np.ones(shape, np.float32)}
-    indices = store.indices(split)
+    indices = store.indices("train")
     if 0 < clips < len(indices):
         indices = indices[np.arange(clips) * len(indices) // clips]
     total = np.zeros((store.layout.frames, store.bands))

@@ -452,11 +452,7 @@ def _bounds(lengths: Sequence[int]) -> np.ndarray:
 def file_problem(folder: Path, record: dict[str, Any], full: bool, what: str = "shard") -> str:
     """Returns a sentence about what is wrong with a file of a store, or "".
 
-    Args:
-      folder: the file's folder.
-      record: its `file`, `bytes` and `sha256`.
-      full: compare the checksum, not only the size.
-      what: what to call the file.
+    `record` has its `file`, `bytes` and `sha256`; `full` compares the checksum, not only the size.
     """
     file = folder / record["file"]
     try:

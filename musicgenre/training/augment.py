@@ -20,6 +20,8 @@ import numpy as np
 import scipy.stats
 from ml_collections import ConfigDict
 
+from musicgenre.config import sections
+
 # Keeps the augmentation's keys apart from those of dropout and of a batch's parts.
 AUGMENT_KEY = 0xA116
 # Slope of a band limit, dB per band, uniform on a logarithmic scale. Of 128 mel bands up to 11 kHz,
@@ -27,36 +29,18 @@ AUGMENT_KEY = 0xA116
 _LEAST_SLOPE, _GREATEST_SLOPE = 1.5, 12.0
 # Points in the table of a beta distribution's quantiles.
 _QUANTILES = 4096
-# The fields that switch something on.
-_SWITCHES = (
-    "time_masks", "band_masks", "mixup", "cutmix", "gain", "eq", "noise", "pitch_shift",
-    "time_stretch", "time_shuffle", "low_pass", "high_pass",
-)  # fmt: skip
 
 
 class _Draw(enum.IntEnum):
     """Folded into a clip's key for each draw, so that switching one on leaves the others alone."""
 
-    STRETCH = 0
-    SHUFFLE = 1
-    PITCH = 2
-    GAIN = 3
-    EQ = 4
-    NOISE = 5
-    NOISE_CELLS = 6
-    MIX = 7
-    TIME_MASK = 8
-    BAND_MASK = 9
-    LOW_PASS = 10
-    HIGH_PASS = 11
+    STRETCH, SHUFFLE, PITCH, GAIN, EQ, NOISE, NOISE_CELLS, MIX = range(8)
+    TIME_MASK, BAND_MASK, LOW_PASS, HIGH_PASS = range(8, 12)
     CHANCE = 100  # plus the draw that the chance decides on
 
 
 def window_frames(frames: int, available: int, time_stretch: float) -> int:
-    """Returns how many of a clip's `available` frames a step needs to make `frames` of them.
-
-    `time_stretch` is that of `Augmentation`.
-    """
+    """Returns how many of a clip's `available` frames a step reads to make `frames` of them."""
     if not time_stretch:
         return frames
     # The fastest clip spans this many; two more for interpolation and rounding of the rate.
@@ -66,7 +50,7 @@ def window_frames(frames: int, available: int, time_stretch: float) -> int:
 def gather_windows(clips: jax.Array, clip: jax.Array, start: jax.Array, frames: int) -> jax.Array:
     """Returns windows `[batch, frames, bands]` of resident clips `[clips, frames, bands]`.
 
-    `clip` and `start`, int32 `[batch]`, are the clip and the first frame of each window.
+    `clip` and `start`, int32 `[batch]`, are each window's clip and first frame.
     """
     if frames == clips.shape[1]:
         return clips[clip]
@@ -76,20 +60,12 @@ def gather_windows(clips: jax.Array, clip: jax.Array, start: jax.Array, frames: 
 def time_stretch(
     x: jax.Array, rate: jax.Array, first: jax.Array, length: jax.Array, frames: int
 ) -> jax.Array:
-    """Resamples frames by linear interpolation: rate 1.1 is 1.1 times as fast, at the same pitch.
+    """Resamples frames of `x` `[batch, window, bands]` by linear interpolation to `frames` of them.
 
-    A window that would pass the clip's end starts earlier; a clip too short for its rate continues
-    with its mirror image.
-
-    Args:
-      x: `[batch, window, bands]`.
-      rate: source frames per frame, float32 `[batch]`.
-      first: first frame, int32 `[batch]`.
-      length: usable frames of the window, int32 `[batch]`.
-      frames: frames to make.
-
-    Returns:
-      `[batch, frames, bands]`.
+    A `rate`, float32 `[batch]`, of 1.1 is 1.1 times as fast, at the same pitch. `first`, int32
+    `[batch]`, is the first frame to use, and `length` counts the window's usable frames. A clip
+    that would pass its end starts earlier; one too short for its rate continues with its mirror
+    image.
     """
     # Integers and fractions stay apart, so the result does not depend on the window's position.
     steps = rate[:, None] * jnp.arange(frames, dtype=jnp.float32)
@@ -108,26 +84,22 @@ def time_stretch(
 
 
 def time_shuffle(x: jax.Array, order: jax.Array) -> jax.Array:
-    """Divides clips `[batch, frames, bands]` into equal parts and reorders them.
+    """Divides clips `[batch, frames, bands]` into equal parts and puts them into a new order.
 
-    `order`, int `[batch, parts]`, lists the parts in their new order.
+    `order`, int `[batch, parts]`, lists the parts.
     """
     frames, parts = x.shape[1], order.shape[1]
-    bounds = jnp.asarray(np.round(np.linspace(0, frames, parts + 1)).astype(np.int32))
-    ends = jnp.cumsum(jnp.diff(bounds)[order], axis=1)
-    time = jnp.arange(frames)
-    part = (time[None, :, None] >= ends[:, None, :]).sum(axis=2)
-    starts = jnp.concatenate([jnp.zeros_like(ends[:, :1]), ends], axis=1)
-    source = bounds[jnp.take_along_axis(order, part, axis=1)]
-    source = source + time - jnp.take_along_axis(starts, part, axis=1)
+    bounds = np.round(np.linspace(0, frames, parts + 1))
+    part = np.searchsorted(bounds, np.arange(frames), side="right") - 1
+    source = jnp.argsort(jnp.argsort(order, axis=1)[:, part], axis=1, stable=True)
     return jnp.take_along_axis(x, source[:, :, None], axis=1)
 
 
 def pitch_shift(x: jax.Array, shift: jax.Array) -> jax.Array:
     """Moves clips `[batch, frames, bands]` up by `shift` bands `[batch]`, by linear interpolation.
 
-    Edge bands are repeated. Above 1 kHz, where mel bands are equally wide in octaves, this
-    transposes; below, it is an approximation.
+    Edge bands are repeated. Below 1 kHz, where mel bands are not equally wide in octaves, this only
+    approximates a transposition.
     """
     bands = x.shape[2]
     source = jnp.clip(jnp.arange(bands, dtype=jnp.float32) - shift[:, None], 0.0, bands - 1.0)
@@ -150,14 +122,9 @@ def band_limit(
 ) -> jax.Array:
     """Attenuates the bands outside a range, as an old recording or a telephone does.
 
-    The level falls linearly beyond either edge, down to the front end's floor.
-
-    Args:
-      x: dB, `[batch, frames, bands]`.
-      lower: lowest band of the range, float32 `[batch]`.
-      upper: highest band of the range, float32 `[batch]`.
-      slope: dB per band below and above the range, float32 `[batch, 2]`.
-      top_db: of the front end: no cell is further than this below the loudest cell of its clip.
+    Clips `x` are in dB, `[batch, frames, bands]`; `lower` and `upper`, float32 `[batch]`, are the
+    edges of the range. Beyond them the level falls by `slope`, dB per band, float32 `[batch, 2]`,
+    down to the front end's floor, `top_db` below the loudest cell of the clip.
     """
     band = jnp.arange(x.shape[2], dtype=jnp.float32)
     below = jnp.maximum(lower[:, None] - band, 0.0) * slope[:, :1]
@@ -176,19 +143,16 @@ def mask(x: jax.Array, first: jax.Array, width: jax.Array, fill: jax.Array, axis
 def cutmix(
     x: jax.Array, other: jax.Array, first: jax.Array, width: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Replaces `width` frames from `first` on, both int `[batch]`, by the other clip's.
+    """Replaces `width` frames from `first`, both int `[batch]`, by the other clip's (Yun 2019).
 
-    Returns the clips, and the fraction of each that is still its own, float32 `[batch]` (Yun et al.
-    2019, in time alone).
+    Returns the clips, and the fraction of each that is still its own, float32 `[batch]`.
     """
     return mask(x, first, width, other, axis=1), 1.0 - width.astype(jnp.float32) / x.shape[1]
 
 
 def following(x: jax.Array, axis_name: str | None) -> jax.Array:
-    """Returns the next row of the global batch for each row; the first one for the last.
-
-    Batches are shuffled, so the next clip is a random one, and devices exchange no more than a row.
-    """
+    """Returns the next row of the global batch for each row; the first one for the last."""
+    # Batches are shuffled, so the next clip is a random one, and devices exchange only a row.
     if axis_name is None:
         return jnp.roll(x, -1, axis=0)
     size = jax.lax.psum(1, axis_name)
@@ -204,66 +168,42 @@ def beta(uniform: jax.Array, alpha: float) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Augmentation:
+class Augmentation(sections.Augment):
     """What a training step does to its batch: the config's section `augment`.
+
+    Amounts are uniform: between 0 and the field, or between minus the field and the field where
+    both directions exist; rates of the time stretch on a logarithmic scale. Where both mixup and
+    cutmix are on, each has half of the mixed clips.
 
     Attributes:
       frames: frames of the network's input.
       clip_mean: masks are filled with the clip's own mean, else with the training split's.
       top_db: of the front end.
-
-    All others are those of `musicgenre.config.base_config`. Amounts are uniform: between 0 and the
-    field, or between minus the field and the field where both directions exist; rates of the time
-    stretch are so on a logarithmic scale. Of mixup and cutmix, either has half of the mixed clips
-    where both are on.
     """
 
-    frames: int
+    frames: int = dataclasses.field(kw_only=True)
     clip_mean: bool = False
-    time_masks: int = 0
-    time_mask_share: float = 0.1
-    band_masks: int = 0
-    band_mask_share: float = 0.1
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    mix_share: float = 1.0
-    gain: float = 0.0
-    eq: float = 0.0
-    eq_points: int = 4
-    noise: float = 0.0
-    pitch_shift: float = 0.0
-    time_stretch: float = 0.0
-    time_shuffle: int = 0
-    low_pass: float = 0.0
-    high_pass: float = 0.0
-    pass_share: float = 1.0
     top_db: float = 80.0
-    probability: float = 1.0
 
     @classmethod
     def from_config(cls, config: ConfigDict, frames: int) -> "Augmentation | None":
         """Returns a config's augmentation of inputs of `frames` frames, or None if all is off."""
-        fields = config.augment.to_dict()
-        if not any(fields[name] for name in _SWITCHES):
+        fields, defaults = config.augment.to_dict(), vars(sections.Augment())
+        # What is 0 by default is a switch.
+        if not any(value for name, value in fields.items() if not defaults[name]):
             return None
-        clip_mean = config.data.normalise == "none"
-        return cls(frames, clip_mean, top_db=config.features.top_db, **fields)
+        clip_mean, top_db = config.data.normalise == "none", config.features.top_db
+        return cls(frames=frames, clip_mean=clip_mean, top_db=top_db, **fields)
 
     def __call__(self, batch: Any, key: jax.Array, norm: Any, axis_name: str | None = None) -> Any:
-        """Augments a batch.
+        """Augments a batch, under pmap one device's slice.
 
-        Args:
-          batch: `x` `[batch, window, bands]` with the window of `window_frames`, and `y`; for time
-            stretch also int32 `[batch]` `offset`, the window's frame where the clip begins, and
-            `length`, its usable frames.
-          key: the step's.
-          norm: `mean` of the training split, broadcastable to `[frames, bands]`.
-          axis_name: the device axis under pmap, where `batch` is one device's slice.
+        It has `x` `[batch, window, bands]` (see `window_frames`) and `y`; for time stretch also
+        int32 `[batch]` `offset`, the window's frame where the clip begins, and `length`, its usable
+        frames. The `mean` of `norm` is broadcastable to `[frames, bands]`.
 
-        Returns:
-          The batch with `x` float32 `[batch, frames, bands]`. Where clips are mixed, `y_other` (as
-          `y`) holds the labels of each clip's partner and `mix`, float32 `[batch]`, the clip's own
-          fraction.
+        In the result `x` is float32 `[batch, frames, bands]`. Where clips are mixed, `y_other` (as
+        `y`) has the labels of each clip's partner and `mix`, float32 `[batch]`, its own fraction.
         """
         batch = dict(batch)
         x = batch["x"].astype(jnp.float32)
@@ -278,9 +218,8 @@ class Augmentation:
         if self.time_shuffle:
             ranks = _uniform(keys, _Draw.SHUFFLE, self.time_shuffle)
             chosen = self._chosen(keys, _Draw.SHUFFLE)[:, None]
-            x = time_shuffle(
-                x, jnp.argsort(jnp.where(chosen, ranks, jnp.arange(self.time_shuffle)), axis=1)
-            )
+            ranks = jnp.where(chosen, ranks, jnp.arange(self.time_shuffle))
+            x = time_shuffle(x, jnp.argsort(ranks, axis=1))
         if self.pitch_shift:
             x = pitch_shift(x, self._amount(keys, _Draw.PITCH) * self.pitch_shift)
         if self.gain:
@@ -289,12 +228,11 @@ class Augmentation:
             knots = 2.0 * _uniform(keys, _Draw.EQ, self.eq_points) - 1.0
             x = equalise(x, jnp.where(self._chosen(keys, _Draw.EQ)[:, None], knots, 0.0) * self.eq)
         if self.noise:
-            chosen = self._chosen(keys, _Draw.NOISE)
-            std = jnp.where(chosen, _uniform(keys, _Draw.NOISE), 0.0) * self.noise
+            std = jnp.where(self._chosen(keys, _Draw.NOISE), _uniform(keys, _Draw.NOISE), 0.0)
             cells = jax.vmap(
                 lambda k: jax.random.normal(jax.random.fold_in(k, _Draw.NOISE_CELLS), x.shape[1:])
             )(keys)
-            x = x + std[:, None, None] * cells
+            x = x + (std * self.noise)[:, None, None] * cells
         if self.low_pass or self.high_pass:
             x = self._limited(x, keys)
         if self.mixup or self.cutmix:
@@ -319,11 +257,10 @@ class Augmentation:
         bands = x.shape[2]
         cuts, slopes, chosen = [], [], []
         for most, draw in ((self.high_pass, _Draw.HIGH_PASS), (self.low_pass, _Draw.LOW_PASS)):
-            here = (_uniform(keys, _Draw.CHANCE + draw) < self.pass_share) & (most > 0)
+            chosen.append((_uniform(keys, _Draw.CHANCE + draw) < self.pass_share) & (most > 0))
             cut, slope = jnp.moveaxis(_uniform(keys, draw, 2), 1, 0)
-            cuts.append(jnp.where(here, cut, 0.0) * most * bands)
+            cuts.append(jnp.where(chosen[-1], cut, 0.0) * most * bands)
             slopes.append(_LEAST_SLOPE * (_GREATEST_SLOPE / _LEAST_SLOPE) ** slope)
-            chosen.append(here)
         slope = jnp.stack(slopes, axis=1)
         limited = band_limit(x, cuts[0], bands - 1 - cuts[1], slope, self.top_db)
         # Clips that are left alone do not get the floor either.
@@ -356,14 +293,12 @@ class Augmentation:
         ):
             if not count:
                 continue
-            size = x.shape[axis]
-            chosen = self._chosen(keys, draw)[:, None]
-            widths, positions = jnp.moveaxis(_uniform(keys, draw, (2, count)), 1, 0)
-            widths = jnp.floor(widths * (math.floor(widest * size) + 1))
-            widths = jnp.where(chosen, widths, 0.0).astype(jnp.int32)
-            for number in range(count):
-                width = widths[:, number]
-                x = mask(x, _first(positions[:, number], width, size), width, fill, axis)
+            size, chosen = x.shape[axis], self._chosen(keys, draw)
+            widths, positions = jnp.moveaxis(_uniform(keys, draw, (2, count)), (1, 2), (0, 1))
+            for width, position in zip(widths, positions, strict=True):
+                width = jnp.floor(width * (math.floor(widest * size) + 1))
+                width = jnp.where(chosen, width, 0.0).astype(jnp.int32)
+                x = mask(x, _first(position, width, size), width, fill, axis)
         return x
 
 

@@ -16,16 +16,10 @@ from musicgenre.training.parallel import Parallel
 def resident_clips(
     spread: Parallel, store: Store, clips: np.ndarray, mode: str
 ) -> jax.Array | None:
-    """Copies clips to every device as they are stored, float16 `[clips, frames, bands]`.
+    """Copies clips, indices `[n]`, to every device as stored, float16 `[n, frames, bands]`.
 
-    Args:
-      spread: the devices.
-      store: where the clips are.
-      clips: their indices, `[n]`.
-      mode: "auto" (where they fit, see `Parallel.has_room`), "always" or "never".
-
-    Returns:
-      The clips, or None where they stay on disk.
+    The mode is "auto" (where they fit, see `Parallel.has_room`), "always" or "never". Returns None
+    where they stay on disk.
 
     Raises:
       UserError: the mode is "always" and the memory does not suffice.
@@ -44,14 +38,10 @@ def resident_clips(
 
 
 class Feed:
-    """Training batches on the devices. The next ones are placed while a step runs.
+    """Training batches of Grain's iterator on the devices, the next ones placed while a step runs.
 
-    Its state, for the checkpoint, is the Grain iterator's as if nothing had been read ahead.
-
-    Args:
-      iterator: Grain's, from `train_batches`.
-      spread: places the batches.
-      stacked: place several batches together, for a step of `make_many_steps`.
+    Its state, for the checkpoint, is the iterator's as if nothing had been read ahead. `stacked`
+    batches are placed several at once, for a step of `make_many_steps`.
     """
 
     def __init__(
@@ -60,41 +50,39 @@ class Feed:
         self._iterator: Any = iterator
         self._spread = spread
         self._stacked = stacked
-        self._ahead: Any = None
-        self._ahead_count = 0
-        self._state_before: Any = None
+        # What has been read ahead: number of batches, these on the devices, the state before them.
+        self._ahead: tuple[int, Any, Any] | None = None
 
     def next(self, count: int = 1) -> dict[str, Any]:
         """Returns the next batch, or with `stacked` the next `count` of them."""
-        if self._ahead_count not in (0, count):
-            self._iterator.set_state(self._state_before)
-            self._ahead_count = 0
-        if self._ahead_count == 0:
-            return self._place(count)
-        batch: dict[str, Any] = self._ahead
-        self._ahead, self._ahead_count = None, 0
+        ahead, self._ahead = self._ahead, None
+        if ahead and ahead[0] != count:
+            self._iterator.set_state(ahead[2])
+            ahead = None
+        batch: dict[str, Any] = ahead[1] if ahead else self._place(count)
         return batch
 
     def prepare(self, count: int = 1) -> None:
         """Reads what the next call of `next` returns, and begins to copy it to the devices."""
-        self._state_before = self._iterator.get_state()
-        self._ahead, self._ahead_count = self._place(count), count
+        state = self._iterator.get_state()
+        self._ahead = count, self._place(count), state
 
     def _place(self, count: int) -> dict[str, Any]:
         if self._stacked:
             return self._spread.place_batches([next(self._iterator) for _ in range(count)])
         return self._spread.place_batch(next(self._iterator))
 
+    # Grain's checkpoints call these.
     def get_state(self) -> bytes:
-        """Returns the position in the data as JSON; Grain's checkpoints call this."""
-        state = self._state_before if self._ahead_count else self._iterator.get_state()
+        """Returns the position in the data as JSON."""
+        state = self._ahead[2] if self._ahead else self._iterator.get_state()
         return json.dumps(state, indent=4).encode()
 
     def set_state(self, state: bytes) -> None:
-        """Returns to the position of `get_state`; Grain's checkpoints call this."""
-        self._ahead, self._ahead_count = None, 0
+        """Returns to the position of `get_state`."""
+        self._ahead = None
         self._iterator.set_state(json.loads(state))
 
     def start_prefetch(self) -> None:
-        """Lets the iterator read ahead on the host; Grain's checkpoints call this."""
+        """Lets the iterator read ahead on the host."""
         self._iterator.start_prefetch()

@@ -15,8 +15,9 @@ from musicgenre.runs.workdir import check_store, claim_workdir
 from musicgenre.store.store import Store
 from musicgenre.training import objectives
 from musicgenre.training.loop import Loop
-from musicgenre.training.objectives import Objective, Run, rbm, simclr, supervised
+from musicgenre.training.objectives import rbm, simclr, supervised
 from musicgenre.training.parallel import Parallel
+from musicgenre.training.run import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,18 +87,13 @@ def train(
         config, or the loss became NaN or infinite.
       Interrupted: SIGINT or SIGTERM came; everything up to it is saved.
     """
-    loop = fit(config, workdir, supervised.Supervised, parallel, progress, profile_steps, devices)
-    chosen = loop.selection
-    return TrainResult(
-        loop.run.workdir,
-        loop.step,
-        loop.stopped_early,
-        str(loop.objective.metric),
-        chosen.last,
-        chosen.best,
-        chosen.best_step,
-        bool(loop.run.store.dataset["synthetic"]),
-    )
+    name = supervised.Supervised.name
+    loop = _fit(config, Path(workdir), name, parallel, progress, profile_steps, devices)
+    chosen, run = loop.selection, loop.run
+    early = chosen.exhausted and loop.step < loop.total_steps
+    measures = (str(loop.objective.metric), chosen.last, chosen.best, chosen.best_step)
+    synthetic = bool(run.store.dataset["synthetic"])
+    return TrainResult(run.workdir, loop.step, early, *measures, synthetic)
 
 
 def pretrain(
@@ -115,30 +111,25 @@ def pretrain(
     with a head that is only initialised, for `config.init_from` of `train`. Arguments and errors
     are those of `train`.
     """
-    method = config.pretrain.method
-    if config.get("module", ""):
-        import_user_module(config.module)
-    if not method:
-        method = rbm.NAME if config.model.name == "rbm" else simclr.NAME
-    loop = fit(config, workdir, objectives.get(method), parallel, progress, profile_steps, devices)
-    return PretrainResult(
-        loop.run.workdir, loop.step, loop.objective.measures(), loop.objective.summary(loop.step)
-    )
+    name = config.pretrain.method or (rbm.NAME if config.model.name == "rbm" else simclr.NAME)
+    loop = _fit(config, Path(workdir), name, parallel, progress, profile_steps, devices)
+    goal = loop.objective
+    return PretrainResult(loop.run.workdir, loop.step, goal.measures(), goal.summary(loop.step))
 
 
-def fit(
+def _fit(
     config: ConfigDict,
-    workdir: str | os.PathLike[str],
-    objective: type[Objective],
+    workdir: Path,
+    name: str,
     parallel: str,
     progress: bool,
     profile_steps: tuple[int, int] | None,
     devices: list[Any] | None,
 ) -> Loop:
-    """Runs an objective from the last checkpoint to its end. See `train` for the arguments."""
-    workdir = Path(workdir)
+    """Runs an objective from the last checkpoint to its end."""
     if config.get("module", ""):
         import_user_module(config.module)
+    objective = objectives.get(name)
     check_config(config)
     config = config.copy_and_resolve_references()
     config.model = ConfigDict(models.resolve(config.model.to_dict()))
@@ -146,19 +137,17 @@ def fit(
         objectives.check_fields(config, objective)
     if parallel == "pmap" and not objective.pmap:
         raise UserError(
-            f"--parallel=pmap: {objective.name} compares all clips of a batch, which pmap cannot "
-            "do across devices. Use jit or fsdp."
+            f"--parallel=pmap: {name} compares all clips of a batch, which pmap cannot do across "
+            "devices. Use jit or fsdp."
         )
     store = Store.open(store_path(config))
     check_store(config, store)
     spread = Parallel.create(parallel, devices)
     spread.check_batch_size(config.batch_size)
     goal = objective(Run(config, store, workdir, spread))
-    claimed = config
-    if objective.stage != "train":
-        # Keeps `train` with the same config out of this folder, whose checkpoints it cannot read.
-        claimed = ConfigDict({**config.to_dict(), "stage": objective.stage})
-    claim_workdir(workdir, claimed, store, goal.taught_on)
+    # Keeps `train` with the same config out of the folder, whose checkpoints it cannot read.
+    stage = {} if objective.stage == "train" else {"stage": objective.stage}
+    claim_workdir(workdir, ConfigDict({**config.to_dict(), **stage}), store, goal.taught_on)
     loop = Loop(goal, progress, profile_steps)
     loop.run_to_end()
     return loop

@@ -1,7 +1,7 @@
 """Several processes as one run: how they join, and how all end when one of them does.
 
-JAX's processes share one fate: the others cannot finish a step that one of them has left. The work
-since the last checkpoint is lost; the same commands resume from there.
+The others cannot finish a step that one of them has left. The work since the last checkpoint is
+lost; the same commands resume from there.
 """
 
 import contextlib
@@ -18,8 +18,7 @@ import jax
 from musicgenre.errors import LOST_PROCESS, UserError
 from musicgenre.runs.processes import AGAIN, ProcessLost, is_lost
 
-# Exit code of a process that had to stop because another one did.
-LOST = LOST_PROCESS
+LOST = LOST_PROCESS  # exit code of a process that had to stop because another one did
 # JAX aborts the others when process 0 is gone, so it leaves last and each can say why it ends.
 _LEADER_WAITS = 2.0
 # JAX ends a process that misses another one from C++, where Python cannot print. Then this one's
@@ -28,37 +27,26 @@ _WATCHER = "import sys; sys.stdin.read(1) or print(sys.argv[1], file=sys.stderr)
 
 
 def join(coordinator: str, processes: int | None, process: int | None, heartbeat: int) -> None:
-    """Joins this process with the others. Call it before anything else of JAX.
+    """Joins this process, number `process` of `processes`. Call it before anything else of JAX.
 
-    Args:
-      coordinator: address:port of process 0, or "auto" if JAX knows the cluster (TPU pod, SLURM).
-      processes: how many there are.
-      process: the number of this one, from 0.
-      heartbeat: seconds without a sign of life after which a process counts as dead.
+    `coordinator` is address:port of process 0, or "auto" if JAX knows the cluster (TPU pod, SLURM).
+    After `heartbeat` seconds without a sign of life a process counts as dead.
 
     Raises:
       UserError: a number is missing or impossible, or the others were not found in time.
     """
-    if coordinator != "auto" and (processes is None or process is None):
+    address = None if coordinator == "auto" else coordinator
+    if address and (processes is None or process is None):
         raise UserError(
             "--coordinator needs --num_processes and --process_id as well; only 'auto' finds them."
         )
-    address: dict[str, Any] = {}
-    if coordinator != "auto":
-        address["coordinator_address"] = coordinator
+    timeouts: Any = {"heartbeat_timeout_seconds": heartbeat, "shutdown_timeout_seconds": 60}
     try:
-        jax.distributed.initialize(
-            **address,
-            num_processes=processes,
-            process_id=process,
-            heartbeat_timeout_seconds=heartbeat,
-            shutdown_timeout_seconds=60,
-        )
+        jax.distributed.initialize(address, processes, process, **timeouts)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
             f"--coordinator={coordinator}, --num_processes={processes}, --process_id={process}: "
-            f"not joined ({reason})."
+            f"not joined ({str(error).splitlines()[0]})."
         ) from error
 
 

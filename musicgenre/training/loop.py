@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,13 +25,7 @@ MOST_STEPS_IN_FLIGHT = 10
 
 
 class Loop:
-    """The state of a run while it trains.
-
-    Args:
-      objective: what it learns from.
-      progress: draw a progress bar.
-      profile_steps: (first step, count) to trace.
-    """
+    """The state of a run while it trains. `profile_steps` are (first step, count) to trace."""
 
     def __init__(
         self, objective: Objective, progress: bool, profile_steps: tuple[int, int] | None
@@ -64,19 +57,9 @@ class Loop:
             if objective.metric:
                 self.selection.load(restored.meta)
             logging.info("resuming from step %d of %d", self.step, self.total_steps)
-        self._telemetry = Telemetry(
-            run.workdir,
-            self.step,
-            self.total_steps,
-            progress and self.step < self.total_steps,
-            name=objective.stage,
-        )
-        self._profiler = Profiler(run.workdir, profile_steps, range(self.step, self.total_steps))
-
-    @property
-    def stopped_early(self) -> bool:
-        """Whether patience ran out before the last step."""
-        return self.selection.exhausted and self.step < self.total_steps
+        steps, draws = range(self.step, self.total_steps), progress and self.step < self.total_steps
+        self._telemetry = Telemetry(run.workdir, steps, draws, objective.stage)
+        self._profiler = Profiler(run.workdir, profile_steps, steps)
 
     def run_to_end(self) -> None:
         """Trains, evaluates and saves until the last step. Raises as `train` does."""
@@ -85,51 +68,47 @@ class Loop:
             contextlib.closing(self._checkpoints),
             contextlib.closing(self._profiler),
             catch_signals() as signals,
-            _abandoning(self._checkpoints),
         ):
-            stage, step_function = -1, None
-            while self.step < self.total_steps and not self.selection.exhausted:
-                if stage != self.step // self.objective.stage_steps:
-                    stage = self.step // self.objective.stage_steps
-                    step_function = self._compile(stage)
-                self._call(step_function)
-                if evaluates := self.objective.evaluates(self.step):
-                    self._settle()
-                    self._evaluate()
-                if (number := signals.received(self.step)) is not None:
-                    if not evaluates:
-                        self._settle()
-                        self._save(None)
-                    self._checkpoints.wait()
-                    raise Interrupted(number, self.step)
-            self._checkpoints.wait()
+            try:
+                self._run(signals)
+            except Exception as error:
+                if is_lost(error):  # a pending save would wait for the process that has died
+                    self._checkpoints.abandon()
+                raise
 
-    def _compile(self, stage: int) -> Any:
-        step = self.objective.step(stage)
-        return self.run.spread.train_step(
-            make_many_steps(step) if self._stacked else step,
-            resident=bool(self._resident),
-            stacked=self._stacked,
-        )
+    def _run(self, signals: Any) -> None:
+        objective, stage, compiled = self.objective, -1, None
+        while self.step < self.total_steps and not self.selection.exhausted:
+            if stage != self.step // objective.stage_steps:
+                stage = self.step // objective.stage_steps
+                step = objective.step(stage)
+                step = make_many_steps(step) if self._stacked else step
+                options = {"resident": bool(self._resident), "stacked": self._stacked}
+                compiled = self.run.spread.train_step(step, **options)
+            self._call(compiled)
+            if evaluates := objective.evaluates(self.step):
+                self._evaluate()
+            if (number := signals.received(self.step)) is not None:
+                if not evaluates:
+                    self._settle()
+                    self._save(None)
+                self._checkpoints.wait()
+                raise Interrupted(number, self.step)
+        self._checkpoints.wait()
 
     def _count(self) -> int:
         """Steps of the next call. It ends at an evaluation, so a resumed run has the same calls."""
-        count = 1
-        while count < self.run.config.steps_per_call and not self.objective.evaluates(
-            self.step + count
-        ):
-            count += 1
-        return count
+        most = int(self.run.config.steps_per_call)
+        ends = (n for n in range(1, most) if self.objective.evaluates(self.step + n))
+        return next(ends, most)
 
-    def _call(self, step_function: Any) -> None:
+    def _call(self, compiled: Any) -> None:
         """Takes the steps of one call, and waits for earlier ones where that is due."""
         count = self._count()
         numbers = range(self.step, self.step + count)
-        for number in numbers:
-            self._profiler.before(number)
-        self._state, metrics = step_function(self._state, self._feed.next(count), *self._resident)
-        for number in numbers:
-            self._profiler.after(number, metrics)
+        self._profiler.before(numbers)
+        self._state, metrics = compiled(self._state, self._feed.next(count), *self._resident)
+        self._profiler.after(numbers, metrics)
         self._pending.append((self.step + 1, metrics))
         self.step += count
         if self.step < self.total_steps:
@@ -145,8 +124,7 @@ class Loop:
         while len(self._pending) > keep:
             first, stack = self._pending.popleft()
             columns = {name: np.atleast_1d(np.asarray(values)) for name, values in stack.items()}
-            for i in range(len(columns[watched])):
-                value = float(columns[watched][i])
+            for i, value in enumerate(columns[watched]):
                 if not math.isfinite(value):
                     raise UserError(
                         f"{self.run.workdir}: the training {watched.replace('_', ' ')} became "
@@ -166,20 +144,18 @@ class Loop:
             steps = self._sums.pop("steps")
             means = {name: total / steps for name, total in self._sums.items()}
             self._sums = {"steps": 0}
-        if not logs and not measures:
-            return
-        for row in self.objective.rows(step, means, measures):
-            if row:
+        if logs or measures:
+            for row in filter(None, self.objective.rows(step, means, measures)):
                 self._telemetry.write(step, **row)
         if logs:
-            self._telemetry.say(self.objective.epoch_line(step))
-            last = self.selection.last
+            last, watched = self.selection.last, self.objective.watched
             shown = {} if last is None else {f"valid_{self.objective.metric}": last}
-            watched = self.objective.watched
-            self._telemetry.progress(step, **{watched: means[watched]}, **shown)
+            shown = {watched: means[watched]} | shown
+            self._telemetry.progress(step, self.objective.epoch_line(step), **shown)
 
     def _evaluate(self) -> None:
         """Measures the state, writes the measures and saves a checkpoint."""
+        self._settle()
         metric = self.objective.metric
         measures = self.objective.evaluate(self._state, self.step)
         if metric and measures:
@@ -201,14 +177,3 @@ class Loop:
             name, lower = objective.compared
             notes |= {"metric": name, "lower_is_better": lower, "pretrained": objective.progress}
         self._checkpoints.save(self._state, self._feed, notes, measure)
-
-
-@contextlib.contextmanager
-def _abandoning(checkpoints: Checkpoints) -> Iterator[None]:
-    """Abandons a pending save if another process of the run has died."""
-    try:
-        yield
-    except Exception as error:
-        if is_lost(error):
-            checkpoints.abandon()
-        raise

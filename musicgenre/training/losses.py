@@ -26,26 +26,24 @@ def clip_losses(
       weights: `[classes]`, of the true class, of a tag where it is present, or of a number.
       label_smoothing: fraction of the target spread over all classes; tags move towards 0.5.
       task: "single_label", "multi_label" or "regression".
-      name: "cross_entropy": of the softmax, or the mean over tags of sigmoid cross entropies.
-        "mse": the mean over classes of the squared differences between probabilities (outputs of a
-        regression) and targets. "" is "mse" for a regression, else the cross entropy.
+      name: "cross_entropy" of the softmax or, averaged over tags, of the sigmoid; "mse" of the
+        probabilities, or of a regression's outputs; "" is "mse" for a regression only.
     """
     if task == "regression":
         return (jnp.square(logits - targets) * weights).mean(axis=-1)
     if task == "single_label":
         smooth = optax.smooth_labels(jax.nn.one_hot(targets, logits.shape[-1]), label_smoothing)
-        weight = weights[targets]
-    else:
-        smooth = targets * (1.0 - label_smoothing) + 0.5 * label_smoothing
-        weight = jnp.where(targets > 0, weights, 1.0)
+        if name == "mse":
+            losses = jnp.square(probabilities(logits, task) - smooth).mean(axis=-1)
+        else:
+            losses = optax.softmax_cross_entropy(logits, smooth)
+        return losses * weights[targets]
+    smooth = targets * (1.0 - label_smoothing) + 0.5 * label_smoothing
     if name == "mse":
-        squares = jnp.square(probabilities(logits, task) - smooth)
-        if task == "single_label":
-            return squares.mean(axis=-1) * weight
-        return (squares * weight).mean(axis=-1)
-    if task == "single_label":
-        return optax.softmax_cross_entropy(logits, smooth) * weight
-    return (optax.sigmoid_binary_cross_entropy(logits, smooth) * weight).mean(axis=-1)
+        losses = jnp.square(probabilities(logits, task) - smooth)
+    else:
+        losses = optax.sigmoid_binary_cross_entropy(logits, smooth)
+    return (losses * jnp.where(targets > 0, weights, 1.0)).mean(axis=-1)
 
 
 def soft_losses(
@@ -53,8 +51,7 @@ def soft_losses(
 ) -> jax.Array:
     """Returns each clip's cross entropy against probabilities, float32 `[batch]`.
 
-    Arguments are as in `clip_losses`, but `targets` are probabilities, float `[batch, classes]`.
-    With probabilities of 0 and 1 the result is the same.
+    `targets` are float `[batch, classes]`; with 0 and 1 the result is that of `clip_losses`.
     """
     if task == "single_label":
         return optax.softmax_cross_entropy(logits, targets * weights)
@@ -71,8 +68,7 @@ def balanced_weights(targets: np.ndarray, classes: int) -> np.ndarray:
     """
     if targets.ndim == 1:
         counts = np.bincount(targets, minlength=classes)
-        present = max(int((counts > 0).sum()), 1)
-        weights = len(targets) / (present * np.maximum(counts, 1))
+        weights = len(targets) / (np.count_nonzero(counts) * np.maximum(counts, 1))
     else:
         counts = targets.sum(axis=0)
         weights = (len(targets) - counts) / np.maximum(counts, 1)

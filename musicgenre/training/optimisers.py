@@ -12,9 +12,7 @@ from musicgenre.errors import UserError
 def learning_rate_schedule(config: Any, total_steps: int) -> optax.Schedule:
     """Returns the learning rate as a function of the step.
 
-    Args:
-      config: the `optimizer` section of a config.
-      total_steps: steps of the run; the cosine ends there.
+    `config` is the section `optimizer`; the cosine ends at `total_steps`.
 
     Raises:
       UserError: the warm-up is as long as the run.
@@ -24,17 +22,12 @@ def learning_rate_schedule(config: Any, total_steps: int) -> optax.Schedule:
         raise UserError(
             f"config.optimizer.warmup_steps={warmup} is not below the run's {total_steps} steps."
         )
-    if config.schedule == "cosine":
-        schedule = optax.cosine_decay_schedule(peak, total_steps - warmup)
-    elif config.schedule == "exponential":
-        schedule = optax.exponential_decay(peak, config.decay_steps, decay)
-    elif config.schedule == "keras":
-
-        def schedule(step: jax.Array) -> jax.Array:
-            return peak / (1.0 + decay * step)
-
-    else:
-        schedule = optax.constant_schedule(peak)
+    schedule: optax.Schedule = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, total_steps - warmup),
+        "exponential": lambda: optax.exponential_decay(peak, config.decay_steps, decay),
+        "keras": lambda: lambda step: peak / (1.0 + decay * step),
+    }[config.schedule]()
     if warmup == 0:
         return schedule
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), schedule], [warmup])
@@ -43,23 +36,23 @@ def learning_rate_schedule(config: Any, total_steps: int) -> optax.Schedule:
 def make_optimizer(
     config: Any, total_steps: int, layer_rates: Mapping[str, float] | None = None
 ) -> optax.GradientTransformation:
-    """Returns the optimiser of a config. Weight decay leaves biases and norms alone.
+    """Returns the optimiser of the section `optimizer`. Weight decay leaves biases and norms alone.
 
-    Args:
-      config: the `optimizer` section of a config.
-      total_steps: steps of the run.
-      layer_rates: factor of the learning rate for each top-level layer; None is 1 for all.
+    `layer_rates` are factors of the learning rate for each top-level layer; None is 1 for all.
 
     Raises:
       UserError: weight decay with an optimiser that has none.
     """
+    if config.weight_decay and config.name not in ("adamw", "lamb"):
+        raise UserError(
+            f"config.optimizer.weight_decay has no effect on {config.name}: use adamw or lamb."
+        )
     rate = learning_rate_schedule(config, total_steps)
-
-    def kernels(params: Any) -> Any:
-        return jax.tree.map(lambda x: x.ndim > 1, params)
-
     adam = (rate, config.b1, config.b2, config.eps)
-    decay = {"weight_decay": config.weight_decay, "mask": kernels}
+    decay: Any = {
+        "weight_decay": config.weight_decay,
+        "mask": lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+    }
     optimizer: optax.GradientTransformation = {
         "sgd": lambda: optax.sgd(rate),
         "momentum": lambda: optax.sgd(rate, momentum=config.momentum, nesterov=True),
@@ -67,19 +60,16 @@ def make_optimizer(
         "adamw": lambda: optax.adamw(*adam, **decay),
         "lamb": lambda: optax.lamb(*adam, **decay),
     }[config.name]()
-    if config.weight_decay and config.name not in ("adamw", "lamb"):
-        raise UserError(
-            f"config.optimizer.weight_decay has no effect on {config.name}: use adamw or lamb."
-        )
     if config.clip_norm:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
-    if layer_rates is not None and any(factor != 1 for factor in layer_rates.values()):
-        factors = dict(layer_rates)
-        scale = optax.stateless(
-            lambda updates, _: {
-                name: jax.tree.map(lambda u, name=name: u * factors[name], update)
-                for name, update in updates.items()
-            }
-        )
-        optimizer = optax.chain(optimizer, scale)
-    return optimizer
+    if layer_rates is None or all(factor == 1 for factor in layer_rates.values()):
+        return optimizer
+    factors = dict(layer_rates)
+
+    def scaled(updates: Any, _: Any) -> Any:
+        return {
+            name: jax.tree.map(lambda u, name=name: u * factors[name], update)
+            for name, update in updates.items()
+        }
+
+    return optax.chain(optimizer, optax.stateless(scaled))

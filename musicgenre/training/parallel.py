@@ -10,6 +10,7 @@ an interceptor gives every `nn.BatchNorm` that runs the name of the device axis.
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,9 +41,8 @@ SHARD_FROM = 65_536
 class Parallel:
     """How a step runs on several devices: each has its rows of the batch.
 
-    Attributes:
-      kind: "jit" and "pmap" replicate the state, "fsdp" shards its large arrays.
-      mesh: all devices of all processes in one row.
+    The kinds "jit" and "pmap" replicate the state, "fsdp" shards its large arrays. The `mesh` has
+    all devices of all processes in one row.
     """
 
     kind: str
@@ -55,10 +55,8 @@ class Parallel:
             raise UserError(f"--parallel must be one of {', '.join(KINDS)}, not {kind!r}.")
         devices = jax.devices() if devices is None else devices
         # Explicit axes, the default of make_mesh, make Linen's Dropout raise.
-        return cls(
-            kind,
-            jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices),
-        )
+        auto = (AxisType.Auto,)
+        return cls(kind, jax.make_mesh((len(devices),), (AXIS,), axis_types=auto, devices=devices))
 
     @property
     def axis_name(self) -> str | None:
@@ -73,7 +71,10 @@ class Parallel:
     @property
     def sharded(self) -> NamedSharding:
         """Sharded along the first axis."""
-        return NamedSharding(self.mesh, PartitionSpec(AXIS))
+        return self._along(0)
+
+    def _along(self, axis: int) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(*[None] * axis, AXIS))
 
     def check_batch_size(self, batch_size: int, accumulate: int = 1) -> None:
         """Raises UserError if a batch does not divide into equal parts."""
@@ -91,25 +92,21 @@ class Parallel:
     def state_shardings(self, state: Any) -> Any:
         """Returns the sharding of each array of a state.
 
-        "fsdp" shards large arrays along the longest axis that the devices divide. Everything else
-        is replicated.
+        "fsdp" shards large arrays along the longest axis that the devices divide, and replicates
+        all others, as the other kinds do with all.
         """
 
         def of(array: Any) -> NamedSharding:
             axes = [axis for axis in range(array.ndim) if array.shape[axis] % self.mesh.size == 0]
             if self.kind != "fsdp" or array.size < SHARD_FROM or not axes:
                 return self.replicated
-            longest = max(axes, key=lambda axis: array.shape[axis])
-            return NamedSharding(self.mesh, PartitionSpec(*[None] * longest, AXIS))
+            return self._along(max(axes, key=lambda axis: array.shape[axis]))
 
         return jax.tree.map(of, state)
 
     def gather(self, tree: Any) -> Any:
-        """Inside a compiled function, replicates sharded arrays, and so their gradients.
-
-        XLA alone would gather some activations instead, so that each device computes a few
-        channels of the global batch.
-        """
+        """Inside a compiled function, replicates sharded arrays, and so their gradients."""
+        # XLA alone would gather some activations, so that each device computes a few channels.
         if self.kind != "fsdp":
             return tree
         return jax.lax.with_sharding_constraint(tree, self.replicated)
@@ -127,30 +124,23 @@ class Parallel:
             return self.place_state(create())
         return jax.jit(create, out_shardings=self.state_shardings(jax.eval_shape(create)))()
 
-    def place_batch(self, batch: Batch) -> dict[str, Any]:
-        """Copies this process's slice of a batch to its devices."""
-        return self._placed(batch, 0)
+    def place_batch(self, batch: Batch, axis: int = 0) -> dict[str, Any]:
+        """Copies this process's slice of a batch to its devices, sharded along an axis."""
+        if self.kind == "pmap":  # wants the devices as the first axis
+            shape = (len(self.mesh.local_devices), -1)
+            return {
+                name: np.moveaxis(
+                    array.reshape(*array.shape[:axis], *shape, *array.shape[axis + 1 :]), axis, 0
+                )
+                for name, array in batch.items()
+            }
+        place = functools.partial(jax.make_array_from_process_local_data, self._along(axis))
+        return {name: place(array) for name, array in batch.items()}
 
     def place_batches(self, batches: Sequence[Batch]) -> dict[str, Any]:
         """Copies this process's slices of several batches, for a step of `make_many_steps`."""
         stacked = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
-        return self._placed(stacked, 1)
-
-    def _placed(self, batch: Batch, axis: int) -> dict[str, Any]:
-        """Shards arrays along an axis; pmap wants it as the first one."""
-        if self.kind == "pmap":
-            local = len(self.mesh.local_devices)
-            return {
-                name: np.moveaxis(
-                    array.reshape(*array.shape[:axis], local, -1, *array.shape[axis + 1 :]), axis, 0
-                )
-                for name, array in batch.items()
-            }
-        sharding = NamedSharding(self.mesh, PartitionSpec(*[None] * axis, AXIS))
-        return {
-            name: jax.make_array_from_process_local_data(sharding, array)
-            for name, array in batch.items()
-        }
+        return self.place_batch(stacked, axis=1)
 
     def has_room(self, size: int) -> bool:
         """Returns whether `size` bytes of clips fit on every device of all processes."""
@@ -158,8 +148,8 @@ class Parallel:
         if local[0].platform == "cpu":
             fits = size * len(local) <= HOST_FRACTION * _host_memory()
         else:
-            limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in local]
-            fits = size <= DEVICE_FRACTION * min(limits)
+            free = min((device.memory_stats() or {}).get("bytes_limit", 0) for device in local)
+            fits = size <= DEVICE_FRACTION * free
         if jax.process_count() > 1:
             # All must run the same program.
             fits = bool(multihost_utils.process_allgather(np.array(fits)).all())
@@ -168,50 +158,44 @@ class Parallel:
     def place_whole(self, array: np.ndarray) -> jax.Array:
         """Copies an array, equal on every process, to every device."""
         # device_put would send it from process to process to compare it.
-        return jax.make_array_from_callback(
-            array.shape, self.replicated, lambda index: array[index]
-        )
+        return jax.make_array_from_callback(array.shape, self.replicated, array.__getitem__)
 
     def train_step(
         self, step: StepFunction, *, resident: bool = False, stacked: bool = False
     ) -> Callable[..., Any]:
-        """Compiles a train step. It donates the state's buffers to the new state.
+        """Compiles a train step, which donates the state's buffers to the new state.
 
-        Args:
-          step: takes a state and a batch.
-          resident: it also takes clips, from `place_whole`.
-          stacked: it takes batches from `place_batches`.
+        It takes a state and a batch; if `resident`, also clips, from `place_whole`; if `stacked`,
+        batches from `place_batches`.
         """
         one_cpu = self.mesh.size == 1 and self.mesh.devices.flat[0].platform == "cpu"
 
         def traced_step(state: Any, *batch: Any) -> tuple[Any, Any]:
-            with contextlib.ExitStack() as stack:
-                fast_conv.set_enabled(one_cpu)
-                stack.callback(fast_conv.set_enabled, False)
-                if self.kind == "pmap":
-                    stack.enter_context(nn.intercept_methods(_synchronise))
-                state, metrics = step(state, *batch)
+            fast_conv.set_enabled(one_cpu)
+            pmaps = self.kind == "pmap"
+            try:
+                with nn.intercept_methods(_synchronise) if pmaps else contextlib.nullcontext():
+                    state, metrics = step(state, *batch)
+            finally:
+                fast_conv.set_enabled(False)
             if self.kind == "fsdp":
                 state = jax.lax.with_sharding_constraint(state, self.state_shardings(state))
             return state, metrics
 
         if self.kind == "pmap":
+            axes = (None, 0, None) if resident else (None, 0)
+            devices = list(self.mesh.devices.flat)
             return jax.pmap(
-                traced_step,
-                axis_name=AXIS,
-                in_axes=(None, 0, None) if resident else (None, 0),
-                out_axes=(None, None),
-                donate_argnums=(0,),
-                devices=list(self.mesh.devices.flat),
+                traced_step, AXIS, in_axes=axes, out_axes=None, devices=devices, donate_argnums=0
             )
-        batch = NamedSharding(self.mesh, PartitionSpec(None, AXIS)) if stacked else self.sharded
         # A sharded state brings its own shardings.
         placed = None if self.kind == "fsdp" else self.replicated
+        given = (placed, self._along(1 if stacked else 0), self.replicated)
         return jax.jit(
             traced_step,
-            in_shardings=(placed, batch, self.replicated) if resident else (placed, batch),
+            in_shardings=given if resident else given[:2],
             out_shardings=(placed, self.replicated),
-            donate_argnums=(0,),
+            donate_argnums=0,
         )
 
     def score_step(self, step: Callable[..., Any]) -> Callable[[Any, np.ndarray], np.ndarray]:
@@ -224,10 +208,8 @@ class Parallel:
 
         def score(model: Any, x: np.ndarray) -> np.ndarray:
             placed = jax.make_array_from_process_local_data(self.sharded, x)
-            shards = sorted(
-                compiled(model, placed).addressable_shards,
-                key=lambda shard: shard.index[0].start or 0,
-            )
+            shards = compiled(model, placed).addressable_shards
+            shards = sorted(shards, key=lambda shard: shard.index[0].start or 0)
             return np.concatenate([np.asarray(shard.data) for shard in shards])
 
         return score
@@ -246,10 +228,8 @@ def _synchronise(
 def _host_memory() -> int:
     """Returns the bytes of memory of this machine, or of the container around the process."""
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for file in (
-        Path("/sys/fs/cgroup/memory.max"),
-        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-    ):
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        file = Path("/sys/fs/cgroup", name)
         if file.is_file() and (text := file.read_text().strip()).isdigit():
             sizes.append(int(text))
     return min(sizes)

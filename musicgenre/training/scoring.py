@@ -24,24 +24,13 @@ def score_clips(
 ) -> np.ndarray:
     """Returns each clip's mean scores over its windows, `[n, classes]`, equal on every process.
 
-    Args:
-      score: from `Parallel.score_step`.
-      model: from `TrainState.model`.
-      store: where the clips are.
-      indices: the clips, `[n]`.
-      batch_size: windows per step over all processes, a multiple of the devices.
-      crop_frames: frames of a window; 0 for full clips.
-      chunks: windows per clip.
+    The function `score` is from `Parallel.score_step`, and `model` its first argument. `indices`,
+    `[n]`, are the clips. Over all processes a step takes `batch_size` windows, a multiple of the
+    devices, of `crop_frames` frames (0: complete clips); each clip has `chunks` of them.
     """
-    batches = eval_batches(
-        store,
-        indices,
-        batch_size=batch_size,
-        crop_frames=crop_frames,
-        chunks=chunks,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    own = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    window = {"crop_frames": crop_frames, "chunks": chunks}
+    batches = eval_batches(store, indices, batch_size=batch_size, **window, **own)
     parts = [(score(model, batch["x"]), batch["clip"], batch["mask"]) for batch in batches]
     scores, clip, mask = (np.concatenate(column) for column in zip(*parts, strict=True))
     if jax.process_count() > 1:

@@ -44,14 +44,19 @@ class TrainState:
         """Returns the state whose `model()` and `rest()` these are."""
         collections = dict(model["variables"])
         params = collections.pop("params")
-        return TrainState(
-            step=rest["step"],
-            params=rest.get("params", params),
-            collections=collections,
-            opt_state=rest["opt_state"],
-            ema=params if "params" in rest else None,
-            norm=model["norm"],
-        )
+        ema = params if "params" in rest else None
+        params = rest.get("params", params)
+        norm = model["norm"]
+        return TrainState(rest["step"], params, collections, rest["opt_state"], ema, norm)
+
+    def following(
+        self, params: Any, opt_state: Any, collections: Any, ema_decay: float = 0.0
+    ) -> "TrainState":
+        """Returns the state one step later; its average moves by `1 - ema_decay`."""
+        ema = self.ema
+        if ema is not None:
+            ema = jax.tree.map(lambda a, p: ema_decay * a + (1.0 - ema_decay) * p, ema, params)
+        return TrainState(self.step + 1, params, collections, opt_state, ema, self.norm)
 
 
 def create_state(
@@ -66,14 +71,7 @@ def create_state(
 ) -> TrainState:
     """Initialises a model's state for inputs `[frames, bands]` from the seed.
 
-    Args:
-      module: the Linen module.
-      optimizer: its optimiser.
-      norm: `mean` and `std`, broadcastable to `[frames, bands]`.
-      seed: of the parameters.
-      frames: frames of the input.
-      bands: bands of the input.
-      ema: keep a moving average of the parameters.
+    `norm` has `mean` and `std`, broadcastable to the inputs; `ema` keeps a moving average.
     """
     key = jax.random.fold_in(jax.random.key(seed), 0x1217)
     x = (1, frames, bands)
@@ -85,10 +83,3 @@ def create_state(
     norm = {key: jnp.asarray(value) for key, value in norm.items()}
     step = jnp.zeros((), jnp.int32)
     return TrainState(step, params, variables, optimizer.init(params), average, norm)
-
-
-def moved_average(ema: Any, params: Any, decay: float) -> Any:
-    """Returns a moving average after one more step, or None where there is none."""
-    if ema is None:
-        return None
-    return jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)

@@ -29,41 +29,32 @@ def read_rows(workdir: str | Path) -> list[dict[str, Any]]:
 class Telemetry:
     """Writes a run's measures, on process 0 alone.
 
-    Args:
-      workdir: the run's folder.
-      start_step: where the run resumes; rows of later steps, which it repeats, are removed.
-      total_steps: length of the run.
-      progress: draw a progress bar.
-      name: the bar's label.
+    Rows after the first of `steps`, those that this call trains, are removed. `name` labels the
+    progress bar.
     """
 
-    def __init__(
-        self, workdir: Path, start_step: int, total_steps: int, progress: bool, name: str = "train"
-    ) -> None:
+    def __init__(self, workdir: Path, steps: range, progress: bool, name: str = "train") -> None:
         self._active = jax.process_index() == 0
         self._path = workdir / "metrics.jsonl"
         self._writer: Any = None
-        self._start = time.monotonic()
+        self._began = time.monotonic()
+        bar = {"total": steps.stop, "initial": steps.start, "unit": "step", "desc": name}
+        self._bar = tqdm(**bar, disable=not (progress and self._active))
         if not self._active:
-            self._bar = tqdm(disable=True)
             return
-        kept = [row for row in read_rows(workdir) if row["step"] <= start_step]
+        kept = [row for row in read_rows(workdir) if row["step"] <= steps.start]
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         try:
             from tensorboardX import SummaryWriter
         except ImportError:
-            pass
-        else:
-            self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
-        self._bar = tqdm(
-            total=total_steps, initial=start_step, unit="step", desc=name, disable=not progress
-        )
+            return
+        self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=steps.start + 1)
 
     def write(self, step: int, **values: float) -> None:
         """Appends a row: the step, the seconds since this process began, and the values."""
         if not self._active:
             return
-        row = {"step": step, "seconds": round(time.monotonic() - self._start, 3), **values}
+        row = {"step": step, "seconds": round(time.monotonic() - self._began, 3), **values}
         try:
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -76,63 +67,52 @@ class Telemetry:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
 
-    def progress(self, step: int, **values: float) -> None:
-        """Moves the bar to a step and shows the values."""
+    def progress(self, step: int, line: str, **values: float) -> None:
+        """Moves the bar to a step, shows the values, and prints a line unless it is empty."""
+        if self._active and line:
+            tqdm.write(line)
         self._bar.update(step - self._bar.n)
         shown = {name: f"{value:.4g}" for name, value in values.items()}
         self._bar.set_postfix(shown, refresh=False)
 
-    def say(self, line: str) -> None:
-        """Prints a line, unless it is empty, above the bar."""
-        if self._active and line:
-            tqdm.write(line)
-
     def close(self) -> None:
         """Closes the bar and the TensorBoard file."""
         self._bar.close()
-        if self._writer is not None:
-            try:
+        try:
+            if self._writer is not None:
                 self._writer.close()
-            except OSError as error:
-                # On a full disk this must not hide the error that ended the run.
-                logging.warning(
-                    "TensorBoard's file could not be finished (%s); metrics.jsonl is complete",
-                    error,
-                )
+        except OSError as error:  # a full disk must not hide the error that ended the run
+            logging.warning("TensorBoard's file is incomplete (%s); metrics.jsonl is not", error)
 
 
 class Profiler:
     """Writes a trace of some steps to `<workdir>/profile`, for TensorBoard or Perfetto.
 
-    Args:
-      workdir: the run's folder.
-      steps: (first, count) of the steps to trace, or None.
-      trains: the steps that this call trains. A first step outside them causes a warning.
+    `steps` are the first to trace and a count, or None. If this call does not train the first one,
+    there is a warning.
     """
 
     def __init__(self, workdir: Path, steps: tuple[int, int] | None, trains: range) -> None:
         self._folder = os.fspath(workdir / "profile")
-        self._steps = steps
+        self._first, count = steps or (-1, 0)
+        self._last = self._first + count - 1
         self._running = False
-        if steps and steps[0] not in trains:
+        if steps and self._first not in trains:
             there = f"none: the run has its {trains.start} steps"
             if trains:
                 there = f"steps {trains[0]} to {trains[-1]}"
-            logging.warning(
-                "--profile_steps=%d,%d: no trace will be written; this call trains %s",
-                *steps,
-                there,
-            )
+            text = "--profile_steps=%d,%d: no trace will be written; this call trains %s"
+            logging.warning(text, *steps, there)
 
-    def before(self, step: int) -> None:
-        """Starts the trace before its first step."""
-        if self._steps and step == self._steps[0]:
+    def before(self, steps: range) -> None:
+        """Starts the trace before the call that has its first step."""
+        if self._first in steps:
             jax.profiler.start_trace(self._folder)
             self._running = True
 
-    def after(self, step: int, result: Any) -> None:
-        """Ends the trace after its last step, once its `result` is there."""
-        if self._running and self._steps and step + 1 >= sum(self._steps):
+    def after(self, steps: range, result: Any) -> None:
+        """Ends the trace after the call with its last step, once its `result` is there."""
+        if self._running and steps[-1] >= self._last:
             jax.block_until_ready(result)
             self.close()
 

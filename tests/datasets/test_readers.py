@@ -222,7 +222,7 @@ def test_csv_with_tags(tmp_path):
     ("text", "message"),
     [
         ("path,lable\none.wav,a\n", "line 1: unknown column 'lable'. Did you mean 'label'"),
-        ("path\none.wav\n", "line 1: the header must name the columns path and label"),
+        ("path\none.wav\n", "line 1: it must name path and label"),
         ("path,label\none.wav,a,b\n", "line 2: 3 fields where the header has 2"),
         ("path,label\none.wav,\n", "line 2: empty label"),
         ("path,label,split\none.wav,a,dev\n", "line 2: split 'dev' is not train, valid or test"),

@@ -87,7 +87,9 @@ def test_readers_that_cannot_be_registered():
 
 def test_what_a_reader_returns_is_checked():
     register("nothing")(lambda root: None)
-    with pytest.raises(UserError, match=r"'nothing' returned NoneType, not a musicgenre\.data"):
+    with pytest.raises(
+        UserError, match="reader of 'nothing' returned NoneType, not a musicgenre Dataset"
+    ):
         load_dataset({"dataset": "nothing", "root": "x"})
     clip = Clip("a", "a.wav", ("y",), "train")
     register("wrong")(lambda root: Dataset("wrong", root, "", "single_label", ("x",), (clip,)))

@@ -1,20 +1,12 @@
 import itertools
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import pytest
 
 from musicgenre import models
 from musicgenre.models.describe import Source, describe, settings_text, table, total_parameters
 from musicgenre.models.registry import input_limits
-
-
-def count(module, frames, bands):
-    """The number of parameters that initialisation makes."""
-    x = jnp.zeros((1, frames, bands))
-    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x, train=False))
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
 
 
 def names(layers):
@@ -50,13 +42,13 @@ def test_the_reports_network():
 
 
 @pytest.mark.parametrize("name", list(models.registered()))
-def test_every_model_is_described(name):
+def test_every_model_is_described(name, parameter_count):
     limits = input_limits(models.registered()[name])
     frames = limits.max_frames or max(limits.min_frames, 187)
     bands = limits.max_bands or max(limits.min_bands, 96, -(-limits.min_values // frames))
     module = models.build({"name": name}, num_classes=7, frames=frames, bands=bands)
     layers = describe(module, frames, bands)
-    assert total_parameters(layers) == count(module, frames, bands)
+    assert total_parameters(layers) == parameter_count(module, frames, bands)
     assert layers[0].output == (frames, bands) and layers[-1].output == (7,)
     heads = [i for i, layer in enumerate(layers) if layer.name == "head"]
     assert [source.layer for source in layers[-1].sources] == heads
@@ -89,7 +81,7 @@ class Branches(nn.Module):
         return nn.Dense(3, name="head")(x.mean(axis=1))
 
 
-def test_branches_skips_and_shared_layers_are_found():
+def test_branches_skips_and_shared_layers_are_described(parameter_count):
     layers = describe(Branches(), 20, 5)
     assert names(layers) == {
         1: ("stem", [(0,)]),
@@ -103,13 +95,10 @@ def test_branches_skips_and_shared_layers_are_found():
         9: ("shared", [(8,)]),
         10: ("head", [(9, "tanh")]),
     }
-    assert (layers[6].kind, layers[6].parameters, layers[6].settings) == (
-        "Parameters",
-        4,
-        {"of": "Gate"},
-    )
+    gate = layers[6]
+    assert (gate.kind, gate.parameters, gate.settings) == ("Parameters", 4, {"of": "Gate"})
     assert (layers[8].parameters, layers[9].parameters) == (4 * 4 + 4, 0)
-    assert total_parameters(layers) == count(Branches(), 20, 5)
+    assert total_parameters(layers) == parameter_count(Branches(), 20, 5)
 
 
 class Lifted(nn.Module):
@@ -178,7 +167,7 @@ def test_a_users_module_is_named_after_its_class_and_methods_are_followed():
     assert (mix.parameters, head.parameters, head.inputs) == (20, 15, ((4,),))
 
 
-def test_the_table_has_an_aligned_line_for_each_layer():
+def test_the_table_has_an_aligned_line_for_each_layer(parameter_count):
     lines = table(describe(Branches(), 20, 5)).splitlines()
     heading = ["layer", "type", "settings", "input", "output", "parameters", "from"]
     assert lines[0].split() == heading and set(lines[1]) == {"-", " "}
@@ -186,16 +175,15 @@ def test_the_table_has_an_aligned_line_for_each_layer():
     cells = [lines[2 + 4][a:b].strip() for a, b in itertools.pairwise(columns)]
     assert cells[:4] == ["again", "Conv", "features 4, kernel_size 3", "20 x 4"]
     assert cells[4:] == ["20 x 4", "52", "2 (ReLU, max-pool), 3 (ReLU, max-pool)"]
-    assert lines[-1] == f"{count(Branches(), 20, 5):,} parameters" and len(lines) == 2 + 12 + 1
+    assert lines[-1] == f"{parameter_count(Branches(), 20, 5):,} parameters"
+    assert len(lines) == 2 + 12 + 1
 
 
 @pytest.mark.parametrize(
     ("module", "words"),
     [
-        (
-            nn.Conv(8, (7, 51), padding=((3, 3), (0, 0)), use_bias=False),
-            "features 8, kernel_size 7 x 51, padding 3+3 x 0+0, use_bias False",
-        ),
+        (nn.Conv(8, (7, 51), use_bias=False), "features 8, kernel_size 7 x 51, use_bias False"),
+        (nn.Conv(8, (3,), padding=((3, 0),)), "features 8, kernel_size 3, padding 3+0"),
         (nn.Conv(8, (3,), strides=2), "features 8, kernel_size 3, strides 2"),
         (nn.Dropout(0.25, deterministic=True), "rate 0.25"),
         (nn.BatchNorm(use_running_average=True, momentum=0.9, dtype=jnp.bfloat16), "momentum 0.9"),

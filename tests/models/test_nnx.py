@@ -75,12 +75,8 @@ def test_its_variables_have_plain_names_and_its_layers_keep_their_order():
         "batch_stats": {"norm": {"mean": (8,), "var": (8,)}},
     }
     assert layer_order(build(), 7, 5) == ["filters", "norm", "a_head"]
-    assert models.resolve({"name": "nnx_net"}) == {
-        "name": "nnx_net",
-        "module": "",
-        "width": 8,
-        "rate": 0.0,
-    }
+    fields = {"width": 8, "rate": 0.0}
+    assert models.resolve({"name": "nnx_net"}) == {"name": "nnx_net", "module": "", **fields}
     layers = describe(build(), 7, 5)
     assert [layer.kind for layer in layers] == ["Input", "NNXNet", "Output"]
     assert total_parameters(layers) == 128 + 16 + 27

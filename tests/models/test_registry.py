@@ -1,5 +1,4 @@
 import sys
-import textwrap
 
 import flax.linen as nn
 import jax
@@ -148,8 +147,8 @@ def a_function(): ...
 @pytest.mark.parametrize(
     ("thing", "message"),
     [
-        (a_function, "not the function a_function"),
-        (int, "not the class int"),
+        (a_function, "not a_function"),
+        (int, "not int"),
         (nn.Dense(3), "not an instance of Dense"),
         (NoClasses, r"NoClasses needs a field num_classes: int"),
         (NoDefault, r"NoDefault: the field width needs a default"),
@@ -170,21 +169,7 @@ def test_a_name_is_required_and_unique():
     class Other(nn.Module):
         num_classes: int
 
-    with pytest.raises(UserError, match=r'write @register\("name"\) above the class Other'):
+    with pytest.raises(UserError, match=r'write @register\("name"\) above .*Other'):
         models.register(Other)
     with pytest.raises(ValueError, match="two models are registered as 'conv1d'"):
         models.register("conv1d")(Other)
-
-
-def test_the_networks_of_the_documentation_work():
-    """Both examples of the registry's docstring."""
-    parts = registry.__doc__.split('@register("')[1:]
-    scope = {"__name__": "my_docs", "nn": nn, "nnx": nnx, "register": models.register}
-    for part in parts:
-        code = '    @register("' + part.split("\n\nA Flax")[0].split("\n\nEither")[0]
-        exec(textwrap.dedent(code), scope)
-    for name in ("my_net", "my_nnx_net"):
-        module = models.build({"name": name, "width": 8}, num_classes=3, frames=10, bands=5)
-        variables = module.init(jax.random.key(0), jnp.zeros((2, 10, 5)), train=False)
-        logits, embedding = models.apply_model(module, variables, jnp.ones((2, 10, 5)))
-        assert logits.shape == (2, 3) and embedding.shape == (2, 8)

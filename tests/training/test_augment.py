@@ -62,7 +62,7 @@ def augmented(key=0, size=6, frames=40, **fields):
         size, frames, offset=np.zeros(size, np.int32), length=np.full(size, frames, np.int32)
     )
     # Zeros everywhere except in `mean`, so masked cells differ from the rest.
-    return given["x"], jax.jit(Augmentation(frames, **fields))(
+    return given["x"], jax.jit(Augmentation(frames=frames, **fields))(
         given, jax.random.key(key), {"mean": np.full((1, 8), 500.0)}
     )
 
@@ -103,16 +103,16 @@ def test_the_window_holds_the_fastest_clip():
         window_frames(21, 1000, 0.25) == 27
     )  # 20 steps of 1.25 frames: 26 frames, and one to spare
     assert window_frames(256, 260, 0.5) == 260
-    # A window is bit-identical to that part of the clip.
+    # A window is as good as the whole clip, to the bit.
     x = clips(1, 400)[:, :, :1].astype(np.float32)
     for start, rate in ((0, 1.25), (100, 1.2499), (370, 1.25), (373, 0.8)):
         start_of_window = min(start, 400 - 27)
-        full = time_stretch(x, jnp.array([rate]), jnp.array([start]), jnp.array([400]), 21)
+        whole = time_stretch(x, jnp.array([rate]), jnp.array([start]), jnp.array([400]), 21)
         window = x[:, start_of_window : start_of_window + 27]
         part = time_stretch(
             window, jnp.array([rate]), jnp.array([start - start_of_window]), jnp.array([27]), 21
         )
-        np.testing.assert_array_equal(full, part)
+        np.testing.assert_array_equal(whole, part)
 
 
 def test_segments_are_permuted_without_loss():
@@ -152,7 +152,9 @@ def test_both_ends_are_limited_independently_up_to_their_fraction():
     size = 800
     flat = batch(size) | {"x": np.zeros((size, 40, 8), np.float16)}
     limit = jax.jit(
-        Augmentation(40, low_pass=0.5, high_pass=0.25, pass_share=0.5, top_db=6.0, probability=0.1)
+        Augmentation(
+            frames=40, low_pass=0.5, high_pass=0.25, pass_share=0.5, top_db=6.0, probability=0.1
+        )
     )
     got = np.asarray(limit(flat, jax.random.key(0), NORM)["x"])
     assert (got == got[:, :1]).all() and got.max() == 0.0 and got.min() == -6.0
@@ -230,9 +232,9 @@ def test_changes_of_level_have_their_range_and_shape(fields):
         assert 3.9 < np.abs(change).max() <= 4.001
         assert np.abs(np.corrcoef(change[:, 0, 0], change[:, 0, -1])[0, 1]) < 0.2
     else:
-        std = change.std(axis=(1, 2))
-        assert std.max() < 2.3 and std.min() < 0.1
-        np.testing.assert_allclose(std.mean(), 1.0, atol=0.12)
+        deviation = change.std(axis=(1, 2))
+        assert deviation.max() < 2.3 and deviation.min() < 0.1
+        np.testing.assert_allclose(deviation.mean(), 1.0, atol=0.12)
 
 
 def test_without_normalisation_masks_are_filled_with_the_clips_mean():
@@ -257,12 +259,12 @@ def test_mixed_clips_are_weighted_sums():
     own = (np.asarray(got["x"]) == x).all(axis=2)
     np.testing.assert_array_equal(np.asarray(got["x"])[~own], np.roll(x, -1, axis=0)[~own])
     np.testing.assert_allclose(own.mean(axis=1), got["mix"], atol=1e-6)
-    # Both: either, for the chosen fraction of the clips.
+    # Both: either, for the chosen share of the clips.
     x, got = augmented(size=400, mixup=1.0, cutmix=1.0, mix_share=0.5)
-    full = (np.asarray(got["x"]) == x).all(axis=(1, 2))
-    cut = ((np.asarray(got["x"]) == x).all(axis=2).sum(axis=1) > 0) & ~full
-    np.testing.assert_allclose([full.mean(), cut.mean()], [0.5, 0.25], atol=0.07)
-    np.testing.assert_array_equal(np.asarray(got["mix"])[full], 1.0)
+    whole = (np.asarray(got["x"]) == x).all(axis=(1, 2))
+    cut = ((np.asarray(got["x"]) == x).all(axis=2).sum(axis=1) > 0) & ~whole
+    np.testing.assert_allclose([whole.mean(), cut.mean()], [0.5, 0.25], atol=0.07)
+    np.testing.assert_array_equal(np.asarray(got["mix"])[whole], 1.0)
 
 
 def test_the_key_decides_and_each_clip_has_its_own():
@@ -272,7 +274,7 @@ def test_the_key_decides_and_each_clip_has_its_own():
     _, other = augmented(1, **fields)
     np.testing.assert_array_equal(one["x"], again["x"])
     assert (np.asarray(one["x"]) != np.asarray(other["x"])).mean() > 0.8
-    same = jax.jit(Augmentation(40, gain=6.0))(
+    same = jax.jit(Augmentation(frames=40, gain=6.0))(
         batch() | {"x": np.zeros((6, 40, 8), np.float16)}, jax.random.key(0), NORM
     )
     assert len(set(np.asarray(same["x"])[:, 0, 0].tolist())) == 6
@@ -296,7 +298,7 @@ def test_switched_off_augmentation_is_none():
     assert Augmentation.from_config(config, 647) is None
     config.augment.eq = 1.0
     config.features.top_db = 60.0
-    assert Augmentation.from_config(config, 647) == Augmentation(647, eq=1.0, top_db=60.0)
+    assert Augmentation.from_config(config, 647) == Augmentation(frames=647, eq=1.0, top_db=60.0)
     config.data.normalise = "none"
     assert Augmentation.from_config(config, 647).clip_mean
 
@@ -324,7 +326,7 @@ def test_a_mixed_batch_has_the_loss_and_gradient_of_its_soft_labels(task):
     weights = jnp.ones(3)
     y = (np.arange(6) % 3).astype(np.int32)
     targets = np.eye(3, dtype=np.float32)[y] * (2.5 if task == "regression" else 1.0)
-    augmentation = Augmentation(40, mixup=0.7)
+    augmentation = Augmentation(frames=40, mixup=0.7)
     module, state, metrics, gradient = stepped(
         task,
         y if task == "single_label" else targets,
@@ -360,20 +362,20 @@ def test_a_mixed_batch_has_the_loss_and_gradient_of_its_soft_labels(task):
 
 def test_parts_of_a_batch_are_augmented_like_the_full_batch():
     y = (np.arange(6) % 3).astype(np.int32)
-    augmentation = Augmentation(40, gain=6.0, mixup=0.4)
-    _, _, one, full = stepped("single_label", y, augmentation, class_weights=jnp.ones(3))
+    augmentation = Augmentation(frames=40, gain=6.0, mixup=0.4)
+    _, _, one, whole = stepped("single_label", y, augmentation, class_weights=jnp.ones(3))
     _, _, other, parts = stepped(
         "single_label", y, augmentation, class_weights=jnp.ones(3), accumulate=3
     )
     np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), full, parts)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), whole, parts)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"augment.gain": -1.0}, "config.augment.gain must be at least 0, not -1.0"),
-        ({"augment.noise": float("nan")}, "config.augment.noise must be at least 0"),
+        ({"augment.gain": -1.0}, "config.augment.gain must not be negative, but is -1.0"),
+        ({"augment.noise": float("nan")}, "config.augment.noise must not be negative"),
         (
             {"augment.mix_share": 0.0},
             "config.augment.mix_share must be above 0 and at most 1, not 0.0",

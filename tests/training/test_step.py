@@ -42,23 +42,25 @@ def batch(size=12, tags=False):
 
 
 @pytest.mark.parametrize("tags", [False, True])
-def test_one_batch_is_memorised(tags):
-    state, step = small(optax.adam(3e-3), task="multi_label" if tags else "single_label")
-    for _ in range(120):
+def test_the_loss_of_one_batch_falls(tags):
+    state, step = small(optax.sgd(0.01), task="multi_label" if tags else "single_label")
+    losses = []
+    for _ in range(5):
         state, metrics = step(state, batch(tags=tags))
-    assert metrics["loss"] < 0.02
+        losses.append(float(metrics["loss"]))
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
     assert ("accuracy" in metrics) == (not tags)
 
 
 def test_parts_of_a_batch_give_the_gradient_of_the_full_batch():
-    full, step = small(optax.sgd(0.1))
+    whole, step = small(optax.sgd(0.1))
     parts, part_step = small(optax.sgd(0.1), accumulate=3)
     for _ in range(3):
-        full, one = step(full, batch())
+        whole, one = step(whole, batch())
         parts, other = part_step(parts, batch())
     np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-5)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), full.params, parts.params
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole.params, parts.params
     )
 
 

@@ -31,8 +31,8 @@ def test_steps_that_are_not_trained_are_warned_of(monkeypatch, tmp_path, trains,
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
     profiler = Profiler(tmp_path, (20, 5), trains)
     for step in trains:
-        profiler.before(step)
-        profiler.after(step, None)
+        profiler.before(range(step, step + 1))
+        profiler.after(range(step, step + 1), None)
     profiler.close()
     assert told == [warning] * bool(warning)
     assert traced == ([] if warning else [str(tmp_path / "profile")])

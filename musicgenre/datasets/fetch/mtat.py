@@ -182,10 +182,8 @@ def unpack(root: Path, parts: Sequence[Path], *, progress: bool = True) -> Unpac
         try:
             archive = zipfile.ZipFile(joined)
         except _ZIP_ERRORS as error:
-            raise UserError(
-                f"{name}: not a ZIP archive that can be read ({error}). If a part is damaged or "
-                "missing, delete it and run the command again."
-            ) from error
+            advice = "Delete the damaged part and run the command again"
+            raise UserError(f"{name}: not a ZIP archive ({error}). {advice}.") from error
         wanted = [info for info in archive.infolist() if _MEMBER.fullmatch(info.filename)]
         todo = [info for info in wanted if _size(root / info.filename) != info.file_size]
         total, packed = sum(info.file_size for info in todo), sum(map(_size, parts))
@@ -303,16 +301,13 @@ class _Host:
                 part.unlink()
             else:
                 raise UserError(
-                    f"{url}: not the file recorded on {recorded['when']} in "
-                    f"{self._root / RECORD_NAME}. If the host has a new version, delete that "
-                    "record and run the command again."
+                    f"{url}: not the file recorded on {recorded['when']}. If the host has a new "
+                    f"version, delete {self._root / RECORD_NAME}."
                 )
             os.replace(part, self._root / name)
         except OSError as error:
-            raise UserError(
-                f"{part}: cannot be written ({error.strerror or error}). It is kept; free some "
-                "space and run the same command again."
-            ) from error
+            reason = f"cannot be written ({error.strerror or error}). It is kept; free some space"
+            raise UserError(f"{part}: {reason} and run the same command again.") from error
         self._record(name, digest)
 
     def _record(self, name: str, digest: str) -> None:

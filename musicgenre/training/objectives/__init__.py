@@ -1,4 +1,4 @@
-"""Objectives: what a run learns from. The loop itself is `musicgenre.training.fit`.
+"""Objectives: what a run learns from. The loop itself is `musicgenre.training.loop`.
 
 Three come with this package: `supervised` (labels, and teachers where there are any), `simclr` and
 `contrastive_divergence`. A module of your own adds one for `config.pretrain.method`:
@@ -9,25 +9,16 @@ Three come with this package: `supervised` (labels, and teachers where there are
 """
 
 import abc
-import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-import flax.linen as nn
-import jax
-import numpy as np
 from ml_collections import ConfigDict
 
-from musicgenre import models
 from musicgenre.config import base_config, flatten
 from musicgenre.errors import UserError, did_you_mean
 from musicgenre.registry import Registry
 from musicgenre.runs.provenance import TrainedOn
-from musicgenre.store.loader import normalisation, train_batches
-from musicgenre.store.store import Store
-from musicgenre.training.parallel import Parallel
+from musicgenre.training.run import Run
 from musicgenre.training.state import TrainState
 from musicgenre.training.step import StepFunction
 
@@ -40,78 +31,17 @@ _OBJECTIVES: Registry[type["Objective"]] = Registry("objective", "musicgenre.obj
 T = TypeVar("T", bound="Objective")
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What an objective works on: a checked config with resolved model fields, store, devices."""
-
-    config: ConfigDict
-    store: Store
-    workdir: Path
-    spread: Parallel
-
-    @property
-    def frames(self) -> int:
-        """Frames of the network's input."""
-        return int(self.config.data.crop_frames or self.store.layout.frames)
-
-    @property
-    def clips(self) -> np.ndarray:
-        """The training clips, indices into the store."""
-        return self.store.indices("train")
-
-    @property
-    def epoch_steps(self) -> int:
-        """Steps per epoch."""
-        return math.ceil(len(self.clips) / self.config.batch_size)
-
-    def module(self) -> nn.Module:
-        """Builds the network."""
-        return models.build(
-            self.config.model.to_dict(),
-            num_classes=len(self.store.label_names),
-            frames=self.frames,
-            bands=self.store.bands,
-            kind=self.store.features.kind,
-            dtype=self.config.dtype,
-        )
-
-    def batches(self, steps: int, resident: bool, **options: Any) -> Any:
-        """Returns `musicgenre.store.loader.train_batches` for this process."""
-        return train_batches(
-            self.store,
-            batch_size=self.config.batch_size,
-            steps=steps,
-            seed=self.config.seed,
-            crop_frames=self.config.data.crop_frames,
-            resident=resident,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            workers=self.config.data.workers,
-            **options,
-        )
-
-    def initial(self) -> dict[str, Any]:
-        """Returns the arguments of `create_state` that all objectives share."""
-        data = self.config.data
-        return {
-            "norm": normalisation(self.store, data.normalise, clips=data.normalise_clips),
-            "seed": self.config.seed,
-            "frames": self.frames,
-            "bands": self.store.bands,
-        }
-
-
 class Objective(abc.ABC):
     """One way of learning. An instance belongs to one run.
 
-    A class states which config fields it obeys. Of all others, only those in `ignores`, which the
-    other command of a pair reads from the same file, may differ from their defaults.
+    Of the config fields that a class does not obey, only those in `ignores`, which belong to the
+    other command and may come in the same file, may differ from their defaults.
 
     Attributes:
       name: its name in the registry.
       stage: "train" or "pretrain".
       obeys: sections and fields of the config in addition to `COMMON`.
-      ignores: sections and fields that belong to the other command.
+      ignores: sections and fields of the other command.
       refuses: fields, within those that it obeys, that it cannot honour, each with the reason.
       fields: its own fields in `config.pretrain`, with their defaults.
       pmap: `--parallel=pmap` is possible.
@@ -119,8 +49,9 @@ class Objective(abc.ABC):
       watched: the metric that ends the run if it becomes NaN or infinite.
       remedy: what to set then, after "a smaller".
       metric: the measure that the best checkpoint is selected by; None selects none.
-      compared: the measure, and whether lower is better, that notes name where none is selected by.
+      compared: the measure, and whether lower is better, that notes name if `metric` is None.
       taught_on: what the teachers of a new run were trained on, for its record.
+      progress: measures so far, JSON values that checkpoints save.
     """
 
     name: ClassVar[str] = ""
@@ -136,19 +67,19 @@ class Objective(abc.ABC):
     metric: str | None = None
     compared: ClassVar[tuple[str, bool]] = ("loss", True)
     taught_on: Sequence[TrainedOn] = ()
+    progress: Any = None
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.progress: Any = None  # measures so far, JSON values that checkpoints save
 
     @property
-    @abc.abstractmethod
     def stage_steps(self) -> int:
-        """Steps of each stage."""
+        """Steps of each stage; by default, `config.pretrain.epochs` of them."""
+        return self.run.epoch_steps * int(self.run.config.pretrain.epochs)
 
     @abc.abstractmethod
     def create_state(self, resumes: bool) -> TrainState:
-        """Returns the first state on the devices; with `resumes`, of its shapes alone."""
+        """Returns the first state on the devices; with `resumes`, only its shapes matter."""
 
     @abc.abstractmethod
     def batches(self, resident: bool, resumes: bool) -> Any:
@@ -177,10 +108,8 @@ class Objective(abc.ABC):
     ) -> list[dict[str, float]]:
         """Notes how a step went, and returns its rows of `metrics.jsonl`.
 
-        Args:
-          step: steps done.
-          means: of the metrics since the last such step; empty where `logs` is False.
-          measures: from `evaluate`; empty where the step is not evaluated.
+        `means` are those of the metrics since the last such step, empty where `logs` is False;
+        `measures` are from `evaluate`, empty where the step is not evaluated.
         """
 
     def epoch_line(self, step: int) -> str:
@@ -215,7 +144,7 @@ def get(name: str) -> type[Objective]:
 def check_fields(config: ConfigDict, objective: type[Objective]) -> None:
     """Raises UserError for a field off its default that an objective does not obey."""
     defaults = dict(flatten(base_config()))
-    own = {f"pretrain.{name}": value for name, value in objective.fields.items()}
+    own = {f"pretrain.{name}" for name in objective.fields}
     known = (*COMMON, *objective.obeys, *objective.ignores, *own)
     for name, value in flatten(config):
         if name in defaults and value == defaults[name]:

@@ -6,7 +6,6 @@ its label.
 """
 
 import dataclasses
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,7 @@ from musicgenre.errors import UserError
 from musicgenre.files import fingerprint, read_json, replacing, sha256, write_json
 from musicgenre.runs.model import TrainedModel, load_model
 from musicgenre.store.store import Store
-from musicgenre.training.parallel import Parallel
-from musicgenre.training.scoring import score_clips
+from musicgenre.training.run import Run
 from musicgenre.training.step import make_score_step
 
 TARGETS, NOTES = "teachers.npy", "teachers.json"
@@ -39,72 +37,66 @@ def read_teachers(config: ConfigDict, store: Store) -> list[TrainedModel]:
     Raises:
       UserError: one is missing or does not fit the store, or the task or loss has no soft targets.
     """
+    name = "config.distill.teachers"
     if store.task == "regression":
-        raise UserError(
-            "config.distill.teachers: a regression has no probabilities to learn from. "
-            "Leave it empty."
-        )
+        raise UserError(f"{name}: a regression has no probabilities to learn from. Leave it empty.")
     if config.loss.name == "mse":
-        raise UserError(
-            "config.distill.teachers needs the cross entropy: leave config.loss.name empty."
-        )
-    teachers = []
+        raise UserError(f"{name} needs the cross entropy: leave config.loss.name empty.")
+    here, teachers = _described(store), []
     for source in config.distill.teachers:
-        teachers.append(load_model(source, field="config.distill.teachers"))
-        _check_fits(str(source), teachers[-1], store)
+        teachers.append(load_model(source, field=name))
+        if changed := differences(_described(teachers[-1]), here):
+            raise UserError(
+                f"{name}: {source!r} does not fit the store (there -> here): "
+                f"{'; '.join(changed)}. Choose another teacher."
+            )
     return teachers
 
 
-def soft_targets(
-    config: ConfigDict,
-    store: Store,
-    workdir: Path,
-    spread: Parallel,
-    teachers: Sequence[TrainedModel] | None,
-) -> np.ndarray:
-    """Returns the teachers' predictions for the training clips, saved in the workdir.
+def _described(it: TrainedModel | Store) -> dict[str, Any]:
+    features, labels = dataclasses.asdict(it.features), ", ".join(it.label_names)
+    return {"features": features, "frames": it.layout.frames, "task": it.task, "labels": labels}
+
+
+def soft_targets(run: Run, teachers: Sequence[TrainedModel] | None) -> np.ndarray:
+    """Returns the teachers' predictions for the training clips, float32 `[clips, classes]`.
 
     Each teacher scores a clip as its own evaluation does, softened by `config.distill.temperature`.
-
-    Args:
-      config: the run's.
-      store: its store.
-      workdir: its folder; gets `teachers.npy`, and `teachers.json` with what it was made from.
-      spread: the devices.
-      teachers: from `read_teachers`; None reads the saved predictions.
-
-    Returns:
-      Probabilities, float32 `[training clips, classes]`.
+    The run's folder gets them as `teachers.npy`, and `teachers.json` with what they were made from.
+    Where `teachers`, from `read_teachers`, is None, they are read from there.
 
     Raises:
       UserError: the saved predictions are damaged or belong to another run.
     """
-    clips = store.indices("train")
-    made_for = {
-        "temperature": float(config.distill.temperature),
+    store, clips, settings = run.store, run.clips, run.config.distill
+    names = store.clip_ids[clips].tolist(), store.hashes[clips].tolist()
+    notes = {
+        "temperature": float(settings.temperature),
         "label_names": list(store.label_names),
-        "clips": fingerprint([store.clip_ids[clips].tolist(), store.hashes[clips].tolist()], 16),
-        "teachers": list(config.distill.teachers),
+        "clips": fingerprint(list(names), 16),
+        "teachers": list(settings.teachers),
     }
     if teachers is None:
-        return _saved_targets(workdir, made_for)
-    names = store.clip_ids[clips].tolist(), store.hashes[clips].tolist()
+        return _saved_targets(run.workdir, notes)
     seen = np.stack([teacher.trained_on.has_seen(*names) for teacher in teachers])
-    scores = np.stack([_scores(teacher, store, clips, spread) for teacher in teachers])
-    softer = softened(scores, config.distill.temperature, store.task)
+    scores = []
+    for teacher in teachers:
+        step = make_score_step(teacher.module, teacher.task, teacher.temperature)
+        compiled, model = run.spread.score_step(step), run.spread.place_state(teacher.model)
+        scores.append(run.scores(compiled, model, clips, teacher.config))
+    softer = softened(np.stack(scores), settings.temperature, store.task)
     targets = cross_fitted(softer, seen).astype(np.float32)
     by_all = int(seen.all(axis=0).sum())
-    counts = {"clips_taught_by_others": len(clips) - by_all, "clips_taught_by_all": by_all}
+    by_others = len(clips) - by_all
     if jax.process_index() == 0:
-        buffer = io.BytesIO()
-        np.save(buffer, targets)
-        with replacing(workdir / TARGETS) as temporary:
-            temporary.write_bytes(buffer.getvalue())
-        notes = made_for | {"steps": [teacher.step for teacher in teachers]} | counts
-        write_json(workdir / NOTES, notes | {"sha256": sha256(workdir / TARGETS)})
+        with replacing(run.workdir / TARGETS) as temporary, temporary.open("wb") as file:
+            np.save(file, targets)
+        notes |= {"steps": [teacher.step for teacher in teachers]}
+        notes |= {"clips_taught_by_others": by_others, "clips_taught_by_all": by_all}
+        write_json(run.workdir / NOTES, notes | {"sha256": sha256(run.workdir / TARGETS)})
         print(
-            f"{workdir}: {len(clips) - by_all} of {len(clips)} training clips are taught by "
-            f"teachers that did not train on them, {by_all} by all {len(teachers)}",
+            f"{run.workdir}: {by_others} of {len(clips)} training clips are taught by teachers "
+            f"that did not train on them, {by_all} by all {len(teachers)}",
             flush=True,
         )
     if by_all:
@@ -112,8 +104,7 @@ def soft_targets(
             "config.distill: every teacher trained, or may have trained, on %d of the %d training "
             "clips, so their predictions are little more than the labels. Teachers of different "
             "folds (musicgenre ablate --folds=5) leave none",
-            by_all,
-            len(clips),
+            *(by_all, len(clips)),
         )
     _warn_of_leak(teachers, store)
     return targets
@@ -122,10 +113,7 @@ def soft_targets(
 def softened(scores: np.ndarray, temperature: float, task: str) -> np.ndarray:
     """Returns the probabilities that logits divided by `temperature` would give, float64.
 
-    Args:
-      scores: probabilities, `[..., classes]`.
-      temperature: above 1 flattens them, below 1 sharpens them.
-      task: "single_label" or "multi_label".
+    `scores` are probabilities `[..., classes]`; `task` is "single_label" or "multi_label".
     """
     scores = np.asarray(scores, np.float64)
     if temperature == 1:
@@ -150,42 +138,6 @@ def cross_fitted(scores: np.ndarray, seen: np.ndarray) -> np.ndarray:
     return np.asarray(np.einsum("tc,tck->ck", chosen / chosen.sum(axis=0), scores))
 
 
-def _check_fits(source: str, teacher: TrainedModel, store: Store) -> None:
-    """Raises UserError if a teacher was trained on other features, clip lengths or labels."""
-    name = f"config.distill.teachers: {source!r}"
-    there, here = dataclasses.asdict(teacher.features), dataclasses.asdict(store.features)
-    if changed := differences(there, here):
-        raise UserError(
-            f"{name} was trained on other features (there -> here): {'; '.join(changed)}. "
-            "Choose another teacher."
-        )
-    for field, its, ours in (
-        ("frames per clip", teacher.layout.frames, store.layout.frames),
-        ("task", teacher.task, store.task),
-        ("labels, in their order", ", ".join(teacher.label_names), ", ".join(store.label_names)),
-    ):
-        if its != ours:
-            raise UserError(
-                f"{name} has other {field} (there -> here): {its} -> {ours}. "
-                "Choose another teacher."
-            )
-
-
-def _scores(teacher: TrainedModel, store: Store, clips: np.ndarray, spread: Parallel) -> np.ndarray:
-    """Returns a teacher's predictions, as its evaluation does, float64 `[clips, classes]`."""
-    data = teacher.config.data
-    step = make_score_step(teacher.module, teacher.task, teacher.temperature)
-    return score_clips(
-        spread.score_step(step),
-        spread.place_state(teacher.model),
-        store,
-        clips,
-        batch_size=spread.round_up(int(teacher.config.batch_size)),
-        crop_frames=int(data.crop_frames),
-        chunks=int(data.eval_chunks),
-    )
-
-
 def _saved_targets(workdir: Path, made_for: Mapping[str, Any]) -> np.ndarray:
     """Returns the targets saved in a workdir. Raises UserError if they are not this run's."""
     notes = read_json(workdir / NOTES, "list of teachers, which this run has learnt from")
@@ -193,11 +145,7 @@ def _saved_targets(workdir: Path, made_for: Mapping[str, Any]) -> np.ndarray:
     if changed := [name for name, value in made_for.items() if notes.get(name) != value]:
         raise UserError(f"{workdir / NOTES}: its {changed[0]} is not that of this run. {again}")
     path = workdir / TARGETS
-    try:
-        fits = notes["sha256"] == sha256(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). {again}") from None
-    if not fits:
+    if not path.is_file() or notes["sha256"] != sha256(path):
         raise UserError(f"{path}: not the teachers' predictions (SHA-256). {again}")
     targets: np.ndarray = np.load(path, allow_pickle=False)
     return targets
@@ -214,9 +162,7 @@ def _warn_of_leak(teachers: Sequence[TrainedModel], store: Store) -> None:
             logging.warning(
                 "config.distill: teachers were trained on %d of the %d clips of the %s split, on "
                 "which this run will look better than it is; its evaluation lists them",
-                count,
-                len(clips),
-                split,
+                *(count, len(clips), split),
             )
     if unknown := [record.unknown for record in records if record.unknown]:
         logging.warning(

@@ -9,7 +9,7 @@ Feng 2014).
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -19,10 +19,9 @@ import optax
 
 from musicgenre.errors import UserError
 from musicgenre.models.apply import normalise
-from musicgenre.models.rbm import UnrolledRBMs
 from musicgenre.training.augment import gather_windows
-from musicgenre.training.objectives import Objective, Run, register
-from musicgenre.training.scoring import score_clips
+from musicgenre.training.objectives import Objective, register
+from musicgenre.training.run import Run
 from musicgenre.training.state import TrainState, create_state
 from musicgenre.training.step import Metrics, StepFunction
 
@@ -34,11 +33,8 @@ NAME = "contrastive_divergence"
 class RBM:
     """The parameters of one machine; a pytree, so gradients have the same form.
 
-    Attributes:
-      weights: W, float32 `[visible, hidden]`.
-      visible_bias: a, `[visible]`.
-      hidden_bias: b, `[hidden]`.
-      gaussian: visible units are Gaussian with unit variance, else binary.
+    W is float32 `[visible, hidden]`, and a and b have the length of either axis. `gaussian` visible
+    units have unit variance; else they are binary.
     """
 
     weights: jax.Array
@@ -76,26 +72,19 @@ def free_energy(rbm: RBM, visible: jax.Array) -> jax.Array:
 def gibbs_step(rbm: RBM, visible: jax.Array, key: jax.Array) -> jax.Array:
     """Samples h given v, then v given h; returns the new v `[batch, visible]`."""
     hidden_key, visible_key = jax.random.split(key)
-    hidden = jax.random.bernoulli(hidden_key, hidden_probabilities(rbm, visible)).astype(
-        jnp.float32
-    )
-    means = visible_means(rbm, hidden)
+    hidden = jax.random.bernoulli(hidden_key, hidden_probabilities(rbm, visible))
+    means = visible_means(rbm, hidden.astype(jnp.float32))
     if rbm.gaussian:
         return means + jax.random.normal(visible_key, means.shape)
     return jax.random.bernoulli(visible_key, means).astype(jnp.float32)
 
 
 def cd_gradient(rbm: RBM, visible: jax.Array, key: jax.Array, steps: int) -> RBM:
-    """Returns the CD-k estimate of the gradient of the mean negative log-likelihood.
+    """Returns the CD-k estimate of the gradient of the mean negative log-likelihood of `visible`.
 
-    It is the gradient of the free energy at the data minus that at the ends of k-step Gibbs chains
-    from the data (Hinton 2002). Hidden units enter by their probabilities; only the chain is noisy.
-
-    Args:
-      rbm: the machine.
-      visible: data, float32 `[batch, visible]`.
-      key: random key; Gibbs step i uses `fold_in(key, i)`.
-      steps: k.
+    It is the gradient of the free energy at the data `[batch, visible]` minus that at the ends of
+    k-step Gibbs chains from the data (Hinton 2002); step i of the k `steps` uses `fold_in(key, i)`.
+    Hidden units enter by their probabilities; only the chain is noisy.
     """
     fantasy = jax.lax.fori_loop(
         0, steps, lambda i, v: gibbs_step(rbm, v, jax.random.fold_in(key, i)), visible
@@ -131,18 +120,10 @@ def cd_update(
     steps: int = 1,
     axis_name: str | None = None,
 ) -> tuple[RBM, Any, Metrics]:
-    """Returns a machine and its optimiser's state after one step of contrastive divergence.
+    """Returns a machine and its optimiser's state after one step of CD-k (k is `steps`).
 
-    Args:
-      rbm: the machine.
-      opt_state: its optimiser's state.
-      visible: data, float32 `[batch, visible]`.
-      key: of the chains.
-      optimizer: see `cd_optimizer`.
-      steps: k of CD-k.
-      axis_name: the device axis under pmap, where each device draws its own chains.
-
-    The metric is the mean `reconstruction_error` before the update.
+    Under pmap, along `axis_name`, each device draws its own chains from the `key`. The metric is
+    the mean `reconstruction_error` before the update.
     """
     if axis_name is not None:
         key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
@@ -170,96 +151,10 @@ def visible_of(state: TrainState, layer: int, x: jax.Array) -> jax.Array:
     return visible
 
 
-def make_layer_step(
-    optimizer: optax.GradientTransformation,
-    layer: int,
-    *,
-    seed: int,
-    cd_steps: int = 1,
-    frames: int = 0,
-    axis_name: str | None = None,
-    gather: Callable[[Any], Any] = lambda tree: tree,
-) -> StepFunction:
-    """Returns `layer_step(state, batch, clips=None) -> (state, metrics)` of one machine of a stack.
-
-    Args:
-      optimizer: see `cd_optimizer`.
-      layer: the machine; 0 is the lowest.
-      seed: the chains' key at a step is `fold_in(key(seed), step)`.
-      cd_steps: k of CD-k.
-      frames: frames of a window of resident clips.
-      axis_name: see `cd_update`.
-      gather: `Parallel.gather`.
-    """
-
-    def layer_step(
-        state: TrainState, batch: Any, clips: jax.Array | None = None
-    ) -> tuple[TrainState, Metrics]:
-        if clips is None:
-            x = batch["x"]
-        else:
-            x = gather_windows(clips, batch["clip"], batch["start"], frames)
-        full = dataclasses.replace(state, params=gather(state.params))
-        rbm, opt_state, metrics = cd_update(
-            machine(full, layer),
-            state.opt_state[layer]["optimizer"],
-            visible_of(full, layer, x),
-            jax.random.fold_in(jax.random.key(seed), state.step),
-            optimizer,
-            steps=cd_steps,
-            axis_name=axis_name,
-        )
-        trained = {"kernel": rbm.weights, "bias": rbm.hidden_bias}
-        params = state.params | {f"layer{layer + 1}": trained}
-        own = {"visible_bias": rbm.visible_bias, "optimizer": opt_state}
-        others = (*state.opt_state[:layer], own, *state.opt_state[layer + 1 :])
-        new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=others)
-        return new, metrics
-
-    return layer_step
-
-
-def make_monitor_step(layer: int) -> Callable[[TrainState, jax.Array], jax.Array]:
-    """Returns `monitor_step(state, x) -> [batch, 2]`: free energy and reconstruction error."""
-
-    def monitor_step(state: TrainState, x: jax.Array) -> jax.Array:
-        visible = visible_of(state, layer, x)
-        rbm = machine(state, layer)
-        return jnp.stack([free_energy(rbm, visible), reconstruction_errors(rbm, visible)], axis=-1)
-
-    return monitor_step
-
-
-def create_stack(
-    module: UnrolledRBMs,
-    optimizer: optax.GradientTransformation,
-    norm: dict[str, Any],
-    *,
-    seed: int,
-    frames: int,
-    bands: int,
-) -> TrainState:
-    """Initialises the machines of a stack, as layers of the network that they unroll into.
-
-    Arguments are those of `musicgenre.training.state.create_state`; `optimizer` is each machine's.
-
-    Returns:
-      A state whose `opt_state` holds each machine's `visible_bias`, which the network lacks, and
-      `optimizer`.
-    """
-    state = create_state(
-        module, optax.identity(), norm, seed=seed, frames=frames, bands=bands, ema=False
-    )
-    key = jax.random.fold_in(jax.random.key(seed), 0x4B1D)
-    params, rest = dict(state.params), []
-    for layer in range(len(module.layers)):
-        name = f"layer{layer + 1}"
-        rbm = init_rbm(
-            jax.random.fold_in(key, layer), *params[name]["kernel"].shape, gaussian=layer == 0
-        )
-        params[name] = {"kernel": rbm.weights, "bias": rbm.hidden_bias}
-        rest.append({"visible_bias": rbm.visible_bias, "optimizer": optimizer.init(rbm)})
-    return dataclasses.replace(state, params=params, opt_state=tuple(rest))
+def monitor(layer: int, state: TrainState, x: jax.Array) -> jax.Array:
+    """Returns free energy and reconstruction error `[batch, 2]` of machine `layer`."""
+    visible, rbm = visible_of(state, layer, x), machine(state, layer)
+    return jnp.stack([free_energy(rbm, visible), reconstruction_errors(rbm, visible)], axis=-1)
 
 
 @register(NAME)
@@ -288,7 +183,7 @@ class ContrastiveDivergence(Objective):
             raise UserError(
                 f"config.model.name={model.name!r} has no restricted Boltzmann machines to "
                 "pretrain: set --config.model.name=rbm, with at least one number of units in "
-                "--config.model.layers. --config.pretrain.method=simclr pretrains any network."
+                "--config.model.layers, or --config.pretrain.method=simclr."
             )
         self._module: Any = run.module()
         self._optimizer = cd_optimizer(
@@ -297,56 +192,75 @@ class ContrastiveDivergence(Objective):
         self._clips = {"train": clips}
         if "valid" in run.store.splits:
             valid = run.store.indices("valid")
-            count = min(len(clips), len(valid))
-            chosen = np.linspace(0, len(clips) - 1, count).astype(int)
+            chosen = np.linspace(0, len(clips) - 1, min(len(clips), len(valid))).astype(int)
             self._clips = {"train": clips[chosen], "valid": valid}
         self.stages = len(self._module.layers)
+        self._monitors = [
+            run.spread.score_step(functools.partial(monitor, layer)) for layer in range(self.stages)
+        ]
         self.progress = []
 
-    @property
-    def stage_steps(self) -> int:
-        """Steps of each layer."""
-        return self.run.epoch_steps * int(self.run.config.pretrain.epochs)
-
     def create_state(self, resumes: bool) -> TrainState:
-        """Returns fresh machines."""
-        settings = self.run.initial()
-        return self.run.spread.create_state(
-            lambda: create_stack(self._module, self._optimizer, **settings)
-        )
+        """Returns fresh machines, as layers of the network that they unroll into.
+
+        The state's `opt_state` holds each machine's `visible_bias`, which the network lacks, and
+        `optimizer`.
+        """
+        settings, optimizer = self.run.initial(), self._optimizer
+
+        def create() -> TrainState:
+            state = create_state(self._module, optax.identity(), ema=False, **settings)
+            key = jax.random.fold_in(jax.random.key(settings["seed"]), 0x4B1D)
+            params, rest = dict(state.params), []
+            for layer in range(self.stages):
+                name = f"layer{layer + 1}"
+                shape, own = params[name]["kernel"].shape, jax.random.fold_in(key, layer)
+                rbm = init_rbm(own, *shape, gaussian=layer == 0)
+                params[name] = {"kernel": rbm.weights, "bias": rbm.hidden_bias}
+                rest.append({"visible_bias": rbm.visible_bias, "optimizer": optimizer.init(rbm)})
+            return dataclasses.replace(state, params=params, opt_state=tuple(rest))
+
+        return self.run.spread.create_state(create)
 
     def batches(self, resident: bool, resumes: bool) -> Any:
         """Returns the iterator over windows of the clips."""
         return self.run.batches(self.stages * self.stage_steps, resident)
 
     def step(self, stage: int) -> StepFunction:
-        """Returns the step of a layer."""
-        return make_layer_step(
-            self._optimizer,
-            stage,
-            seed=self.run.config.seed,
-            cd_steps=self.run.config.pretrain.cd_steps,
-            frames=self.run.frames,
-            axis_name=self.run.spread.axis_name,
-            gather=self.run.spread.gather,
-        )
+        """Returns the step of a layer; the chains' key at a step is `fold_in(key(seed), step)`."""
+        config, spread, name = self.run.config, self.run.spread, f"layer{stage + 1}"
+
+        def layer_step(
+            state: TrainState, batch: Any, clips: jax.Array | None = None
+        ) -> tuple[TrainState, Metrics]:
+            x = (
+                batch["x"]
+                if clips is None
+                else gather_windows(clips, batch["clip"], batch["start"], self.run.frames)
+            )
+            full = dataclasses.replace(state, params=spread.gather(state.params))
+            rbm, optimized, metrics = cd_update(
+                machine(full, stage),
+                state.opt_state[stage]["optimizer"],
+                visible_of(full, stage, x),
+                jax.random.fold_in(jax.random.key(config.seed), state.step),
+                self._optimizer,
+                steps=config.pretrain.cd_steps,
+                axis_name=spread.axis_name,
+            )
+            params = state.params | {name: {"kernel": rbm.weights, "bias": rbm.hidden_bias}}
+            opt_state = list(state.opt_state)
+            opt_state[stage] = {"visible_bias": rbm.visible_bias, "optimizer": optimized}
+            return state.following(params, tuple(opt_state), state.collections), metrics
+
+        return layer_step
 
     def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
         """Returns the measures of the layer that a step belongs to."""
-        config, spread = self.run.config, self.run.spread
-        monitor = spread.score_step(make_monitor_step(self._layer(step) - 1))
+        score = self._monitors[(step - 1) // self.stage_steps]
         measures: dict[str, float] = {}
         for split, clips in self._clips.items():
-            values = score_clips(
-                monitor,
-                state,
-                self.run.store,
-                clips,
-                batch_size=spread.round_up(config.batch_size),
-                crop_frames=config.data.crop_frames,
-                chunks=config.data.eval_chunks,
-            )
-            energy, error = values.mean(axis=0, dtype=np.float64)
+            energy, error = self.run.scores(score, state, clips).mean(axis=0, dtype=np.float64)
             measures[f"{split}_free_energy"] = float(energy)
             measures[f"{split}_reconstruction_error"] = float(error)
         if "valid" in self._clips:
@@ -356,25 +270,20 @@ class ContrastiveDivergence(Objective):
             self.progress = [*self.progress, measures]
         return measures
 
-    def _layer(self, step: int) -> int:
-        """Returns the layer, from 1, that was trained in a step."""
-        return (step - 1) // self.stage_steps + 1
-
     def rows(
         self, step: int, means: dict[str, float], measures: dict[str, float]
     ) -> list[dict[str, float]]:
         """Returns a row of training metrics and one of measures."""
         train = {f"batch_{name}": value for name, value in means.items()}
-        return [{"layer": self._layer(step), **row} for row in (train, measures) if row]
+        layer = (step - 1) // self.stage_steps + 1
+        return [{"layer": layer, **row} for row in (train, measures) if row]
 
     def summary(self, step: int) -> str:
         """Returns the reconstruction errors, for people."""
         split = "valid" if "valid" in self._clips else "train"
-        errors = (
+        errors = ", ".join(
             f"layer{i} {measures[f'{split}_reconstruction_error']:.4f}"
             for i, measures in enumerate(self.progress, 1)
         )
-        return (
-            f"pretrained {self.stages} layers in {step} steps; reconstruction error on {split}: "
-            f"{', '.join(errors)}"
-        )
+        layers = f"pretrained {self.stages} layers in {step} steps"
+        return f"{layers}; reconstruction error on {split}: {errors}"

@@ -14,16 +14,23 @@ from musicgenre.evaluation.metrics import (
 )
 from musicgenre.training.augment import Augmentation, window_frames
 from musicgenre.training.losses import balanced_weights
-from musicgenre.training.objectives import Objective, Run, register
+from musicgenre.training.objectives import Objective, register
 from musicgenre.training.objectives.distillation import NOTES, distils, read_teachers, soft_targets
 from musicgenre.training.optimisers import learning_rate_schedule, make_optimizer
-from musicgenre.training.scoring import score_clips
+from musicgenre.training.run import Run
 from musicgenre.training.state import TrainState, create_state
 from musicgenre.training.step import StepFunction, make_score_step, make_train_step
 from musicgenre.training.transfer import layer_order, layer_rates, start_from
 
-# What the best checkpoint is selected by where config.select_metric is empty.
-_METRICS = {"single_label": "accuracy", "multi_label": "macro_roc_auc", "regression": "r2"}
+# Each task's metrics, and the names of those that a run is followed by; the first is what the best
+# checkpoint is selected by where config.select_metric is empty.
+_METRICS: Mapping[str, tuple[Any, tuple[str, ...]]] = {
+    "single_label": (
+        single_label_metrics, ("accuracy", "macro_f1", "macro_roc_auc", "macro_pr_auc"),
+    ),
+    "multi_label": (multi_label_metrics, ("macro_roc_auc", "macro_f1", "macro_pr_auc")),
+    "regression": (regression_metrics, ("r2", "mse", "correlation")),
+}  # fmt: skip
 
 
 @register("supervised")
@@ -41,21 +48,15 @@ class Supervised(Objective):
         super().__init__(run)
         config, store = run.config, run.store
         run.spread.check_batch_size(config.batch_size, config.optimizer.accumulate)
-        if store.task == "regression":
-            if config.loss.class_weights == "balanced":
-                raise UserError(
-                    "config.loss.class_weights='balanced' has no meaning for a regression."
-                )
-            if config.loss.name == "cross_entropy":
-                raise UserError(
-                    "config.loss.name='cross_entropy' has no meaning for a regression: use 'mse'."
-                )
+        for field, value in (("class_weights", "balanced"), ("name", "cross_entropy")):
+            if store.task == "regression" and config.loss[field] == value:
+                raise UserError(f"config.loss.{field}={value!r} has no meaning for a regression.")
         self._teachers = None
         # A resumed run needs its teachers' predictions, which are saved, and not the teachers.
         if distils(config) and not (run.workdir / NOTES).is_file():
             self._teachers = read_teachers(config, store)
             self.taught_on = [teacher.trained_on for teacher in self._teachers]
-        self.metric = config.select_metric or _METRICS[store.task]
+        self.metric = config.select_metric or _METRICS[store.task][1][0]
         self._module = run.module()
         self._layers = layer_order(self._module, run.frames, store.bands)
         rates = layer_rates(
@@ -90,13 +91,11 @@ class Supervised(Objective):
 
     def batches(self, resident: bool, resumes: bool) -> Any:
         """Returns the iterator over training batches."""
-        config, run = self.run.config, self.run
         targets = None
-        if distils(config):
-            teachers = None if resumes else self._teachers
-            targets = soft_targets(config, run.store, run.workdir, run.spread, teachers)
-        window = self._window if config.augment.time_stretch else 0
-        return run.batches(self.stage_steps, resident, window_frames=window, teacher=targets)
+        if distils(self.run.config):
+            targets = soft_targets(self.run, None if resumes else self._teachers)
+        window = self._window if self.run.config.augment.time_stretch else 0
+        return self.run.batches(self.stage_steps, resident, window_frames=window, teacher=targets)
 
     def step(self, stage: int) -> StepFunction:
         """Returns the training step."""
@@ -123,19 +122,11 @@ class Supervised(Objective):
 
     def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
         """Returns the validation measures."""
-        config, store = self.run.config, self.run.store
+        store = self.run.store
         if "valid" not in store.splits:
             return {}
         clips = store.indices("valid")
-        scores = score_clips(
-            self._score,
-            state.model(),
-            store,
-            clips,
-            batch_size=self.run.spread.round_up(config.batch_size),
-            crop_frames=config.data.crop_frames,
-            chunks=config.data.eval_chunks,
-        )
+        scores = self.run.scores(self._score, state.model(), clips)
         return validation_measures(scores, store.targets(clips), store.label_names, store.task)
 
     def rows(
@@ -153,24 +144,14 @@ def validation_measures(
 ) -> dict[str, float]:
     """Returns the measures that a run is followed by.
 
-    Args:
-      scores: probabilities, or a regression's outputs, `[clips, classes]`.
-      targets: class numbers `[clips]`; 0/1 tags or numbers `[clips, classes]`.
-      label_names: `[classes]`.
-      task: "single_label", "multi_label" or "regression".
+    `scores` are probabilities, or a regression's outputs, `[clips, classes]`; `targets` class
+    numbers `[clips]`, or 0/1 tags or numbers `[clips, classes]`.
     """
-    measured: Mapping[str, Any]
-    if task == "single_label":
-        measured = single_label_metrics(scores, targets, label_names)
-        names = ["accuracy", "macro_f1", "macro_roc_auc", "macro_pr_auc"]
-        loss = measured["nll"]
-    elif task == "multi_label":
-        measured = multi_label_metrics(scores, targets, label_names)
-        names = ["macro_f1", "macro_roc_auc", "macro_pr_auc"]
+    metrics, names = _METRICS[task]
+    measured = metrics(scores, targets, label_names)
+    if task == "multi_label":
         clipped = np.clip(scores, 1e-7, 1 - 1e-7)
         loss = float(-(targets * np.log(clipped) + (1 - targets) * np.log1p(-clipped)).mean())
     else:
-        measured = regression_metrics(scores, targets, label_names)
-        names = ["r2", "mse", "correlation"]
-        loss = measured["mse"]
+        loss = measured["nll" if task == "single_label" else "mse"]
     return {"loss": loss} | {name: measured[name] for name in names if measured[name] is not None}

@@ -245,7 +245,7 @@ def test_a_file_that_is_not_the_recorded_one(host, published, tmp_path):
     fetch(tmp_path, host)
     (tmp_path / INFO).unlink()
     host.files[INFO] = b"other"
-    with pytest.raises(UserError, match=r"the file recorded on 20\d\d-\d\d-\d\d in .*delete that"):
+    with pytest.raises(UserError, match=r"recorded on 20\d\d-\d\d-\d\d.*delete .*downloads\.json"):
         fetch(tmp_path, host)
     assert not list(tmp_path.glob(f"{INFO}*"))
     # A damaged partial file is fetched again.
@@ -392,7 +392,9 @@ def test_an_archive_with_a_part_missing_or_no_archive_at_all(host, published, tm
     archive = b"".join(published[1][name] for name in PARTS)
     (tmp_path / "one").write_bytes(archive[:200_000])
     (tmp_path / "two").write_bytes(b"")
-    with pytest.raises(UserError, match=r"one to two: not a ZIP archive that can .* delete it and"):
+    with pytest.raises(
+        UserError, match=r"one to two: not a ZIP archive \(.*\)\. Delete the damaged part"
+    ):
         unpack(tmp_path, [tmp_path / "one", tmp_path / "two"], progress=False)
     host.files[TABLES[0]] = b"<html>moved</html>"
     with pytest.raises(UserError, match=r"annotations_final\.csv, line 1: no column clip_id"):
@@ -425,7 +427,7 @@ def test_damaged_directories_of_archives_are_clear_errors(tmp_path, edits):
     if edits[0][:2] in (("end", 16), ("entry", 8), ("entry", 10)):
         assert list(unpack(root, [path], progress=False).broken) == [GOOD[0]]
     else:
-        with pytest.raises(UserError, match=r"a\.zip: not a ZIP archive that can be read"):
+        with pytest.raises(UserError, match=r"a\.zip: not a ZIP archive \("):
             unpack(root, [path], progress=False)
     assert not list(root.rglob("*.mp3"))
 

@@ -1,9 +1,9 @@
 import dataclasses
+import functools
 import json
 import os
 import signal
-import subprocess
-import sys
+import types
 from pathlib import Path
 
 import flax.linen as nn
@@ -15,7 +15,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from musicgenre import models
-from musicgenre.config import store_path, to_plain
+from musicgenre.cli.main import main
+from musicgenre.config import base_config, store_path, to_plain
 from musicgenre.errors import UserError
 from musicgenre.runs import workdir
 from musicgenre.runs.model import load_model
@@ -23,15 +24,14 @@ from musicgenre.store.store import Store
 from musicgenre.training import fit as loop
 from musicgenre.training.augment import Augmentation
 from musicgenre.training.fit import pretrain
-from musicgenre.training.objectives import Run
-from musicgenre.training.objectives.simclr import Contrast, SimCLR
+from musicgenre.training.objectives.simclr import SimCLR, draw_views
 from musicgenre.training.objectives.simclr import nt_xent as nt_xent_unjitted
 from musicgenre.training.parallel import Parallel
+from musicgenre.training.run import Run
 from musicgenre.training.state import create_state
 from musicgenre.training.telemetry import read_rows
 from musicgenre.training.transfer import layer_order, start_from
 
-ROOT = Path(__file__).resolve().parents[3]
 NORM = {"mean": jnp.zeros((1, 4)), "std": jnp.ones((1, 4))}
 
 
@@ -116,19 +116,19 @@ def test_a_repeated_clip_is_no_negative_and_padding_does_not_count():
     np.testing.assert_array_equal(nearest[:6], nt_xent(z[:6], clips(3), 0.5)[1])
 
 
-def contrast(frames, augmentation=None):
-    return Contrast(Silent(), 0, frames, augmentation=augmentation)
+def views_of(frames, augmentation=None):
+    return jax.jit(functools.partial(draw_views, frames=frames, augmentation=augmentation))
 
 
 def counted(count, frames, bands=4):
-    """Clips whose cells hold 100 x clip + frame; float16 represents these exactly."""
+    """Clips whose cells hold 100 x clip + frame; float16 has these whole."""
     values = 100 * np.arange(count)[:, None, None] + np.arange(frames)[:, None]
     return jnp.asarray(np.broadcast_to(values, (count, frames, bands)), jnp.float16)
 
 
 def test_views_are_windows_of_their_clip():
     x, length = counted(6, 40), jnp.array([40, 12, 40, 40, 30, 40])
-    views = jax.jit(contrast(12).views)
+    views = views_of(12)
     starts = []
     for seed in range(60):
         result = np.asarray(views(x, None, length, jax.random.key(seed), NORM))
@@ -141,7 +141,7 @@ def test_views_are_windows_of_their_clip():
         starts.append(frame[:, 0].astype(int))
     starts = np.array(starts)
     assert (starts[:, 2:4] == 0).all()  # 12 of 12 frames can be used
-    # Windows start at every frame, and never reach past what can be used.
+    # Every place of a clip comes, and never one past what can be used.
     assert set(starts[:, [0, 1, 4, 5, 6, 7, 10, 11]].ravel()) == set(range(29))
     assert set(starts[:, 8:10].ravel()) == set(range(19))
     pairs = starts[:, [0, 4, 6, 10]], starts[:, [1, 5, 7, 11]]
@@ -154,48 +154,62 @@ def test_views_are_windows_of_their_clip():
 def test_resident_clips_give_the_same_views():
     x, chosen = counted(6, 40), jnp.array([5, 0, 3])
     length = jnp.array([40, 25, 40])
-    for augmentation in (None, Augmentation(12, time_stretch=0.2, gain=6.0)):
-        views = jax.jit(contrast(12, augmentation).views)
+    for augmentation in (None, Augmentation(frames=12, time_stretch=0.2, gain=6.0)):
+        views = views_of(12, augmentation)
         some = views(x[chosen], None, length, jax.random.key(4), NORM)
         np.testing.assert_array_equal(views(x, chosen, length, jax.random.key(4), NORM), some)
 
 
 def test_views_are_augmented_independently():
     x, length = counted(4, 100), jnp.full(4, 100)
-    result = np.asarray(
-        jax.jit(contrast(20, Augmentation(20, time_stretch=0.5, gain=40.0)).views)(
-            x, None, length, jax.random.key(0), NORM
-        )
-    )
+    key = jax.random.key(0)
+    views = views_of(20, Augmentation(frames=20, time_stretch=0.5, gain=40.0))
+    result = np.asarray(views(x, None, length, key, NORM))
     rates = np.diff(result[:, :, 0], axis=1)
     np.testing.assert_allclose(rates, np.broadcast_to(rates[:, :1], rates.shape), atol=0.1)
     rates = rates.mean(axis=1)
     assert (rates > 0.66).all() and (rates < 1.51).all() and len(set(np.round(rates, 3))) == 8
     # Complete clips differ by the augmentation alone: here by their level.
-    views = np.asarray(
-        jax.jit(contrast(100, Augmentation(100, gain=40.0)).views)(
-            x, None, length, jax.random.key(0), NORM
-        )
-    )
-    levels = (views - np.repeat(np.asarray(x, np.float32), 2, axis=0)).reshape(8, -1)
+    views = views_of(100, Augmentation(frames=100, gain=40.0))
+    whole = np.asarray(views(x, None, length, key, NORM))
+    levels = (whole - np.repeat(np.asarray(x, np.float32), 2, axis=0)).reshape(8, -1)
     np.testing.assert_allclose(levels, np.broadcast_to(levels[:, :1], levels.shape), atol=1e-3)
     assert (np.abs(levels[:, 0]) < 40).all() and (
         np.abs(levels[::2, 0] - levels[1::2, 0]) > 0.5
     ).all()
 
 
-def small_learner(module=None, ema=False):
+def small_learner(module=None, ema_decay=0.0):
+    """SimCLR on a run of 5 clips of 30 frames that has no store."""
     fields = {"name": "conv1d", "filters": (4,), "dense": (8,), "stride": 1, "batch_norm": True}
     module = module or models.build(fields, num_classes=3, frames=16, bands=4)
-    optimizer = optax.sgd(0.5)
-    contrast = Contrast(module, 0, 16, 0.5, 6)
-    state = contrast.create_state(optimizer, NORM, bands=4, ema=ema)
-    step = contrast.step(optimizer, 0.75 if ema else 0.0)
-    return state, step
+    config = base_config()
+    config.update_from_flattened_dict(
+        {
+            "batch_size": 5,
+            "ema_decay": ema_decay,
+            "pretrain.projection": 6,
+            "optimizer.name": "sgd",
+            "optimizer.schedule": "constant",
+            "optimizer.learning_rate": 0.5,
+        }
+    )
+    run = types.SimpleNamespace(
+        config=config,
+        frames=16,
+        clips=np.arange(5),
+        epoch_steps=1,
+        store=types.SimpleNamespace(layout=types.SimpleNamespace(frames=30), bands=4),
+        spread=Parallel.create("jit", jax.devices()[:1]),
+        module=lambda: module,
+        initial=lambda: {"norm": NORM, "seed": 0, "frames": 16, "bands": 4},
+    )
+    objective = SimCLR(run)
+    return objective.create_state(False), objective.step(0)
 
 
 def test_a_step_moves_the_network_and_the_projection_but_no_head():
-    state, step = small_learner(ema=True)
+    state, step = small_learner(ema_decay=0.75)
     assert jax.tree.map(jnp.shape, state.opt_state["projection"]) == {
         "dense1": {"kernel": (8, 8), "bias": (8,)},
         "dense2": {"kernel": (8, 6), "bias": (6,)},
@@ -286,20 +300,22 @@ def rows_of(workdir):
 
 
 def test_an_epoch_is_a_row_and_a_line(config, tmp_path, capsys):
-    """Over the epochs the loss of the views falls."""
-    config.pretrain.epochs = config.eval_every = 20
+    """All clips are in every batch, so the loss of the views falls."""
+    config.pretrain.epochs = config.eval_every = 8
+    config.batch_size = 24
     result = pretrain(config, tmp_path / "run", progress=False)
     rows, said = read_rows(tmp_path / "run"), capsys.readouterr().out.splitlines()
     (measures,) = result.measures
-    assert result.step == 60 and [row["epoch"] for row in rows] == list(range(1, 21))
-    assert rows[0]["train_chance"] == rows[-1]["valid_chance"] == pytest.approx(1 / 15)
+    assert result.step == 8 and [row["epoch"] for row in rows] == list(range(1, 9))
+    assert rows[0]["train_chance"] == pytest.approx(1 / 47)
+    assert rows[-1]["valid_chance"] == pytest.approx(1 / 17)
     assert "valid_loss" not in rows[0] and "valid_loss" in rows[-1]
-    assert measures["train_loss"] < rows[0]["train_loss"] < np.log(15) / 0.2
-    assert len(said) == 20 and said[0].startswith("epoch 1 of 20: train loss ")
-    assert said[0].endswith("(chance 6.7%)")
+    assert measures["train_loss"] < rows[0]["train_loss"] < np.log(47) / 0.2
+    assert len(said) == 8 and said[0].startswith("epoch 1 of 8: train loss ")
+    assert said[0].endswith("(chance 2.1%)")
     nearest = f"{measures['valid_nearest']:.1%}"
     loss = measures["valid_loss"]
-    assert f"; valid loss {loss:.3f}, other view nearest {nearest} (chance 6.7%)" in said[-1]
+    assert f"; valid loss {loss:.3f}, other view nearest {nearest} (chance 5.9%)" in said[-1]
     assert f"--config.init_from={tmp_path / 'run'}" in result.line()
 
 
@@ -347,49 +363,38 @@ def get_config():
 """
 
 
-def test_a_stopped_pretraining_is_finished_by_the_main_bit_for_bit(config, tmp_path, monkeypatch):
+def test_a_stopped_pretraining_is_finished_by_the_command_bit_exactly(
+    config, tmp_path, monkeypatch, capsys
+):
     """Stopped within an epoch, whose measures are the mean of the steps before and after."""
     config.ema_decay = 0.9
-    expected = pretrain(config, tmp_path / "uninterrupted", progress=False)
-    assert expected.step == 12
-    place_batch, seen = Parallel.place_batch, []
+    whole = pretrain(config, tmp_path / "whole", progress=False)
+    assert whole.step == 12
+    place, seen = Parallel.place_batch, []
 
     def placed(self, batch):
         seen.append(0)
         if len(seen) == 6:  # placed while step 5 runs
             os.kill(os.getpid(), signal.SIGTERM)
-        return place_batch(self, batch)
+        return place(self, batch)
 
     monkeypatch.setattr(Parallel, "place_batch", placed)
     with pytest.raises(workdir.Interrupted, match="stopped by SIGTERM after step 5;"):
         pretrain(config, tmp_path / "cut", progress=False)
     assert load_model(tmp_path / "cut").step == 5
-    (tmp_path / "some_config.py").write_text(CONFIG.format(plain=json.dumps(to_plain(config))))
-    main = [
-        sys.executable,
-        "experiments/pretrain.py",
-        f"--config={tmp_path / 'some_config.py'}",
-        "--noprogress",
-    ]
-    done = subprocess.run(
-        [*main, f"--workdir={tmp_path / 'cut'}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert [line.split(":")[0] for line in lines[:-1]] == [
-        "epoch 2 of 4",
-        "epoch 3 of 4",
-        "epoch 4 of 4",
-    ]
-    assert lines[-1] == expected.line().replace("uninterrupted", "cut")
-    assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "uninterrupted")
-    assert_same(parameters(tmp_path / "uninterrupted"), parameters(tmp_path / "cut"))
+    monkeypatch.undo()
+    capsys.readouterr()
+    plain = json.dumps(to_plain(config))
+    (tmp_path / "some_config.py").write_text(CONFIG.format(plain=plain))
+    flags = [f"--config={tmp_path / 'some_config.py'}", f"--workdir={tmp_path / 'cut'}"]
+    assert main(["pretrain", *flags, "--noprogress"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"epoch {n} of 4" for n in (2, 3, 4)]
+    assert last == whole.line().replace("whole", "cut")
+    assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
+    assert_same(parameters(tmp_path / "whole"), parameters(tmp_path / "cut"))
     # Calling it again does nothing.
-    assert pretrain(config, tmp_path / "uninterrupted", progress=False) == expected
+    assert pretrain(config, tmp_path / "whole", progress=False) == whole
 
 
 @pytest.mark.parametrize(("batch_size", "size"), [(4, 4), (20, 9)])
@@ -452,8 +457,14 @@ def test_without_a_validation_split_and_for_another_network(config, tmp_path, pr
             "views of a clip would be the same: .*crop_frames below the 64 frames",
         ),
         ({"augment.gain": 0.0, "data.crop_frames": 0}, "views of a clip would be the same"),
-        ({"batch_size": 1}, "config.batch_size=1 leaves no other clip to compare"),
-        ({"batch_size": 25}, "config.batch_size=25 is more than the 24 training clips"),
+        (
+            {"batch_size": 1},
+            "config.batch_size=1: a batch compares from 2 to all 24 training clips",
+        ),
+        (
+            {"batch_size": 25},
+            "config.batch_size=25: a batch compares from 2 to all 24 training clips",
+        ),
         ({"data.crop_frames": 65}, "crop_frames=65 is not between 1 and the store's 64"),
         ({"pretrain.temperature": 0.0}, "config.pretrain.temperature must be above 0, not 0.0"),
         ({"pretrain.projection": 0}, "config.pretrain.projection must be at least 1, not 0"),
