@@ -21,7 +21,7 @@ def sine(frequency, rate, count):
     ],
 )
 def test_kaiser_best_gives_the_values_of_resampy(rate, wanted, count, expected):
-    """Those of resampy 0.4.3 at ratios for which the steps through its table are whole numbers."""
+    """Those of resampy 0.4.3 at ratios for which the steps through its table are integers."""
     n = np.arange(400)
     resampled = resample(np.where(n % 7 < 3, 1.0, -1.0) * (n % 5) / 4, rate, wanted, "kaiser_best")
     assert len(resampled) == count and resampled.dtype == np.float32

@@ -296,8 +296,8 @@ def test_arrays_that_cannot_be_used(tmp_path, changed, message):
 
 
 def test_damaged_and_oversized_archives(tmp_path, monkeypatch):
-    whole = saved(tmp_path / "a.npz").read_bytes()
-    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    intact = saved(tmp_path / "a.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(intact[: len(intact) // 2])
     (tmp_path / "text.npz").write_text("no archive")
     for name in ("cut.npz", "text.npz"):
         with pytest.raises(UserError, match=rf"{name}: not an \.npz file that can be read"):

@@ -50,7 +50,7 @@ def make_mtat_tree(
     Args:
       root: the folder; created if needed.
       clips: an even number.
-      seconds: length of a clip, whole seconds.
+      seconds: length of a clip, an integer number of seconds.
       seed: of the music.
       audio: whether the mp3s are written, or the table alone.
       quoted: the original form of the table, or the gzipped one without quotes and with its tags

@@ -103,16 +103,16 @@ def test_the_window_holds_the_fastest_clip():
         window_frames(21, 1000, 0.25) == 27
     )  # 20 steps of 1.25 frames: 26 frames, and one to spare
     assert window_frames(256, 260, 0.5) == 260
-    # A window is as good as the whole clip, to the bit.
+    # A window is bit-identical to that part of the clip.
     x = clips(1, 400)[:, :, :1].astype(np.float32)
     for start, rate in ((0, 1.25), (100, 1.2499), (370, 1.25), (373, 0.8)):
         start_of_window = min(start, 400 - 27)
-        whole = time_stretch(x, jnp.array([rate]), jnp.array([start]), jnp.array([400]), 21)
+        full = time_stretch(x, jnp.array([rate]), jnp.array([start]), jnp.array([400]), 21)
         window = x[:, start_of_window : start_of_window + 27]
         part = time_stretch(
             window, jnp.array([rate]), jnp.array([start - start_of_window]), jnp.array([27]), 21
         )
-        np.testing.assert_array_equal(whole, part)
+        np.testing.assert_array_equal(full, part)
 
 
 def test_segments_are_permuted_without_loss():
@@ -232,9 +232,9 @@ def test_changes_of_level_have_their_range_and_shape(fields):
         assert 3.9 < np.abs(change).max() <= 4.001
         assert np.abs(np.corrcoef(change[:, 0, 0], change[:, 0, -1])[0, 1]) < 0.2
     else:
-        deviation = change.std(axis=(1, 2))
-        assert deviation.max() < 2.3 and deviation.min() < 0.1
-        np.testing.assert_allclose(deviation.mean(), 1.0, atol=0.12)
+        std = change.std(axis=(1, 2))
+        assert std.max() < 2.3 and std.min() < 0.1
+        np.testing.assert_allclose(std.mean(), 1.0, atol=0.12)
 
 
 def test_without_normalisation_masks_are_filled_with_the_clips_mean():
@@ -259,12 +259,12 @@ def test_mixed_clips_are_weighted_sums():
     own = (np.asarray(got["x"]) == x).all(axis=2)
     np.testing.assert_array_equal(np.asarray(got["x"])[~own], np.roll(x, -1, axis=0)[~own])
     np.testing.assert_allclose(own.mean(axis=1), got["mix"], atol=1e-6)
-    # Both: either, for the chosen share of the clips.
+    # Both: either, for the chosen fraction of the clips.
     x, got = augmented(size=400, mixup=1.0, cutmix=1.0, mix_share=0.5)
-    whole = (np.asarray(got["x"]) == x).all(axis=(1, 2))
-    cut = ((np.asarray(got["x"]) == x).all(axis=2).sum(axis=1) > 0) & ~whole
-    np.testing.assert_allclose([whole.mean(), cut.mean()], [0.5, 0.25], atol=0.07)
-    np.testing.assert_array_equal(np.asarray(got["mix"])[whole], 1.0)
+    full = (np.asarray(got["x"]) == x).all(axis=(1, 2))
+    cut = ((np.asarray(got["x"]) == x).all(axis=2).sum(axis=1) > 0) & ~full
+    np.testing.assert_allclose([full.mean(), cut.mean()], [0.5, 0.25], atol=0.07)
+    np.testing.assert_array_equal(np.asarray(got["mix"])[full], 1.0)
 
 
 def test_the_key_decides_and_each_clip_has_its_own():
@@ -363,12 +363,12 @@ def test_a_mixed_batch_has_the_loss_and_gradient_of_its_soft_labels(task):
 def test_parts_of_a_batch_are_augmented_like_the_full_batch():
     y = (np.arange(6) % 3).astype(np.int32)
     augmentation = Augmentation(frames=40, gain=6.0, mixup=0.4)
-    _, _, one, whole = stepped("single_label", y, augmentation, class_weights=jnp.ones(3))
+    _, _, one, full = stepped("single_label", y, augmentation, class_weights=jnp.ones(3))
     _, _, other, parts = stepped(
         "single_label", y, augmentation, class_weights=jnp.ones(3), accumulate=3
     )
     np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), whole, parts)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), full, parts)
 
 
 @pytest.mark.parametrize(

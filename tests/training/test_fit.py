@@ -93,12 +93,12 @@ from absl import flags
 flags.FLAGS.mark_as_parsed()
 from musicgenre.config import from_plain
 from musicgenre.training import fit
-place, placed = fit.Parallel.place_batches, []
+place_batches, placed = fit.Parallel.place_batches, []
 def place_or_die(self, batches):
     placed.extend(batches)
     if len(placed) >= 9:
         os.kill(os.getpid(), signal.SIGKILL)
-    return place(self, batches)
+    return place_batches(self, batches)
 fit.Parallel.place_batches = place_or_die
 fit.train(from_plain(json.load(open(sys.argv[1]))), sys.argv[2], progress=False)
 """
@@ -114,14 +114,14 @@ def rows_of(workdir):
 
 def stop_at(monkeypatch, name, count, number):
     """Sends this process a signal when it places its batch number `count`."""
-    place, placed = getattr(Parallel, name), []
+    original, placed = getattr(Parallel, name), []
 
     def place_or_stop(self, batch, *options, **axis):
         before = len(placed)
         placed.extend([batch] if isinstance(batch, dict) else batch)
         if before < count <= len(placed):
             os.kill(os.getpid(), number)
-        return place(self, batch, *options, **axis)
+        return original(self, batch, *options, **axis)
 
     monkeypatch.setattr(Parallel, name, place_or_stop)
 
@@ -139,8 +139,8 @@ def test_a_stopped_run_ends_up_bit_identical(small_config, tmp_path, monkeypatch
         data__on_device="always",
         **AUGMENTED,
     )
-    whole = tmp_path / "whole"
-    loop.train(config, whole, progress=False)
+    uninterrupted = tmp_path / "uninterrupted"
+    loop.train(config, uninterrupted, progress=False)
     (tmp_path / "config.json").write_text(json.dumps(to_plain(config)))
     command = [sys.executable, "-c", KILLED, tmp_path / "config.json", tmp_path / "killed"]
     killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -154,8 +154,8 @@ def test_a_stopped_run_ends_up_bit_identical(small_config, tmp_path, monkeypatch
     monkeypatch.undo()
     for name in ("killed", "terminated"):
         loop.train(config, tmp_path / name, progress=False)
-        assert_same(parameters(whole), parameters(tmp_path / name))
-        assert rows_of(whole) == rows_of(tmp_path / name)
+        assert_same(parameters(uninterrupted), parameters(tmp_path / name))
+        assert rows_of(uninterrupted) == rows_of(tmp_path / name)
 
     config = changed(config, steps_per_call=1, epochs=2)
     loop.train(config, tmp_path / "resident", progress=False)
@@ -244,7 +244,7 @@ def test_reading_ahead_does_not_change_the_saved_state(small_config):
     assert ahead.get_state() == state
     resumed = feed()
     resumed.set_state(state)
-    # Another number than what was prepared begins at the same place.
+    # Taking another number than was prepared starts at the same position.
     assert clips(resumed.next(3)) == clips(ahead.next(3)) == order[2:5]
     ahead.prepare(1)
     assert clips(ahead.next(2)) == order[5:7]
@@ -319,7 +319,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(small_config, tmp_pat
     small_config.epochs = 2
     run = tmp_path / "run"
     loop.train(small_config, run, progress=False)
-    whole = parameters(run)
+    expected = parameters(run)
     # Orbax can do without the last one.
     for item in ("model", "train", "data", "meta", "_CHECKPOINT_METADATA"):
         caplog.clear()
@@ -328,7 +328,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(small_config, tmp_pat
             if path.is_file():
                 path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         loop.train(small_config, run, progress=False)
-        assert_same(whole, parameters(run))
+        assert_same(expected, parameters(run))
         if item != "_CHECKPOINT_METADATA":
             assert "checkpoint of step 6 cannot be read" in caplog.text
             assert (run / "damaged" / "6").is_dir()

@@ -76,9 +76,9 @@ for kind in ("jit", "fsdp"):
         Net(), optimizer, seed=0, class_weights=jnp.ones(3), ema_decay=0.9, gather=spread.gather
     )
     create = lambda: create_state(Net(), optimizer, norm, seed=0, frames=12, bands=8, ema=True)
-    state, whole = spread.create_state(create), create()
-    leaves, shardings = jax.tree.leaves(state), jax.tree.leaves(spread.state_shardings(whole))
-    same = [np.array_equal(*pair) for pair in zip(leaves, jax.tree.leaves(whole), strict=True)]
+    state, full = spread.create_state(create), create()
+    leaves, shardings = jax.tree.leaves(state), jax.tree.leaves(spread.state_shardings(full))
+    same = [np.array_equal(*pair) for pair in zip(leaves, jax.tree.leaves(full), strict=True)]
     placed = [leaf.sharding == wanted for leaf, wanted in zip(leaves, shardings, strict=True)]
     data = spread.place_batch(batch)
     compiled = spread.train_step(step).lower(state, data).compile()
@@ -92,7 +92,7 @@ for kind in ("jit", "fsdp"):
         "created": all(same) and all(placed),
     }
     if kind == "fsdp":
-        making = jax.jit(create, out_shardings=spread.state_shardings(whole))
+        making = jax.jit(create, out_shardings=spread.state_shardings(full))
         made = making.lower().compile().memory_analysis()
         found["making"] = made.temp_size_in_bytes + made.output_size_in_bytes
     params.append(jax.tree.map(np.asarray, (state.params, state.ema)))
@@ -296,7 +296,7 @@ import os, pathlib, signal, sys, time
 import jax
 from musicgenre.training import feed, parallel
 
-place = feed.Feed.next
+next_batches = feed.Feed.next
 
 def next_or_die(self, count=1):
     next_or_die.calls += 1
@@ -304,7 +304,7 @@ def next_or_die(self, count=1):
         while not pathlib.Path("run/checkpoints/3").is_dir():
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGKILL)
-    return place(self, count)
+    return next_batches(self, count)
 
 next_or_die.calls = 0
 if "FATE" in os.environ:

@@ -53,14 +53,14 @@ def test_the_loss_of_one_batch_falls(tags):
 
 
 def test_parts_of_a_batch_give_the_gradient_of_the_full_batch():
-    whole, step = small(optax.sgd(0.1))
+    full, step = small(optax.sgd(0.1))
     parts, part_step = small(optax.sgd(0.1), accumulate=3)
     for _ in range(3):
-        whole, one = step(whole, batch())
+        full, one = step(full, batch())
         parts, other = part_step(parts, batch())
     np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-5)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole.params, parts.params
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), full.params, parts.params
     )
 
 

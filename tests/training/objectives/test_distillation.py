@@ -71,9 +71,9 @@ def same(one, other):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def data_folder(tmp_path_factory):
     """A folder with 12 + 6 clips of three genres, and a network trained on each half of the 12."""
-    place = tmp_path_factory.mktemp("distill")
+    data_folder = tmp_path_factory.mktemp("distill")
     generator = np.random.default_rng(0)
     for split, count in (("train", 12), ("valid", 6)):
         label = np.arange(count) % 3
@@ -83,13 +83,13 @@ def place(tmp_path_factory):
         ids = np.array([f"{split}.{row:02d}" for row in range(count)])
         values = np.clip(spectrogram, -80, 0).astype(np.float32)
         np.savez(
-            place / f"{split}.npz",
+            data_folder / f"{split}.npz",
             spectrogram=values,
             label=label,
             genres=np.array(GENRES),
             clip_id=ids,
         )
-    config = student(place)
+    config = student(data_folder)
     prepare(config)
     for fold in range(2):
         half = changed(
@@ -101,17 +101,17 @@ def place(tmp_path_factory):
             epochs=6,
         )
         prepare(half)
-        train(half, place / f"half{fold}", progress=False)
-    return place
+        train(half, data_folder / f"half{fold}", progress=False)
+    return data_folder
 
 
-def student(place, **fields):
-    """The config of a small network on `place`'s clips."""
+def student(data_folder, **fields):
+    """The config of a small network on the clips of `data_folder`."""
     config = base_config()
     config.data.dataset = "arrays"
-    config.data.root = str(place)
+    config.data.root = str(data_folder)
     config.data.files = ConfigDict({"train": "train.npz", "valid": "valid.npz", "test": ""})
-    config.data.stores_root = str(place / "stores")
+    config.data.stores_root = str(data_folder / "stores")
     config.data.frames = 64
     config.data.normalise = "band"
     config.features.n_mels = 16
@@ -122,8 +122,8 @@ def student(place, **fields):
     return changed(config, **fields)
 
 
-def halves(place):
-    return (str(place / "half0"), str(place / "half1"))
+def halves(data_folder):
+    return (str(data_folder / "half0"), str(data_folder / "half1"))
 
 
 def prepare(config):
@@ -269,9 +269,11 @@ def test_the_loss_is_the_cross_entropy_against_labels_and_teachers(task, mixed):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), parts, expected)
 
 
-def test_batches_have_the_rows_of_their_clips(place):
+def test_batches_have_the_rows_of_their_clips(data_folder):
     # The training clips of a half do not come first in its store.
-    store = Store.open(json.loads((place / "half0" / "train_clips.json").read_text())["store"])
+    store = Store.open(
+        json.loads((data_folder / "half0" / "train_clips.json").read_text())["store"]
+    )
     assert store.indices("train").tolist() != list(range(6))
     teacher = np.arange(18, dtype=np.float32).reshape(6, 3)
     settings = {"batch_size": 4, "steps": 4, "seed": 1, "teacher": teacher}
@@ -288,8 +290,8 @@ def test_batches_have_the_rows_of_their_clips(place):
     np.testing.assert_array_equal(batch["teacher"][2:], second[-1]["teacher"])
 
 
-def test_teachers_of_two_folds_teach_what_they_had_not_seen(place, tmp_path, capsys, caplog):
-    config = student(place, distill__teachers=halves(place), distill__temperature=2.0)
+def test_teachers_of_two_folds_teach_what_they_had_not_seen(data_folder, tmp_path, capsys, caplog):
+    config = student(data_folder, distill__teachers=halves(data_folder), distill__temperature=2.0)
     with caplog.at_level("WARNING", "absl"):
         train(config, tmp_path / "run", progress=False)
     assert (
@@ -301,7 +303,7 @@ def test_teachers_of_two_folds_teach_what_they_had_not_seen(place, tmp_path, cap
     assert targets.dtype == np.float32
     ids = store.clip_ids[store.indices("train")].tolist()
     taught = []
-    for folder in halves(place):
+    for folder in halves(data_folder):
         own = Store.open(json.loads((Path(folder) / "train_clips.json").read_text())["store"])
         held_out = evaluate_model(load_model(folder), own, "valid", compare_spectrograms=False)
         roots = np.sqrt(held_out.scores)
@@ -324,9 +326,9 @@ def test_teachers_of_two_folds_teach_what_they_had_not_seen(place, tmp_path, cap
 
 
 def test_if_every_teacher_trained_on_a_clip_all_teach_it_with_a_warning(
-    place, tmp_path, capsys, caplog
+    data_folder, tmp_path, capsys, caplog
 ):
-    config = student(place, distill__teachers=halves(place)[:1])
+    config = student(data_folder, distill__teachers=halves(data_folder)[:1])
     with caplog.at_level("WARNING", "absl"):
         train(config, tmp_path / "run", progress=False)
     assert (
@@ -337,37 +339,37 @@ def test_if_every_teacher_trained_on_a_clip_all_teach_it_with_a_warning(
         "every teacher trained, or may have trained, on 6 of the 12 training clips" in caplog.text
     )
     scores = evaluate_model(
-        load_model(halves(place)[0]), Store.open(store_path(config)), "train"
+        load_model(halves(data_folder)[0]), Store.open(store_path(config)), "train"
     ).scores
     np.testing.assert_allclose(np.load(tmp_path / "run" / "teachers.npy"), scores, atol=1e-6)
 
 
-def test_off_is_plain_training_to_the_bit(place, tmp_path):
+def test_switched_off_it_is_bit_exactly_plain_training(data_folder, tmp_path):
     """Without teachers and with teachers of weight zero; with a weight, results differ."""
     for name, fields in {
         "plain": {"distill.weight": 0.9, "distill.temperature": 3.0},
-        "weightless": {"distill.teachers": halves(place), "distill.weight": 0.0},
-        "taught": {"distill.teachers": halves(place)},
+        "weightless": {"distill.teachers": halves(data_folder), "distill.weight": 0.0},
+        "taught": {"distill.teachers": halves(data_folder)},
     }.items():
-        config = student(place, **fields)
+        config = student(data_folder, **fields)
         train(config, tmp_path / name, progress=False)
         assert distils(config) == (tmp_path / name / "teachers.npy").exists() == (name == "taught")
     assert same(tmp_path / "plain", tmp_path / "weightless")
     assert not same(tmp_path / "plain", tmp_path / "taught")
 
 
-def test_a_stopped_run_goes_on_to_the_bit_without_its_teachers(place, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_bit_exactly_without_its_teachers(data_folder, tmp_path, monkeypatch):
     teachers = tmp_path / "teacher"
-    shutil.copytree(place / "half0", teachers)
-    config = student(place, distill__teachers=(str(teachers), halves(place)[1]))
-    train(config, tmp_path / "whole", progress=False)
+    shutil.copytree(data_folder / "half0", teachers)
+    config = student(data_folder, distill__teachers=(str(teachers), halves(data_folder)[1]))
+    train(config, tmp_path / "uninterrupted", progress=False)
     monkeypatch.setattr(workdir._Signals, "received", lambda self, step: 15 if step == 3 else None)
     with pytest.raises(Interrupted):
         train(config, tmp_path / "cut", progress=False)
     monkeypatch.undo()
     shutil.rmtree(teachers)
     assert train(config, tmp_path / "cut", progress=False).step == 4
-    assert same(tmp_path / "whole", tmp_path / "cut")
+    assert same(tmp_path / "uninterrupted", tmp_path / "cut")
     assert [row["step"] for row in read_rows(tmp_path / "cut") if "valid_loss" in row] == [4]
 
     # The teachers' predictions must not be lost or changed during a run.
@@ -386,14 +388,14 @@ def test_a_stopped_run_goes_on_to_the_bit_without_its_teachers(place, tmp_path, 
     with pytest.raises(UserError, match=r"teachers\.json: its temperature is not that of this run"):
         train(config, tmp_path / "cut", progress=False)
     (tmp_path / "cut" / "teachers.json").unlink()
-    teachers.symlink_to(place / "half0")
+    teachers.symlink_to(data_folder / "half0")
     with pytest.raises(
         UserError, match=r"teachers\.json: no such list of teachers, which this run has learnt from"
     ):
         train(config, tmp_path / "cut", progress=False)
 
 
-def test_the_audit_counts_the_teachers_training_clips(place, tmp_path, caplog):
+def test_the_audit_counts_the_teachers_training_clips(data_folder, tmp_path, caplog):
     """One of the teachers of a student has seen the clips that the student is evaluated on."""
     half = {
         "data.protocol": "random_kfold",
@@ -402,7 +404,7 @@ def test_the_audit_counts_the_teachers_training_clips(place, tmp_path, caplog):
         "epochs": 1,
         "eval_every": 1,
     }
-    config = student(place, **half, **{"distill.teachers": halves(place)})
+    config = student(data_folder, **half, **{"distill.teachers": halves(data_folder)})
     with caplog.at_level("WARNING", "absl"):
         train(config, tmp_path / "leaky", progress=False)
     assert "teachers were trained on 6 of the 6 clips of the valid split" in caplog.text
@@ -413,15 +415,15 @@ def test_the_audit_counts_the_teachers_training_clips(place, tmp_path, caplog):
     ]
     # As a teacher it counts its own teachers' clips; the teacher of its own half adds none.
     again = read_teachers(
-        changed(config, distill__teachers=(str(tmp_path / "leaky"), halves(place)[0])), store
+        changed(config, distill__teachers=(str(tmp_path / "leaky"), halves(data_folder)[0])), store
     )
     assert [len(teacher.trained_on) for teacher in again] == [12, 6]
     # A table over folds shows it, too: each fold's clips trained the other fold's teacher.
     base = student(
-        place,
+        data_folder,
         **{"data.protocol": "random_kfold", "data.files.valid": "", "epochs": 1, "eval_every": 1},
     )
-    variants = [("taught", {"distill.teachers": halves(place)})]
+    variants = [("taught", {"distill.teachers": halves(data_folder)})]
     (row,) = run_folds(base, variants, tmp_path / "folds", [0], 2, steps=1, progress=False)
     assert row.leaks == {"same clip": 12, "near-identical": 0, "same artist": 0}
     assert (row.steps, row.trained) == ((1, 1), 12)
@@ -503,7 +505,7 @@ def test_values_out_of_range_are_named(fields, message):
         check_config(config)
 
 
-def test_teachers_that_do_not_fit_are_named(place, tmp_path, monkeypatch):
+def test_teachers_that_do_not_fit_are_named(data_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     models_of = {
         "genres": tiny_model(labels=("low", "high", "middle")),
@@ -520,12 +522,12 @@ def test_teachers_that_do_not_fit_are_named(place, tmp_path, monkeypatch):
         "tags.safetensors": "does not fit the store .*: task: multi_label -> single_label",
         "nowhere": "config.distill.teachers: 'nowhere': no such workdir, bundle or packaged model",
         "gtzam": "Did you mean 'gtzan'",
-        str(place): "no checkpoint found there",
-        str(place / "train.npz"): "train.npz: not a readable model",
+        str(data_folder): "no checkpoint found there",
+        str(data_folder / "train.npz"): "train.npz: not a readable model",
     }.items():
         with pytest.raises(UserError, match=message):
             train(
-                student(place, distill__teachers=(halves(place)[0], source)),
+                student(data_folder, distill__teachers=(halves(data_folder)[0], source)),
                 tmp_path / "run",
                 progress=False,
             )
@@ -533,12 +535,12 @@ def test_teachers_that_do_not_fit_are_named(place, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match=r"needs the cross entropy: leave config\.loss\.name empty"):
         train(
-            student(place, distill__teachers=halves(place), loss__name="mse"),
+            student(data_folder, distill__teachers=halves(data_folder), loss__name="mse"),
             tmp_path / "run",
             progress=False,
         )
     with pytest.raises(UserError, match="a regression has no probabilities to learn from"):
         read_teachers(
-            student(place, distill__teachers=halves(place)),
+            student(data_folder, distill__teachers=halves(data_folder)),
             types.SimpleNamespace(task="regression"),
         )

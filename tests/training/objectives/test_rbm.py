@@ -317,7 +317,7 @@ def test_pretraining_makes_a_workdir_of_a_model(rbm_config, tmp_path):
 def test_a_pretraining_stopped_three_times_ends_up_bit_identical(rbm_config, tmp_path, monkeypatch):
     """Within the first machine, at its end, and within the second."""
     full = pretrain(rbm_config, tmp_path / "full", progress=False)
-    place, done = Parallel.place_batch, 0
+    place_batch, done = Parallel.place_batch, 0
     for stop, number in ((5, signal.SIGTERM), (12, signal.SIGINT), (17, signal.SIGTERM)):
         # A batch is placed while the step before its own runs.
         numbers = itertools.count(done + 1)
@@ -325,7 +325,7 @@ def test_a_pretraining_stopped_three_times_ends_up_bit_identical(rbm_config, tmp
         def placed(self, batch, stop=stop, number=number, numbers=numbers):
             if next(numbers) == stop + 1:
                 os.kill(os.getpid(), number)
-            return place(self, batch)
+            return place_batch(self, batch)
 
         monkeypatch.setattr(Parallel, "place_batch", placed)
         name = signal.Signals(number).name

@@ -121,7 +121,7 @@ def views_of(frames, augmentation=None):
 
 
 def counted(count, frames, bands=4):
-    """Clips whose cells hold 100 x clip + frame; float16 has these whole."""
+    """Clips whose cells hold 100 x clip + frame; float16 represents these exactly."""
     values = 100 * np.arange(count)[:, None, None] + np.arange(frames)[:, None]
     return jnp.asarray(np.broadcast_to(values, (count, frames, bands)), jnp.float16)
 
@@ -141,7 +141,7 @@ def test_views_are_windows_of_their_clip():
         starts.append(frame[:, 0].astype(int))
     starts = np.array(starts)
     assert (starts[:, 2:4] == 0).all()  # 12 of 12 frames can be used
-    # Every place of a clip comes, and never one past what can be used.
+    # Windows start at every frame, and never reach past what can be used.
     assert set(starts[:, [0, 1, 4, 5, 6, 7, 10, 11]].ravel()) == set(range(29))
     assert set(starts[:, 8:10].ravel()) == set(range(19))
     pairs = starts[:, [0, 4, 6, 10]], starts[:, [1, 5, 7, 11]]
@@ -171,8 +171,8 @@ def test_views_are_augmented_independently():
     assert (rates > 0.66).all() and (rates < 1.51).all() and len(set(np.round(rates, 3))) == 8
     # Complete clips differ by the augmentation alone: here by their level.
     views = views_of(100, Augmentation(frames=100, gain=40.0))
-    whole = np.asarray(views(x, None, length, key, NORM))
-    levels = (whole - np.repeat(np.asarray(x, np.float32), 2, axis=0)).reshape(8, -1)
+    views = np.asarray(views(x, None, length, key, NORM))
+    levels = (views - np.repeat(np.asarray(x, np.float32), 2, axis=0)).reshape(8, -1)
     np.testing.assert_allclose(levels, np.broadcast_to(levels[:, :1], levels.shape), atol=1e-3)
     assert (np.abs(levels[:, 0]) < 40).all() and (
         np.abs(levels[::2, 0] - levels[1::2, 0]) > 0.5
@@ -368,15 +368,15 @@ def test_a_stopped_pretraining_is_finished_by_the_command_bit_exactly(
 ):
     """Stopped within an epoch, whose measures are the mean of the steps before and after."""
     config.ema_decay = 0.9
-    whole = pretrain(config, tmp_path / "whole", progress=False)
-    assert whole.step == 12
-    place, seen = Parallel.place_batch, []
+    expected = pretrain(config, tmp_path / "uninterrupted", progress=False)
+    assert expected.step == 12
+    place_batch, seen = Parallel.place_batch, []
 
     def placed(self, batch):
         seen.append(0)
         if len(seen) == 6:  # placed while step 5 runs
             os.kill(os.getpid(), signal.SIGTERM)
-        return place(self, batch)
+        return place_batch(self, batch)
 
     monkeypatch.setattr(Parallel, "place_batch", placed)
     with pytest.raises(workdir.Interrupted, match="stopped by SIGTERM after step 5;"):
@@ -390,11 +390,11 @@ def test_a_stopped_pretraining_is_finished_by_the_command_bit_exactly(
     assert main(["pretrain", *flags, "--noprogress"]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == [f"epoch {n} of 4" for n in (2, 3, 4)]
-    assert last == whole.line().replace("whole", "cut")
-    assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
-    assert_same(parameters(tmp_path / "whole"), parameters(tmp_path / "cut"))
+    assert last == expected.line().replace("uninterrupted", "cut")
+    assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "uninterrupted")
+    assert_same(parameters(tmp_path / "uninterrupted"), parameters(tmp_path / "cut"))
     # Calling it again does nothing.
-    assert pretrain(config, tmp_path / "whole", progress=False) == whole
+    assert pretrain(config, tmp_path / "uninterrupted", progress=False) == expected
 
 
 @pytest.mark.parametrize(("batch_size", "size"), [(4, 4), (20, 9)])
