@@ -360,7 +360,7 @@ def time_panels(panels: Sequence[TimePanel]) -> Figure:
             extend = {(False, False): "neither", (True, False): "min", (False, True): "max"}
             colour_bar(figure, axes, image, panel.unit, extend=extend.get(beyond, "both"))
         axes.set_xlim(max(panel.start, 0), panel.end)
-    _time_axis(rows[-1], max(panel.end for panel in panels))
+    time_axis(rows[-1], max(panel.end for panel in panels))
     return figure
 
 
@@ -452,7 +452,7 @@ def colour_bar(
     return bar
 
 
-def _time_axis(axes: Axes, end: float) -> None:
+def time_axis(axes: Axes, end: float) -> None:
     """Labels the horizontal axis of `end` seconds: in seconds up to five minutes, else in min:s."""
     minutes = end > 300
     if minutes:
