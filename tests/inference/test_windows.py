@@ -258,8 +258,8 @@ def test_resampling_a_stream_is_bit_exact(tmp_path, rate, wanted, resampler):
     path = tmp_path / "any.wav"
     soundfile.write(path, noise(int(2.01 * rate) + 7), rate, subtype="FLOAT")
     blocks = list(stream_audio(path, wanted, block=10_001, resampler=resampler))
-    whole = load_audio(path, wanted, resampler=resampler).samples
-    np.testing.assert_array_equal(np.concatenate(blocks), whole)
+    full = load_audio(path, wanted, resampler=resampler).samples
+    np.testing.assert_array_equal(np.concatenate(blocks), full)
 
 
 def test_every_reader_of_a_file_uses_the_models_resampler(tmp_path):
