@@ -207,7 +207,7 @@ def open_array_file(path: Path, layout: str = "mel_time") -> ArrayFile:
     if layout not in ("mel_time", "time_mel"):
         raise UserError(f"data.array_layout must be 'mel_time' or 'time_mel', not {layout!r}.")
     if not path.is_file():
-        raise UserError(f"{path}: no such file. Is --config.data.root the folder of the arrays?")
+        raise UserError(f"{path}: no such file. Set --config.data.root=... to its folder.")
     try:
         fields = _read_npz(path) if path.suffix == ".npz" else _read_npy(path)
     except _UNREADABLE as error:

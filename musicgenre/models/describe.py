@@ -31,8 +31,8 @@ _OPERATIONS = {
     "tanh": "tanh",
 }
 # Fields of modules that do not say what they compute.
-_NO_SETTINGS: tuple[str, ...] = ("parent", "name", "dtype", "param_dtype", "axis_name", "train")
-_NO_SETTINGS += ("use_running_average", "deterministic")
+_NO_SETTINGS = {"parent", "name", "dtype", "param_dtype", "axis_name", "train"}
+_NO_SETTINGS |= {"use_running_average", "deterministic"}
 
 
 class Source(NamedTuple):

@@ -53,7 +53,8 @@ class SampleLevel(Network):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Returns logits, float32 `[batch, num_classes]`, of samples `x` `[batch, frames, hop]`."""
-        options: dict[str, Any] = {"use_bias": False, "kernel_init": nn.initializers.he_uniform()}
+        init, dtype = nn.initializers.he_uniform(), self.dtype
+        options: dict[str, Any] = {"use_bias": False, "kernel_init": init, "dtype": dtype}
         x = x.astype(self.dtype).reshape(x.shape[0], -1, 1)
         last = len(self.filters) + 2
         all_filters = (self.first_filters, *self.filters, self.last_filters)
@@ -61,15 +62,15 @@ class SampleLevel(Network):
             stride, name = self.width if i == 1 else 1, f"conv{i}"
             size = (1 if i == last else self.width,)
             padding = "VALID" if stride > 1 else "SAME"
-            conv = nn.Conv(filters, size, stride, padding, dtype=self.dtype, name=name, **options)
-            x = nn.relu(batch_norm(train, self.dtype, f"{name}_norm")(conv(x)))
+            conv = nn.Conv(filters, size, stride, padding, name=name, **options)
+            x = nn.relu(batch_norm(train, dtype, f"{name}_norm")(conv(x)))
             if i in (1, last):
                 continue
             x = max_pool(x, (self.width,))
             if self.squeeze_excite:
                 hidden = filters * self.excite_ratio
-                squeeze = nn.Dense(hidden, dtype=self.dtype, name=f"squeeze{i}")
-                excite = nn.Dense(filters, dtype=self.dtype, name=f"excite{i}")
+                squeeze = nn.Dense(hidden, dtype=dtype, name=f"squeeze{i}")
+                excite = nn.Dense(filters, dtype=dtype, name=f"excite{i}")
                 x = x * nn.sigmoid(excite(nn.relu(squeeze(x.mean(axis=1)))))[:, None]
         x = x.mean(axis=1)
         return self.logits(self.embed(x, train))

@@ -148,9 +148,10 @@ class Loop:
             for row in filter(None, self.objective.rows(step, means, measures)):
                 self._telemetry.write(step, **row)
         if logs:
-            last, watched = self.selection.last, self.objective.watched
-            shown = {} if last is None else {f"valid_{self.objective.metric}": last}
-            shown = {watched: means[watched]} | shown
+            watched = self.objective.watched
+            shown = {watched: means[watched]}
+            if self.selection.last is not None:
+                shown[f"valid_{self.objective.metric}"] = self.selection.last
             self._telemetry.progress(step, self.objective.epoch_line(step), **shown)
 
     def _evaluate(self) -> None:

@@ -33,10 +33,15 @@ def learning_rate_schedule(config: Any, total_steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), schedule], [warmup])
 
 
+def kernels(params: Any) -> Any:
+    """Returns which parameters weight decay applies to: all but biases and norms."""
+    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
 def make_optimizer(
     config: Any, total_steps: int, layer_rates: Mapping[str, float] | None = None
 ) -> optax.GradientTransformation:
-    """Returns the optimiser of the section `optimizer`. Weight decay leaves biases and norms alone.
+    """Returns the optimiser of the section `optimizer`.
 
     `layer_rates` are factors of the learning rate for each top-level layer; None is 1 for all.
 
@@ -49,10 +54,7 @@ def make_optimizer(
         )
     rate = learning_rate_schedule(config, total_steps)
     adam = (rate, config.b1, config.b2, config.eps)
-    decay: Any = {
-        "weight_decay": config.weight_decay,
-        "mask": lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
-    }
+    decay: Any = {"weight_decay": config.weight_decay, "mask": kernels}
     optimizer: optax.GradientTransformation = {
         "sgd": lambda: optax.sgd(rate),
         "momentum": lambda: optax.sgd(rate, momentum=config.momentum, nesterov=True),

@@ -186,7 +186,12 @@ class Parallel:
             axes = (None, 0, None) if resident else (None, 0)
             devices = list(self.mesh.devices.flat)
             return jax.pmap(
-                traced_step, AXIS, in_axes=axes, out_axes=None, devices=devices, donate_argnums=0
+                traced_step,
+                AXIS,
+                in_axes=axes,
+                out_axes=(None, None),
+                devices=devices,
+                donate_argnums=0,
             )
         # A sharded state brings its own shardings.
         placed = None if self.kind == "fsdp" else self.replicated

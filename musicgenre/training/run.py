@@ -44,10 +44,9 @@ class Run:
 
     def module(self) -> nn.Module:
         """Builds the network."""
-        sizes = {"num_classes": len(self.store.label_names), "frames": self.frames}
-        model, kind = self.config.model.to_dict(), self.store.features.kind
-        bands, dtype = self.store.bands, self.config.dtype
-        return models.build(model, bands=bands, kind=kind, dtype=dtype, **sizes)
+        store, fields = self.store, self.config.model.to_dict()
+        shape = {"num_classes": len(store.label_names), "frames": self.frames, "bands": store.bands}
+        return models.build(fields, kind=store.features.kind, dtype=self.config.dtype, **shape)
 
     def batches(self, steps: int, resident: bool, **options: Any) -> Any:
         """Returns `musicgenre.store.loader.train_batches` for this process."""
@@ -79,9 +78,6 @@ class Run:
         The windows are those of the run's config, or of another model's.
         """
         config = config or self.config
-        size = self.spread.round_up(int(config.batch_size))
-        window = {
-            "crop_frames": int(config.data.crop_frames),
-            "chunks": int(config.data.eval_chunks),
-        }
+        size, data = self.spread.round_up(int(config.batch_size)), config.data
+        window = {"crop_frames": int(data.crop_frames), "chunks": int(data.eval_chunks)}
         return score_clips(step, model, self.store, clips, batch_size=size, **window)

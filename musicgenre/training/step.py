@@ -94,26 +94,6 @@ def make_train_step(
 
     gradient = jax.grad(loss_function, has_aux=True)
 
-    def accumulated(state: TrainState, key: jax.Array, batch: Any) -> tuple[Any, Any]:
-        # Part i takes every accumulate-th clip, so no clip changes its device.
-        parts = jax.tree.map(
-            lambda a: a.reshape(-1, accumulate, *a.shape[1:]).swapaxes(0, 1), batch
-        )
-
-        def body(carry: Any, numbered: Any) -> tuple[Any, Metrics]:
-            total, collections = carry
-            number, part = numbered
-            part_key = jax.random.fold_in(key, number)
-            grads, aux = gradient(state.params, collections, state.norm, part_key, part)
-            return (jax.tree.map(jnp.add, total, grads), aux[0]), aux[1]
-
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        (grads, collections), stacked = jax.lax.scan(
-            body, (zeros, state.collections), (jnp.arange(accumulate), parts)
-        )
-        grads = jax.tree.map(lambda g: g / accumulate, grads)
-        return grads, (collections, jax.tree.map(lambda m: m.mean(), stacked))
-
     def train_step(
         state: TrainState, batch: Any, clips: jax.Array | None = None
     ) -> tuple[TrainState, Metrics]:
@@ -135,7 +115,7 @@ def make_train_step(
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         if accumulate > 1:
-            grads, (collections, metrics) = accumulated(state, key, batch)
+            grads, (collections, metrics) = _accumulated(gradient, accumulate, state, key, batch)
         else:
             grads, (collections, metrics) = gradient(
                 state.params, state.collections, state.norm, key, batch
@@ -148,6 +128,28 @@ def make_train_step(
         return state.following(params, opt_state, collections, ema_decay), metrics
 
     return train_step
+
+
+def _accumulated(
+    gradient: Callable[..., Any], accumulate: int, state: TrainState, key: jax.Array, batch: Any
+) -> tuple[Any, Any]:
+    """Returns the mean gradient of a batch's parts, their last collections and mean metrics."""
+    # Part i takes every accumulate-th clip, so no clip changes its device.
+    parts = jax.tree.map(lambda a: a.reshape(-1, accumulate, *a.shape[1:]).swapaxes(0, 1), batch)
+
+    def body(carry: Any, numbered: Any) -> tuple[Any, Metrics]:
+        total, collections = carry
+        number, part = numbered
+        part_key = jax.random.fold_in(key, number)
+        grads, aux = gradient(state.params, collections, state.norm, part_key, part)
+        return (jax.tree.map(jnp.add, total, grads), aux[0]), aux[1]
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    (grads, collections), stacked = jax.lax.scan(
+        body, (zeros, state.collections), (jnp.arange(accumulate), parts)
+    )
+    grads = jax.tree.map(lambda g: g / accumulate, grads)
+    return grads, (collections, jax.tree.map(lambda m: m.mean(), stacked))
 
 
 def make_many_steps(step: StepFunction) -> StepFunction:

@@ -107,7 +107,7 @@ def _replaced(tree: Any, variables: Any, layers: Sequence[str], source: str | Pa
 
 
 def layer_rates(
-    layers: Sequence[str], *, transferred: bool, transferred_rate: float, layer_decay: float
+    layers: Sequence[str], transferred: bool, transferred_rate: float, layer_decay: float
 ) -> dict[str, float]:
     """Returns the factor of each layer's learning rate, of `layers` from `layer_order`.
 

@@ -51,13 +51,9 @@ def test_layers_come_in_the_order_of_their_calls():
 
 def test_rates_by_hand():
     layers = ["a", "b", "head"]
-    rates = layer_rates(layers, transferred=True, transferred_rate=0.1, layer_decay=0.5)
+    rates = layer_rates(layers, True, 0.1, 0.5)
     assert rates == pytest.approx({"a": 0.025, "b": 0.05, "head": 1.0})
-    assert layer_rates(layers, transferred=False, transferred_rate=0.1, layer_decay=1.0) == {
-        "a": 1.0,
-        "b": 1.0,
-        "head": 1.0,
-    }
+    assert layer_rates(layers, False, 0.1, 1.0) == {"a": 1.0, "b": 1.0, "head": 1.0}
 
 
 def test_an_adam_step_is_scaled_layer_by_layer():

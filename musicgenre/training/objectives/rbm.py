@@ -21,6 +21,7 @@ from musicgenre.errors import UserError
 from musicgenre.models.apply import normalise
 from musicgenre.training.augment import gather_windows
 from musicgenre.training.objectives import Objective, register
+from musicgenre.training.optimisers import kernels
 from musicgenre.training.run import Run
 from musicgenre.training.state import TrainState, create_state
 from musicgenre.training.step import Metrics, StepFunction
@@ -104,9 +105,7 @@ def cd_optimizer(
     learning_rate: float, momentum: float, weight_decay: float
 ) -> optax.GradientTransformation:
     """Returns gradient descent with momentum; weight decay leaves the biases alone."""
-    decay = optax.add_decayed_weights(
-        weight_decay, lambda params: jax.tree.map(lambda x: x.ndim > 1, params)
-    )
+    decay = optax.add_decayed_weights(weight_decay, kernels)
     return optax.chain(decay, optax.sgd(learning_rate, momentum))
 
 
@@ -137,10 +136,8 @@ def cd_update(
 
 def machine(state: TrainState, layer: int) -> RBM:
     """Returns machine `layer`, from 0, of a stack: the network's `layer<N>`, N from 1."""
-    dense = state.params[f"layer{layer + 1}"]
-    return RBM(
-        dense["kernel"], state.opt_state[layer]["visible_bias"], dense["bias"], gaussian=layer == 0
-    )
+    dense, bias = state.params[f"layer{layer + 1}"], state.opt_state[layer]["visible_bias"]
+    return RBM(dense["kernel"], bias, dense["bias"], gaussian=layer == 0)
 
 
 def visible_of(state: TrainState, layer: int, x: jax.Array) -> jax.Array:
@@ -186,9 +183,8 @@ class ContrastiveDivergence(Objective):
                 "--config.model.layers, or --config.pretrain.method=simclr."
             )
         self._module: Any = run.module()
-        self._optimizer = cd_optimizer(
-            settings.learning_rate, settings.momentum, settings.weight_decay
-        )
+        rates = (settings.learning_rate, settings.momentum, settings.weight_decay)
+        self._optimizer = cd_optimizer(*rates)
         self._clips = {"train": clips}
         if "valid" in run.store.splits:
             valid = run.store.indices("valid")
@@ -233,11 +229,10 @@ class ContrastiveDivergence(Objective):
         def layer_step(
             state: TrainState, batch: Any, clips: jax.Array | None = None
         ) -> tuple[TrainState, Metrics]:
-            x = (
-                batch["x"]
-                if clips is None
-                else gather_windows(clips, batch["clip"], batch["start"], self.run.frames)
-            )
+            if clips is None:
+                x = batch["x"]
+            else:
+                x = gather_windows(clips, batch["clip"], batch["start"], self.run.frames)
             full = dataclasses.replace(state, params=spread.gather(state.params))
             rbm, optimized, metrics = cd_update(
                 machine(full, stage),
@@ -264,8 +259,8 @@ class ContrastiveDivergence(Objective):
             measures[f"{split}_free_energy"] = float(energy)
             measures[f"{split}_reconstruction_error"] = float(error)
         if "valid" in self._clips:
-            gap = measures["valid_free_energy"] - measures["train_free_energy"]
-            measures["free_energy_gap"] = gap
+            valid, train = measures["valid_free_energy"], measures["train_free_energy"]
+            measures["free_energy_gap"] = valid - train
         if step % self.stage_steps == 0:
             self.progress = [*self.progress, measures]
         return measures

@@ -1,5 +1,6 @@
 """Learning from labels, and with `config.distill` from teachers' predictions as well."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,11 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from musicgenre.errors import UserError
-from musicgenre.evaluation.metrics import (
-    multi_label_metrics,
-    regression_metrics,
-    single_label_metrics,
-)
+from musicgenre.evaluation import metrics
 from musicgenre.training.augment import Augmentation, window_frames
 from musicgenre.training.losses import balanced_weights
 from musicgenre.training.objectives import Objective, register
@@ -26,10 +23,10 @@ from musicgenre.training.transfer import layer_order, layer_rates, start_from
 # checkpoint is selected by where config.select_metric is empty.
 _METRICS: Mapping[str, tuple[Any, tuple[str, ...]]] = {
     "single_label": (
-        single_label_metrics, ("accuracy", "macro_f1", "macro_roc_auc", "macro_pr_auc"),
+        metrics.single_label_metrics, ("accuracy", "macro_f1", "macro_roc_auc", "macro_pr_auc"),
     ),
-    "multi_label": (multi_label_metrics, ("macro_roc_auc", "macro_f1", "macro_pr_auc")),
-    "regression": (regression_metrics, ("r2", "mse", "correlation")),
+    "multi_label": (metrics.multi_label_metrics, ("macro_roc_auc", "macro_f1", "macro_pr_auc")),
+    "regression": (metrics.regression_metrics, ("r2", "mse", "correlation")),
 }  # fmt: skip
 
 
@@ -46,8 +43,8 @@ class Supervised(Objective):
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
-        config, store = run.config, run.store
-        run.spread.check_batch_size(config.batch_size, config.optimizer.accumulate)
+        config, store, optimizer = run.config, run.store, run.config.optimizer
+        run.spread.check_batch_size(config.batch_size, optimizer.accumulate)
         for field, value in (("class_weights", "balanced"), ("name", "cross_entropy")):
             if store.task == "regression" and config.loss[field] == value:
                 raise UserError(f"config.loss.{field}={value!r} has no meaning for a regression.")
@@ -60,13 +57,10 @@ class Supervised(Objective):
         self._module = run.module()
         self._layers = layer_order(self._module, run.frames, store.bands)
         rates = layer_rates(
-            self._layers,
-            transferred=bool(config.init_from),
-            transferred_rate=config.optimizer.transferred_rate,
-            layer_decay=config.optimizer.layer_decay,
+            self._layers, bool(config.init_from), optimizer.transferred_rate, optimizer.layer_decay
         )
-        self._optimizer = make_optimizer(config.optimizer, self.stage_steps, rates)
-        self._schedule = learning_rate_schedule(config.optimizer, self.stage_steps)
+        self._optimizer = make_optimizer(optimizer, self.stage_steps, rates)
+        self._schedule = learning_rate_schedule(optimizer, self.stage_steps)
         self._window = window_frames(run.frames, store.layout.frames, config.augment.time_stretch)
         self._score = run.spread.score_step(make_score_step(self._module, store.task))
 
@@ -77,12 +71,9 @@ class Supervised(Objective):
 
     def create_state(self, resumes: bool) -> TrainState:
         """Returns a fresh state, or one that starts from the layers of `config.init_from`."""
-        config, spread = self.run.config, self.run.spread
-        settings = self.run.initial() | {"ema": config.ema_decay > 0}
-
-        def create() -> TrainState:
-            return create_state(self._module, self._optimizer, **settings)
-
+        config, spread, settings = self.run.config, self.run.spread, self.run.initial()
+        settings["ema"] = config.ema_decay > 0
+        create = functools.partial(create_state, self._module, self._optimizer, **settings)
         if not config.init_from or resumes:
             return spread.create_state(create)
         model, features = config.model.to_dict(), self.run.store.features
@@ -147,8 +138,8 @@ def validation_measures(
     `scores` are probabilities, or a regression's outputs, `[clips, classes]`; `targets` class
     numbers `[clips]`, or 0/1 tags or numbers `[clips, classes]`.
     """
-    metrics, names = _METRICS[task]
-    measured = metrics(scores, targets, label_names)
+    measure, names = _METRICS[task]
+    measured = measure(scores, targets, label_names)
     if task == "multi_label":
         clipped = np.clip(scores, 1e-7, 1 - 1e-7)
         loss = float(-(targets * np.log(clipped) + (1 - targets) * np.log1p(-clipped)).mean())
