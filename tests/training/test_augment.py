@@ -374,8 +374,8 @@ def test_parts_of_a_batch_are_augmented_like_the_full_batch():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"augment.gain": -1.0}, "config.augment.gain must not be negative, but is -1.0"),
-        ({"augment.noise": float("nan")}, "config.augment.noise must not be negative"),
+        ({"augment.gain": -1.0}, "config.augment.gain must be at least 0, not -1.0"),
+        ({"augment.noise": float("nan")}, "config.augment.noise must be at least 0, not nan"),
         (
             {"augment.mix_share": 0.0},
             "config.augment.mix_share must be above 0 and at most 1, not 0.0",
