@@ -242,7 +242,7 @@ def test_bundle_with_a_card(bundle, tmp_path, capsys):
     (tmp_path / "remarks.md").write_text("Licence: yours.")
     out = tmp_path / "again.safetensors"
     assert run("bundle", bundle, out, "--half", f"--remarks={tmp_path / 'remarks.md'}") == 0
-    assert "# conv1d on made_up" in capsys.readouterr().out
+    assert "# conv1d on example" in capsys.readouterr().out
     assert load_model(out).card.endswith("Licence: yours.\n")
     assert out.stat().st_size < 0.9 * bundle.stat().st_size
     assert run("bundle", bundle, tmp_path / "x.bin") == 2
