@@ -36,7 +36,7 @@ def test_a_model_is_exported_and_the_check_is_printed(bundle, tmp_path, capsys):
     notes = json.loads((tmp_path / "exports" / "tiny.bin.json").read_text())
     assert lines[1].startswith(f"checked: at most {notes['largest_difference']:.1e} from the model")
     assert notes["format"] == "stablehlo"
-    assert notes["card"].startswith("# conv1d on made_up")
+    assert notes["card"].startswith("# conv1d on example")
     assert not errors
     assert len(lines) == 3
     assert sorted(path.name for path in out.parent.iterdir()) == ["tiny.bin", "tiny.bin.json"]
