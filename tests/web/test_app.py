@@ -331,8 +331,8 @@ def test_the_model_says_what_it_is(tagger):
     # A run has no card.
     assert "- Labels in the order of the outputs: low, middle, high/est" in about["card"]
     assert "private" not in about["card"]
-    synthetic = dataclasses.replace(tagger.model, dataset={**tagger.model.dataset, "synthetic": True})
-    with client_of(Tagger(synthetic), Index()) as client:
+    made = dataclasses.replace(tagger.model, dataset={**tagger.model.dataset, "synthetic": True})
+    with client_of(Tagger(made), Index()) as client:
         about = client.get("/api/model").json()
         assert about["synthetic"] is True and about["neighbours"] is True
 
