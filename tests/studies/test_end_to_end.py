@@ -152,7 +152,7 @@ def test_numbers_from_sound_files_to_a_report(factors, prepared, tmp_path):
         ("path,targets\n00.wav,1|x\n", "line 2: targets '1|x' must be finite numbers"),
         ("path,targets\n00.wav,1|nan\n", "line 2: targets '1|nan' must be finite numbers"),
         ("path,targets\n00.wav,1|2\n01.wav,3\n", "line 3: 1 targets where the lines before have 2"),
-        ("path,targets,label\n00.wav,1|2,a\n", "must name the columns path and label"),
+        ("path,targets,label\n00.wav,1|2,a\n", "must name path and label"),
     ],
 )
 def test_wrong_numbers_are_named(factors, tmp_path, text, message):
