@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 from musicgenre import models
 from musicgenre.config import check_config, store_path
 from musicgenre.errors import UserError
-from musicgenre.registry import import_user_module
 from musicgenre.runs.workdir import check_store, claim_workdir
 from musicgenre.store.store import Store
 from musicgenre.training import objectives
@@ -127,10 +126,8 @@ def _fit(
     devices: list[Any] | None,
 ) -> Loop:
     """Runs an objective from the last checkpoint to its end."""
-    if config.get("module", ""):
-        import_user_module(config.module)
+    check_config(config)  # imports the user's module, which may register the objective
     objective = objectives.get(name)
-    check_config(config)
     config = config.copy_and_resolve_references()
     config.model = ConfigDict(models.resolve(config.model.to_dict()))
     if not (workdir / "config.json").is_file():

@@ -24,9 +24,16 @@ from musicgenre.training.step import StepFunction
 
 # Sections and fields that the loop and the store obey, whatever the objective.
 COMMON = (
-    "seed", "module", "data", "features", "model", "batch_size", "eval_every", "log_every",
+    "seed",
+    "module",
+    "data",
+    "features",
+    "model",
+    "batch_size",
+    "eval_every",
+    "log_every",
     "steps_per_call",
-)  # fmt: skip
+)
 _OBJECTIVES: Registry[type["Objective"]] = Registry("objective", "musicgenre.objectives")
 T = TypeVar("T", bound="Objective")
 

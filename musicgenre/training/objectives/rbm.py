@@ -165,9 +165,13 @@ class ContrastiveDivergence(Objective):
     """
 
     obeys = (
-        "pretrain.method", "pretrain.epochs", "pretrain.learning_rate", "pretrain.momentum",
-        "pretrain.weight_decay", "pretrain.cd_steps",
-    )  # fmt: skip
+        "pretrain.method",
+        "pretrain.epochs",
+        "pretrain.learning_rate",
+        "pretrain.momentum",
+        "pretrain.weight_decay",
+        "pretrain.cd_steps",
+    )
     ignores = ("epochs", "optimizer")
     watched = "reconstruction_error"
     compared = ("reconstruction_error", True)

@@ -132,9 +132,15 @@ class SimCLR(Objective):
     """
 
     obeys = (
-        "augment", "dtype", "optimizer", "ema_decay", "pretrain.method", "pretrain.epochs",
-        "pretrain.temperature", "pretrain.projection",
-    )  # fmt: skip
+        "augment",
+        "dtype",
+        "optimizer",
+        "ema_decay",
+        "pretrain.method",
+        "pretrain.epochs",
+        "pretrain.temperature",
+        "pretrain.projection",
+    )
     ignores = ("epochs",)
     refuses: ClassVar[Mapping[str, str]] = {
         "optimizer.accumulate": "each view is compared with its full batch, which cannot be split. "

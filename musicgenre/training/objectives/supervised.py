@@ -23,11 +23,12 @@ from musicgenre.training.transfer import layer_order, layer_rates, start_from
 # checkpoint is selected by where config.select_metric is empty.
 _METRICS: Mapping[str, tuple[Any, tuple[str, ...]]] = {
     "single_label": (
-        metrics.single_label_metrics, ("accuracy", "macro_f1", "macro_roc_auc", "macro_pr_auc"),
+        metrics.single_label_metrics,
+        ("accuracy", "macro_f1", "macro_roc_auc", "macro_pr_auc"),
     ),
     "multi_label": (metrics.multi_label_metrics, ("macro_roc_auc", "macro_f1", "macro_pr_auc")),
     "regression": (metrics.regression_metrics, ("r2", "mse", "correlation")),
-}  # fmt: skip
+}
 
 
 @register("supervised")
@@ -36,9 +37,17 @@ class Supervised(Objective):
 
     stage = "train"
     obeys = (
-        "augment", "init_from", "epochs", "dtype", "optimizer", "loss", "distill", "ema_decay",
-        "select_metric", "patience",
-    )  # fmt: skip
+        "augment",
+        "init_from",
+        "epochs",
+        "dtype",
+        "optimizer",
+        "loss",
+        "distill",
+        "ema_decay",
+        "select_metric",
+        "patience",
+    )
     ignores = ("pretrain",)
 
     def __init__(self, run: Run) -> None:

@@ -260,8 +260,13 @@ def test_pretraining_makes_a_workdir_of_a_model(rbm_config, tmp_path):
     assert result.step == 2 * 9 * 3 and len(result.measures) == 2
     rows = [row for row in read_rows(tmp_path / "run") if "valid_free_energy" in row]
     assert [(row["step"], row["layer"]) for row in rows] == [
-        (9, 1), (18, 1), (27, 1), (36, 2), (45, 2), (54, 2),
-    ]  # fmt: skip
+        (9, 1),
+        (18, 1),
+        (27, 1),
+        (36, 2),
+        (45, 2),
+        (54, 2),
+    ]
     for measures in rows:
         gap = measures["valid_free_energy"] - measures["train_free_energy"]
         assert measures["free_energy_gap"] == pytest.approx(gap, abs=1e-9)
